@@ -1,0 +1,1 @@
+"""The product: recipes, runs, screens. The only package here that knows files."""
