@@ -1,0 +1,169 @@
+"""The commands. A few lines each; everything heavy is imported inside them, so that --help is instant."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.errors import Mistake, Stop
+
+app = typer.Typer(
+    help="Fine-tune real models on one 12 GB card. Begin with: finetune run recipes/quickstart.yaml",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override keys, such as train.lr=1e-4.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on where the preflight refuses; the reason is recorded.")]
+Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+
+
+@app.command()
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    force: Force = False,
+) -> None:
+    """Execute a recipe: check, preflight, load, measure, train, measure, merge, report."""
+    from finetune.recipe import find_recipe, read_recipe
+
+    path = find_recipe(recipe)
+    resolved = read_recipe(path, overrides)
+    from finetune.run import run as story
+
+    story(resolved, path.stem, resume=resume, force=force)
+
+
+@app.command()
+def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], force: Force = False) -> None:
+    """Go on with a run that was stopped, by its own resolved recipe."""
+    from finetune.files import read_run
+    from finetune.recipe import read_recipe
+
+    name = read_run(run)["name"]
+    resolved = read_recipe(run / "recipe.yaml", [f"run.dir={run}"])
+    from finetune.run import run as story
+
+    story(resolved, name, resume=True, force=force)
+
+
+@app.command()
+def check(recipe: RecipeName, overrides: Overrides = None) -> None:
+    """Show everything that is wrong with a recipe, at once, each with file:line."""
+    from finetune.check import check_sources
+    from finetune.recipe import find_recipe, read_recipe
+
+    path = find_recipe(recipe)
+    resolved = read_recipe(path, overrides)
+    check_sources(resolved, str(path))
+    typer.echo(f"{path}: good")
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that ship."""
+    from finetune.recipe import read_recipe, shipped_recipes
+
+    for path in shipped_recipes():
+        typer.echo(f"{path.stem:<28} {read_recipe(path).about}")
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes: every key with its type, default, unit and effect."""
+    import json
+
+    from finetune.recipe import Recipe
+
+    typer.echo(json.dumps(Recipe.model_json_schema(), indent=1))
+
+
+@app.command()
+def show(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")],
+    as_json: Annotated[bool, typer.Option("--json", help="The whole record.")] = False,
+) -> None:
+    """Show what a run has made: its state, losses before and after, speed, memory."""
+    import json
+
+    from finetune.files import read_run
+
+    record = read_run(run)
+    if as_json:
+        typer.echo(json.dumps(record, indent=1, ensure_ascii=False))
+        return
+    from finetune.show import show_run
+
+    show_run(record, run)
+
+
+@app.command()
+def merge(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint or an adapter folder.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    dtype: Dtype = "auto",
+) -> None:
+    """Merge an adapter into a model folder that plain transformers loads; measured before it is kept."""
+    from finetune.commands import merge_command
+
+    merge_command(model, out, _dtype(dtype))
+
+
+@app.command("eval")
+def evaluate(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Runs, adapters, checkpoints, model folders, hub ids.")],
+    file: Annotated[Path | None, typer.Option(help="Perplexity on a file: .txt as text, .json/.jsonl by the answers in it.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, a,b,c.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, or rows of the file.")] = None,
+    dtype: Dtype = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+) -> None:
+    """Score models: perplexity on a file, harness tasks; a run without either by its own held-out rows."""
+    from finetune.commands import eval_command
+
+    names = [task.strip() for task in tasks.split(",") if task.strip()] if tasks else []
+    eval_command(models, file=file, tasks=names, include_path=include_path, limit=limit, dtype=_dtype(dtype), json_file=json_file)
+
+
+@app.command()
+def chat(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL [MODEL]", help="One model, or two that answer the same.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this total probability.")] = 0.9,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """Talk to a model, streaming, with history. /new begins again, /quit leaves."""
+    from finetune.commands import chat_command
+
+    chat_command(models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system, dtype=_dtype(dtype))
+
+
+def _dtype(name: str) -> str:
+    if name not in ("auto", "bf16", "fp16", "fp32"):
+        raise Mistake("unknown dtype", where="--dtype", found=name, do="auto, bf16, fp16 or fp32")
+    return name
+
+
+def main() -> None:
+    """Run a command; exit 0 done, 2 the user's mistake, 3 a gate stopped it, 1 a fault of ours (with its traceback)."""
+    try:
+        app()
+    except Stop as stop:
+        print(f"error: {stop}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

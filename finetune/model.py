@@ -1,0 +1,352 @@
+"""Where weights come from, and how a model is made ready: source → skeleton → weights → swap → adapters.
+
+The skeleton is the model on `meta`, from its config alone: it tells parameters, linear layers and bytes before anything is
+downloaded or loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.data.rows import PACKAGE, package_files
+from finetune.errors import Mistake, nearest
+from finetune.recipe import Adapter, Model, Quant
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model's place: `folder` is a local folder or a hub id; `gguf` the file in it, if it is one."""
+
+    name: str
+    folder: str
+    gguf: str | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def local(self) -> bool:
+        return Path(self.folder).is_dir()
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Arguments for every from_pretrained."""
+        options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+        return options | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+def find(name: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "model.name") -> Source:
+    """The place that a name means.
+
+    Raises:
+        Mistake: a file, folder or package that is not there or holds no model. (A hub id is asked later, when it is used.)
+    """
+    if name.startswith(PACKAGE):
+        files = [path for file, path in package_files(name, where).items() if file.endswith(".gguf")]
+        if len(files) != 1:
+            raise Mistake("this package does not carry exactly one .gguf file", where=where, found=f"{name}: {len(files)} files")
+        return Source(name, str(files[0].parent), files[0].name)
+    path = Path(name).expanduser()
+    if name.endswith(".gguf"):
+        if not path.is_file():
+            raise Mistake("there is no such model file", where=where, found=name)
+        with open(path, "rb") as file:
+            if file.read(4) != b"GGUF":
+                raise Mistake("this file is no GGUF", where=where, found=str(path))
+        return Source(name, str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise Mistake("this folder holds no model", where=where, found=f"{path} has no config.json", do="give the folder that has one")
+        return Source(name, str(path), trust_remote_code=trust_remote_code)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+        raise Mistake("there is no such model folder", where=where, found=name, do=f"did you mean {path.parent / near}?" if near else None)
+    return Source(name, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _unavailable(source: Source, error: Exception) -> Mistake:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if source.local:
+        return Mistake("the model cannot be read", where=source.folder, found=reason, do="fetch or save it again: a file in it is damaged or missing")
+    return Mistake(
+        "unknown model, or the hub cannot be reached",
+        where="model.name",
+        found=f"{source.name}: {reason}",
+        do="check the name on huggingface.co, the network, and `hf auth login`; or give a local folder",
+    )
+
+
+def load_config(source: Source) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source.folder, **source.options)
+    except Exception as error:  # transformers raises many kinds for one cause: this is no readable model
+        raise _unavailable(source, error) from None
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source.folder, **source.options)
+    except Exception as error:
+        raise _unavailable(source, error) from None
+
+
+def stop_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """Tokens at which the model stops when it generates: the tokenizer's end token and those of its generation config."""
+    ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
+    if source.gguf is None:
+        from transformers import GenerationConfig
+
+        try:
+            eos = GenerationConfig.from_pretrained(source.folder, revision=source.revision).eos_token_id
+        except OSError:  # many models have none
+            eos = None
+        ids |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
+    return frozenset(ids)
+
+
+def default_dtype(device: str) -> torch.dtype:
+    """bf16 where the device computes in it, else fp32."""
+    if device == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return torch.float32
+    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def dtype_of(model: Model, device: str) -> torch.dtype:
+    return default_dtype(device) if model.dtype == "auto" else DTYPES[model.dtype]
+
+
+# --------------------------------------------------------------------------------------------------------------- skeleton
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """What a config tells: `linears` are (path → (out, in)) of the layers that adapters may wrap, heads excepted."""
+
+    architecture: str
+    parameters: int
+    linears: dict[str, tuple[int, int]]
+
+
+def skeleton(source: Source, config: PretrainedConfig) -> Skeleton:
+    """The model without weights.
+
+    Raises:
+        Mistake: transformers knows no causal language model of this config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise Mistake(
+            "this is no causal language model that transformers can build",
+            where="model.name",
+            found=f"{source.name} ({config.model_type}): {str(error).splitlines()[0][:200]}",
+        ) from None
+    head = model.get_output_embeddings()
+    linears: dict[str, tuple[int, int]] = {}
+    for name, module in model.named_modules():
+        if module is head:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            linears[name] = (module.out_features, module.in_features)
+        elif type(module).__name__ == "Conv1D":  # GPT-2's: (in, out)
+            linears[name] = (module.weight.shape[1], module.weight.shape[0])
+    return Skeleton(type(model).__name__, sum(p.numel() for p in model.parameters()), linears)
+
+
+def adapter_targets(adapter: Adapter, bones: Skeleton) -> list[str]:
+    """Full paths of the modules that get adapters.
+
+    Raises:
+        Mistake: a target matches no module; names those that exist.
+    """
+    if adapter.targets == "all-linear":
+        return list(bones.linears)
+    chosen: set[str] = set()
+    leaves = sorted({name.rpartition(".")[2] for name in bones.linears})
+    for target in adapter.targets:
+        matched = {name for name in bones.linears if name == target or name.endswith("." + target)}
+        if not matched:
+            near = nearest(target, leaves)
+            raise Mistake(
+                "this adapter target matches no module",
+                where="adapter.targets",
+                found=target,
+                do=(f"did you mean {near}? " if near else "") + f"this {bones.architecture} has: {', '.join(leaves)}",
+            )
+        chosen |= matched
+    return [name for name in bones.linears if name in chosen]
+
+
+def adapter_parameters(adapter: Adapter, bones: Skeleton, targets: list[str]) -> int:
+    """Trainable parameters of the adapters: A (r, in), B (out, r), and DoRA's magnitude (out)."""
+    shapes = [bones.linears[target] for target in targets]
+    return sum(adapter.rank * (rows + columns) + (rows if adapter.dora else 0) for rows, columns in shapes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- weights
+
+
+def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
+    """The model on the CPU, in `dtype`, in eval mode.
+
+    Raises:
+        Mistake: the weights are missing, damaged, or not all that the architecture needs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = dict(source.options)
+    if source.gguf is not None:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)  # else the weights stay packed and cannot be saved
+    else:
+        options |= {"config": config, "use_safetensors": True}
+        if getattr(config, "quantization_config", None):
+            raise Mistake(
+                "this model is quantized already, and quantizing twice destroys it",
+                where="model.name",
+                found=f"{source.name}: {_method(config.quantization_config)}",
+                do="give the unquantized original",
+            )
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
+        )
+    except ImportError as error:
+        raise Mistake("a package for this model is missing", where="model.attention", found=str(error).strip().splitlines()[0]) from None
+    except Exception as error:
+        raise _unavailable(source, error) from None
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise Mistake(
+            "weights are missing: these would stay random",
+            where=source.folder,
+            found=f"{len(missing)}, such as {missing[0]}",
+            do="fetch or save the model again",
+        )
+    model.eval()
+    return model
+
+
+def _method(quantization: Any) -> str:
+    return str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method)
+
+
+@dataclass
+class Prepared:
+    """A model ready to train, and what was done to it."""
+
+    model: Any  # PreTrainedModel or PeftModel
+    swap: dict[str, Any] | None
+    adapters: int
+    parameters: int
+    trainable: int
+
+
+def prepare(
+    model: PreTrainedModel,
+    *,
+    quant: Quant,
+    adapter: Adapter,
+    targets: list[str],
+    source: Source,
+    device: torch.device,
+    checkpointing: bool,
+    seed: int,
+) -> Prepared:
+    """Swap linears into packed ones, move the model, attach adapters (or free all weights), set checkpointing."""
+    parameters = sum(p.numel() for p in model.parameters())
+    swapped: dict[str, Any] | None = None
+    if quant.scheme == "nf4":
+        swapped = swap_linears(model, quant, device)
+    model.to(device)
+    model.config.use_cache = False
+    wrapped: Any = model
+    if adapter.kind == "lora":
+        wrapped = attach(model, adapter, targets, source, seed)
+    else:
+        model.requires_grad_(True)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    return Prepared(wrapped, swapped, len(targets) if adapter.kind == "lora" else 0, parameters, trainable)
+
+
+def swap_linears(model: PreTrainedModel, quant: Quant, device: torch.device) -> dict[str, Any]:
+    from quant import backends, swap
+    from quant.swap import KEEP
+
+    report = swap(model, scheme="nf4", double=quant.double, keep=(*KEEP, *quant.keep), device=device)
+    return {
+        "scheme": quant.scheme,
+        "swapped": len(report.swapped),
+        "share": report.share,
+        "bytes_before": report.bytes_before,
+        "bytes_after": report.bytes_after,
+        "backend": backends.describe(device),
+    }
+
+
+def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source: Source, seed: int) -> Any:
+    """Fresh LoRA adapters on `targets`; those wrapped are those asked for."""
+    from peft import LoraConfig, get_peft_model
+
+    from quant import assert_wrapped, register_peft
+
+    linear = {name for name, module in model.named_modules() if hasattr(module, "in_features") or type(module).__name__ == "Conv1D"}
+    suffixes = sorted({target.rpartition(".")[2] for target in targets})
+    short = {name for name in linear if name.rpartition(".")[2] in suffixes} == set(targets)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=suffixes if short else targets,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+    )
+    register_peft(config)
+    torch.manual_seed(seed)
+    wrapped = get_peft_model(model, config)
+    config.base_model_name_or_path = source.name
+    assert_wrapped(wrapped, set(targets))
+    return wrapped
+
+
+def save_adapter(model: Any, folder: Path) -> None:
+    """PEFT's own files; `folder` is complete or absent."""
+    from finetune.files import atomic_folder
+
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary, save_embedding_layers=False)
+
+
+def adapter_base(folder: Path) -> str:
+    """The base model that an adapter folder names."""
+    try:
+        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, json.JSONDecodeError) as error:
+        raise Mistake("the adapter cannot be read", where=str(folder / "adapter_config.json"), found=str(error)) from None
+    if not name:
+        raise Mistake("the adapter does not name its base model", where=str(folder / "adapter_config.json"), found="base_model_name_or_path")
+    return str(name)

@@ -1,0 +1,430 @@
+"""The recipe: one schema, read at the door.
+
+Only `finetune/` sees a `Recipe`; layers, metrics and plots take plain arguments. Unknown keys are errors, all errors are shown
+at once with file:line, and a field's unit and effect stand beside it, once. `finetune schema` prints the JSON Schema.
+"""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from finetune.errors import Mistake, Mistakes, nearest
+
+MAX_NODES = 10_000  # a recipe has some dozens; aliases that unfold into more are a YAML bomb
+RECIPES_IN_WHEEL = Path(__file__).parent / "shipped_recipes"
+RECIPES_IN_CHECKOUT = Path(__file__).parent.parent / "recipes"
+
+Positive = Annotated[int, Field(gt=0)]
+
+
+# What other programs call our keys.
+ELSEWHERE_CALLED = {
+    "lora": "adapter",
+    "peft": "adapter",
+    "lora_r": "adapter.rank",
+    "r": "adapter.rank",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "target_modules": "adapter.targets",
+    "base_model": "model.name",
+    "model_name_or_path": "model.name",
+    "load_in_4bit": "quant.scheme",
+    "dataset": "data.name",
+    "max_seq_length": "data.max_length",
+    "cutoff_len": "data.max_length",
+    "learning_rate": "train.lr",
+    "batch_size": "train.micro_batch",
+    "per_device_train_batch_size": "train.micro_batch",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_checkpointing": "train.checkpointing",
+    "num_epochs": "train.epochs",
+    "num_train_epochs": "train.epochs",
+    "optim": "train.optimizer",
+    "output_dir": "run.dir",
+    "seed": "run.seed",
+}
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Model(Section):
+    name: str = Field(
+        min_length=1,
+        description="Where the weights come from: hub id, local folder, a .gguf file, or package:NAME (an installed package that "
+        "carries one .gguf).",
+    )
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the model; null takes the default branch.")
+    dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        "auto",
+        description="Number format of unquantized weights and of activations. auto: bf16 on GPUs and on CPUs with bf16 "
+        "instructions, else fp32.",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
+        "sdpa", description="Attention implementation of transformers; flash_attention_2 needs a GPU and the flash-attn package."
+    )
+    trust_remote_code: bool = Field(False, description="Run Python code that a hub model brings along. Off unless you read that code.")
+
+
+class Quant(Section):
+    scheme: Literal["none", "nf4"] = Field("none", description="Number format of the frozen base's linear layers; nf4 is QLoRA's 4 bits.")
+    double: bool = Field(True, description="Quantize the NF4 block scales too: 4.127 instead of 4.5 bits a weight.")
+    keep: list[str] = Field(
+        [],
+        description="Further module paths (shell patterns such as *.o_proj) to leave unquantized; heads, embeddings, norms and routers "
+        "always are.",
+    )
+
+
+class Adapter(Section):
+    kind: Literal["lora", "none"] = Field("lora", description="lora trains low-rank adapters on a frozen base; none trains all weights.")
+    rank: Positive = Field(16, description="Rank r of the adapters: trainable parameters and capacity grow with it.")
+    alpha: float = Field(32.0, gt=0, description="LoRA scale: the update is multiplied by alpha/rank (rslora: alpha/√rank).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability with which an adapter's inputs are dropped while training.")
+    targets: Literal["all-linear"] | list[str] = Field(
+        "all-linear", description="Modules that get adapters: all-linear (all but the head), or names such as [q_proj, v_proj]."
+    )
+    rslora: bool = Field(False, description="Rank-stabilized scale alpha/√rank (arXiv 2312.03732).")
+    dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353): often better at low rank, slower.")
+
+
+class Data(Section):
+    name: str | None = Field(None, description="Where rows come from: hub dataset id, or package:NAME (an installed package's files).")
+    path: str | None = Field(None, description="Where rows come from: a local .json, .jsonl or .txt file. Wins over data.name.")
+    files: list[str] = Field([], description="Only these files (shell patterns, such as */english/trivia.yml) of a package or hub dataset.")
+    split: str = Field("train", description="Split of a hub dataset to read.")
+    format: Literal["auto", "alpaca", "messages", "dialogue", "text"] = Field(
+        "auto",
+        description="What a row looks like: alpaca (instruction, input, output), messages (role and content, or ShareGPT's from and value), "
+        "dialogue (a list of alternating turns), text. auto looks at the rows and says what it found.",
+    )
+    template: Literal["auto", "chatml", "alpaca"] = Field(
+        "auto", description="Chat template. auto: the tokenizer's own, or alpaca where a base model has none."
+    )
+    system: str | None = Field(None, description="System message for conversations that have none of their own.")
+    learn: Literal["answers", "everything"] = Field(
+        "answers", description="Tokens that are trained: the assistant's answers with their end token, or every token."
+    )
+    max_rows: Positive | None = Field(None, description="Use only the first so many rows.")
+    max_length: Positive = Field(1024, description="Longest sample and longest packed row, in tokens. Memory grows with it.")
+    too_long: Literal["cut", "drop"] = Field("cut", description="A sample over max_length is cut at its end, or dropped.")
+    dedupe: bool = Field(True, description="Remove rows that are equal to an earlier one.")
+    heldout: int | float = Field(
+        64, ge=0, description="Rows kept out of training to measure it: a count, or a share when below 1. 0 measures nothing."
+    )
+    heldout_path: str | None = Field(None, description="A local file of held-out rows instead of splitting them off.")
+    packing: bool = Field(
+        True,
+        description="Fill rows of max_length tokens with several samples; none sees another. Off: one sample each. Neither pads.",
+    )
+
+    @model_validator(mode="after")
+    def _has_source(self) -> Data:
+        if not self.name and not self.path:
+            raise ValueError("give data.path (a local file) or data.name (a hub dataset or package:NAME)")
+        return self
+
+
+class Train(Section):
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever train.epochs says.")
+    micro_batch: Positive = Field(1, description="Rows (packed or single) that go through the model at once. Memory grows with it.")
+    accumulation: Positive = Field(1, description="Micro-batches whose gradients are summed before an optimizer step.")
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="How the learning rate falls after the warm-up.")
+    warmup: float = Field(0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")
+    min_lr: float = Field(0.1, ge=0, le=1, description="Where the schedule ends, as a share of the peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay of matrices (norms and biases never decay).")
+    optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
+        "adamw", description="8bit keeps Adam's states in 2 instead of 8 bytes a parameter; paged lets them spill into CPU memory."
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates of the first and second moment.")
+    eps: float = Field(1e-8, gt=0, description="Adam's ε, added to the root of the second moment.")
+    max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this global norm; 0 never clips.")
+    checkpointing: bool = Field(False, description="Recompute activations in the backward pass: far less memory, about a third slower.")
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="Arithmetic of the matrix products. auto follows model.dtype; bf16 over fp32 weights is mixed precision."
+    )
+    save_steps: Positive | None = Field(None, description="Optimizer steps between checkpoints; null saves at the end only.")
+    keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
+    eval_steps: Positive | None = Field(None, description="Optimizer steps between held-out evaluations; null: before and after only.")
+
+
+class Eval(Section):
+    samples: int = Field(3, ge=0, description="Held-out questions that the model answers before and after training.")
+    prompts: list[str] = Field([], description="Questions of your own that the model answers before and after training.")
+    max_new_tokens: Positive = Field(64, description="Longest sample answer, in tokens.")
+    batch_tokens: Positive = Field(2048, description="Tokens that go through the model at once in evaluation.")
+    merge_rows: int = Field(64, ge=0, description="Held-out rows on which the merged model is compared with the trained one; 0 does not.")
+    merge_limit: float = Field(0.02, gt=0, description="Largest difference of loss, in nats, that the merge gate lets pass.")
+    tasks: list[str] = Field([], description="lm-evaluation-harness tasks to score before and after training.")
+    include_path: str | None = Field(None, description="Folder with task files of your own for the harness.")
+    limit: Positive | None = Field(None, description="Documents of each task to score; null takes all.")
+
+
+class Run(Section):
+    dir: str | None = Field(None, description="The run's folder. null: runs/NAME of the recipe, numbered when taken.")
+    seed: int = Field(17, ge=0, description="Seed of the split, the order, the adapters' start and dropout.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: the GPU where there is one.")
+    threads: Positive | None = Field(None, description="CPU threads; null lets torch decide. Bit-equal resume needs the same number.")
+    merge: bool = Field(True, description="Merge the adapter into a model folder that plain transformers loads.")
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        [], description="Send metrics there too; metrics.jsonl is always written."
+    )
+
+
+class Recipe(Section):
+    kind: Literal["sft"] = Field("sft", description="What is trained: sft, supervised fine-tuning.")
+    about: str = Field("", description="One sentence for `finetune recipes` and the report.")
+    model: Model = Field(description="The model to start from.")
+    quant: Quant = Field(Quant(), description="How the frozen base is stored.")
+    adapter: Adapter = Field(Adapter(), description="What is trained on top of it.")
+    data: Data = Field(description="What is learnt.")
+    train: Train = Field(Train(), description="How it is learnt.")
+    eval: Eval = Field(Eval(), description="How it is measured.")
+    run: Run = Field(Run(), description="Where it happens and what it leaves.")
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if self.adapter.kind == "none" and self.quant.scheme != "none":
+            raise ValueError(
+                f"quant.scheme: {self.quant.scheme} freezes the base and adapter.kind: none trains nothing else; "
+                "use adapter.kind: lora, or quant.scheme: none for full fine-tuning"
+            )
+        return self
+
+
+# ---------------------------------------------------------------------------------------------------------------- reading
+
+
+class _Source:
+    """YAML as plain values, and the line on which each key stands."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self.name, self.lines, self.mistakes = name, {}, []
+        self.lines: dict[tuple[str | int, ...], int] = {}
+        self.mistakes: list[Mistake] = []
+        self._nodes = 0
+        try:
+            loader = yaml.SafeLoader(text)
+            try:
+                node = loader.get_single_node()
+                self.value: Any = self._build(loader, node, ()) if node is not None else {}
+            finally:
+                loader.dispose()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise Mistake(
+                "the recipe is not valid YAML",
+                where=f"{name}:{mark.line + 1}" if mark else name,
+                found=error.problem or str(error),
+                do="mend that line; keys are indented by spaces and end with a colon",
+            ) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise Mistake("the recipe is not valid YAML", where=name, found=str(error).splitlines()[0]) from None
+        if not isinstance(self.value, dict):
+            raise Mistake("a recipe is a mapping of sections", where=name, found=type(self.value).__name__, do="finetune recipes")
+
+    def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        self._nodes += 1
+        if self._nodes > MAX_NODES:
+            raise ValueError(f"unfolds into more than {MAX_NODES} values")
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(loader, item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            result: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(loader.construct_object(key_node))
+                if key in result:
+                    self.mistakes.append(
+                        Mistake(
+                            f"the key {dotted((*path, key))} stands twice",
+                            where=f"{self.name}:{key_node.start_mark.line + 1}",
+                            do="keep one of them",
+                        )
+                    )
+                self.lines[(*path, key)] = key_node.start_mark.line + 1
+                result[key] = self._build(loader, value_node, (*path, key))
+            return result
+        return loader.construct_object(node)
+
+    def where(self, path: tuple[str | int, ...], overridden: set[str]) -> str:
+        if any(dotted(path[:n]) in overridden for n in range(1, len(path) + 1)):
+            return f"command line, {dotted(path)}"
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.name}:{self.lines.get(path, 1)}"
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def known_keys(model: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """Every key of the schema, dotted, with its pydantic field."""
+    keys: dict[str, Any] = {}
+    for name, field in model.model_fields.items():
+        keys[prefix + name] = field
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys.update(known_keys(field.annotation, f"{prefix}{name}."))
+    return keys
+
+
+def allowed(annotation: Any) -> str:
+    """A type, in words."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(allowed(argument) for argument in arguments)
+    if origin is Annotated:
+        return allowed(arguments[0])
+    if origin is list:
+        return f"a list of {allowed(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} × {allowed(arguments[0])}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _apply_overrides(value: dict[str, Any], overrides: list[str]) -> set[str]:
+    """Put each `section.key=value` into `value`; the right side is YAML. Returns the keys."""
+    keys = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise Mistake("an override has the form section.key=value", where="command line", found=override, do="such as train.lr=1e-4")
+        try:
+            parsed = yaml.safe_load(text) if text else None
+        except yaml.YAMLError:
+            parsed = text
+        *sections, last = key.split(".")
+        there = value
+        for section in sections:
+            there = there.setdefault(section, {})
+            if not isinstance(there, dict):
+                raise Mistake(f"{key} names a key inside something that is not a section", where="command line", found=override)
+        there[last] = parsed
+        keys.add(key)
+    return keys
+
+
+def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
+    """One pydantic error, in the words of the recipe."""
+    known = known_keys()
+    path = tuple(part for part in error["loc"])
+    while path and dotted(path) not in known and error["type"] != "extra_forbidden":
+        path = path[:-1]  # pydantic adds the branch of a union, or an index
+    key, where = dotted(path), source.where(tuple(error["loc"]), overridden)
+    if error["type"] == "extra_forbidden":
+        section = dotted(path[:-1])
+        siblings = [k for k in known if k.rpartition(".")[0] == section]
+        word = str(path[-1])
+        leaf = nearest(word, [k.rpartition(".")[2] for k in siblings])
+        elsewhere = [k for k in known if k.rpartition(".")[2] == word]  # right name, wrong section
+        near = ELSEWHERE_CALLED.get(word) or (elsewhere[0] if elsewhere else None) or (f"{section}.{leaf}".lstrip(".") if leaf else None)
+        names = ", ".join(k.rpartition(".")[2] for k in siblings)
+        do = f"did you mean {near}?" if near else f"known keys here: {names}"
+        return Mistake(f"unknown key {key}", where=where, found=repr(error["input"]), do=do)
+    if error["type"] == "missing" and key == dotted(tuple(error["loc"])):
+        field = known[key]
+        return Mistake(f"the key {key} is missing", where=where, do=f"add {key}: {field.description}")
+    if error["type"] == "value_error":
+        return Mistake(f"{key or 'the recipe'}: {error['msg'].removeprefix('Value error, ')}", where=where)
+    field = known.get(key)
+    expected = allowed(field.annotation) if field is not None else error["msg"]
+    bounds = " ".join(
+        f"{sign} {getattr(limit, name)}"
+        for limit in (field.metadata if field is not None else [])
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if getattr(limit, name, None) is not None
+    )
+    found = repr(error["input"])
+    near = nearest(str(error["input"]), expected.split(" | ")) if " | " in expected else None
+    return Mistake(
+        f"{key} does not take this value",
+        where=where,
+        found=found if len(found) < 200 else found[:200] + "…",
+        do=f"allowed: {expected}{' ' + bounds if bounds else ''}" + (f"; did you mean {near}?" if near else ""),
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the name of a shipped recipe (`quickstart`, `recipes/quickstart.yaml`).
+
+    Raises:
+        Mistake: neither; names the nearest shipped one.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
+    if path.stem in shipped and path.parent in (Path(), Path("recipes")):
+        return shipped[path.stem]
+    near = nearest(path.stem, shipped)
+    raise Mistake("there is no such recipe", found=name, do=f"did you mean {near}?" if near else "finetune recipes lists what ships")
+
+
+def shipped_recipes() -> list[Path]:
+    """All recipes that came with this installation."""
+    folder = RECIPES_IN_WHEEL if RECIPES_IN_WHEEL.is_dir() else RECIPES_IN_CHECKOUT
+    return sorted(folder.rglob("*.yaml"))
+
+
+def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in `path` with `overrides` (`section.key=value`) applied.
+
+    Raises:
+        Mistakes: everything that is wrong with it, at once, each with file:line.
+        Mistake: the file cannot be read as YAML at all.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake("the recipe cannot be read", where=str(path), found=str(error)) from None
+    source = _Source(text, str(path))
+    overridden = _apply_overrides(source.value, overrides or [])
+    mistakes = source.mistakes
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(source.value)
+    except ValidationError as error:
+        # A union reports every branch that failed: one line a key is enough.
+        seen: dict[tuple[str, str], Mistake] = {}
+        for item in error.errors():
+            mistake = _mistake(item, source, overridden)
+            seen.setdefault((mistake.what, mistake.where or ""), mistake)
+        mistakes = mistakes + list(seen.values())
+    if mistakes or recipe is None:
+        count = len(mistakes)
+        raise Mistakes(mistakes, f"{path}: {count} mistake{'s' if count != 1 else ''}")
+    return recipe
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe: every key, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with (old, new)."""
+    result: dict[str, tuple[Any, Any]] = {}
+    for key, field in known_keys().items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        a: Any = old
+        b: Any = new
+        for part in key.split("."):
+            a, b = getattr(a, part), getattr(b, part)
+        if a != b:
+            result[key] = (a, b)
+    return result

@@ -1,0 +1,703 @@
+"""The story of a run, top to bottom: check → preflight → load → measure → train → measure → merge → report.
+
+Nothing is written before the preflight has passed. From then on everything lies in the run folder, complete or absent, and
+`resume` goes on from the newest whole checkpoint to the same weights as if nothing had happened.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import GateStop, Mistake, Stop
+from finetune.files import RunFolder, human_bytes, read_run, require_space, write_atomic, write_json
+from finetune.recipe import Recipe, differences, dump_recipe, read_recipe
+from finetune.screen import Screen, clock
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from eval.perplexity import LossResult
+    from finetune.data.preflight import Preflight, Prepared
+    from finetune.data.rows import Row, Rows
+    from finetune.model import Skeleton, Source
+
+# A resumed run may differ from what was begun in these alone: they do not touch the weights.
+MAY_CHANGE = ("eval.", "run.", "about", "train.save_steps", "train.keep_checkpoints")
+MUST_STAY = ("run.seed",)
+FORMAT = 1
+
+
+def quiet_libraries() -> None:
+    """Their warnings and bars are noise between our lines; their errors are raised anyway."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    import logging
+    import warnings
+
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for name in ("bitsandbytes", "datasets", "huggingface_hub", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate|datasets)\.")
+
+
+# ----------------------------------------------------------------------------------------------------------------- folder
+
+
+def choose_folder(recipe: Recipe, name: str, resume: bool) -> Path:
+    """Where the run lives.
+
+    Raises:
+        Mistake: the folder that the recipe names belongs to another run, or holds other files; nothing to resume.
+    """
+    if recipe.run.dir is not None:
+        path = Path(recipe.run.dir)
+        if path.exists() and not path.is_dir():
+            raise Mistake("run.dir is a file", where="run.dir", found=str(path), do="give a folder")
+        if not resume and path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
+            owner = "belongs to another run" if (path / "run.json").exists() else "is not empty"
+            raise Mistake(
+                f"the output folder {owner}", where="run.dir", found=str(path), do="give another run.dir, remove it, or add --resume"
+            )
+        return path
+    taken = [path for path in [Path("runs", name), *sorted(Path("runs").glob(f"{name}-*"), key=_number)] if path.exists()]
+    if resume:
+        if not taken:
+            raise Mistake("there is no run to resume", where="runs/", found=f"no {name}", do="leave out --resume")
+        return taken[-1]
+    return Path("runs", f"{name}-{_number(taken[-1]) + 1}" if taken else name)
+
+
+def _number(path: Path) -> int:
+    tail = path.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else 1
+
+
+def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
+    if not folder.exists:
+        raise Mistake("there is no run to resume", where=str(folder.path), found="no run.json", do="leave out --resume")
+    begun = read_recipe(folder.path / "recipe.yaml")
+    changed = {
+        key: values
+        for key, values in differences(begun, recipe).items()
+        if key in MUST_STAY or not (key.startswith(MAY_CHANGE[:2]) or key in MAY_CHANGE)
+    }
+    if changed:
+        shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
+        raise Mistake(
+            "this folder belongs to a run with another recipe",
+            where=str(folder.path / "recipe.yaml"),
+            found=shown,
+            do=f"finetune resume {folder.path}, or another run.dir for a new run",
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ preparation
+
+
+def load_data(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], progress: Callable[[int, int], None] | None = None
+) -> tuple[Rows, Prepared, Preflight, str, frozenset[int]]:
+    """(rows of the source, samples, preflight, the template's name, end tokens that the answers have).
+
+    Raises:
+        Mistake: the data cannot be read, fits no format, or the template refuses it.
+    """
+    from finetune.data.preflight import inspect, prepare
+    from finetune.data.rows import load_rows
+    from finetune.data.samples import Encoder, set_template
+
+    data = recipe.data
+    template = set_template(tokenizer, data.template)
+    rows = load_rows(name=data.name, path=data.path, files=data.files, split=data.split, format_=data.format, max_rows=data.max_rows)
+    apart: list[Row] | None = None
+    if data.heldout_path is not None:
+        apart = load_rows(name=None, path=data.heldout_path, format_=data.format).rows
+    encoder = Encoder(
+        tokenizer, max_length=data.max_length, stop_ids=stops, system=data.system, learn=data.learn, too_long=data.too_long
+    )
+    prepared = prepare(
+        rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress
+    )
+    ends = frozenset(s.labels[-1] for s in prepared.train if s.labels[-1] in encoder.end_ids)
+    return rows, prepared, inspect(prepared, encoder), template, ends
+
+
+def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
+    """Upper bound of what the run leaves on disk: checkpoints (weights and two fp32 moments), adapter, merged model."""
+    stored = 4 if recipe.model.dtype == "fp32" else 2
+    one = trainable * (4 + 8)
+    total = one * (recipe.train.keep_checkpoints + 1)  # the new one stands beside the kept ones for a moment
+    if recipe.adapter.kind == "lora":
+        total += 4 * trainable
+    if recipe.run.merge or recipe.adapter.kind == "none":
+        total += bones.parameters * stored
+    return total + (16 << 20)
+
+
+# -------------------------------------------------------------------------------------------------------------- the story
+
+
+def run(
+    recipe: Recipe, name: str, *, resume: bool = False, force: bool = False, screen: Screen | None = None
+) -> dict[str, Any]:
+    """Execute a recipe; returns run.json's content. `name` is what the run is called (the recipe's file name).
+
+    Raises:
+        Mistake: the user's; nothing was written. GateStop: a gate refused (with `force`, only the preflight's are overridden).
+    """
+    screen = screen or Screen()
+    folder = RunFolder(choose_folder(recipe, name, resume))
+    if resume:
+        _check_resumable(folder, recipe)
+        if folder.read()["state"] == "done":
+            screen.say(f"{folder.path} is done already")
+            farewell(screen, folder.read(), folder.path)
+            return folder.read()
+    fresh = not folder.path.exists()
+    story = _Story(recipe, name, folder, screen, force)
+    try:
+        story.prepare()
+        folder.acquire()
+        story.tell(resume)
+    except BaseException as error:
+        story.ended_by(error, fresh)
+        raise
+    finally:
+        folder.release()
+    return story.record
+
+
+class _Story:
+    def __init__(self, recipe: Recipe, name: str, folder: RunFolder, screen: Screen, force: bool) -> None:
+        self.recipe, self.name, self.folder, self.screen, self.force = recipe, name, folder, screen, force
+        self.record: dict[str, Any] = {}
+        self.begun = time.monotonic()
+
+    # -- before anything is written
+
+    def prepare(self) -> None:
+        """Everything that can fail cheaply: sources, data, labels, targets, disk."""
+        recipe, screen = self.recipe, self.screen
+        with screen.phase("libraries"):
+            import peft  # noqa: F401  # seconds, so they are spent where the user sees for what
+            import torch
+
+            quiet_libraries()
+            from finetune import model as models
+            from finetune.use import pick_device
+        _require_trackers(recipe.run.trackers)
+        if recipe.run.threads is not None:
+            torch.set_num_threads(recipe.run.threads)
+        self.device = pick_device(recipe.run.device)
+        with screen.phase("tokenizer"):
+            self.source: Source = models.find(
+                recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+            )
+            self.config = models.load_config(self.source)
+            self.tokenizer = models.load_tokenizer(self.source)
+            self.stops = models.stop_ids(self.source, self.tokenizer)
+        with screen.phase("data") as progress:
+            self.rows, self.data, self.preflight, self.template, self.ends = load_data(
+                recipe, self.tokenizer, self.stops, lambda done, total: progress(done, total, "rows")
+            )
+        screen.say(
+            f"  {self.rows.source}: {len(self.rows.rows)} rows, format {self.rows.format} ({self.rows.reason}); chat template: {self.template}"
+        )
+        screen.preflight(self.preflight)
+        self.forced = self._gate_preflight()
+        with screen.phase("skeleton"):
+            self.bones = models.skeleton(self.source, self.config)
+            self.targets = models.adapter_targets(recipe.adapter, self.bones) if recipe.adapter.kind == "lora" else []
+            trainable = (
+                models.adapter_parameters(recipe.adapter, self.bones, self.targets) if self.targets else self.bones.parameters
+            )
+        require_space(self.folder.path, bytes_to_write(recipe, self.bones, trainable), "this run")
+        screen.say(
+            f"  {self.bones.architecture}, {self.bones.parameters / 1e6:.1f} M parameters, {trainable / 1e6:.2f} M trained"
+            + (f" in {len(self.targets)} adapters" if self.targets else "")
+        )
+
+    def _gate_preflight(self) -> str | None:
+        """The reasons that --force overrode, or None.
+
+        Raises:
+            GateStop: a check failed and nobody forces.
+        """
+        failed = self.preflight.failed
+        if not failed:
+            return None
+        reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
+        if not self.data.train or all(check.name == "something to learn" for check in failed) and not self.preflight.tokens:
+            raise GateStop("there is nothing to train on", where=self.rows.source, found=reasons)
+        if not self.force:
+            raise GateStop(
+                "the preflight of labels refuses this data",
+                where=self.rows.source,
+                found=reasons,
+                do="mend the data or the template; --force trains anyway and records why it should not have",
+            )
+        self.screen.warn(f"--force: {reasons}")
+        return reasons
+
+    # -- the run
+
+    def tell(self, resume: bool) -> None:
+        import torch
+
+        from finetune import provenance
+
+        recipe, screen, folder = self.recipe, self.screen, self.folder
+        if resume:
+            self.record = folder.read() | {"state": "running", "error": None}
+        else:
+            self.record = {
+                "format": FORMAT,
+                "name": self.name,
+                "kind": recipe.kind,
+                "about": recipe.about,
+                "state": "running",
+                "error": None,
+                "provenance": provenance.collect(self.device, recipe.run.seed, shlex.join(["finetune", *sys.argv[1:]]))
+                | {"started": _now(), "finished": None, "seconds": 0.0, "resumed": []},
+                "phases": [],
+                "eval": {},
+                "samples": [],
+            }
+            write_atomic(folder.path / "recipe.yaml", dump_recipe(recipe))
+        self.record["data"] = {
+            "format": self.rows.format,
+            "format_reason": self.rows.reason,
+            "rows": len(self.rows.rows),
+            "train_rows": len(self.data.train_rows),
+            "heldout_rows": len(self.data.heldout_rows),
+            "duplicates_removed": self.data.duplicates_removed,
+            "template": self.template,
+        }
+        self.record["preflight"] = self.preflight.as_dict() | {"forced": self.forced}
+        self.record["provenance"]["data"] = {"source": self.rows.source, "sha256": self.rows.sha256, "rows": len(self.rows.rows)}
+        self._save()
+
+        self._load()
+        from accelerate import Accelerator
+
+        accelerator = self._accelerator(Accelerator)
+        if "before" not in self.record["eval"] and self.data.heldout:
+            self._measure("before")
+        if not any("before" in sample for sample in self.record["samples"]):
+            self._sample("before")
+        self._score_tasks("before")
+
+        self._train(accelerator, resume)
+
+        if self.data.heldout:
+            self._measure("after")
+        self._sample("after")
+        self._score_tasks("after")
+        self._finish_weights()
+
+        self.record["state"] = "done"
+        self.record["next"] = self._next()
+        self._save(finished=True)
+        with screen.phase("report"):
+            from finetune.report import write_report
+
+            self.record["phases"] = self._phases()
+            self._save(finished=True)
+            write_report(folder.path)
+        torch.set_grad_enabled(True)
+        farewell(screen, self.record, folder.path)
+
+    def _save(self, finished: bool = False) -> None:
+        provenance = self.record["provenance"]
+        if finished:
+            provenance["finished"] = _now()
+        self.record["phases"] = self._phases()
+        provenance["seconds"] = round(sum(phase["seconds"] for phase in self.record["phases"]), 1)
+        self.folder.write(self.record)
+
+    def _phases(self) -> list[dict[str, Any]]:
+        earlier = [phase for phase in self.record.get("phases", []) if phase.get("process") not in (None, os.getpid())]
+        return earlier + [phase | {"process": os.getpid()} for phase in self.screen.phases]
+
+    def _load(self) -> None:
+        from finetune import model as models
+
+        recipe = self.recipe
+        with self.screen.phase("model"):
+            self.dtype = models.dtype_of(recipe.model, self.device.type)
+            model = models.load_weights(self.source, self.config, dtype=self.dtype, attention=recipe.model.attention)
+            prepared = models.prepare(
+                model,
+                quant=recipe.quant,
+                adapter=recipe.adapter,
+                targets=self.targets,
+                source=self.source,
+                device=self.device,
+                checkpointing=recipe.train.checkpointing,
+                seed=recipe.run.seed,
+            )
+        self.model = prepared.model
+        self.record["model"] = {
+            "architecture": self.bones.architecture,
+            "parameters": prepared.parameters,
+            "trainable": prepared.trainable,
+            "swap": prepared.swap,
+            "adapters": prepared.adapters,
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+        self.record["provenance"]["model"] = {"source": self.source.name, "parameters": prepared.parameters}
+        if prepared.swap:
+            swap = prepared.swap
+            self.screen.say(
+                f"  {swap['swapped']} linears in {swap['scheme']} ({swap['share']:.0%} of the parameters): "
+                f"{human_bytes(swap['bytes_before'])} → {human_bytes(swap['bytes_after'])}; {swap['backend']}"
+            )
+        self._save()
+
+    def _accelerator(self, kind: type) -> Any:
+        import torch
+
+        recipe = self.recipe
+        precision = recipe.train.precision
+        mixed = "bf16" if precision == "bf16" and self.dtype != torch.bfloat16 else "no"
+        accelerator = kind(
+            cpu=self.device.type == "cpu",
+            mixed_precision=mixed,
+            log_with=list(recipe.run.trackers) or None,
+            project_dir=str(self.folder.path),
+        )
+        if recipe.run.trackers:
+            accelerator.init_trackers(self.name, config=_flat(recipe.model_dump(mode="json")))
+        if precision == "fp32" and self.dtype != torch.float32:
+            self.model.to(torch.float32)
+        return accelerator
+
+    # -- measuring
+
+    def _held_out(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return [(sample.input_ids, sample.labels) for sample in self.data.heldout]
+
+    def _loss(self, rows: Any, progress: Callable[[int, int], None] | None = None) -> LossResult:
+        from eval.perplexity import evaluate_loss
+
+        return evaluate_loss(self.model, rows, batch_tokens=self.recipe.eval.batch_tokens, progress=progress)
+
+    def _measure(self, when: str) -> None:
+        from eval.perplexity import paired_difference
+
+        with self.screen.phase(f"evaluate {when}") as progress:
+            result = self._loss(self._held_out(), lambda done, total: progress(done, total, "held-out rows"))
+        write_json(self.folder.path / "eval" / f"{when}.json", result.as_dict(rows=True))
+        self.record["eval"][when] = result.as_dict()
+        self.screen.say(f"  held-out loss {when}: {result.loss:.4f} ± {result.stderr:.4f} nats, perplexity {result.perplexity:.2f}")
+        if when == "after" and "before" in self.record["eval"]:
+            before = json.loads((self.folder.path / "eval" / "before.json").read_text(encoding="utf-8"))
+            difference, error = paired_difference(_result(before), result)
+            self.record["eval"] |= {"difference": difference, "difference_stderr": error}
+        self.after = result
+        self._save()
+
+    def _prompts(self) -> list[dict[str, Any]]:
+        """The conversations that are answered before and after: held-out ones, then the recipe's own."""
+        asked: list[dict[str, Any]] = []
+        for row in self.data.heldout_rows:
+            last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
+            if last and len(asked) < self.recipe.eval.samples:
+                asked.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
+        for prompt in self.recipe.eval.prompts:
+            asked.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})
+        if self.recipe.data.system:
+            for sample in asked:
+                if sample["prompt"][0]["role"] != "system":
+                    sample["prompt"].insert(0, {"role": "system", "content": self.recipe.data.system})
+        return asked
+
+    def _sample(self, when: str) -> None:
+        from eval.generation import generate
+
+        samples = self.record["samples"] or self._prompts()
+        if not samples:
+            return
+        with self.screen.phase(f"answers {when}") as progress:
+            answers = generate(
+                self.model,
+                self.tokenizer,
+                [sample["prompt"] for sample in samples],
+                max_new_tokens=self.recipe.eval.max_new_tokens,
+                stop_ids=sorted(self.stops | self.ends),
+                progress=lambda done, total: progress(done, total, "tokens"),
+            )
+        for sample, answer in zip(samples, answers, strict=True):
+            sample |= {when: answer.text, f"{when}_ended": answer.ended}
+        self.record["samples"] = samples
+        write_json(self.folder.path / "samples" / "samples.json", samples)
+        self._save()
+
+    def _score_tasks(self, when: str) -> None:
+        recipe = self.recipe.eval
+        if not recipe.tasks or when in self.record["eval"].get("tasks", {}):
+            return
+        scores = score_tasks(
+            self.model, self.tokenizer, recipe.tasks, recipe.include_path, recipe.limit, self.screen, f"tasks {when}"
+        )
+        self.record["eval"].setdefault("tasks", {})[when] = scores
+        write_json(self.folder.path / "eval" / f"tasks-{when}.json", scores)
+        self._save()
+
+    # -- training
+
+    def _train(self, accelerator: Any, resume: bool) -> None:
+        import torch
+
+        from finetune.data.packing import Batches
+        from finetune.train import checkpoint, optim
+        from finetune.train.loop import Interrupted, steps_in, train
+        from finetune.train.sft import SupervisedFineTuning
+
+        settings, data = self.recipe.train, self.recipe.data
+        kind = SupervisedFineTuning(
+            Batches(
+                self.data.train,
+                micro_batch=settings.micro_batch,
+                max_length=data.max_length,
+                packing=data.packing,
+                seed=self.recipe.run.seed,
+            ),
+            self.device,
+        )
+        total = steps_in(kind, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
+        optimizer, note = optim.build(
+            checkpoint.trained(self.model),
+            name=settings.optimizer,
+            lr=settings.lr,
+            betas=settings.betas,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            device=self.device.type,
+        )
+        if note:
+            self.screen.warn(note)
+        progress = checkpoint.Progress()
+        torch.manual_seed(self.recipe.run.seed)
+        if resume:
+            progress = self._go_back(optimizer)
+        model, optimizer = accelerator.prepare(self.model, optimizer)
+        rows = self._held_out()
+
+        def evaluate(step: int) -> dict[str, float]:
+            result = self._loss(rows)
+            return {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
+
+        self._prove_swap(kind)
+        with self.screen.phase("train") as show:
+            try:
+                figures = train(
+                    model,
+                    kind,
+                    settings,
+                    accelerator=accelerator,
+                    optimizer=optimizer,
+                    total_steps=total,
+                    folder=self.folder,
+                    progress=progress,
+                    evaluate=evaluate if rows else None,
+                    show=show,
+                )
+            except Interrupted as stop:
+                raise Stop(str(stop), do=f"finetune resume {self.folder.path}") from None
+        accelerator.end_training()
+        # A resumed process knows the speed of its own steps only; one that found training finished knows none.
+        if figures["tokens_per_second"] or "train" not in self.record:
+            self.record["train"] = figures
+        self.screen.say(
+            f"  {figures['steps']} steps, {figures['tokens']} tokens, {figures['tokens_per_second']:.0f} tok/s, "
+            f"peak {human_bytes(figures['peak_bytes'])} ({figures['memory_kind']})"
+        )
+        self._save()
+
+    def _prove_swap(self, kind: Any) -> None:
+        """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""
+        if self.recipe.quant.scheme == "none":
+            return
+        import torch
+
+        from quant import prove_used
+
+        with torch.no_grad(), prove_used(self.model):
+            kind.loss(self.model, kind.batch(kind.epoch(0)[0]))
+
+    def _go_back(self, optimizer: Any) -> Any:
+        from finetune.train import checkpoint
+
+        path, notes = checkpoint.newest(self.folder.path / "checkpoints")
+        for note in notes:
+            self.screen.warn(f"damaged checkpoint {note}; using the one before")
+        self.record["provenance"]["resumed"].append({"time": _now(), "from": path.name if path else None})
+        if path is None:
+            self.screen.say("  no checkpoint yet: beginning again")
+            self.folder.cut_metrics(0)
+            return checkpoint.Progress()
+        progress, size = checkpoint.load(path, self.model, optimizer)
+        self.folder.cut_metrics(size)
+        self.screen.say(f"  going on after step {progress.step}")
+        return progress
+
+    # -- what is left behind
+
+    def _finish_weights(self) -> None:
+        from finetune import merge
+        from finetune.files import atomic_folder
+        from finetune.model import save_adapter
+
+        recipe, path = self.recipe, self.folder.path
+        lora = recipe.adapter.kind == "lora"
+        ends = sorted(self.stops | self.ends)
+        if lora:
+            with self.screen.phase("save adapter"):
+                save_adapter(self.model, path / "adapter")
+        if lora and not recipe.run.merge:
+            self.record["merge"] = None
+            return
+        rows = self._held_out()[: recipe.eval.merge_rows]
+        if not rows:
+            with self.screen.phase("save model"), atomic_folder(path / "merged") as temporary:
+                merge.write_folder(merge.into_float(self.model, self.dtype), self.tokenizer, temporary, ends)
+            self.record["merge"] = {"path": "merged", "gate": None}
+            self.screen.warn("the merged model was not compared with the trained one: there are no held-out rows, or eval.merge_rows is 0")
+            return
+        with self.screen.phase("merge" if lora else "save model") as progress:
+            trained = self.after if len(rows) == len(self.data.heldout) else self._loss(rows)
+            result, gate = merge.write_gated(
+                self.model,
+                self.tokenizer,
+                path / "merged",
+                dtype=self.dtype,
+                end_ids=ends,
+                rows=rows,
+                trained=trained,
+                limit=recipe.eval.merge_limit,
+                batch_tokens=recipe.eval.batch_tokens,
+                device=self.device,
+                progress=lambda done, total: progress(done, total, "rows of the gate"),
+            )
+        self.record["merge"] = {"path": "merged", "gate": gate, "bytes": gate["bytes"]}
+        self.record["eval"]["merged"] = result.as_dict()
+        self.screen.say(
+            f"  merged: {human_bytes(gate['bytes'])}; loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} "
+            f"of the trained model on {gate['rows']} rows (gate: {gate['limit']} nats)"
+        )
+
+    def _next(self) -> list[str]:
+        path = self.folder.path
+        steps = [f"finetune chat {path}", f"finetune show {path}"]
+        if self.recipe.adapter.kind == "lora" and not self.recipe.run.merge:
+            steps.append(f"finetune merge {path} --out {path}/merged")
+        return steps
+
+    # -- when it ends badly
+
+    def ended_by(self, error: BaseException, fresh: bool) -> None:
+        """Leave nothing half-written: a run that trained nothing vanishes, another says why it ended."""
+        path = self.folder.path
+        if not self.record:
+            return
+        trained = (path / "checkpoints").is_dir() or self.folder.metrics.exists()
+        if fresh and not trained and isinstance(error, Mistake):
+            shutil.rmtree(path, ignore_errors=True)
+            return
+        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, Stop) and error.exit_code == 1)
+        self.record |= {"state": "stopped" if stopped else "failed", "error": str(error) or type(error).__name__}
+        self.record["next"] = [f"finetune resume {path}"]
+        self._save()
+        try:
+            from finetune.report import write_report
+
+            write_report(path)
+        except Exception as second:  # the first error is the one to show
+            self.screen.warn(f"the report could not be written: {second}")
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            result |= _flat(item, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = item if isinstance(item, str | int | float | bool) else str(item)
+    return result
+
+
+def _result(saved: dict[str, Any]) -> LossResult:
+    from eval.perplexity import LossResult
+
+    names = LossResult.__dataclass_fields__
+    return LossResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names})
+
+
+def _require_trackers(names: list[Any]) -> None:
+    import importlib.util
+
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise Mistake("this tracker is not installed", where="run.trackers", found=name, do=f"pip install {name}")
+
+
+def score_tasks(
+    model: Any, tokenizer: PreTrainedTokenizerBase, tasks: list[str], include_path: str | None, limit: int | None, screen: Screen, name: str
+) -> dict[str, Any]:
+    """lm-evaluation-harness, with progress on the screen.
+
+    Raises:
+        Mistake: it is not installed, or a task is unknown.
+    """
+    from eval.harness import run_tasks
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise Mistake("there is no such folder of tasks", where="include_path", found=include_path)
+    with screen.phase(name) as progress:
+        try:
+            return run_tasks(
+                model,
+                tokenizer,
+                tasks,
+                include_path=Path(include_path) if include_path else None,
+                limit=limit,
+                progress=lambda done, total: progress(done, total, "requests"),
+            )
+        except ImportError as error:
+            raise Mistake(str(error), where="eval.tasks", do="pip install 'finetune12g[eval]'") from None
+        except ValueError as error:
+            raise Mistake(str(error), where="eval.tasks") from None
+
+
+def farewell(screen: Screen, record: dict[str, Any], path: Path) -> None:
+    """The result, and what to type next."""
+    measured = record["eval"]
+    if "difference" in measured:
+        before, after = measured["before"], measured["after"]
+        screen.say(
+            f"\nheld-out loss {before['loss']:.3f} → {after['loss']:.3f} nats ({measured['difference']:+.3f} ± "
+            f"{measured['difference_stderr']:.3f}), perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}; "
+            f"{clock(record['provenance']['seconds'])} in all"
+        )
+    screen.say(f"\nreport   {path / 'report.html'}")
+    for line in record.get("next", []):
+        screen.say(f"next     {line}")

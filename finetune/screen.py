@@ -1,0 +1,98 @@
+"""What the user sees while a run goes on: phases, progress with time left, checks, and what to type next.
+
+On a terminal a live bar; elsewhere (a log, a pipe) a line every few seconds with the same figures. Nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from finetune.data.preflight import Preflight
+
+LINE_EVERY_S = 5.0
+
+
+def clock(seconds: float) -> str:
+    """75 → '1:15'."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
+
+
+class Screen:
+    """Prints to `console`; remembers how long each phase took."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self.console = console or Console(highlight=False, soft_wrap=True)
+        self.phases: list[dict[str, Any]] = []
+
+    def say(self, text: str | Text) -> None:
+        self.console.print(text, markup=False)
+
+    def warn(self, text: str) -> None:
+        self.console.print(Text("note: ", "yellow") + Text(text))
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
+        """A named step of the run; yields `progress(done, total, note)`, which may be called or not."""
+        started = time.monotonic()
+        if self.console.is_terminal:
+            columns = (
+                SpinnerColumn(),
+                TextColumn("[bold]{task.description:<16}"),
+                BarColumn(bar_width=28),
+                TextColumn("{task.fields[count]:>11}"),
+                TextColumn("{task.fields[note]}"),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, console=self.console, transient=True) as bar:
+                task = bar.add_task(name, total=None, note="", count="")
+
+                def update(done: int, total: int, note: str = "") -> None:
+                    bar.update(task, completed=done, total=total, note=note, count=f"{done}/{total}")
+
+                yield update
+        else:
+            self.say(f"{name} …")
+            spoke = started
+
+            def line(done: int, total: int, note: str = "") -> None:
+                nonlocal spoke
+                now = time.monotonic()
+                if now - spoke >= LINE_EVERY_S and done < total:
+                    spoke = now
+                    left = (now - started) / max(1, done) * (total - done)
+                    self.say(f"  {name} {done}/{total}  {note}  {clock(now - started)} gone, {clock(left)} left")
+
+            yield line
+        seconds = time.monotonic() - started
+        self.phases.append({"name": name, "seconds": round(seconds, 3)})
+        if self.console.is_terminal:
+            self.console.print(Text("✓ ", "green") + Text(f"{name:<16} {clock(seconds)}"))
+        elif seconds >= LINE_EVERY_S:
+            self.say(f"  {name}: done in {clock(seconds)}")
+
+    def preflight(self, preflight: Preflight) -> None:
+        """The checks, and the examples with their trained text coloured."""
+        marks = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
+        for check in preflight.checks:
+            mark, style = marks[check.status]
+            self.console.print(Text(f"  {mark} ", style) + Text(check.name, style="bold") + Text(f": {check.detail}"))
+        for number, example in enumerate(preflight.examples, 1):
+            text = Text(f"  example {number}: ", style="dim")
+            for piece in example:
+                shown = piece["text"].replace("\n", "⏎")
+                # Without colours the brackets still tell what is trained.
+                text.append(f"⟦{shown}⟧" if piece["supervised"] else shown, style="green" if piece["supervised"] else "dim")
+            self.console.print(text)
+        if preflight.examples:
+            self.console.print(Text("  green, in ⟦⟧: what is trained", style="dim"))

@@ -1,0 +1,37 @@
+"""Supervised fine-tuning: packed samples, cross-entropy on the trained tokens alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from eval.perplexity import supervised_logits
+from finetune.data.packing import Batch, Batches
+
+
+class SupervisedFineTuning:
+    """The `Kind` of the loop for samples with labels."""
+
+    def __init__(self, batches: Batches, device: torch.device) -> None:
+        self.batches, self.device = batches, device
+
+    def epoch(self, number: int) -> Sequence[tuple[int, ...]]:
+        return self.batches.epoch(number)
+
+    def batch(self, key: tuple[int, ...]) -> Batch:
+        batch = self.batches.batch(key)
+        return Batch(
+            batch.input_ids.to(self.device), batch.labels.to(self.device), batch.position_ids.to(self.device), batch.samples
+        )
+
+    def tokens(self, batch: Batch) -> int:
+        return batch.input_ids.numel()
+
+    def samples(self, key: tuple[int, ...]) -> list[str]:
+        return [self.batches.samples[index].where for index in key]
+
+    def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
+        """Cross-entropy in fp32, summed over trained tokens (nats); logits exist only where a trained token follows."""
+        logits, targets = supervised_logits(model, batch.input_ids, batch.position_ids, batch.labels)
+        return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
