@@ -22,10 +22,17 @@ def check_sources(recipe: Recipe, name: str) -> None:
         if not path.is_file():
             near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
             mistakes.append(
-                Mistake("there is no such file", where=key, found=text, do=f"did you mean {path.parent / near}?" if near else None)
+                Mistake(
+                    "there is no such file",
+                    where=key,
+                    found=text,
+                    do=f"did you mean {path.parent / near}?" if near else None,
+                )
             )
         elif path.suffix.lower() not in (*READABLE, ".gguf"):
-            mistakes.append(Mistake("this kind of file is not read", where=key, found=text, do="one of " + " ".join(READABLE)))
+            mistakes.append(
+                Mistake("this kind of file is not read", where=key, found=text, do="one of " + " ".join(READABLE))
+            )
 
     for key, value in (("data.path", recipe.data.path), ("data.heldout_path", recipe.data.heldout_path)):
         if value is not None:

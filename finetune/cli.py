@@ -19,7 +19,9 @@ app = typer.Typer(
 )
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override keys, such as train.lr=1e-4.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override keys, such as train.lr=1e-4.")
+]
 Force = Annotated[bool, typer.Option("--force", help="Go on where the preflight refuses; the reason is recorded.")]
 Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 
@@ -118,8 +120,12 @@ def merge(
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Runs, adapters, checkpoints, model folders, hub ids.")],
-    file: Annotated[Path | None, typer.Option(help="Perplexity on a file: .txt as text, .json/.jsonl by the answers in it.")] = None,
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL...", help="Runs, adapters, checkpoints, model folders, hub ids.")
+    ],
+    file: Annotated[
+        Path | None, typer.Option(help="Perplexity on a file: .txt as text, .json/.jsonl by the answers in it.")
+    ] = None,
     tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, a,b,c.")] = None,
     include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, or rows of the file.")] = None,
@@ -130,22 +136,30 @@ def evaluate(
     from finetune.commands import eval_command
 
     names = [task.strip() for task in tasks.split(",") if task.strip()] if tasks else []
-    eval_command(models, file=file, tasks=names, include_path=include_path, limit=limit, dtype=_dtype(dtype), json_file=json_file)
+    eval_command(
+        models, file=file, tasks=names, include_path=include_path, limit=limit, dtype=_dtype(dtype), json_file=json_file
+    )
 
 
 @app.command()
 def chat(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL [MODEL]", help="One model, or two that answer the same.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL [MODEL]", help="One model, or two that answer the same.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this total probability.")] = 0.9,
+    top_p: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this total probability.")
+    ] = 0.9,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
     """Talk to a model, streaming, with history. /new begins again, /quit leaves."""
     from finetune.commands import chat_command
 
-    chat_command(models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system, dtype=_dtype(dtype))
+    chat_command(
+        models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system, dtype=_dtype(dtype)
+    )
 
 
 def _dtype(name: str) -> str:

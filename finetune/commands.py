@@ -27,11 +27,10 @@ PASSAGE = (
 
 def _libraries(screen: Screen) -> None:
     with screen.phase("libraries"):
-        import peft  # noqa: F401
-
         from finetune.run import quiet_libraries
 
         quiet_libraries()
+        import peft  # noqa: F401
 
 
 def open_one(name: str, dtype: str, screen: Screen, *, merged: bool = True) -> Opened:
@@ -48,7 +47,9 @@ def _rows_of_run(opened: Opened) -> list[tuple[Sequence[int], Sequence[int]]]:
 
     assert opened.recipe is not None
     recipe = opened.recipe
-    source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    source = models.find(
+        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
     _, prepared, _, _, _ = load_data(recipe, opened.tokenizer, models.stop_ids(source, opened.tokenizer))
     return [(sample.input_ids, sample.labels) for sample in prepared.heldout]
 
@@ -62,12 +63,19 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
     from finetune import merge as merging
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Mistake("the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it")
+        raise Mistake(
+            "the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it"
+        )
     screen = Screen()
     _libraries(screen)
     opened = open_one(name, dtype, screen, merged=False)
     if not hasattr(opened.model, "merge_and_unload"):
-        raise Mistake("there is no adapter to merge", where="MODEL", found=opened.what, do="give a run with an adapter, or an adapter folder")
+        raise Mistake(
+            "there is no adapter to merge",
+            where="MODEL",
+            found=opened.what,
+            do="give a run with an adapter, or an adapter folder",
+        )
     from eval.generation import stop_ids
     from eval.perplexity import evaluate_loss, text_rows
 
@@ -81,7 +89,9 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
     weights = next(opened.model.parameters())
     target = _merged_dtype(opened, dtype, weights.device.type)
     with screen.phase("evaluate adapter") as progress:
-        trained = evaluate_loss(opened.model, rows, batch_tokens=batch_tokens, progress=lambda d, t: progress(d, t, "rows"))
+        trained = evaluate_loss(
+            opened.model, rows, batch_tokens=batch_tokens, progress=lambda d, t: progress(d, t, "rows")
+        )
     with screen.phase("merge") as progress:
         _, gate = merging.write_gated(
             opened.model,
@@ -96,7 +106,9 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
             device=weights.device,
             progress=lambda d, t: progress(d, t, "rows of the gate"),
         )
-    screen.say(f"merged into {out}: loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} on {gate['rows']} rows")
+    screen.say(
+        f"merged into {out}: loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} on {gate['rows']} rows"
+    )
     screen.say(f"next     finetune chat {out}")
 
 
@@ -134,14 +146,27 @@ def eval_command(
     for name in names:
         opened = open_one(name, dtype, screen)
         weights = next(opened.model.parameters())
-        result: dict[str, Any] = {"provenance": provenance.collect(weights.device, 0, " ".join(sys.argv)) | {"dtype": str(opened.model.dtype)}}
+        result: dict[str, Any] = {
+            "provenance": provenance.collect(weights.device, 0, " ".join(sys.argv)) | {"dtype": str(opened.model.dtype)}
+        }
         if file is not None or not tasks:
             if file is None and opened.recipe is None:
-                raise Mistake("there is nothing to score this model on", where="MODEL", found=name, do="add --file FILE or --tasks a,b")
+                raise Mistake(
+                    "there is nothing to score this model on",
+                    where="MODEL",
+                    found=name,
+                    do="add --file FILE or --tasks a,b",
+                )
             result["loss"] = _file_loss(opened, file, limit, screen)
         if tasks:
             result["tasks"] = score_tasks(
-                opened.model, opened.tokenizer, tasks, str(include_path) if include_path else None, limit, screen, "tasks"
+                opened.model,
+                opened.tokenizer,
+                tasks,
+                str(include_path) if include_path else None,
+                limit,
+                screen,
+                "tasks",
             )
         results[name] = result
         del opened
@@ -167,7 +192,9 @@ def _file_loss(opened: Opened, file: Path | None, limit: int | None, screen: Scr
             raise Mistake("the file is not UTF-8", where=str(file), found=str(error)) from None
         rows, measured_on = text_rows(opened.tokenizer, text, length=1024), f"{file} in windows of 1024 tokens"
     else:
-        encoder = Encoder(opened.tokenizer, max_length=4096, stop_ids=frozenset(stop_ids(opened.model, opened.tokenizer)))
+        encoder = Encoder(
+            opened.tokenizer, max_length=4096, stop_ids=frozenset(stop_ids(opened.model, opened.tokenizer))
+        )
         loaded = load_rows(name=None, path=str(file))
         rows = [(sample.input_ids, sample.labels) for row in loaded.rows for sample in encoder.encode(row)]
         measured_on = f"{file}, answers only ({loaded.format})"
@@ -194,11 +221,19 @@ def _print_scores(results: dict[str, Any], screen: Screen) -> None:
             for metric, value in scores.items():
                 if isinstance(value, float) and not metric.endswith("_stderr"):
                     error = scores.get(f"{metric}_stderr")
-                    table.add_row(name, f"{task} ({scores['n']})", metric, f"{value:.4f}", f"{error:.4f}" if isinstance(error, float) else "")
+                    table.add_row(
+                        name,
+                        f"{task} ({scores['n']})",
+                        metric,
+                        f"{value:.4f}",
+                        f"{error:.4f}" if isinstance(error, float) else "",
+                    )
     screen.console.print(table)
 
 
-def chat_command(names: list[str], *, max_new_tokens: int, temperature: float, top_p: float, system: str | None, dtype: str) -> None:
+def chat_command(
+    names: list[str], *, max_new_tokens: int, temperature: float, top_p: float, system: str | None, dtype: str
+) -> None:
     """Read a line, stream the answer, remember both. Ends with /quit or the end of the input."""
     from eval.generation import stream
 
@@ -230,13 +265,23 @@ def chat_command(names: list[str], *, max_new_tokens: int, temperature: float, t
 
 
 def _answer(
-    opened: Opened, history: list[dict[str, str]], line: str, stream: Any, max_new_tokens: int, temperature: float, top_p: float, *, named: bool
+    opened: Opened,
+    history: list[dict[str, str]],
+    line: str,
+    stream: Any,
+    max_new_tokens: int,
+    temperature: float,
+    top_p: float,
+    *,
+    named: bool,
 ) -> None:
     history.append({"role": "user", "content": line})
     if named:
         print(f"[{opened.what}] ", end="", flush=True)
     said = ""
-    pieces = stream(opened.model, opened.tokenizer, history, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    pieces = stream(
+        opened.model, opened.tokenizer, history, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
     try:
         for piece in pieces:
             said += piece

@@ -42,7 +42,9 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, end_ids: Sequence[int]) -> None:
+def write_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, end_ids: Sequence[int]
+) -> None:
     """What `from_pretrained` loads: weights, config, tokenizer with its template, and the tokens at which to stop."""
     model.config.use_cache = True
     if hasattr(model.config, "quantization_config"):

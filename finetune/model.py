@@ -44,7 +44,9 @@ class Source:
         return options | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
-def find(name: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "model.name") -> Source:
+def find(
+    name: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "model.name"
+) -> Source:
     """The place that a name means.
 
     Raises:
@@ -53,7 +55,9 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
     if name.startswith(PACKAGE):
         files = [path for file, path in package_files(name, where).items() if file.endswith(".gguf")]
         if len(files) != 1:
-            raise Mistake("this package does not carry exactly one .gguf file", where=where, found=f"{name}: {len(files)} files")
+            raise Mistake(
+                "this package does not carry exactly one .gguf file", where=where, found=f"{name}: {len(files)} files"
+            )
         return Source(name, str(files[0].parent), files[0].name)
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
@@ -65,18 +69,33 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
         return Source(name, str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise Mistake("this folder holds no model", where=where, found=f"{path} has no config.json", do="give the folder that has one")
+            raise Mistake(
+                "this folder holds no model",
+                where=where,
+                found=f"{path} has no config.json",
+                do="give the folder that has one",
+            )
         return Source(name, str(path), trust_remote_code=trust_remote_code)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-        raise Mistake("there is no such model folder", where=where, found=name, do=f"did you mean {path.parent / near}?" if near else None)
+        raise Mistake(
+            "there is no such model folder",
+            where=where,
+            found=name,
+            do=f"did you mean {path.parent / near}?" if near else None,
+        )
     return Source(name, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _unavailable(source: Source, error: Exception) -> Mistake:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if source.local:
-        return Mistake("the model cannot be read", where=source.folder, found=reason, do="fetch or save it again: a file in it is damaged or missing")
+        return Mistake(
+            "the model cannot be read",
+            where=source.folder,
+            found=reason,
+            do="fetch or save it again: a file in it is damaged or missing",
+        )
     return Mistake(
         "unknown model, or the hub cannot be reached",
         where="model.name",
@@ -233,7 +252,9 @@ def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype
             source.folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
     except ImportError as error:
-        raise Mistake("a package for this model is missing", where="model.attention", found=str(error).strip().splitlines()[0]) from None
+        raise Mistake(
+            "a package for this model is missing", where="model.attention", found=str(error).strip().splitlines()[0]
+        ) from None
     except Exception as error:
         raise _unavailable(source, error) from None
     missing = sorted(info["missing_keys"])
@@ -313,7 +334,11 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
 
     from quant import assert_wrapped, register_peft
 
-    linear = {name for name, module in model.named_modules() if hasattr(module, "in_features") or type(module).__name__ == "Conv1D"}
+    linear = {
+        name
+        for name, module in model.named_modules()
+        if hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
+    }
     suffixes = sorted({target.rpartition(".")[2] for target in targets})
     short = {name for name in linear if name.rpartition(".")[2] in suffixes} == set(targets)
     config = LoraConfig(
@@ -346,7 +371,13 @@ def adapter_base(folder: Path) -> str:
     try:
         name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, json.JSONDecodeError) as error:
-        raise Mistake("the adapter cannot be read", where=str(folder / "adapter_config.json"), found=str(error)) from None
+        raise Mistake(
+            "the adapter cannot be read", where=str(folder / "adapter_config.json"), found=str(error)
+        ) from None
     if not name:
-        raise Mistake("the adapter does not name its base model", where=str(folder / "adapter_config.json"), found="base_model_name_or_path")
+        raise Mistake(
+            "the adapter does not name its base model",
+            where=str(folder / "adapter_config.json"),
+            found="base_model_name_or_path",
+        )
     return str(name)

@@ -41,7 +41,7 @@ def quiet_libraries() -> None:
     """Their warnings and bars are noise between our lines; their errors are raised anyway."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     import logging
     import warnings
 
@@ -70,10 +70,15 @@ def choose_folder(recipe: Recipe, name: str, resume: bool) -> Path:
         if not resume and path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
             owner = "belongs to another run" if (path / "run.json").exists() else "is not empty"
             raise Mistake(
-                f"the output folder {owner}", where="run.dir", found=str(path), do="give another run.dir, remove it, or add --resume"
+                f"the output folder {owner}",
+                where="run.dir",
+                found=str(path),
+                do="give another run.dir, remove it, or add --resume",
             )
         return path
-    taken = [path for path in [Path("runs", name), *sorted(Path("runs").glob(f"{name}-*"), key=_number)] if path.exists()]
+    taken = [
+        path for path in [Path("runs", name), *sorted(Path("runs").glob(f"{name}-*"), key=_number)] if path.exists()
+    ]
     if resume:
         if not taken:
             raise Mistake("there is no run to resume", where="runs/", found=f"no {name}", do="leave out --resume")
@@ -109,7 +114,10 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
 
 
 def load_data(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, stops: frozenset[int], progress: Callable[[int, int], None] | None = None
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: frozenset[int],
+    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Rows, Prepared, Preflight, str, frozenset[int]]:
     """(rows of the source, samples, preflight, the template's name, end tokens that the answers have).
 
@@ -122,18 +130,30 @@ def load_data(
 
     data = recipe.data
     template = set_template(tokenizer, data.template)
-    rows = load_rows(name=data.name, path=data.path, files=data.files, split=data.split, format_=data.format, max_rows=data.max_rows)
+    rows = load_rows(
+        name=data.name,
+        path=data.path,
+        files=data.files,
+        split=data.split,
+        format_=data.format,
+        max_rows=data.max_rows,
+        skip_bad=data.bad_rows == "skip",
+    )
     apart: list[Row] | None = None
     if data.heldout_path is not None:
         apart = load_rows(name=None, path=data.heldout_path, format_=data.format).rows
     encoder = Encoder(
-        tokenizer, max_length=data.max_length, stop_ids=stops, system=data.system, learn=data.learn, too_long=data.too_long
+        tokenizer,
+        max_length=data.max_length,
+        stop_ids=stops,
+        system=data.system,
+        learn=data.learn,
+        too_long=data.too_long,
     )
     prepared = prepare(
         rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress
     )
-    ends = frozenset(s.labels[-1] for s in prepared.train if s.labels[-1] in encoder.end_ids)
-    return rows, prepared, inspect(prepared, encoder), template, ends
+    return rows, prepared, inspect(prepared, encoder), template, frozenset(encoder.ends)
 
 
 def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
@@ -193,10 +213,10 @@ class _Story:
         """Everything that can fail cheaply: sources, data, labels, targets, disk."""
         recipe, screen = self.recipe, self.screen
         with screen.phase("libraries"):
+            quiet_libraries()
             import peft  # noqa: F401  # seconds, so they are spent where the user sees for what
             import torch
 
-            quiet_libraries()
             from finetune import model as models
             from finetune.use import pick_device
         _require_trackers(recipe.run.trackers)
@@ -217,13 +237,19 @@ class _Story:
         screen.say(
             f"  {self.rows.source}: {len(self.rows.rows)} rows, format {self.rows.format} ({self.rows.reason}); chat template: {self.template}"
         )
+        if self.rows.skipped:
+            screen.warn(
+                f"{len(self.rows.skipped)} rows fit no format and are skipped (data.bad_rows), such as {self.rows.skipped[0]}"
+            )
         screen.preflight(self.preflight)
         self.forced = self._gate_preflight()
         with screen.phase("skeleton"):
             self.bones = models.skeleton(self.source, self.config)
             self.targets = models.adapter_targets(recipe.adapter, self.bones) if recipe.adapter.kind == "lora" else []
             trainable = (
-                models.adapter_parameters(recipe.adapter, self.bones, self.targets) if self.targets else self.bones.parameters
+                models.adapter_parameters(recipe.adapter, self.bones, self.targets)
+                if self.targets
+                else self.bones.parameters
             )
         require_space(self.folder.path, bytes_to_write(recipe, self.bones, trainable), "this run")
         screen.say(
@@ -241,7 +267,11 @@ class _Story:
         if not failed:
             return None
         reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-        if not self.data.train or all(check.name == "something to learn" for check in failed) and not self.preflight.tokens:
+        if (
+            not self.data.train
+            or all(check.name == "something to learn" for check in failed)
+            and not self.preflight.tokens
+        ):
             raise GateStop("there is nothing to train on", where=self.rows.source, found=reasons)
         if not self.force:
             raise GateStop(
@@ -284,11 +314,16 @@ class _Story:
             "rows": len(self.rows.rows),
             "train_rows": len(self.data.train_rows),
             "heldout_rows": len(self.data.heldout_rows),
+            "rows_skipped": len(self.rows.skipped),
             "duplicates_removed": self.data.duplicates_removed,
             "template": self.template,
         }
         self.record["preflight"] = self.preflight.as_dict() | {"forced": self.forced}
-        self.record["provenance"]["data"] = {"source": self.rows.source, "sha256": self.rows.sha256, "rows": len(self.rows.rows)}
+        self.record["provenance"]["data"] = {
+            "source": self.rows.source,
+            "sha256": self.rows.sha256,
+            "rows": len(self.rows.rows),
+        }
         self._save()
 
         self._load()
@@ -403,7 +438,9 @@ class _Story:
             result = self._loss(self._held_out(), lambda done, total: progress(done, total, "held-out rows"))
         write_json(self.folder.path / "eval" / f"{when}.json", result.as_dict(rows=True))
         self.record["eval"][when] = result.as_dict()
-        self.screen.say(f"  held-out loss {when}: {result.loss:.4f} ± {result.stderr:.4f} nats, perplexity {result.perplexity:.2f}")
+        self.screen.say(
+            f"  held-out loss {when}: {result.loss:.4f} ± {result.stderr:.4f} nats, perplexity {result.perplexity:.2f}"
+        )
         if when == "after" and "before" in self.record["eval"]:
             before = json.loads((self.folder.path / "eval" / "before.json").read_text(encoding="utf-8"))
             difference, error = paired_difference(_result(before), result)
@@ -577,7 +614,9 @@ class _Story:
             with self.screen.phase("save model"), atomic_folder(path / "merged") as temporary:
                 merge.write_folder(merge.into_float(self.model, self.dtype), self.tokenizer, temporary, ends)
             self.record["merge"] = {"path": "merged", "gate": None}
-            self.screen.warn("the merged model was not compared with the trained one: there are no held-out rows, or eval.merge_rows is 0")
+            self.screen.warn(
+                "the merged model was not compared with the trained one: there are no held-out rows, or eval.merge_rows is 0"
+            )
             return
         with self.screen.phase("merge" if lora else "save model") as progress:
             trained = self.after if len(rows) == len(self.data.heldout) else self._loss(rows)
@@ -649,7 +688,9 @@ def _result(saved: dict[str, Any]) -> LossResult:
     from eval.perplexity import LossResult
 
     names = LossResult.__dataclass_fields__
-    return LossResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names})
+    return LossResult(
+        **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names}
+    )
 
 
 def _require_trackers(names: list[Any]) -> None:
@@ -661,7 +702,13 @@ def _require_trackers(names: list[Any]) -> None:
 
 
 def score_tasks(
-    model: Any, tokenizer: PreTrainedTokenizerBase, tasks: list[str], include_path: str | None, limit: int | None, screen: Screen, name: str
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    include_path: str | None,
+    limit: int | None,
+    screen: Screen,
+    name: str,
 ) -> dict[str, Any]:
     """lm-evaluation-harness, with progress on the screen.
 

@@ -15,7 +15,9 @@ from finetune.screen import clock
 def show_run(record: dict[str, Any], path: Path) -> None:
     console = Console(highlight=False, soft_wrap=True)
     provenance = record["provenance"]
-    console.print(f"{record['name']}: {record['state']}  ({provenance['started']}, {clock(provenance['seconds'])}, {provenance['device']})")
+    console.print(
+        f"{record['name']}: {record['state']}  ({provenance['started']}, {clock(provenance['seconds'])}, {provenance['device']})"
+    )
     if record.get("error"):
         console.print(f"  {record['error']}", markup=False)
     table = Table(box=None, pad_edge=False)
@@ -25,7 +27,11 @@ def show_run(record: dict[str, Any], path: Path) -> None:
         if when in record["eval"]:
             result = record["eval"][when]
             table.add_row(
-                when, f"{result['loss']:.4f}", f"{result['stderr']:.4f}", f"{result['perplexity']:.2f}", str(result["rows"])
+                when,
+                f"{result['loss']:.4f}",
+                f"{result['stderr']:.4f}",
+                f"{result['perplexity']:.2f}",
+                str(result["rows"]),
             )
     if table.rows:
         console.print(table)

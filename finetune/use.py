@@ -96,7 +96,9 @@ def _open_source(source: models.Source, dtype: str, device: torch.device) -> Ope
 
 def base_of(recipe: Recipe, device: torch.device, dtype: str) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
     """The model and tokenizer that a run began with, float."""
-    source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+    source = models.find(
+        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
+    )
     asked = recipe.model.dtype if dtype == "auto" else dtype
     model, tokenizer = _load(source, _dtype(asked, device), recipe.model.attention)
     set_template(tokenizer, recipe.data.template)
@@ -121,7 +123,9 @@ def _open_adapter(path: Path, recipe: Recipe | None, dtype: str, device: torch.d
     try:
         wrapped = PeftModel.from_pretrained(model, str(path), config=config)
     except (RuntimeError, ValueError, OSError) as error:
-        raise Mistake("the adapter does not fit its base model", where=str(path), found=str(error).splitlines()[0]) from None
+        raise Mistake(
+            "the adapter does not fit its base model", where=str(path), found=str(error).splitlines()[0]
+        ) from None
     return Opened(wrapped.to(device).eval(), tokenizer, str(path), recipe)
 
 
@@ -136,11 +140,25 @@ def _open_checkpoint(path: Path, recipe: Recipe, dtype: str, device: torch.devic
 
 
 def make_trainable(
-    model: Any, source: models.Source, quant: Quant, adapter: Adapter, device: torch.device, *, checkpointing: bool = False, seed: int = 0
+    model: Any,
+    source: models.Source,
+    quant: Quant,
+    adapter: Adapter,
+    device: torch.device,
+    *,
+    checkpointing: bool = False,
+    seed: int = 0,
 ) -> models.Prepared:
     """`models.prepare` with the adapter's targets found on the model's own skeleton."""
     bones = models.skeleton(source, model.config)
     targets = models.adapter_targets(adapter, bones) if adapter.kind == "lora" else []
     return models.prepare(
-        model, quant=quant, adapter=adapter, targets=targets, source=source, device=device, checkpointing=checkpointing, seed=seed
+        model,
+        quant=quant,
+        adapter=adapter,
+        targets=targets,
+        source=source,
+        device=device,
+        checkpointing=checkpointing,
+        seed=seed,
     )

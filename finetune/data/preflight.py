@@ -144,17 +144,25 @@ def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
     else:
         check("something to learn", PASS, share)
     if supervised and without:
-        check("rows without an answer", WARN, f"{_share(len(without), len(train))} samples train nothing, such as {without[0].where}")
+        check(
+            "rows without an answer",
+            WARN,
+            f"{_share(len(without), len(train))} samples train nothing, such as {without[0].where}",
+        )
     if empty and empty < len(texts):
-        first = next(r.where for r in prepared.train_rows if any(not a.strip() for a in (*answers(r), *([r.text] if r.text else []))))
+        first = next(
+            r.where
+            for r in prepared.train_rows
+            if any(not a.strip() for a in (*answers(r), *([r.text] if r.text else [])))
+        )
         check("empty answers", WARN, f"{_share(empty, len(texts))} answers are empty, such as {first}")
 
     # The end of an answer.
     turns, ended = sum(sample.answers for sample in train), sum(sample.ended for sample in train)
     if turns:
-        names = sorted({encoder.tokenizer.decode([s.labels[-1]]) for s in train[:200] if s.labels[-1] in encoder.end_ids})
+        names = sorted(encoder.tokenizer.decode([token]) for token in encoder.ends)
         if ended == turns:
-            check("end token trained", PASS, f"all {turns} answers end with a trained {' or '.join(names) or 'end token'}")
+            check("end token trained", PASS, f"all {turns} answers end with a trained {' or '.join(names)}")
         elif ended == 0:
             check(
                 "end token trained",
@@ -170,7 +178,11 @@ def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
         counts = [sample.bos for sample in train]
         wrong = sum(count != 1 for count in counts)
         if wrong:
-            check("one BOS", FAIL, f"{_share(wrong, len(train))} samples begin with {max(counts)} BOS tokens instead of one: mend the template")
+            check(
+                "one BOS",
+                FAIL,
+                f"{_share(wrong, len(train))} samples begin with {max(counts)} BOS tokens instead of one: mend the template",
+            )
         else:
             check("one BOS", PASS, "every sample begins with exactly one")
     merged = sum(sample.merged for sample in train)
@@ -180,7 +192,11 @@ def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
     # Length.
     truncated = [sample for sample in train if sample.cut]
     if prepared.dropped:
-        check("too long", WARN, f"{prepared.dropped} rows are longer than data.max_length={encoder.max_length} and dropped")
+        check(
+            "too long",
+            WARN,
+            f"{prepared.dropped} rows are longer than data.max_length={encoder.max_length} and dropped",
+        )
     if truncated:
         cut, cut_supervised = sum(s.cut for s in truncated), sum(s.cut_supervised for s in truncated)
         ends = sum(s.cut_ends for s in truncated)
@@ -209,14 +225,27 @@ def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
                 f"{_share(both, len(prepared.heldout_rows))} held-out rows are trained too: the loss after training would flatter",
             )
         elif asked:
-            check("train and held-out apart", WARN, f"{_share(asked, len(prepared.heldout_rows))} held-out questions are trained too")
+            check(
+                "train and held-out apart",
+                WARN,
+                f"{_share(asked, len(prepared.heldout_rows))} held-out questions are trained too",
+            )
         else:
-            check("train and held-out apart", PASS, f"{len(prepared.train_rows)} rows to train, {len(prepared.heldout_rows)} held out")
+            check(
+                "train and held-out apart",
+                PASS,
+                f"{len(prepared.train_rows)} rows to train, {len(prepared.heldout_rows)} held out",
+            )
         if not sum(sample.supervised for sample in prepared.heldout):
             check("held-out rows measure something", FAIL, "no token of the held-out rows is an answer")
 
     return Preflight(
-        checks, tokens, supervised, len(truncated), histogram([len(s) for s in train]), [decode(s, encoder.tokenizer) for s in _typical(train)]
+        checks,
+        tokens,
+        supervised,
+        len(truncated),
+        histogram([len(s) for s in train]),
+        [decode(s, encoder.tokenizer) for s in _typical(train)],
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,7 @@ class Rows:
     sha256: str
     format: str
     reason: str
+    skipped: list[str] = field(default_factory=list)  # where rows stood that fit no format
 
 
 # ---------------------------------------------------------------------------------------------------------------- sources
@@ -103,7 +104,10 @@ def _read_json(text: str, name: str) -> list[Raw]:
         if error.msg == "Extra data":  # JSON lines in a file named .json
             return _read_jsonl(text, name)
         raise Mistake(
-            "the file is not JSON", where=f"{name}:{error.lineno}", found=f"{error.msg} at column {error.colno}", do="mend that line"
+            "the file is not JSON",
+            where=f"{name}:{error.lineno}",
+            found=f"{error.msg} at column {error.colno}",
+            do="mend that line",
         ) from None
     if isinstance(value, dict):
         lists = {key: item for key, item in value.items() if isinstance(item, list)}
@@ -117,7 +121,12 @@ def _read_json(text: str, name: str) -> list[Raw]:
         (key, value), *_ = lists.items()
         return [(f"{name}:{key}[{index}]", item) for index, item in enumerate(value)]
     if not isinstance(value, list):
-        raise Mistake("the file holds no rows", where=name, found=type(value).__name__, do="give a list of rows, or one row a line (.jsonl)")
+        raise Mistake(
+            "the file holds no rows",
+            where=name,
+            found=type(value).__name__,
+            do="give a list of rows, or one row a line (.jsonl)",
+        )
     decoder = json.JSONDecoder()
     raws, position, line = [], text.index("[") + 1, 1
     counted = 0
@@ -174,16 +183,23 @@ def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
     except FileNotFoundError:
         near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
         raise Mistake(
-            "there is no such data file", where="data.path", found=str(path), do=f"did you mean {path.parent / near}?" if near else None
+            "there is no such data file",
+            where="data.path",
+            found=str(path),
+            do=f"did you mean {path.parent / near}?" if near else None,
         ) from None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise Mistake("the data file is not UTF-8", where=f"{name}:{line}", found=f"byte {content[error.start]:#04x}") from None
+        raise Mistake(
+            "the data file is not UTF-8", where=f"{name}:{line}", found=f"byte {content[error.start]:#04x}"
+        ) from None
     except OSError as error:
         raise Mistake("the data file cannot be read", where="data.path", found=str(error)) from None
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise Mistake("this kind of data file is not read", where=name, found=path.suffix, do="one of " + " ".join(READABLE))
+        raise Mistake(
+            "this kind of data file is not read", where=name, found=path.suffix, do="one of " + " ".join(READABLE)
+        )
     return reader(text, name), content
 
 
@@ -197,13 +213,17 @@ def package_files(name: str, where: str) -> dict[str, Path]:
     try:
         files = importlib.metadata.files(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise Mistake("this package is not installed", where=where, found=name, do=f"pip install --no-deps {distribution}") from None
+        raise Mistake(
+            "this package is not installed", where=where, found=name, do=f"pip install --no-deps {distribution}"
+        ) from None
     return {str(file): Path(str(file.locate())) for file in files or []}
 
 
 def _read_package(name: str, patterns: list[str]) -> tuple[list[Raw], str]:
     files = {file: path for file, path in package_files(name, "data.name").items() if file.endswith(READABLE)}
-    chosen = {f: p for f, p in files.items() if not patterns or any(fnmatch.fnmatch(f, pattern) for pattern in patterns)}
+    chosen = {
+        f: p for f, p in files.items() if not patterns or any(fnmatch.fnmatch(f, pattern) for pattern in patterns)
+    }
     if not chosen:
         raise Mistake(
             "no data file of this package matches",
@@ -281,7 +301,9 @@ def _dialogue(value: Any) -> tuple[dict[str, str], ...] | None:
         return None
     roles = ("user", "assistant")
     # An odd last turn is a question without an answer: nothing is learnt from it.
-    return tuple({"role": roles[i % 2], "content": str(turn).strip()} for i, turn in enumerate(value[: len(value) // 2 * 2]))
+    return tuple(
+        {"role": roles[i % 2], "content": str(turn).strip()} for i, turn in enumerate(value[: len(value) // 2 * 2])
+    )
 
 
 def _text(value: Any) -> str | None:
@@ -310,7 +332,9 @@ def _to_row(raw: Raw, format_: str) -> Row | None:
 
 def _shape(value: Any) -> str:
     if isinstance(value, dict):
-        return "an object with keys " + ", ".join(f"{key} ({type(item).__name__})" for key, item in list(value.items())[:6])
+        return "an object with keys " + ", ".join(
+            f"{key} ({type(item).__name__})" for key, item in list(value.items())[:6]
+        )
     return f"{type(value).__name__}: {str(value)[:60]!r}"
 
 
@@ -341,6 +365,7 @@ def load_rows(
     split: str = "train",
     format_: str = "auto",
     max_rows: int | None = None,
+    skip_bad: bool = False,
 ) -> Rows:
     """All rows of a source, in its order.
 
@@ -370,11 +395,14 @@ def load_rows(
             bad.append((raw[0], _shape(raw[1])))
         else:
             rows.append(row)
-    if bad:
+    if bad and not skip_bad:
         raise _fits_nothing(
-            f"rows are not of the format {format_}", bad, len(raws), f"a row must be {EXPECTED[format_]}; mend them, or say data.format"
+            f"rows are not of the format {format_}",
+            bad,
+            len(raws),
+            f"a row must be {EXPECTED[format_]}; mend them, say data.format, or data.bad_rows=skip",
         )
-    return Rows(rows, source, digest, format_, reason)
+    return Rows(rows, source, digest, format_, reason, [where for where, _ in bad])
 
 
 def answers(row: Row) -> Iterator[str]:

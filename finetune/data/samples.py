@@ -93,12 +93,21 @@ class Encoder:
         too_long: str = "cut",
     ) -> None:
         if not tokenizer.is_fast:
-            raise Mistake("this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name")
-        self.tokenizer, self.max_length, self.system, self.learn, self.too_long = tokenizer, max_length, system, learn, too_long
+            raise Mistake(
+                "this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name"
+            )
+        self.tokenizer, self.max_length, self.system, self.learn, self.too_long = (
+            tokenizer,
+            max_length,
+            system,
+            learn,
+            too_long,
+        )
         probe = tokenizer("a")["input_ids"]
         self.adds_bos = bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end_ids = stop_ids | special
+        self.ends: set[int] = set()  # those of them that were met at the end of an answer
 
     def encode(self, row: Row) -> list[Sample]:
         """The samples of a row (several when the template rewrites earlier turns; none when too long and dropped).
@@ -117,9 +126,13 @@ class Encoder:
     def _text_sample(self, row: Row) -> Sample:
         ids = self.tokenizer(row.text)["input_ids"]
         eos = self.tokenizer.eos_token_id
-        if eos is not None and (not ids or ids[-1] != eos):
-            ids = [*ids, eos]
-        return Sample(row.where, tuple(ids), (IGNORE, *ids[1:]), answers=1, ended=int(eos is not None), bos=self._leading_bos(ids))
+        if eos is not None:
+            self.ends.add(eos)
+            if not ids or ids[-1] != eos:
+                ids = [*ids, eos]
+        return Sample(
+            row.where, tuple(ids), (IGNORE, *ids[1:]), answers=1, ended=int(eos is not None), bos=self._leading_bos(ids)
+        )
 
     def _render(self, messages: list[dict[str, str]], prompt: bool, where: str) -> str:
         try:
@@ -176,12 +189,15 @@ class Encoder:
             if closing is not None and not text[offsets[closing][1] : end].strip():
                 inside = [i for i in inside if i <= closing]
                 ended += 1
+                self.ends.add(ids[closing])
             for i in inside:
                 labels[i] = ids[i]
         if self.learn == "everything":
             labels = list(ids)
         labels[:1] = [IGNORE]
-        return Sample(where, tuple(ids), tuple(labels), answers=len(spans), ended=ended, bos=self._leading_bos(ids), merged=merged)
+        return Sample(
+            where, tuple(ids), tuple(labels), answers=len(spans), ended=ended, bos=self._leading_bos(ids), merged=merged
+        )
 
     def _leading_bos(self, ids: list[int]) -> int:
         count = 0

@@ -61,7 +61,11 @@ def _rng_scalars() -> dict[str, Any]:
     numpy = np.random.get_state(legacy=False)
     return {
         "python": [version, list(words), gauss],
-        "numpy": {"pos": int(numpy["state"]["pos"]), "has_gauss": int(numpy["has_gauss"]), "gauss": float(numpy["gauss"])},
+        "numpy": {
+            "pos": int(numpy["state"]["pos"]),
+            "has_gauss": int(numpy["has_gauss"]),
+            "gauss": float(numpy["gauss"]),
+        },
     }
 
 
@@ -83,7 +87,13 @@ def _restore_rng(tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> N
 
 
 def save(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int, keep: int
+    folder: Path,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    progress: Progress,
+    *,
+    metrics_bytes: int,
+    keep: int,
 ) -> Path:
     """Write checkpoints/step-N under `folder` and remove all but the newest `keep`. Returns the checkpoint's folder."""
     parameters = trained(model)
@@ -100,12 +110,20 @@ def save(
                 scalars.setdefault(names[index], {})[key] = value
     path = folder / f"{PREFIX}{progress.step:06d}"
     with atomic_folder(path) as temporary:
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors")
+        save_file(
+            {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors"
+        )
         save_file(tensors, temporary / "optimizer.safetensors")
         save_file(_rng_tensors(), temporary / "rng.safetensors")
         write_json(
             temporary / "state.json",
-            {"format": FORMAT, **asdict(progress), "metrics_bytes": metrics_bytes, "optimizer": scalars, "rng": _rng_scalars()},
+            {
+                "format": FORMAT,
+                **asdict(progress),
+                "metrics_bytes": metrics_bytes,
+                "optimizer": scalars,
+                "rng": _rng_scalars(),
+            },
         )
         write_json(
             temporary / "manifest.json",
@@ -165,7 +183,11 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
     parameters = trained(model)
     if weights.keys() != parameters.keys():
         only = sorted(weights.keys() ^ parameters.keys())
-        raise Mistake("the checkpoint is of another model", where=str(path), found=f"{len(only)} parameters differ, such as {only[0]}")
+        raise Mistake(
+            "the checkpoint is of another model",
+            where=str(path),
+            found=f"{len(only)} parameters differ, such as {only[0]}",
+        )
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != weights[name].shape or parameter.dtype != weights[name].dtype:
@@ -181,7 +203,9 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     """Put everything back as it was at the checkpoint; returns (progress, bytes of metrics.jsonl that belong to it)."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state["format"] > FORMAT:
-        raise Mistake("the checkpoint was written by a newer version", where=str(path), found=f"format {state['format']}")
+        raise Mistake(
+            "the checkpoint was written by a newer version", where=str(path), found=f"format {state['format']}"
+        )
     load_weights(path, model)
     names = _names_in_optimizer(optimizer, trained(model))
     index = {name: number for number, name in enumerate(names)}

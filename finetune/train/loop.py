@@ -170,7 +170,12 @@ def train(
             started = time.monotonic()
             step = progress.step + 1
             lr = learning_rate(
-                step, total_steps, peak=settings.lr, schedule=settings.schedule, warmup=settings.warmup, min_lr=settings.min_lr
+                step,
+                total_steps,
+                peak=settings.lr,
+                schedule=settings.schedule,
+                warmup=settings.warmup,
+                min_lr=settings.min_lr,
             )
             for group in optimizer.param_groups:
                 group["lr"] = lr
@@ -201,7 +206,11 @@ def train(
                 torch._foreach_mul_(gradients, settings.max_grad_norm / norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            progress.step, progress.tokens, progress.supervised = step, progress.tokens + tokens, progress.supervised + count
+            progress.step, progress.tokens, progress.supervised = (
+                step,
+                progress.tokens + tokens,
+                progress.supervised + count,
+            )
             seconds = time.monotonic() - started
             metrics: dict[str, Any] = {
                 "step": step,

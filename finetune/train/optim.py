@@ -50,7 +50,10 @@ def build(
         import bitsandbytes
     except ImportError:
         raise Mistake(
-            "8-bit optimizers need bitsandbytes", where="train.optimizer", found=name, do="pip install bitsandbytes, or train.optimizer=adamw"
+            "8-bit optimizers need bitsandbytes",
+            where="train.optimizer",
+            found=name,
+            do="pip install bitsandbytes, or train.optimizer=adamw",
         ) from None
     note = None
     if name == "paged_adamw_8bit" and device == "cpu":

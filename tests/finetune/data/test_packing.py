@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from finetune.data.packing import Batches, pack
+from finetune.data.samples import IGNORE, Sample
+
+
+def samples(lengths: list[int]) -> list[Sample]:
+    return [Sample(f"rows:{n}", tuple(range(length)), (IGNORE, *range(1, length))) for n, length in enumerate(lengths)]
+
+
+def test_bins_hold_every_sample_once_within_capacity_and_are_nearly_full() -> None:
+    lengths = [random.Random(1).randint(5, 300) for _ in range(2000)]
+    bins = pack(lengths, 1024)
+    assert sorted(i for row in bins for i in row) == list(range(2000))
+    assert all(sum(lengths[i] for i in row) <= 1024 for row in bins)
+    assert len(bins) <= 1.02 * sum(lengths) / 1024 + 1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("micro_batch", [1, 3])
+def test_an_epoch_meets_every_sample_once_in_an_order_of_seed_and_epoch(packing: bool, micro_batch: int) -> None:
+    def batches(seed: int) -> Batches:
+        return Batches(
+            samples([7, 9, 20, 3, 30, 12, 5]), micro_batch=micro_batch, max_length=32, packing=packing, seed=seed
+        )
+
+    first = batches(1).epoch(0)
+    assert sorted(i for key in first for i in key) == list(range(7))
+    assert first == batches(1).epoch(0)
+    assert first != batches(1).epoch(1)
+    assert first != batches(2).epoch(0)
+    if not packing:
+        assert [len(key) for key in first][:-1] == [micro_batch] * (len(first) - 1)
+
+
+def test_a_batch_has_no_padding_and_positions_begin_again() -> None:
+    source = Batches(samples([3, 2, 4]), micro_batch=1, max_length=16, packing=True, seed=0)
+    batch = source.batch((1, 2))
+    assert batch.input_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
+    assert batch.labels.tolist() == [[IGNORE, 1, IGNORE, 1, 2, 3]]  # no sample predicts the next one's first token

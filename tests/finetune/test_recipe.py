@@ -1,0 +1,140 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from finetune.errors import Mistake, Mistakes
+from finetune.recipe import ELSEWHERE_CALLED, Recipe, dump_recipe, find_recipe, known_keys, read_recipe, shipped_recipes
+
+GOOD = "model:\n  name: some/model\ndata:\n  path: rows.jsonl\n"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(text)
+    return path
+
+
+def mistakes(tmp_path: Path, text: str, overrides: list[str] | None = None) -> list[Mistake]:
+    with pytest.raises(Mistakes) as caught:
+        read_recipe(write(tmp_path, text), overrides)
+    return caught.value.mistakes
+
+
+def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
+    text = (
+        "model:\n  nam: x\n  dtype: bf17\n"
+        "data:\n  packin: true\n  heldout: many\n  path: a.jsonl\n"
+        "train:\n  lr: -1\n  max_setps: 3\n  betas: [0.9]\n"
+        "lora:\n  rank: 4\n"
+    )
+    found = {mistake.what: mistake for mistake in mistakes(tmp_path, text)}
+    lines = {what: int(re.search(r":(\d+)$", mistake.where or "")[1]) for what, mistake in found.items()}
+    assert lines == {
+        "the key model.name is missing": 1,
+        "unknown key model.nam": 2,
+        "model.dtype does not take this value": 3,
+        "unknown key data.packin": 5,
+        "data.heldout does not take this value": 6,
+        "train.lr does not take this value": 9,
+        "unknown key train.max_setps": 10,
+        "train.betas does not take this value": 11,
+        "unknown key lora": 12,
+    }
+    assert "model.name" in found["unknown key model.nam"].do
+    assert "did you mean bf16" in found["model.dtype does not take this value"].do
+    assert "> 0" in found["train.lr does not take this value"].do
+    assert "train.max_steps" in found["unknown key train.max_setps"].do
+    assert "adapter" in found["unknown key lora"].do
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
+    (mistake,) = mistakes(tmp_path, GOOD + "  rank: 3\n")
+    assert "adapter.rank" in mistake.do
+
+
+def test_names_of_other_programs_are_known() -> None:
+    assert set(ELSEWHERE_CALLED.values()) <= set(known_keys())
+
+
+def test_a_key_that_stands_twice_is_a_mistake(tmp_path: Path) -> None:
+    (mistake,) = mistakes(tmp_path, GOOD + "model:\n  name: other\n")
+    assert mistake.what == "the key model stands twice"
+    assert mistake.where.endswith(":5")
+
+
+@pytest.mark.parametrize(
+    "text", ["model: [", "- a\n- b\n", "a: &x [1]\nb: *y\n", "model:\n\tname: x\n", "!!python/object:os.system {}\n"]
+)
+def test_what_is_no_recipe(tmp_path: Path, text: str) -> None:
+    with pytest.raises(Mistake):
+        read_recipe(write(tmp_path, text))
+
+
+def test_a_yaml_bomb_is_refused(tmp_path: Path) -> None:
+    text = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
+    text += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
+    with pytest.raises(Mistake, match="10000"):
+        read_recipe(write(tmp_path, text))
+
+
+def test_overrides(tmp_path: Path) -> None:
+    recipe = read_recipe(
+        write(tmp_path, GOOD), ["train.lr=1e-4", "adapter.targets=[q_proj, v_proj]", "data.system=Be brief."]
+    )
+    assert recipe.train.lr == 1e-4
+    assert recipe.adapter.targets == ["q_proj", "v_proj"]
+    assert recipe.data.system == "Be brief."
+
+
+def test_a_wrong_override_says_that_it_is_of_the_command_line(tmp_path: Path) -> None:
+    (mistake,) = mistakes(tmp_path, GOOD, ["train.lr=fast"])
+    assert mistake.where == "command line, train.lr"
+    for bad in ("train.lr", "=3", "train lr=3"):
+        with pytest.raises(Mistake, match="section.key=value"):
+            read_recipe(write(tmp_path, GOOD), [bad])
+
+
+def test_quantized_full_training_is_refused(tmp_path: Path) -> None:
+    (mistake,) = mistakes(tmp_path, GOOD + "quant: {scheme: nf4}\nadapter: {kind: none}\n")
+    assert "full fine-tuning" in mistake.what
+
+
+def test_every_field_says_its_effect() -> None:
+    keys = known_keys()
+    assert len(keys) > 50
+    assert [key for key, field in keys.items() if not field.description] == []
+
+
+def test_the_resolved_recipe_reads_back_equal(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD), ["train.betas=[0.8,0.95]"])
+    assert read_recipe(write(tmp_path, dump_recipe(recipe))) == recipe
+
+
+def test_every_shipped_recipe_is_good() -> None:
+    paths = shipped_recipes()
+    assert {path.stem for path in paths} >= {"quickstart", "llama7b-qlora-alpaca"}
+    for path in paths:
+        recipe = read_recipe(path)
+        assert recipe.about, path
+        # A key that only repeats its default is noise, except where the recipe teaches by it: the sections must be used.
+        assert set(yaml.safe_load(path.read_text())) <= set(Recipe.model_fields), path
+
+
+def test_recipes_are_found_by_name_and_near_misses_are_named() -> None:
+    assert find_recipe("quickstart").samefile(find_recipe("recipes/quickstart.yaml"))
+    with pytest.raises(Mistake, match="quickstart"):
+        find_recipe("quikstart")
+
+
+def test_schema_covers_every_key() -> None:
+    schema = json.dumps(Recipe.model_json_schema(), ensure_ascii=False)
+    for key, field in known_keys().items():
+        assert f'"{key.rpartition(".")[2]}"' in schema
+        if not (isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)):
+            assert field.description.split(".")[0][:40] in schema
