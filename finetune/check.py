@@ -30,9 +30,7 @@ def check_sources(recipe: Recipe, name: str) -> None:
                 )
             )
         elif path.suffix.lower() not in (*READABLE, ".gguf"):
-            mistakes.append(
-                Mistake("this kind of file is not read", where=key, found=text, do="one of " + " ".join(READABLE))
-            )
+            mistakes.append(Mistake("this kind of file is not read", where=key, found=text, do="one of " + " ".join(READABLE)))
 
     for key, value in (("data.path", recipe.data.path), ("data.heldout_path", recipe.data.heldout_path)):
         if value is not None:

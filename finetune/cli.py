@@ -120,9 +120,7 @@ def merge(
 
 @app.command("eval")
 def evaluate(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL...", help="Runs, adapters, checkpoints, model folders, hub ids.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Runs, adapters, checkpoints, model folders, hub ids.")],
     file: Annotated[
         Path | None, typer.Option(help="Perplexity on a file: .txt as text, .json/.jsonl by the answers in it.")
     ] = None,
@@ -136,16 +134,12 @@ def evaluate(
     from finetune.commands import eval_command
 
     names = [task.strip() for task in tasks.split(",") if task.strip()] if tasks else []
-    eval_command(
-        models, file=file, tasks=names, include_path=include_path, limit=limit, dtype=_dtype(dtype), json_file=json_file
-    )
+    eval_command(models, file=file, tasks=names, include_path=include_path, limit=limit, dtype=_dtype(dtype), json_file=json_file)
 
 
 @app.command()
 def chat(
-    models: Annotated[
-        list[str], typer.Argument(metavar="MODEL [MODEL]", help="One model, or two that answer the same.")
-    ],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL [MODEL]", help="One model, or two that answer the same.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
     top_p: Annotated[
@@ -157,9 +151,7 @@ def chat(
     """Talk to a model, streaming, with history. /new begins again, /quit leaves."""
     from finetune.commands import chat_command
 
-    chat_command(
-        models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system, dtype=_dtype(dtype)
-    )
+    chat_command(models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system, dtype=_dtype(dtype))
 
 
 def _dtype(name: str) -> str:

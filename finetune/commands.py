@@ -47,9 +47,7 @@ def _rows_of_run(opened: Opened) -> list[tuple[Sequence[int], Sequence[int]]]:
 
     assert opened.recipe is not None
     recipe = opened.recipe
-    source = models.find(
-        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
+    source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     _, prepared, _, _, _ = load_data(recipe, opened.tokenizer, models.stop_ids(source, opened.tokenizer))
     return [(sample.input_ids, sample.labels) for sample in prepared.heldout]
 
@@ -63,9 +61,7 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
     from finetune import merge as merging
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Mistake(
-            "the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it"
-        )
+        raise Mistake("the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it")
     screen = Screen()
     _libraries(screen)
     opened = open_one(name, dtype, screen, merged=False)
@@ -76,7 +72,6 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
             found=opened.what,
             do="give a run with an adapter, or an adapter folder",
         )
-    from eval.generation import stop_ids
     from eval.perplexity import evaluate_loss, text_rows
 
     rows: Any = _rows_of_run(opened) if opened.recipe is not None else []
@@ -89,16 +84,13 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
     weights = next(opened.model.parameters())
     target = _merged_dtype(opened, dtype, weights.device.type)
     with screen.phase("evaluate adapter") as progress:
-        trained = evaluate_loss(
-            opened.model, rows, batch_tokens=batch_tokens, progress=lambda d, t: progress(d, t, "rows")
-        )
+        trained = evaluate_loss(opened.model, rows, batch_tokens=batch_tokens, progress=lambda d, t: progress(d, t, "rows"))
     with screen.phase("merge") as progress:
         _, gate = merging.write_gated(
             opened.model,
             opened.tokenizer,
             out,
             dtype=target,
-            end_ids=stop_ids(opened.model, opened.tokenizer),
             rows=rows,
             trained=trained,
             limit=limit,
@@ -106,9 +98,7 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
             device=weights.device,
             progress=lambda d, t: progress(d, t, "rows of the gate"),
         )
-    screen.say(
-        f"merged into {out}: loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} on {gate['rows']} rows"
-    )
+    screen.say(f"merged into {out}: loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} on {gate['rows']} rows")
     screen.say(f"next     finetune chat {out}")
 
 
@@ -192,9 +182,7 @@ def _file_loss(opened: Opened, file: Path | None, limit: int | None, screen: Scr
             raise Mistake("the file is not UTF-8", where=str(file), found=str(error)) from None
         rows, measured_on = text_rows(opened.tokenizer, text, length=1024), f"{file} in windows of 1024 tokens"
     else:
-        encoder = Encoder(
-            opened.tokenizer, max_length=4096, stop_ids=frozenset(stop_ids(opened.model, opened.tokenizer))
-        )
+        encoder = Encoder(opened.tokenizer, max_length=4096, stop_ids=frozenset(stop_ids(opened.model, opened.tokenizer)))
         loaded = load_rows(name=None, path=str(file))
         rows = [(sample.input_ids, sample.labels) for row in loaded.rows for sample in encoder.encode(row)]
         measured_on = f"{file}, answers only ({loaded.format})"
@@ -279,9 +267,7 @@ def _answer(
     if named:
         print(f"[{opened.what}] ", end="", flush=True)
     said = ""
-    pieces = stream(
-        opened.model, opened.tokenizer, history, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-    )
+    pieces = stream(opened.model, opened.tokenizer, history, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     try:
         for piece in pieces:
             said += piece

@@ -199,8 +199,6 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         return json.loads((path / MARK).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise Mistake(
-            "this is no run folder", where=str(path), found=f"no {MARK} in it", do="finetune show runs/NAME"
-        ) from None
+        raise Mistake("this is no run folder", where=str(path), found=f"no {MARK} in it", do="finetune show runs/NAME") from None
     except (json.JSONDecodeError, NotADirectoryError) as error:
         raise Mistake("the run's record cannot be read", where=str(path / MARK), found=str(error)) from None

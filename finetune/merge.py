@@ -1,4 +1,4 @@
-"""Adapters into weights, measured: a merged folder exists only if plain transformers loads it and it is the model that was trained.
+"""Adapters into weights, measured: a merged folder is kept only if plain transformers loads it and it is the trained model.
 
 The adapter is added to the weights that it was trained on. For a quantized base these are the dequantized ones, not the
 originals: that is the function whose loss was measured (merging into the originals is what degrades, transformers#31293). The
@@ -42,15 +42,11 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def write_folder(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, end_ids: Sequence[int]
-) -> None:
-    """What `from_pretrained` loads: weights, config, tokenizer with its template, and the tokens at which to stop."""
+def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """What `from_pretrained` loads: weights, config, the tokens at which to stop, and the tokenizer with its template."""
     model.config.use_cache = True
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # of the source; the weights are plain now
-    if model.generation_config is not None and end_ids:
-        model.generation_config.eos_token_id = list(end_ids) if len(end_ids) > 1 else end_ids[0]
     model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
 
@@ -61,7 +57,6 @@ def write_gated(
     out: Path,
     *,
     dtype: torch.dtype,
-    end_ids: Sequence[int],
     rows: Rows,
     trained: LossResult,
     limit: float,
@@ -84,12 +79,13 @@ def write_gated(
     from eval.perplexity import evaluate_loss
 
     with atomic_folder(out) as temporary:
-        write_folder(into_float(model, dtype), tokenizer, temporary, end_ids)
+        write_folder(into_float(model, dtype), tokenizer, temporary)
         size = sum(file.stat().st_size for file in temporary.glob("*.safetensors"))
         where = device
         if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.3 * size:
             where = torch.device("cpu")  # a merged 7B is larger than the card it was trained on
-        again = AutoModelForCausalLM.from_pretrained(temporary, dtype=dtype).to(where)
+        again: Any = AutoModelForCausalLM.from_pretrained(temporary, dtype=dtype)
+        again.to(where)
         result = evaluate_loss(again, rows, batch_tokens=batch_tokens, progress=progress)
         gap = result.loss - trained.loss
         gate = {

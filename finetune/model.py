@@ -7,6 +7,7 @@ downloaded or loaded.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,9 +45,7 @@ class Source:
         return options | ({"gguf_file": self.gguf} if self.gguf else {})
 
 
-def find(
-    name: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "model.name"
-) -> Source:
+def find(name: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "model.name") -> Source:
     """The place that a name means.
 
     Raises:
@@ -55,9 +54,7 @@ def find(
     if name.startswith(PACKAGE):
         files = [path for file, path in package_files(name, where).items() if file.endswith(".gguf")]
         if len(files) != 1:
-            raise Mistake(
-                "this package does not carry exactly one .gguf file", where=where, found=f"{name}: {len(files)} files"
-            )
+            raise Mistake("this package does not carry exactly one .gguf file", where=where, found=f"{name}: {len(files)} files")
         return Source(name, str(files[0].parent), files[0].name)
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
@@ -129,11 +126,18 @@ def stop_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
         from transformers import GenerationConfig
 
         try:
-            eos = GenerationConfig.from_pretrained(source.folder, revision=source.revision).eos_token_id
+            eos = GenerationConfig.from_pretrained(source.folder, revision=source.revision or "main").eos_token_id
         except OSError:  # many models have none
             eos = None
         ids |= set(eos) if isinstance(eos, list) else set() if eos is None else {eos}
     return frozenset(ids)
+
+
+def set_stops(model: Any, ids: Iterable[int]) -> None:
+    """Make the model stop at these tokens when it generates, and every folder that is saved of it too."""
+    stops = sorted(ids)
+    if stops and model.generation_config is not None:
+        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
 
 
 def default_dtype(device: str) -> torch.dtype:
@@ -248,7 +252,7 @@ def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype
                 do="give the unquantized original",
             )
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
         )
     except ImportError as error:
@@ -257,6 +261,7 @@ def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype
         ) from None
     except Exception as error:
         raise _unavailable(source, error) from None
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise Mistake(
@@ -285,7 +290,7 @@ class Prepared:
 
 
 def prepare(
-    model: PreTrainedModel,
+    model: Any,
     *,
     quant: Quant,
     adapter: Adapter,
@@ -314,8 +319,9 @@ def prepare(
 
 
 def swap_linears(model: PreTrainedModel, quant: Quant, device: torch.device) -> dict[str, Any]:
-    from quant import backends, swap
     from quant.swap import KEEP
+
+    from quant import backends, swap
 
     report = swap(model, scheme="nf4", double=quant.double, keep=(*KEEP, *quant.keep), device=device)
     return {
@@ -335,9 +341,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
     from quant import assert_wrapped, register_peft
 
     linear = {
-        name
-        for name, module in model.named_modules()
-        if hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
+        name for name, module in model.named_modules() if hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
     }
     suffixes = sorted({target.rpartition(".")[2] for target in targets})
     short = {name for name in linear if name.rpartition(".")[2] in suffixes} == set(targets)
@@ -371,9 +375,7 @@ def adapter_base(folder: Path) -> str:
     try:
         name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (OSError, json.JSONDecodeError) as error:
-        raise Mistake(
-            "the adapter cannot be read", where=str(folder / "adapter_config.json"), found=str(error)
-        ) from None
+        raise Mistake("the adapter cannot be read", where=str(folder / "adapter_config.json"), found=str(error)) from None
     if not name:
         raise Mistake(
             "the adapter does not name its base model",

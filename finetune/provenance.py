@@ -32,9 +32,7 @@ def commit() -> str | None:
     if not (top / ".git").exists():
         return None
     try:
-        head = subprocess.run(
-            ["git", "-C", top, "rev-parse", "HEAD"], capture_output=True, text=True, check=True
-        ).stdout.strip()
+        head = subprocess.run(["git", "-C", top, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
         changed = subprocess.run(
             ["git", "-C", top, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
         ).stdout
@@ -47,14 +45,10 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda: {torch.cuda.get_device_name(device)}"
     name = platform.processor() or platform.machine()
-    try:
+    with contextlib.suppress(OSError, StopIteration):
         name = next(
-            line.split(":", 1)[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if "model name" in line
+            line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
         )
-    except (OSError, StopIteration):
-        pass
     return f"cpu: {name} ({torch.get_num_threads()} thread{'s' if torch.get_num_threads() != 1 else ''})"
 
 

@@ -62,9 +62,7 @@ class Model(Section):
         description="Where the weights come from: hub id, local folder, a .gguf file, or package:NAME (an installed package that "
         "carries one .gguf).",
     )
-    revision: str | None = Field(
-        None, description="Hub branch, tag or commit of the model; null takes the default branch."
-    )
+    revision: str | None = Field(None, description="Hub branch, tag or commit of the model; null takes the default branch.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
         description="Number format of unquantized weights and of activations. auto: bf16 on GPUs and on CPUs with bf16 "
@@ -86,8 +84,8 @@ class Quant(Section):
     double: bool = Field(True, description="Quantize the NF4 block scales too: 4.127 instead of 4.5 bits a weight.")
     keep: list[str] = Field(
         [],
-        description="Further module paths (shell patterns such as *.o_proj) to leave unquantized; heads, embeddings, norms and routers "
-        "always are.",
+        description="Further module paths (shell patterns such as *.o_proj) to leave unquantized; heads, embeddings, norms "
+        "and routers always are.",
     )
 
 
@@ -96,37 +94,29 @@ class Adapter(Section):
         "lora", description="lora trains low-rank adapters on a frozen base; none trains all weights."
     )
     rank: Positive = Field(16, description="Rank r of the adapters: trainable parameters and capacity grow with it.")
-    alpha: float = Field(
-        32.0, gt=0, description="LoRA scale: the update is multiplied by alpha/rank (rslora: alpha/√rank)."
-    )
-    dropout: float = Field(
-        0.0, ge=0, lt=1, description="Probability with which an adapter's inputs are dropped while training."
-    )
+    alpha: Positive = Field(32, description="LoRA scale: the update is multiplied by alpha/rank (rslora: alpha/√rank).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Probability with which an adapter's inputs are dropped while training.")
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear",
         description="Modules that get adapters: all-linear (all but the head), or names such as [q_proj, v_proj].",
     )
     rslora: bool = Field(False, description="Rank-stabilized scale alpha/√rank (arXiv 2312.03732).")
-    dora: bool = Field(
-        False, description="Weight-decomposed adapters (arXiv 2402.09353): often better at low rank, slower."
-    )
+    dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353): often better at low rank, slower.")
 
 
 class Data(Section):
     name: str | None = Field(
         None, description="Where rows come from: hub dataset id, or package:NAME (an installed package's files)."
     )
-    path: str | None = Field(
-        None, description="Where rows come from: a local .json, .jsonl or .txt file. Wins over data.name."
-    )
+    path: str | None = Field(None, description="Where rows come from: a local .json, .jsonl or .txt file. Wins over data.name.")
     files: list[str] = Field(
         [], description="Only these files (shell patterns, such as */english/trivia.yml) of a package or hub dataset."
     )
     split: str = Field("train", description="Split of a hub dataset to read.")
     format: Literal["auto", "alpaca", "messages", "dialogue", "text"] = Field(
         "auto",
-        description="What a row looks like: alpaca (instruction, input, output), messages (role and content, or ShareGPT's from and value), "
-        "dialogue (a list of alternating turns), text. auto looks at the rows and says what it found.",
+        description="What a row looks like: alpaca (instruction, input, output), messages (role and content, or ShareGPT's from "
+        "and value), dialogue (a list of alternating turns), text. auto looks at the rows and says what it found.",
     )
     template: Literal["auto", "chatml", "alpaca"] = Field(
         "auto", description="Chat template. auto: the tokenizer's own, or alpaca where a base model has none."
@@ -136,12 +126,8 @@ class Data(Section):
         "answers", description="Tokens that are trained: the assistant's answers with their end token, or every token."
     )
     max_rows: Positive | None = Field(None, description="Use only the first so many rows.")
-    max_length: Positive = Field(
-        1024, description="Longest sample and longest packed row, in tokens. Memory grows with it."
-    )
-    too_long: Literal["cut", "drop"] = Field(
-        "cut", description="A sample over max_length is cut at its end, or dropped."
-    )
+    max_length: Positive = Field(1024, description="Longest sample and longest packed row, in tokens. Memory grows with it.")
+    too_long: Literal["cut", "drop"] = Field("cut", description="A sample over max_length is cut at its end, or dropped.")
     bad_rows: Literal["stop", "skip"] = Field(
         "stop", description="What to do with rows that fit no format: stop and show them, or skip and count them."
     )
@@ -166,9 +152,7 @@ class Data(Section):
 
 class Train(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
-    max_steps: Positive | None = Field(
-        None, description="Stop after so many optimizer steps, whatever train.epochs says."
-    )
+    max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever train.epochs says.")
     micro_batch: Positive = Field(
         1, description="Rows (packed or single) that go through the model at once. Memory grows with it."
     )
@@ -179,9 +163,7 @@ class Train(Section):
     )
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")
     min_lr: float = Field(0.1, ge=0, le=1, description="Where the schedule ends, as a share of the peak learning rate.")
-    weight_decay: float = Field(
-        0.0, ge=0, description="AdamW's decoupled decay of matrices (norms and biases never decay)."
-    )
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled decay of matrices (norms and biases never decay).")
     optimizer: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = Field(
         "adamw",
         description="8bit keeps Adam's states in 2 instead of 8 bytes a parameter; paged lets them spill into CPU memory.",
@@ -196,9 +178,7 @@ class Train(Section):
         "auto",
         description="Arithmetic of the matrix products. auto follows model.dtype; bf16 over fp32 weights is mixed precision.",
     )
-    save_steps: Positive | None = Field(
-        None, description="Optimizer steps between checkpoints; null saves at the end only."
-    )
+    save_steps: Positive | None = Field(None, description="Optimizer steps between checkpoints; null saves at the end only.")
     keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
     eval_steps: Positive | None = Field(
         None, description="Optimizer steps between held-out evaluations; null: before and after only."
@@ -207,17 +187,13 @@ class Train(Section):
 
 class Eval(Section):
     samples: int = Field(3, ge=0, description="Held-out questions that the model answers before and after training.")
-    prompts: list[str] = Field(
-        [], description="Questions of your own that the model answers before and after training."
-    )
+    prompts: list[str] = Field([], description="Questions of your own that the model answers before and after training.")
     max_new_tokens: Positive = Field(64, description="Longest sample answer, in tokens.")
     batch_tokens: Positive = Field(2048, description="Tokens that go through the model at once in evaluation.")
     merge_rows: int = Field(
         64, ge=0, description="Held-out rows on which the merged model is compared with the trained one; 0 does not."
     )
-    merge_limit: float = Field(
-        0.02, gt=0, description="Largest difference of loss, in nats, that the merge gate lets pass."
-    )
+    merge_limit: float = Field(0.02, gt=0, description="Largest difference of loss, in nats, that the merge gate lets pass.")
     tasks: list[str] = Field([], description="lm-evaluation-harness tasks to score before and after training.")
     include_path: str | None = Field(None, description="Folder with task files of your own for the harness.")
     limit: Positive | None = Field(None, description="Documents of each task to score; null takes all.")
@@ -226,9 +202,7 @@ class Eval(Section):
 class Run(Section):
     dir: str | None = Field(None, description="The run's folder. null: runs/NAME of the recipe, numbered when taken.")
     seed: int = Field(17, ge=0, description="Seed of the split, the order, the adapters' start and dropout.")
-    device: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where to train. auto: the GPU where there is one."
-    )
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: the GPU where there is one.")
     threads: Positive | None = Field(
         None, description="CPU threads; null lets torch decide. Bit-equal resume needs the same number."
     )
@@ -266,7 +240,7 @@ class _Source:
     """YAML as plain values, and the line on which each key stands."""
 
     def __init__(self, text: str, name: str) -> None:
-        self.name, self.lines, self.mistakes = name, {}, []
+        self.name = name
         self.lines: dict[tuple[str | int, ...], int] = {}
         self.mistakes: list[Mistake] = []
         self._nodes = 0
@@ -288,9 +262,7 @@ class _Source:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise Mistake("the recipe is not valid YAML", where=name, found=str(error).splitlines()[0]) from None
         if not isinstance(self.value, dict):
-            raise Mistake(
-                "a recipe is a mapping of sections", where=name, found=type(self.value).__name__, do="finetune recipes"
-            )
+            raise Mistake("a recipe is a mapping of sections", where=name, found=type(self.value).__name__, do="finetune recipes")
 
     def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
         self._nodes += 1
@@ -376,9 +348,7 @@ def _apply_overrides(value: dict[str, Any], overrides: list[str]) -> set[str]:
         for section in sections:
             there = there.setdefault(section, {})
             if not isinstance(there, dict):
-                raise Mistake(
-                    f"{key} names a key inside something that is not a section", where="command line", found=override
-                )
+                raise Mistake(f"{key} names a key inside something that is not a section", where="command line", found=override)
         there[last] = parsed
         keys.add(key)
     return keys

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateStop, Mistake, Stop
-from finetune.files import RunFolder, human_bytes, read_run, require_space, write_atomic, write_json
+from finetune.files import RunFolder, human_bytes, require_space, write_atomic, write_json
 from finetune.recipe import Recipe, differences, dump_recipe, read_recipe
 from finetune.screen import Screen, clock
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from eval.perplexity import LossResult
@@ -76,9 +75,7 @@ def choose_folder(recipe: Recipe, name: str, resume: bool) -> Path:
                 do="give another run.dir, remove it, or add --resume",
             )
         return path
-    taken = [
-        path for path in [Path("runs", name), *sorted(Path("runs").glob(f"{name}-*"), key=_number)] if path.exists()
-    ]
+    taken = [path for path in [Path("runs", name), *sorted(Path("runs").glob(f"{name}-*"), key=_number)] if path.exists()]
     if resume:
         if not taken:
             raise Mistake("there is no run to resume", where="runs/", found=f"no {name}", do="leave out --resume")
@@ -171,9 +168,7 @@ def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
 # -------------------------------------------------------------------------------------------------------------- the story
 
 
-def run(
-    recipe: Recipe, name: str, *, resume: bool = False, force: bool = False, screen: Screen | None = None
-) -> dict[str, Any]:
+def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False, screen: Screen | None = None) -> dict[str, Any]:
     """Execute a recipe; returns run.json's content. `name` is what the run is called (the recipe's file name).
 
     Raises:
@@ -235,7 +230,8 @@ class _Story:
                 recipe, self.tokenizer, self.stops, lambda done, total: progress(done, total, "rows")
             )
         screen.say(
-            f"  {self.rows.source}: {len(self.rows.rows)} rows, format {self.rows.format} ({self.rows.reason}); chat template: {self.template}"
+            f"  {self.rows.source}: {len(self.rows.rows)} rows, format {self.rows.format} ({self.rows.reason}); "
+            f"chat template: {self.template}"
         )
         if self.rows.skipped:
             screen.warn(
@@ -247,9 +243,7 @@ class _Story:
             self.bones = models.skeleton(self.source, self.config)
             self.targets = models.adapter_targets(recipe.adapter, self.bones) if recipe.adapter.kind == "lora" else []
             trainable = (
-                models.adapter_parameters(recipe.adapter, self.bones, self.targets)
-                if self.targets
-                else self.bones.parameters
+                models.adapter_parameters(recipe.adapter, self.bones, self.targets) if self.targets else self.bones.parameters
             )
         require_space(self.folder.path, bytes_to_write(recipe, self.bones, trainable), "this run")
         screen.say(
@@ -267,11 +261,7 @@ class _Story:
         if not failed:
             return None
         reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-        if (
-            not self.data.train
-            or all(check.name == "something to learn" for check in failed)
-            and not self.preflight.tokens
-        ):
+        if not self.data.train or (all(check.name == "something to learn" for check in failed) and not self.preflight.tokens):
             raise GateStop("there is nothing to train on", where=self.rows.source, found=reasons)
         if not self.force:
             raise GateStop(
@@ -386,6 +376,7 @@ class _Story:
                 seed=recipe.run.seed,
             )
         self.model = prepared.model
+        models.set_stops(self.model, self.stops | self.ends)
         self.record["model"] = {
             "architecture": self.bones.architecture,
             "parameters": prepared.parameters,
@@ -393,6 +384,7 @@ class _Story:
             "swap": prepared.swap,
             "adapters": prepared.adapters,
             "dtype": str(self.dtype).removeprefix("torch."),
+            "stop_ids": sorted(self.stops | self.ends),
         }
         self.record["provenance"]["model"] = {"source": self.source.name, "parameters": prepared.parameters}
         if prepared.swap:
@@ -436,7 +428,7 @@ class _Story:
 
         with self.screen.phase(f"evaluate {when}") as progress:
             result = self._loss(self._held_out(), lambda done, total: progress(done, total, "held-out rows"))
-        write_json(self.folder.path / "eval" / f"{when}.json", result.as_dict(rows=True))
+        write_json(self.folder.path / "eval" / f"{when}.json", result.as_dict(by_row=True))
         self.record["eval"][when] = result.as_dict()
         self.screen.say(
             f"  held-out loss {when}: {result.loss:.4f} ± {result.stderr:.4f} nats, perplexity {result.perplexity:.2f}"
@@ -475,8 +467,7 @@ class _Story:
                 self.tokenizer,
                 [sample["prompt"] for sample in samples],
                 max_new_tokens=self.recipe.eval.max_new_tokens,
-                stop_ids=sorted(self.stops | self.ends),
-                progress=lambda done, total: progress(done, total, "tokens"),
+                progress=lambda done, total: progress(done, total, "questions"),
             )
         for sample, answer in zip(samples, answers, strict=True):
             sample |= {when: answer.text, f"{when}_ended": answer.ended}
@@ -602,7 +593,6 @@ class _Story:
 
         recipe, path = self.recipe, self.folder.path
         lora = recipe.adapter.kind == "lora"
-        ends = sorted(self.stops | self.ends)
         if lora:
             with self.screen.phase("save adapter"):
                 save_adapter(self.model, path / "adapter")
@@ -612,7 +602,7 @@ class _Story:
         rows = self._held_out()[: recipe.eval.merge_rows]
         if not rows:
             with self.screen.phase("save model"), atomic_folder(path / "merged") as temporary:
-                merge.write_folder(merge.into_float(self.model, self.dtype), self.tokenizer, temporary, ends)
+                merge.write_folder(merge.into_float(self.model, self.dtype), self.tokenizer, temporary)
             self.record["merge"] = {"path": "merged", "gate": None}
             self.screen.warn(
                 "the merged model was not compared with the trained one: there are no held-out rows, or eval.merge_rows is 0"
@@ -625,7 +615,6 @@ class _Story:
                 self.tokenizer,
                 path / "merged",
                 dtype=self.dtype,
-                end_ids=ends,
                 rows=rows,
                 trained=trained,
                 limit=recipe.eval.merge_limit,
@@ -688,9 +677,7 @@ def _result(saved: dict[str, Any]) -> LossResult:
     from eval.perplexity import LossResult
 
     names = LossResult.__dataclass_fields__
-    return LossResult(
-        **{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names}
-    )
+    return LossResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names})
 
 
 def _require_trackers(names: list[Any]) -> None:

@@ -92,9 +92,7 @@ class Screen:
             for piece in example:
                 shown = piece["text"].replace("\n", "⏎")
                 # Without colours the brackets still tell what is trained.
-                text.append(
-                    f"⟦{shown}⟧" if piece["supervised"] else shown, style="green" if piece["supervised"] else "dim"
-                )
+                text.append(f"⟦{shown}⟧" if piece["supervised"] else shown, style="green" if piece["supervised"] else "dim")
             self.console.print(text)
         if preflight.examples:
             self.console.print(Text("  green, in ⟦⟧: what is trained", style="dim"))

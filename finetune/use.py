@@ -1,4 +1,4 @@
-"""A trained thing, ready to use: a run, an adapter, a checkpoint, a model folder, a package, a .gguf or a hub id → (model, tokenizer)."""
+"""A trained thing, ready to use: run, adapter, checkpoint, model folder, package, .gguf or hub id → (model, tokenizer)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from finetune import model as models
 from finetune.data.samples import set_template
 from finetune.errors import Mistake
-from finetune.files import MARK
+from finetune.files import MARK, read_run
 from finetune.recipe import Adapter, Quant, Recipe, read_recipe
 from finetune.train import checkpoint
 
@@ -96,9 +96,7 @@ def _open_source(source: models.Source, dtype: str, device: torch.device) -> Ope
 
 def base_of(recipe: Recipe, device: torch.device, dtype: str) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
     """The model and tokenizer that a run began with, float."""
-    source = models.find(
-        recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-    )
+    source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     asked = recipe.model.dtype if dtype == "auto" else dtype
     model, tokenizer = _load(source, _dtype(asked, device), recipe.model.attention)
     set_template(tokenizer, recipe.data.template)
@@ -118,14 +116,14 @@ def _open_adapter(path: Path, recipe: Recipe | None, dtype: str, device: torch.d
         base = models.find(models.adapter_base(path), where=str(path / "adapter_config.json"))
         opened = _open_source(base, dtype, device)
         model, tokenizer = opened.model, opened.tokenizer
+    if recipe is not None:
+        _stop_as_trained(model, path.resolve().parent)
     config = PeftConfig.from_pretrained(str(path))
     register_peft(config)
     try:
         wrapped = PeftModel.from_pretrained(model, str(path), config=config)
     except (RuntimeError, ValueError, OSError) as error:
-        raise Mistake(
-            "the adapter does not fit its base model", where=str(path), found=str(error).splitlines()[0]
-        ) from None
+        raise Mistake("the adapter does not fit its base model", where=str(path), found=str(error).splitlines()[0]) from None
     return Opened(wrapped.to(device).eval(), tokenizer, str(path), recipe)
 
 
@@ -136,7 +134,12 @@ def _open_checkpoint(path: Path, recipe: Recipe, dtype: str, device: torch.devic
     model, tokenizer, source = base_of(recipe, device, dtype)
     prepared = make_trainable(model, source, recipe.quant, recipe.adapter, device)
     checkpoint.load_weights(path, prepared.model)
+    _stop_as_trained(prepared.model, path.resolve().parent.parent)
     return Opened(prepared.model.eval(), tokenizer, str(path), recipe)
+
+
+def _stop_as_trained(model: Any, run: Path) -> None:
+    models.set_stops(model, read_run(run).get("model", {}).get("stop_ids", []))
 
 
 def make_trainable(

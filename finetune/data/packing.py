@@ -50,9 +50,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 class Batches:
     """The micro-batches of every epoch: `epoch(n)` gives them as lists of sample indices, `batch(indices)` as tensors."""
 
-    def __init__(
-        self, samples: Sequence[Sample], *, micro_batch: int, max_length: int, packing: bool, seed: int
-    ) -> None:
+    def __init__(self, samples: Sequence[Sample], *, micro_batch: int, max_length: int, packing: bool, seed: int) -> None:
         self.samples, self.micro_batch, self.max_length, self.packing, self.seed = (
             samples,
             micro_batch,
@@ -70,10 +68,7 @@ class Batches:
         if self.packing:
             rows = [[order[i] for i in row] for row in pack([len(self.samples[i]) for i in order], self.max_length)]
             shuffled.shuffle(rows)
-        return [
-            tuple(i for row in rows[at : at + self.micro_batch] for i in row)
-            for at in range(0, len(rows), self.micro_batch)
-        ]
+        return [tuple(i for row in rows[at : at + self.micro_batch] for i in row) for at in range(0, len(rows), self.micro_batch)]
 
     def batch(self, indices: tuple[int, ...]) -> Batch:
         import torch

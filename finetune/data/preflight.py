@@ -151,16 +151,14 @@ def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
         )
     if empty and empty < len(texts):
         first = next(
-            r.where
-            for r in prepared.train_rows
-            if any(not a.strip() for a in (*answers(r), *([r.text] if r.text else [])))
+            r.where for r in prepared.train_rows if any(not a.strip() for a in (*answers(r), *([r.text] if r.text else [])))
         )
         check("empty answers", WARN, f"{_share(empty, len(texts))} answers are empty, such as {first}")
 
     # The end of an answer.
     turns, ended = sum(sample.answers for sample in train), sum(sample.ended for sample in train)
     if turns:
-        names = sorted(encoder.tokenizer.decode([token]) for token in encoder.ends)
+        names = sorted(str(encoder.tokenizer.decode([token])) for token in encoder.ends)
         if ended == turns:
             check("end token trained", PASS, f"all {turns} answers end with a trained {' or '.join(names)}")
         elif ended == 0:
@@ -222,7 +220,7 @@ def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
             check(
                 "train and held-out apart",
                 FAIL,
-                f"{_share(both, len(prepared.heldout_rows))} held-out rows are trained too: the loss after training would flatter",
+                f"{_share(both, len(prepared.heldout_rows))} held-out rows are trained too: their loss would flatter",
             )
         elif asked:
             check(

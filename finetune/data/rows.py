@@ -190,16 +190,12 @@ def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
         ) from None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise Mistake(
-            "the data file is not UTF-8", where=f"{name}:{line}", found=f"byte {content[error.start]:#04x}"
-        ) from None
+        raise Mistake("the data file is not UTF-8", where=f"{name}:{line}", found=f"byte {content[error.start]:#04x}") from None
     except OSError as error:
         raise Mistake("the data file cannot be read", where="data.path", found=str(error)) from None
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise Mistake(
-            "this kind of data file is not read", where=name, found=path.suffix, do="one of " + " ".join(READABLE)
-        )
+        raise Mistake("this kind of data file is not read", where=name, found=path.suffix, do="one of " + " ".join(READABLE))
     return reader(text, name), content
 
 
@@ -221,9 +217,7 @@ def package_files(name: str, where: str) -> dict[str, Path]:
 
 def _read_package(name: str, patterns: list[str]) -> tuple[list[Raw], str]:
     files = {file: path for file, path in package_files(name, "data.name").items() if file.endswith(READABLE)}
-    chosen = {
-        f: p for f, p in files.items() if not patterns or any(fnmatch.fnmatch(f, pattern) for pattern in patterns)
-    }
+    chosen = {f: p for f, p in files.items() if not patterns or any(fnmatch.fnmatch(f, pattern) for pattern in patterns)}
     if not chosen:
         raise Mistake(
             "no data file of this package matches",
@@ -301,9 +295,7 @@ def _dialogue(value: Any) -> tuple[dict[str, str], ...] | None:
         return None
     roles = ("user", "assistant")
     # An odd last turn is a question without an answer: nothing is learnt from it.
-    return tuple(
-        {"role": roles[i % 2], "content": str(turn).strip()} for i, turn in enumerate(value[: len(value) // 2 * 2])
-    )
+    return tuple({"role": roles[i % 2], "content": str(turn).strip()} for i, turn in enumerate(value[: len(value) // 2 * 2]))
 
 
 def _text(value: Any) -> str | None:
@@ -332,9 +324,7 @@ def _to_row(raw: Raw, format_: str) -> Row | None:
 
 def _shape(value: Any) -> str:
     if isinstance(value, dict):
-        return "an object with keys " + ", ".join(
-            f"{key} ({type(item).__name__})" for key, item in list(value.items())[:6]
-        )
+        return "an object with keys " + ", ".join(f"{key} ({type(item).__name__})" for key, item in list(value.items())[:6])
     return f"{type(value).__name__}: {str(value)[:60]!r}"
 
 

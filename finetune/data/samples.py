@@ -93,9 +93,7 @@ class Encoder:
         too_long: str = "cut",
     ) -> None:
         if not tokenizer.is_fast:
-            raise Mistake(
-                "this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name"
-            )
+            raise Mistake("this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name")
         self.tokenizer, self.max_length, self.system, self.learn, self.too_long = (
             tokenizer,
             max_length,
@@ -115,10 +113,7 @@ class Encoder:
         Raises:
             Mistake: the chat template refuses the row.
         """
-        if row.text is not None:
-            samples = [self._text_sample(row)]
-        else:
-            samples = self._conversation(row)
+        samples = [self._text_sample(row)] if row.text is not None else self._conversation(row)
         if self.too_long == "drop":
             return [sample for sample in samples if len(sample) <= self.max_length]
         return [self._cut(sample) for sample in samples]

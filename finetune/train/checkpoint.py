@@ -110,9 +110,7 @@ def save(
                 scalars.setdefault(names[index], {})[key] = value
     path = folder / f"{PREFIX}{progress.step:06d}"
     with atomic_folder(path) as temporary:
-        save_file(
-            {name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors"
-        )
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors")
         save_file(tensors, temporary / "optimizer.safetensors")
         save_file(_rng_tensors(), temporary / "rng.safetensors")
         write_json(
@@ -164,7 +162,7 @@ def damage(path: Path) -> str | None:
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest undamaged checkpoint under `folder`, and what was wrong with those that are newer."""
-    notes = []
+    notes: list[str] = []
     for path in reversed(checkpoints(folder)):
         wrong = damage(path)
         if wrong is None:
@@ -194,7 +192,8 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
                 raise Mistake(
                     "the checkpoint is of another model",
                     where=f"{path}: {name}",
-                    found=f"{tuple(weights[name].shape)} {weights[name].dtype}, the model has {tuple(parameter.shape)} {parameter.dtype}",
+                    found=f"{tuple(weights[name].shape)} {weights[name].dtype}",
+                    do=f"the model has {tuple(parameter.shape)} {parameter.dtype} there",
                 )
             parameter.copy_(weights[name])
 
@@ -203,9 +202,7 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     """Put everything back as it was at the checkpoint; returns (progress, bytes of metrics.jsonl that belong to it)."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state["format"] > FORMAT:
-        raise Mistake(
-            "the checkpoint was written by a newer version", where=str(path), found=f"format {state['format']}"
-        )
+        raise Mistake("the checkpoint was written by a newer version", where=str(path), found=f"format {state['format']}")
     load_weights(path, model)
     names = _names_in_optimizer(optimizer, trained(model))
     index = {name: number for number, name in enumerate(names)}

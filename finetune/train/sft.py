@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 import torch
 
-from eval.perplexity import supervised_logits
+from eval.perplexity import kept_logits
 from finetune.data.packing import Batch, Batches
+from finetune.data.samples import IGNORE
 
 
 class SupervisedFineTuning:
@@ -21,12 +22,7 @@ class SupervisedFineTuning:
 
     def batch(self, key: tuple[int, ...]) -> Batch:
         batch = self.batches.batch(key)
-        return Batch(
-            batch.input_ids.to(self.device),
-            batch.labels.to(self.device),
-            batch.position_ids.to(self.device),
-            batch.samples,
-        )
+        return Batch(batch.input_ids.to(self.device), batch.labels.to(self.device), batch.position_ids.to(self.device), key)
 
     def tokens(self, batch: Batch) -> int:
         return batch.input_ids.numel()
@@ -36,5 +32,7 @@ class SupervisedFineTuning:
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         """Cross-entropy in fp32, summed over trained tokens (nats); logits exist only where a trained token follows."""
-        logits, targets = supervised_logits(model, batch.input_ids, batch.position_ids, batch.labels)
+        places = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]  # (n,)
+        logits = kept_logits(model, batch.input_ids, batch.position_ids, places)  # (n, vocabulary)
+        targets = batch.labels[0, places + 1]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()

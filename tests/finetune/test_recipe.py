@@ -84,9 +84,7 @@ def test_a_yaml_bomb_is_refused(tmp_path: Path) -> None:
 
 
 def test_overrides(tmp_path: Path) -> None:
-    recipe = read_recipe(
-        write(tmp_path, GOOD), ["train.lr=1e-4", "adapter.targets=[q_proj, v_proj]", "data.system=Be brief."]
-    )
+    recipe = read_recipe(write(tmp_path, GOOD), ["train.lr=1e-4", "adapter.targets=[q_proj, v_proj]", "data.system=Be brief."])
     assert recipe.train.lr == 1e-4
     assert recipe.adapter.targets == ["q_proj", "v_proj"]
     assert recipe.data.system == "Be brief."
@@ -96,7 +94,7 @@ def test_a_wrong_override_says_that_it_is_of_the_command_line(tmp_path: Path) ->
     (mistake,) = mistakes(tmp_path, GOOD, ["train.lr=fast"])
     assert mistake.where == "command line, train.lr"
     for bad in ("train.lr", "=3", "train lr=3"):
-        with pytest.raises(Mistake, match="section.key=value"):
+        with pytest.raises(Mistake, match=r"section\.key=value"):
             read_recipe(write(tmp_path, GOOD), [bad])
 
 

@@ -24,9 +24,7 @@ def test_bins_hold_every_sample_once_within_capacity_and_are_nearly_full() -> No
 @pytest.mark.parametrize("micro_batch", [1, 3])
 def test_an_epoch_meets_every_sample_once_in_an_order_of_seed_and_epoch(packing: bool, micro_batch: int) -> None:
     def batches(seed: int) -> Batches:
-        return Batches(
-            samples([7, 9, 20, 3, 30, 12, 5]), micro_batch=micro_batch, max_length=32, packing=packing, seed=seed
-        )
+        return Batches(samples([7, 9, 20, 3, 30, 12, 5]), micro_batch=micro_batch, max_length=32, packing=packing, seed=seed)
 
     first = batches(1).epoch(0)
     assert sorted(i for key in first for i in key) == list(range(7))

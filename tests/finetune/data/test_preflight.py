@@ -146,9 +146,7 @@ def test_a_template_that_ends_only_the_last_answer_is_warned_of(tokenizer: Any) 
     rows = [talk("q", "a", "q2", "a2", where=f"rows:{n}") for n in range(3)]
     # Met turn by turn, because the template rewrites the first answer when a second follows: then each ends.
     assert status(look(tokenizer, rows), "end token trained") == "pass"
-    tokenizer.chat_template = ALPACA.replace(
-        "{{ eos_token }}", "{% if message['content'] != 'a' %}{{ eos_token }}{% endif %}"
-    )
+    tokenizer.chat_template = ALPACA.replace("{{ eos_token }}", "{% if message['content'] != 'a' %}{{ eos_token }}{% endif %}")
     preflight = look(tokenizer, rows)
     assert status(preflight, "end token trained") == "warn"
 

@@ -1,0 +1,165 @@
+"""Benchmark tasks through lm-evaluation-harness, on a model that is already in memory.
+
+The numbers are those of the `lm_eval` command line for the same model, dtype, batch size and limit: the harness does the work
+(its `HFLM` and `simple_evaluate`, with its seeds), this module only keeps it quiet, tells how far it is, and leaves the
+model, the tokenizer and the random numbers as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from torch import nn
+
+from eval._common import evaluating, randomness_kept
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the harness's log lines below errors, its prints, and progress bars of its own and of `datasets`."""
+    import lm_eval.api.metrics
+    from tqdm import tqdm
+
+    begin = tqdm.__init__
+
+    def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
+        begin(self, *args, **(kwargs | {"disable": True}))
+
+    loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with (
+            patch.object(tqdm, "__init__", hidden),
+            patch.object(lm_eval.api.metrics, "print", lambda *_, **__: None, create=True),
+        ):
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _language_model(model: nn.Module, tokenizer: Any, batch_size: int, progress: Progress | None) -> Any:
+    """The harness's view of the model. A class made here, because its base must be imported late."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counted(HFLM):
+        """HFLM that tells its progress in requests; windows of text for rolling log-likelihoods."""
+
+        done = total = 0
+
+        def _expect(self, requests: int) -> None:
+            self.total += requests
+
+        def _advance(self, rows: int) -> None:
+            self.done = min(self.done + rows, self.total)
+            if progress:
+                progress(self.done, self.total)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            logits = super()._model_call(inps, *args, **kwargs)
+            self._advance(len(inps))
+            return logits
+
+        def _model_generate(self, context: Any, *args: Any, **kwargs: Any) -> Any:
+            tokens = super()._model_generate(context, *args, **kwargs)
+            self._advance(len(context))
+            return tokens
+
+        def loglikelihood(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            self._expect(len(requests))
+            answers = super().loglikelihood(requests, *args, **kwargs)
+            self._advance(self.total - self.done)  # requests with a shared context run as one row
+            return answers
+
+        def loglikelihood_rolling(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            self._expect(sum(-(-len(self.tok_encode(request.args[0])) // self.max_length) for request in requests))
+            return super().loglikelihood_rolling(requests, *args, **kwargs)
+
+        def generate_until(self, requests: list[Any], *args: Any, **kwargs: Any) -> Any:
+            self._expect(len(requests))
+            return super().generate_until(requests, *args, **kwargs)
+
+    # HFLM ties the weights of what it gets: needless for a model in use, and it breaks one whose tied head is wrapped or packed.
+    with patch.object(model, "tie_weights", lambda *_, **__: None, create=True):
+        # a copy of the tokenizer: HFLM sets its padding
+        return Counted(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+
+
+def _plain(result: dict[str, Any], version: Any) -> dict[str, Any]:
+    """One task's results. The harness writes `metric,filter`; the filter "none" is left out, others stay in the name."""
+    values: dict[str, Any] = {}
+    for key, value in result.items():
+        metric, comma, name = key.partition(",")
+        if comma:
+            values[metric if name == "none" else key] = float(value) if isinstance(value, (int, float)) else None
+    return values | {"version": version, "n": result.get("sample_len")}
+
+
+def run_tasks(
+    model: nn.Module,
+    tokenizer: Any,
+    tasks: list[str],
+    *,
+    include_path: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = 8,
+    num_fewshot: int | None = None,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Scores of the model on harness tasks, equal to those of `lm_eval --model hf`.
+
+    Args:
+        tasks: names of tasks, groups or tags.
+        include_path: a folder of task files beside those that come with the harness.
+        limit: only the first so many documents of each task.
+        num_fewshot: examples in the prompt; by default what the task says.
+        progress: called with (requests done, requests in all); the second grows when tasks ask for several kinds of request.
+
+    Returns:
+        {task: {metric: value, metric_stderr: value or None, "version": …, "n": documents}}; a filtered metric keeps the
+        harness's name `metric,filter`.
+
+    Raises:
+        ImportError: lm-eval is not installed.
+        ValueError: no tasks, a task that the harness does not know, or an include_path that is no folder.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError("tasks need lm-evaluation-harness: pip install 'finetune12g[eval]'") from error
+
+    if not tasks:
+        raise ValueError("no tasks named")
+    if include_path is not None and not include_path.is_dir():
+        raise ValueError(f"include_path is not a folder: {include_path}")
+    with _quiet(), randomness_kept(), evaluating(model):
+        manager = TaskManager(include_path=include_path)
+        for task in tasks:
+            if task not in manager.task_index:
+                near = difflib.get_close_matches(task, manager.all_tasks, n=3)
+                hint = f"; nearest: {', '.join(near)}" if near else ""
+                raise ValueError(f"the harness knows no task {task!r}{hint}")
+        results = simple_evaluate(
+            model=_language_model(model, tokenizer, batch_size, progress),
+            tasks=list(tasks),
+            num_fewshot=num_fewshot,
+            batch_size=batch_size,
+            limit=limit,
+            task_manager=manager,
+            log_samples=False,
+        )
+    assert results is not None  # None comes on other ranks only, and a model in memory has one
+    versions = results.get("versions", {})
+    return {task: _plain(dict(result), versions.get(task)) for task, result in results["results"].items()}

@@ -1,0 +1,255 @@
+"""Loss and perplexity of a causal language model on given rows, without padding.
+
+Several rows become one sequence [1, T] whose position ids begin at 0 with every row. transformers builds a block-diagonal
+attention mask from that (`masking_utils.find_packed_sequence_indices`; it does so when no attention mask and no cache are
+given), so no row sees another. A model that carries a state along the sequence (Mamba, RWKV, hybrids) or has an attention of
+its own does not obey position ids; whether it does is tried out on the model (`rows_stay_apart`), and where it does not, rows
+run one by one. Logits are computed only where the next token is supervised: for 2,048 tokens and a vocabulary of 128k
+all of them would take a gigabyte in fp32.
+
+The loss is the mean over supervised tokens, L = Σ sᵢ / Σ nᵢ with sᵢ the summed negative log-likelihood (nats) of row i and nᵢ
+its supervised tokens. Tokens of a row are not independent, rows are: the standard error is that of a ratio of sums over rows
+(delta method; Cochran, Sampling Techniques, 3rd ed., §6.4): sqrt(N/(N−1) · Σ(sᵢ − L·nᵢ)²) / Σ nᵢ.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from eval._common import adds_bos, device_of, evaluating
+
+Row = tuple[list[int], list[int]]  # input ids, labels: the label AT each position (unshifted), IGNORED where none
+Progress = Callable[[int, int], None]  # (done, total)
+
+IGNORED = -100
+LOSS_CHUNK = 512  # tokens whose logits are in fp32 at a time
+
+
+@dataclass(frozen=True)
+class LossResult:
+    """Loss on a set of rows; the sums by row allow paired comparison."""
+
+    loss: float  # nats per supervised token
+    stderr: float  # of the loss, over rows; NaN with fewer than two rows that have a supervised token
+    perplexity: float  # exp(loss)
+    tokens: int  # supervised tokens
+    rows: int
+    row_loss_sums: tuple[float, ...]  # nats; 0 for a row without a supervised token
+    row_tokens: tuple[int, ...]
+
+    def as_dict(self, *, by_row: bool = False) -> dict[str, Any]:
+        """For JSON: numbers that are not finite become None; the lists by row come only when asked for."""
+        numbers = {"loss": self.loss, "stderr": self.stderr, "perplexity": self.perplexity}
+        result: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+        result |= {"tokens": self.tokens, "rows": self.rows}
+        if by_row:
+            result |= {"row_loss_sums": list(self.row_loss_sums), "row_tokens": list(self.row_tokens)}
+        return result
+
+
+def _ratio(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
+    """(Σ sums / Σ tokens, its standard error over the rows that have tokens)."""
+    total, n = sum(tokens), sum(1 for count in tokens if count)
+    mean = math.fsum(sums) / total
+    if n < 2:
+        return mean, math.nan
+    spread = math.fsum((s - mean * count) ** 2 for s, count in zip(sums, tokens, strict=True))
+    return mean, math.sqrt(n / (n - 1) * spread) / total
+
+
+def paired_difference(before: LossResult, after: LossResult) -> tuple[float, float]:
+    """(after.loss − before.loss, its standard error) on the same rows; far tighter than the two errors taken apart.
+
+    Raises:
+        ValueError: the two results are not of the same rows.
+    """
+    if before.row_tokens != after.row_tokens:
+        raise ValueError(
+            f"a paired difference needs the same rows twice: before has {before.rows} rows and {before.tokens} supervised "
+            f"tokens, after has {after.rows} and {after.tokens}, or their tokens are spread differently over the rows"
+        )
+    changes = [b - a for a, b in zip(before.row_loss_sums, after.row_loss_sums, strict=True)]
+    return _ratio(changes, before.row_tokens)
+
+
+def _accepted(model: nn.Module) -> set[str]:
+    """Argument names of the forward of the model inside its wrappers (torch.compile, DDP, PEFT), which all pass on keywords."""
+    inner: Any = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif "_orig_mod" in inner._modules:
+            inner = inner._orig_mod
+        elif hasattr(inner, "get_base_model"):
+            inner = inner.get_base_model()
+        else:
+            return set(inspect.signature(inner.forward).parameters)
+
+
+def _forward(
+    model: nn.Module, rows: Sequence[list[int]], accepted: set[str], keep: list[int], device: torch.device
+) -> torch.Tensor:
+    """Logits of one sequence [1, T] made of `rows`, at the positions `keep`. → (len(keep), vocabulary), the model's dtype"""
+    kept = torch.tensor(keep, device=device)
+    arguments: dict[str, Any] = {"input_ids": torch.tensor([[t for row in rows for t in row]], device=device)}
+    if "use_cache" in accepted:
+        arguments["use_cache"] = False
+    if "position_ids" in accepted:
+        arguments["position_ids"] = torch.tensor([[p for row in rows for p in range(len(row))]], device=device)
+    if "logits_to_keep" in accepted:
+        arguments["logits_to_keep"] = kept
+    logits = model(**arguments).logits[0]
+    return logits if logits.shape[0] == len(keep) else logits[kept]
+
+
+def rows_stay_apart(model: nn.Module, *, highest_id: int, device: torch.device | None = None) -> bool:
+    """Whether rows put behind one another, told apart by position ids alone, leave one another's logits alone.
+
+    Tried, not looked up: the logits of a row behind two different neighbours of equal length. Same shapes, and a masked
+    neighbour weighs exactly 0, so what remains of a difference is the order of summation in kernels (a few ulp of the
+    largest logit). `highest_id` is a token id; it and 0 make the rows. Call it in evaluation mode, without gradients.
+    """
+    device, accepted, length = device or device_of(model), _accepted(model), 8
+    if "position_ids" not in accepted:
+        return False
+    row, keep = [highest_id] * length, list(range(length, 2 * length))
+    one, other = (_forward(model, [[token] * length, row], accepted, keep, device) for token in (0, highest_id))
+    bound = 4 * torch.finfo(one.dtype).eps * one.abs().max()
+    return bool((one - other).abs().max() <= bound)
+
+
+def _groups(indices: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Consecutive rows whose lengths add up to at most `most`; a longer row is a group of its own."""
+    group: list[int] = []
+    size = 0
+    for index in indices:
+        if group and size + lengths[index] > most:
+            yield group
+            group, size = [], 0
+        group.append(index)
+        size += lengths[index]
+    if group:
+        yield group
+
+
+def _losses(model: nn.Module, rows: Sequence[Row], accepted: set[str], device: torch.device) -> list[float]:
+    """Summed negative log-likelihood of each row, nats; every row has a supervised token."""
+    keep: list[int] = []
+    targets: list[int] = []
+    counts: list[int] = []
+    start = 0
+    for ids, labels in rows:
+        places = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORED]
+        keep += [start + i for i in places]
+        targets += [labels[i + 1] for i in places]
+        counts.append(len(places))
+        start += len(ids)
+    logits = _forward(model, [ids for ids, _ in rows], accepted, keep, device)
+    goal = torch.tensor(targets, device=logits.device)
+    losses = [
+        F.cross_entropy(some.float(), goals, reduction="none")
+        for some, goals in zip(logits.split(LOSS_CHUNK), goal.split(LOSS_CHUNK), strict=True)
+    ]
+    return [row.sum().item() for row in torch.cat(losses).double().cpu().split(counts)]
+
+
+def evaluate_loss(
+    model: nn.Module,
+    rows: Sequence[Row],
+    *,
+    batch_tokens: int = 2048,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> LossResult:
+    """The model's loss on `rows`; nothing about the model or the random numbers is different afterwards.
+
+    Args:
+        rows: (input ids, labels), lists of equal length; labels[i] is the token AT position i, or −100 for "not supervised"
+            (the shift by one is done here, so a label at position 0 never counts).
+        batch_tokens: rows are run together up to this many tokens; a longer row runs alone.
+        device: where the input ids go; by default where the model's first parameter is.
+        progress: called with (rows done, rows in all).
+
+    Raises:
+        ValueError: no rows, no supervised token in any of them, or ids and labels that differ in length.
+    """
+    if not rows:
+        raise ValueError("no rows to evaluate the loss on")
+    for i, (ids, labels) in enumerate(rows):
+        if len(ids) != len(labels):
+            raise ValueError(f"row {i} has {len(ids)} input ids and {len(labels)} labels; they must be equally many")
+    tokens = [sum(1 for label in labels[1:] if label != IGNORED) for _, labels in rows]
+    todo = [i for i, count in enumerate(tokens) if count]
+    if not todo:
+        raise ValueError(
+            f"none of the {len(rows)} rows has a supervised token (every label is {IGNORED}): there is no loss to evaluate"
+        )
+
+    device = torch.device(device) if device is not None else device_of(model)
+    lengths = [len(ids) for ids, _ in rows]
+    groups = list(_groups(todo, lengths, batch_tokens))
+    sums = [0.0] * len(rows)
+    done = len(rows) - len(todo)
+    with evaluating(model), torch.no_grad():
+        accepted = _accepted(model)
+        together = any(len(group) > 1 for group in groups)
+        if together and not rows_stay_apart(model, highest_id=max(max(rows[i][0]) for i in todo), device=device):
+            groups = [[i] for i in todo]
+        for group in groups:
+            for i, loss in zip(group, _losses(model, [rows[i] for i in group], accepted, device), strict=True):
+                sums[i] = loss
+            done += len(group)
+            if progress:
+                progress(done, len(rows))
+    return _result(sums, tokens)
+
+
+def _result(sums: Sequence[float], tokens: Sequence[int]) -> LossResult:
+    loss, stderr = _ratio(sums, tokens)
+    perplexity = math.exp(loss) if loss < 709 else math.inf  # exp(710) leaves the floats
+    return LossResult(loss, stderr, perplexity, sum(tokens), len(tokens), tuple(sums), tuple(tokens))
+
+
+def text_rows(tokenizer: Any, text: str, *, length: int, bos: bool = True) -> list[Row]:
+    """Plain text as rows: windows of `length` tokens that do not overlap, every token supervised but the first.
+
+    Where the tokenizer begins texts with BOS and `bos` is set, every window begins with one (then all of the text's tokens are
+    supervised); otherwise the first token of each window is context only. The last window may be shorter.
+
+    Raises:
+        ValueError: `length` below 2, or a text too short to supervise a token.
+    """
+    if length < 2:
+        raise ValueError(f"a window needs 2 tokens or more, one to read and one to predict; length is {length}")
+    head = [tokenizer.bos_token_id] if bos and adds_bos(tokenizer) else []
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    step = length - len(head)
+    windows = [head + ids[i : i + step] for i in range(0, len(ids), step)]
+    rows = [(window, [IGNORED, *window[1:]]) for window in windows if len(window) > 1]
+    if not rows:
+        raise ValueError(f"the text has {len(ids)} tokens: too few to predict one from another")
+    return rows
+
+
+def evaluate_text(
+    model: nn.Module,
+    tokenizer: Any,
+    text: str,
+    *,
+    length: int = 1024,
+    bos: bool = True,
+    batch_tokens: int = 2048,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> LossResult:
+    """The model's loss and perplexity on a plain text: `text_rows`, then `evaluate_loss`."""
+    rows = text_rows(tokenizer, text, length=length, bos=bos)
+    return evaluate_loss(model, rows, batch_tokens=batch_tokens, device=device, progress=progress)

@@ -1,0 +1,159 @@
+"""NF4, the 4-bit format of QLoRA: sixteen levels, blocks of 64, scales that can be quantized again.
+
+A block of 64 consecutive weights (row-major) is divided by its largest absolute value, and each quotient becomes the
+index of the nearest of sixteen levels, the quantiles of a normal distribution. With `double`, the scales themselves are
+stored in 8 bits: their mean is removed, and blocks of 256 of them go through an 8-bit dynamic map. 4.127 bits a weight.
+
+    byte k of the codes:   bits 7-4 = weight 2k,   bits 3-0 = weight 2k+1
+
+This file is the oracle: plain torch, fp32 arithmetic, equal to bitsandbytes' functional API on the CPU bit for bit.
+Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; the dynamic map: arXiv 2110.02861, section 2.2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+SOURCES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCK = 64
+NESTED_BLOCK = 256
+TINY = 1e-38  # bitsandbytes' floor under a scale before it is inverted
+
+LEVELS = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
+
+
+def _dynamic_levels() -> tuple[float, ...]:
+    """The 256 signed levels of the 8-bit dynamic map: 2^i steps in each decade 10^(i-6), i = 0 … 6, then 0 and 1."""
+    levels = [0.0, 1.0]
+    for i in range(7):
+        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
+        middles = ((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)).tolist()
+        levels += middles + [-m for m in middles]
+    return tuple(sorted(levels))
+
+
+DYNAMIC_LEVELS = _dynamic_levels()
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Tensor:
+    """A matrix in NF4: plain tensors, no arithmetic of its own.
+
+    codes: uint8 (ceil(numel/2), 1), two a byte, first weight in the high bits (bitsandbytes' layout).
+    absmax: fp32 (blocks,), blocks = ceil(numel/block); with double quantization uint8 (blocks,), the nested codes.
+    nested_absmax: fp32 (ceil(blocks/256),) and offset: fp32 (), the mean; both None without double quantization.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested_absmax: Tensor | None
+    offset: Tensor | None
+    shape: torch.Size
+    block: int = BLOCK
+
+    @property
+    def double(self) -> bool:
+        return self.nested_absmax is not None
+
+
+def sizes(numel: int, *, block: int = BLOCK) -> tuple[int, int, int]:
+    """(bytes of codes, blocks, nested blocks) of a matrix of `numel` weights."""
+    blocks = -(-numel // block)
+    return -(-numel // 2), blocks, -(-blocks // NESTED_BLOCK)
+
+
+def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4Tensor:
+    """`weight` (any shape; fp32, bf16 or fp16; finite; not empty) in NF4, on its own device.
+
+    Raises ValueError for another dtype, an empty tensor, weights that are not finite, or a mean scale that overflows.
+    """
+    if weight.dtype not in SOURCES:
+        raise ValueError(f"NF4 quantizes fp32, bf16 or fp16 weights, got {weight.dtype}")
+    if weight.numel() == 0:
+        raise ValueError(f"NF4 cannot quantize an empty weight of shape {tuple(weight.shape)}")
+    numel, block_count = weight.numel(), sizes(weight.numel(), block=block)[1]
+    whole = numel % block == 0
+    levels = torch.tensor(LEVELS, device=weight.device)
+    flat = pad(weight.detach().reshape(-1).float(), (0, block_count * block - numel)).view(block_count, block)
+    absmax = flat.abs().amax(dim=1)
+    if not bool(absmax.isfinite().all()):
+        bad = int((~weight.isfinite()).sum())
+        raise ValueError(f"{bad} of {numel} weights are not finite (NaN or infinite): NF4 refuses to quantize them")
+    # Multiplying by the inverse is what bitsandbytes does, and dividing gives other codes. Its last, incomplete block
+    # is divided, though, and that block's scale is stored with the floor.
+    scaled = flat * absmax.clamp(min=TINY).reciprocal()[:, None]
+    if not whole:
+        absmax[-1:].clamp_(min=TINY)
+        scaled[-1] = flat[-1] / absmax[-1]
+    nibbles = torch.bucketize(scaled.clamp_(-1, 1), (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    nibbles = nibbles.view(-1)[: numel + numel % 2].to(torch.uint8)
+    codes = ((nibbles[::2] << 4) | nibbles[1::2]).unsqueeze(1)
+    if not double:
+        return NF4Tensor(codes, absmax, None, None, weight.shape, block)
+    offset = absmax.mean()
+    if not bool(offset.isfinite()):
+        raise ValueError("the mean of the block scales overflows fp32: the weights are too large for double quantization")
+    nested_codes, nested_absmax = _quantize_scales(absmax - offset)
+    return NF4Tensor(codes, nested_codes, nested_absmax, offset, weight.shape, block)
+
+
+def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32 (blocks,) → uint8 codes (blocks,) of the dynamic map and fp32 absmax (ceil(blocks/256),)."""
+    blocks = scales.numel()
+    nested_blocks = -(-blocks // NESTED_BLOCK)
+    levels = torch.tensor(DYNAMIC_LEVELS, device=scales.device)
+    padded = pad(scales, (0, nested_blocks * NESTED_BLOCK - blocks)).view(nested_blocks, NESTED_BLOCK)
+    absmax = padded.abs().amax(dim=1)
+    scaled = padded * absmax.reciprocal()[:, None]
+    # bitsandbytes looks the level up in a table of 65536 entries, so what is rounded to a level is a point of that grid.
+    point = ((scaled + 1) * 32767.5 + 0.5).floor().nan_to_num(0).clamp(0, 65535)
+    codes = torch.bucketize(point / 32767.5 - 1, (levels[:-1] + levels[1:]) / 2, out_int32=True)
+    codes = torch.where(absmax[:, None] > 0, codes, 0)
+    return codes.view(-1)[:blocks].to(torch.uint8), absmax
+
+
+def dequantize_scales(packed: NF4Tensor) -> Tensor:
+    """The scales of the blocks, fp32 (blocks,), with the double quantization undone."""
+    if packed.nested_absmax is None or packed.offset is None:
+        return packed.absmax
+    levels = torch.tensor(DYNAMIC_LEVELS, device=packed.absmax.device)
+    blocks = packed.absmax.numel()
+    nested = packed.nested_absmax.repeat_interleave(NESTED_BLOCK)[:blocks]
+    return levels[packed.absmax.int()] * nested + packed.offset
+
+
+def dequantize_codes(codes: Tensor, scales: Tensor, numel: int, *, block: int = BLOCK, dtype: torch.dtype) -> Tensor:
+    """codes (bytes of `numel` weights) × scales fp32 (blocks,) → (numel,) in `dtype`, rounded once from fp32."""
+    levels = torch.tensor(LEVELS, device=codes.device)
+    pairs = torch.cartesian_prod(levels, levels)  # row b: the two weights of byte b
+    values = pairs[codes.reshape(-1).int()].view(-1)
+    values = pad(values, (0, scales.numel() * block - values.numel())).view(-1, block) * scales[:, None]
+    return values.view(-1)[:numel].to(dtype)
+
+
+def dequantize(packed: NF4Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weights that `packed` stands for, in its shape, on its device."""
+    scales = dequantize_scales(packed)
+    flat = dequantize_codes(packed.codes, scales, packed.shape.numel(), block=packed.block, dtype=dtype)
+    return flat.view(packed.shape)
