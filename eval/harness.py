@@ -11,7 +11,7 @@ import copy
 import difflib
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,8 +25,11 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log lines below errors, its prints, and progress bars of its own and of `datasets`."""
+    """Without the harness's log lines below errors, its prints, progress bars (its own and those of `datasets`), and what it
+    asks git and pip about the machine for its own record, which takes seconds and complains on the terminal.
+    """
     import lm_eval.api.metrics
+    import lm_eval.evaluator
     from tqdm import tqdm
 
     begin = tqdm.__init__
@@ -34,19 +37,20 @@ def _quiet() -> Iterator[None]:
     def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
         begin(self, *args, **(kwargs | {"disable": True}))
 
+    def nothing(*_: Any, **__: Any) -> None:
+        pass
+
     loggers = [logging.getLogger(name) for name in ("lm_eval", "transformers", "datasets")]
     levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with (
-            patch.object(tqdm, "__init__", hidden),
-            patch.object(lm_eval.api.metrics, "print", lambda *_, **__: None, create=True),
-        ):
-            yield
-    finally:
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(tqdm, "__init__", hidden))
+        stack.enter_context(patch.object(lm_eval.api.metrics, "print", nothing, create=True))
+        stack.enter_context(patch.object(lm_eval.evaluator, "get_git_commit_hash", nothing, create=True))
+        stack.enter_context(patch.object(lm_eval.evaluator, "add_env_info", nothing, create=True))
         for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+            stack.callback(logger.setLevel, level)
+            logger.setLevel(logging.ERROR)
+        yield
 
 
 def _language_model(model: nn.Module, tokenizer: Any, batch_size: int, progress: Progress | None) -> Any:

@@ -94,20 +94,29 @@ def _accepted(model: nn.Module) -> set[str]:
             return set(inspect.signature(inner.forward).parameters)
 
 
-def _forward(
-    model: nn.Module, rows: Sequence[list[int]], accepted: set[str], keep: list[int], device: torch.device
-) -> torch.Tensor:
-    """Logits of one sequence [1, T] made of `rows`, at the positions `keep`. → (len(keep), vocabulary), the model's dtype"""
-    kept = torch.tensor(keep, device=device)
-    arguments: dict[str, Any] = {"input_ids": torch.tensor([[t for row in rows for t in row]], device=device)}
+def kept_logits(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Logits of one sequence at the positions `keep` alone.
+
+    input_ids, position_ids: (1, T) int64, positions begin at 0 with every row in the sequence. keep: (n,) int64.
+    → (n, vocabulary) in the model's dtype; differentiable.
+    """
+    accepted = _accepted(model)
+    arguments: dict[str, Any] = {"input_ids": input_ids}
     if "use_cache" in accepted:
         arguments["use_cache"] = False
     if "position_ids" in accepted:
-        arguments["position_ids"] = torch.tensor([[p for row in rows for p in range(len(row))]], device=device)
+        arguments["position_ids"] = position_ids
     if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = kept
+        arguments["logits_to_keep"] = keep
     logits = model(**arguments).logits[0]
-    return logits if logits.shape[0] == len(keep) else logits[kept]
+    return logits if logits.shape[0] == keep.numel() else logits[keep]
+
+
+def _forward(model: nn.Module, rows: Sequence[list[int]], keep: list[int], device: torch.device) -> torch.Tensor:
+    """`kept_logits` of one sequence made of `rows`. → (len(keep), vocabulary)"""
+    ids = torch.tensor([[t for row in rows for t in row]], device=device)
+    positions = torch.tensor([[p for row in rows for p in range(len(row))]], device=device)
+    return kept_logits(model, ids, positions, torch.tensor(keep, device=device))
 
 
 def rows_stay_apart(model: nn.Module, *, highest_id: int, device: torch.device | None = None) -> bool:
@@ -117,11 +126,11 @@ def rows_stay_apart(model: nn.Module, *, highest_id: int, device: torch.device |
     neighbour weighs exactly 0, so what remains of a difference is the order of summation in kernels (a few ulp of the
     largest logit). `highest_id` is a token id; it and 0 make the rows. Call it in evaluation mode, without gradients.
     """
-    device, accepted, length = device or device_of(model), _accepted(model), 8
-    if "position_ids" not in accepted:
+    device, length = device or device_of(model), 8
+    if "position_ids" not in _accepted(model):
         return False
     row, keep = [highest_id] * length, list(range(length, 2 * length))
-    one, other = (_forward(model, [[token] * length, row], accepted, keep, device) for token in (0, highest_id))
+    one, other = (_forward(model, [[token] * length, row], keep, device) for token in (0, highest_id))
     bound = 4 * torch.finfo(one.dtype).eps * one.abs().max()
     return bool((one - other).abs().max() <= bound)
 
@@ -140,7 +149,7 @@ def _groups(indices: Sequence[int], lengths: Sequence[int], most: int) -> Iterat
         yield group
 
 
-def _losses(model: nn.Module, rows: Sequence[Row], accepted: set[str], device: torch.device) -> list[float]:
+def _losses(model: nn.Module, rows: Sequence[Row], device: torch.device) -> list[float]:
     """Summed negative log-likelihood of each row, nats; every row has a supervised token."""
     keep: list[int] = []
     targets: list[int] = []
@@ -152,7 +161,7 @@ def _losses(model: nn.Module, rows: Sequence[Row], accepted: set[str], device: t
         targets += [labels[i + 1] for i in places]
         counts.append(len(places))
         start += len(ids)
-    logits = _forward(model, [ids for ids, _ in rows], accepted, keep, device)
+    logits = _forward(model, [ids for ids, _ in rows], keep, device)
     goal = torch.tensor(targets, device=logits.device)
     losses = [
         F.cross_entropy(some.float(), goals, reduction="none")
@@ -199,12 +208,11 @@ def evaluate_loss(
     sums = [0.0] * len(rows)
     done = len(rows) - len(todo)
     with evaluating(model), torch.no_grad():
-        accepted = _accepted(model)
         together = any(len(group) > 1 for group in groups)
         if together and not rows_stay_apart(model, highest_id=max(max(rows[i][0]) for i in todo), device=device):
             groups = [[i] for i in todo]
         for group in groups:
-            for i, loss in zip(group, _losses(model, [rows[i] for i in group], accepted, device), strict=True):
+            for i, loss in zip(group, _losses(model, [rows[i] for i in group], device), strict=True):
                 sums[i] = loss
             done += len(group)
             if progress:

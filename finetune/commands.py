@@ -40,7 +40,7 @@ def open_one(name: str, dtype: str, screen: Screen, *, merged: bool = True) -> O
         return open_model(name, dtype=dtype, merged=merged)
 
 
-def _rows_of_run(opened: Opened) -> list[tuple[Sequence[int], Sequence[int]]]:
+def _rows_of_run(opened: Opened) -> list[tuple[list[int], list[int]]]:
     """The held-out rows of the run that `opened` belongs to."""
     from finetune import model as models
     from finetune.run import load_data
@@ -49,7 +49,7 @@ def _rows_of_run(opened: Opened) -> list[tuple[Sequence[int], Sequence[int]]]:
     recipe = opened.recipe
     source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
     _, prepared, _, _, _ = load_data(recipe, opened.tokenizer, models.stop_ids(source, opened.tokenizer))
-    return [(sample.input_ids, sample.labels) for sample in prepared.heldout]
+    return [(list(sample.input_ids), list(sample.labels)) for sample in prepared.heldout]
 
 
 def merge_command(name: str, out: Path, dtype: str) -> None:
@@ -184,7 +184,7 @@ def _file_loss(opened: Opened, file: Path | None, limit: int | None, screen: Scr
     else:
         encoder = Encoder(opened.tokenizer, max_length=4096, stop_ids=frozenset(stop_ids(opened.model, opened.tokenizer)))
         loaded = load_rows(name=None, path=str(file))
-        rows = [(sample.input_ids, sample.labels) for row in loaded.rows for sample in encoder.encode(row)]
+        rows = [(list(sample.input_ids), list(sample.labels)) for row in loaded.rows for sample in encoder.encode(row)]
         measured_on = f"{file}, answers only ({loaded.format})"
     with screen.phase("loss") as progress:
         try:

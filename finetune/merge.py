@@ -15,13 +15,14 @@ import torch
 
 from finetune.errors import GateStop
 from finetune.files import atomic_folder
+from quant import NF4Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from eval.perplexity import LossResult
 
-Rows = Sequence[tuple[Sequence[int], Sequence[int]]]
+Rows = Sequence[tuple[list[int], list[int]]]
 SHARD = "2GB"
 
 
@@ -32,9 +33,11 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
         GateStop: a merged weight is not finite.
     """
     if hasattr(model, "merge_and_unload"):
-        from quant import merge_adapters
-
-        model = merge_adapters(model, dtype=dtype)
+        model = model.to("cpu").merge_and_unload()
+    for path, module in list(model.named_modules()):
+        if isinstance(module, NF4Linear):  # it had no adapter
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, module.to_linear(dtype))
     model = model.to("cpu", dtype)
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():

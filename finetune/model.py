@@ -17,6 +17,7 @@ import torch
 from finetune.data.rows import PACKAGE, package_files
 from finetune.errors import Mistake, nearest
 from finetune.recipe import Adapter, Model, Quant
+from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, reasons_to_leave, swap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -160,11 +161,12 @@ def dtype_of(model: Model, device: str) -> torch.dtype:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What a config tells: `linears` are (path → (out, in)) of the layers that adapters may wrap, heads excepted."""
+    """What a config tells. `linears`: path → (out, in) of every linear; `left`: path → why it gets neither codes nor adapters."""
 
     architecture: str
     parameters: int
     linears: dict[str, tuple[int, int]]
+    left: dict[str, str]
 
 
 def skeleton(source: Source, config: PretrainedConfig) -> Skeleton:
@@ -184,40 +186,43 @@ def skeleton(source: Source, config: PretrainedConfig) -> Skeleton:
             where="model.name",
             found=f"{source.name} ({config.model_type}): {str(error).splitlines()[0][:200]}",
         ) from None
-    head = model.get_output_embeddings()
-    linears: dict[str, tuple[int, int]] = {}
-    for name, module in model.named_modules():
-        if module is head:
-            continue
-        if isinstance(module, torch.nn.Linear):
-            linears[name] = (module.out_features, module.in_features)
-        elif type(module).__name__ == "Conv1D":  # GPT-2's: (in, out)
-            linears[name] = (module.weight.shape[1], module.weight.shape[0])
-    return Skeleton(type(model).__name__, sum(p.numel() for p in model.parameters()), linears)
+    linears = {path: _shape(module) for path, module in linear_like(model).items()}
+    parameters = sum(p.numel() for p in model.parameters())
+    return Skeleton(type(model).__name__, parameters, linears, reasons_to_leave(model, DEFAULT_KEEP))
+
+
+def _shape(module: torch.nn.Module) -> tuple[int, int]:
+    linear = as_linear(module)
+    return linear.out_features, linear.in_features
 
 
 def adapter_targets(adapter: Adapter, bones: Skeleton) -> list[str]:
     """Full paths of the modules that get adapters.
 
     Raises:
-        Mistake: a target matches no module; names those that exist.
+        Mistake: a target matches no module, or only such as cannot carry an adapter; names those that exist.
     """
+    able = [name for name in bones.linears if name not in bones.left]
     if adapter.targets == "all-linear":
-        return list(bones.linears)
+        return able
     chosen: set[str] = set()
-    leaves = sorted({name.rpartition(".")[2] for name in bones.linears})
+    leaves = sorted({name.rpartition(".")[2] for name in able})
     for target in adapter.targets:
         matched = {name for name in bones.linears if name == target or name.endswith("." + target)}
-        if not matched:
-            near = nearest(target, leaves)
+        unable = next((name for name in matched if name in bones.left), None)
+        near = nearest(target, leaves)
+        if not matched or unable:
             raise Mistake(
-                "this adapter target matches no module",
+                f"this adapter target cannot be wrapped: {bones.left[unable]}"
+                if unable
+                else "this adapter target matches no module",
                 where="adapter.targets",
-                found=target,
-                do=(f"did you mean {near}? " if near else "") + f"this {bones.architecture} has: {', '.join(leaves)}",
+                found=unable or target,
+                do=(f"did you mean {near}? " if near and not unable else "")
+                + f"this {bones.architecture} has: {', '.join(leaves)}",
             )
         chosen |= matched
-    return [name for name in bones.linears if name in chosen]
+    return [name for name in able if name in chosen]
 
 
 def adapter_parameters(adapter: Adapter, bones: Skeleton, targets: list[str]) -> int:
@@ -283,7 +288,7 @@ class Prepared:
     """A model ready to train, and what was done to it."""
 
     model: Any  # PreTrainedModel or PeftModel
-    swap: dict[str, Any] | None
+    swap: SwapReport | None
     adapters: int
     parameters: int
     trainable: int
@@ -297,17 +302,15 @@ def prepare(
     targets: list[str],
     source: Source,
     device: torch.device,
-    checkpointing: bool,
-    seed: int,
+    checkpointing: bool = False,
+    seed: int = 0,
 ) -> Prepared:
     """Swap linears into packed ones, move the model, attach adapters (or free all weights), set checkpointing."""
     parameters = sum(p.numel() for p in model.parameters())
-    swapped: dict[str, Any] | None = None
-    if quant.scheme == "nf4":
-        swapped = swap_linears(model, quant, device)
+    report = swap_linears(model, quant, device) if quant.scheme != "none" else None
     model.to(device)
     model.config.use_cache = False
-    wrapped: Any = model
+    wrapped = model
     if adapter.kind == "lora":
         wrapped = attach(model, adapter, targets, source, seed)
     else:
@@ -315,23 +318,19 @@ def prepare(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    return Prepared(wrapped, swapped, len(targets) if adapter.kind == "lora" else 0, parameters, trainable)
+    return Prepared(wrapped, report, len(targets), parameters, trainable)
 
 
-def swap_linears(model: PreTrainedModel, quant: Quant, device: torch.device) -> dict[str, Any]:
-    from quant.swap import KEEP
+def swap_linears(model: Any, quant: Quant, device: torch.device) -> SwapReport:
+    """Pack the linears of the base.
 
-    from quant import backends, swap
-
-    report = swap(model, scheme="nf4", double=quant.double, keep=(*KEEP, *quant.keep), device=device)
-    return {
-        "scheme": quant.scheme,
-        "swapped": len(report.swapped),
-        "share": report.share,
-        "bytes_before": report.bytes_before,
-        "bytes_after": report.bytes_after,
-        "backend": backends.describe(device),
-    }
+    Raises:
+        Mistake: a keep pattern matches nothing, nothing can be packed, or weights are not finite.
+    """
+    try:
+        return swap(model, scheme=quant.scheme, double=quant.double, keep=(*DEFAULT_KEEP, *quant.keep), device=device)
+    except ValueError as error:
+        raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source: Source, seed: int) -> Any:
@@ -340,17 +339,14 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
 
     from quant import assert_wrapped, register_peft
 
-    linear = {
-        name for name, module in model.named_modules() if hasattr(module, "in_features") or type(module).__name__ == "Conv1D"
-    }
     suffixes = sorted({target.rpartition(".")[2] for target in targets})
-    short = {name for name in linear if name.rpartition(".")[2] in suffixes} == set(targets)
+    named = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in suffixes}
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=suffixes if short else targets,
+        target_modules=suffixes if named == set(targets) else targets,  # short in adapter_config.json where that says it all
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
     )
@@ -358,7 +354,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
     torch.manual_seed(seed)
     wrapped = get_peft_model(model, config)
     config.base_model_name_or_path = source.name
-    assert_wrapped(wrapped, set(targets))
+    assert_wrapped(wrapped, targets)
     return wrapped
 
 

@@ -360,6 +360,7 @@ class _Story:
 
     def _load(self) -> None:
         from finetune import model as models
+        from quant import backends
 
         recipe = self.recipe
         with self.screen.phase("model"):
@@ -375,24 +376,33 @@ class _Story:
                 checkpointing=recipe.train.checkpointing,
                 seed=recipe.run.seed,
             )
-        self.model = prepared.model
+        self.model, self.swap = prepared.model, prepared.swap
+        swapped = None
+        if self.swap is not None:
+            swapped = {
+                "scheme": self.swap.scheme,
+                "swapped": len(self.swap.swapped),
+                "left": self.swap.left,
+                "share": self.swap.share,
+                "bytes_before": self.swap.bytes_before,
+                "bytes_after": self.swap.bytes_after,
+                "backend": backends.describe(self.device),
+            }
+            self.screen.say(
+                f"  {len(self.swap.swapped)} linears in {self.swap.scheme} ({self.swap.share:.0%} of the parameters): "
+                f"{human_bytes(self.swap.bytes_before)} → {human_bytes(self.swap.bytes_after)}; {swapped['backend']}"
+            )
         models.set_stops(self.model, self.stops | self.ends)
         self.record["model"] = {
             "architecture": self.bones.architecture,
             "parameters": prepared.parameters,
             "trainable": prepared.trainable,
-            "swap": prepared.swap,
+            "swap": swapped,
             "adapters": prepared.adapters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "stop_ids": sorted(self.stops | self.ends),
         }
         self.record["provenance"]["model"] = {"source": self.source.name, "parameters": prepared.parameters}
-        if prepared.swap:
-            swap = prepared.swap
-            self.screen.say(
-                f"  {swap['swapped']} linears in {swap['scheme']} ({swap['share']:.0%} of the parameters): "
-                f"{human_bytes(swap['bytes_before'])} → {human_bytes(swap['bytes_after'])}; {swap['backend']}"
-            )
         self._save()
 
     def _accelerator(self, kind: type) -> Any:
@@ -415,8 +425,8 @@ class _Story:
 
     # -- measuring
 
-    def _held_out(self) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return [(sample.input_ids, sample.labels) for sample in self.data.heldout]
+    def _held_out(self) -> list[tuple[list[int], list[int]]]:
+        return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.heldout]
 
     def _loss(self, rows: Any, progress: Callable[[int, int], None] | None = None) -> LossResult:
         from eval.perplexity import evaluate_loss
@@ -559,13 +569,13 @@ class _Story:
 
     def _prove_swap(self, kind: Any) -> None:
         """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""
-        if self.recipe.quant.scheme == "none":
+        if self.swap is None:
             return
         import torch
 
         from quant import prove_used
 
-        with torch.no_grad(), prove_used(self.model):
+        with torch.no_grad(), prove_used(self.model, self.swap):
             kind.loss(self.model, kind.batch(kind.epoch(0)[0]))
 
     def _go_back(self, optimizer: Any) -> Any:
@@ -676,8 +686,8 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str | int | floa
 def _result(saved: dict[str, Any]) -> LossResult:
     from eval.perplexity import LossResult
 
-    names = LossResult.__dataclass_fields__
-    return LossResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items() if key in names})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return LossResult(**values)
 
 
 def _require_trackers(names: list[Any]) -> None:

@@ -12,7 +12,7 @@ from finetune import model as models
 from finetune.data.samples import set_template
 from finetune.errors import Mistake
 from finetune.files import MARK, read_run
-from finetune.recipe import Adapter, Quant, Recipe, read_recipe
+from finetune.recipe import Recipe, read_recipe
 from finetune.train import checkpoint
 
 if TYPE_CHECKING:
@@ -132,7 +132,10 @@ def _open_checkpoint(path: Path, recipe: Recipe, dtype: str, device: torch.devic
     if wrong is not None:
         raise Mistake("the checkpoint is damaged", where=str(path), found=wrong)
     model, tokenizer, source = base_of(recipe, device, dtype)
-    prepared = make_trainable(model, source, recipe.quant, recipe.adapter, device)
+    targets = (
+        models.adapter_targets(recipe.adapter, models.skeleton(source, model.config)) if recipe.adapter.kind == "lora" else []
+    )
+    prepared = models.prepare(model, quant=recipe.quant, adapter=recipe.adapter, targets=targets, source=source, device=device)
     checkpoint.load_weights(path, prepared.model)
     _stop_as_trained(prepared.model, path.resolve().parent.parent)
     return Opened(prepared.model.eval(), tokenizer, str(path), recipe)
@@ -140,28 +143,3 @@ def _open_checkpoint(path: Path, recipe: Recipe, dtype: str, device: torch.devic
 
 def _stop_as_trained(model: Any, run: Path) -> None:
     models.set_stops(model, read_run(run).get("model", {}).get("stop_ids", []))
-
-
-def make_trainable(
-    model: Any,
-    source: models.Source,
-    quant: Quant,
-    adapter: Adapter,
-    device: torch.device,
-    *,
-    checkpointing: bool = False,
-    seed: int = 0,
-) -> models.Prepared:
-    """`models.prepare` with the adapter's targets found on the model's own skeleton."""
-    bones = models.skeleton(source, model.config)
-    targets = models.adapter_targets(adapter, bones) if adapter.kind == "lora" else []
-    return models.prepare(
-        model,
-        quant=quant,
-        adapter=adapter,
-        targets=targets,
-        source=source,
-        device=device,
-        checkpointing=checkpointing,
-        seed=seed,
-    )

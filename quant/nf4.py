@@ -6,7 +6,8 @@ stored in 8 bits: their mean is removed, and blocks of 256 of them go through an
 
     byte k of the codes:   bits 7-4 = weight 2k,   bits 3-0 = weight 2k+1
 
-This file is the oracle: plain torch, fp32 arithmetic, equal to bitsandbytes' functional API on the CPU bit for bit.
+This file is the oracle: plain torch, fp32 arithmetic, equal to bitsandbytes' functional API on the CPU bit for bit
+(save for bf16 subnormals, below 1.2e-38, which its AVX512-BF16 kernel turns into zero).
 Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; the dynamic map: arXiv 2110.02861, section 2.2.
 """
 

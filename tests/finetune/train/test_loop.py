@@ -1,0 +1,297 @@
+"""The loop on a tiny Llama: accumulation, packing, evaluation in the middle, stopping and going on, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.data.packing import Batches
+from finetune.data.samples import IGNORE, Sample
+from finetune.errors import GateStop
+from finetune.files import RunFolder
+from finetune.recipe import Train
+from finetune.train import checkpoint, optim
+from finetune.train.checkpoint import Progress
+from finetune.train.loop import Interrupted, steps_in, train
+from finetune.train.optim import learning_rate
+from finetune.train.sft import SupervisedFineTuning
+
+VOCABULARY = 100
+WALL_CLOCK = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Any:
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+def llama(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        attention_dropout=dropout,
+    )
+    return LlamaForCausalLM(config).to(dtype)
+
+
+def samples(count: int = 12, seed: int = 0) -> list[Sample]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for n in range(count):
+        length = int(torch.randint(4, 14, (1,), generator=generator))
+        ids = torch.randint(0, VOCABULARY, (length,), generator=generator).tolist()
+        prompt = length // 3
+        made.append(Sample(f"rows:{n}", tuple(ids), (*([IGNORE] * (prompt + 1)), *ids[prompt + 1 :])))
+    return made
+
+
+def sft(data: list[Sample], micro_batch: int = 1, packing: bool = False, max_length: int = 32) -> SupervisedFineTuning:
+    batches = Batches(data, micro_batch=micro_batch, max_length=max_length, packing=packing, seed=1)
+    return SupervisedFineTuning(batches, torch.device("cpu"))
+
+
+def build(model: Any, settings: Train) -> torch.optim.Optimizer:
+    options = {key: getattr(settings, key) for key in ("lr", "betas", "eps", "weight_decay")}
+    return optim.build(dict(model.named_parameters()), name=settings.optimizer, device="cpu", **options)[0]
+
+
+def go(
+    folder: Path, accelerator: Any, *, model: Any = None, data: list[Sample] | None = None, total: int = 6, resume: bool = False,
+    packing: bool = False, **settings: Any,
+) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
+    evaluate, show = settings.pop("evaluate", None), settings.pop("show", None)
+    chosen = Train(lr=1e-2, **settings)
+    model = model or llama()
+    kind = sft(data or samples(), chosen.micro_batch, packing)
+    optimizer = build(model, chosen)
+    run, progress = RunFolder(folder), Progress()
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(5)
+    if resume:
+        path, _ = checkpoint.newest(folder / "checkpoints")
+        assert path is not None
+        progress, size = checkpoint.load(path, model, optimizer)
+        run.cut_metrics(size)
+    figures = train(
+        model, kind, chosen, accelerator=accelerator, optimizer=optimizer, total_steps=total, folder=run, progress=progress,
+        evaluate=evaluate, show=show,
+    )  # fmt: skip
+    return model, [json.loads(line) for line in run.metrics.read_text().splitlines()], figures
+
+
+def equal(a: Any, b: Any) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def without_clock(metrics: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in metrics]
+
+
+# --------------------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns(tmp_path: Path, accelerator: Any) -> None:
+    _, metrics, figures = go(tmp_path / "run", accelerator, total=40)
+    assert metrics[-1]["loss"] < 0.8 * metrics[0]["loss"]
+    assert figures["steps"] == 40
+    assert figures["tokens"] == metrics[-1]["tokens"] > figures["supervised_tokens"] > 0
+    assert figures["peak_bytes"] > 1 << 20
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, accelerator: Any, packing: bool) -> None:
+    """12 samples of unequal supervised counts in one optimizer step, divided as 1 × 12, 4 × 3 and 12 × 1, or packed."""
+    data = samples()
+    reference = llama()
+    losses, count = [], 0
+    for sample in data:  # the definition: each sample alone, one mean over all supervised tokens
+        logits = reference(torch.tensor([sample.input_ids])).logits[0, :-1]
+        labels = torch.tensor(sample.labels[1:])
+        losses.append(torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum"))
+        count += int((labels != IGNORE).sum())
+    loss = torch.stack(losses).sum() / count
+    loss.backward()
+    for micro_batch, accumulation in ((12, 1), (4, 3), (1, 12)):
+        model = llama()
+        kind = sft(data, micro_batch, packing)
+        keys = kind.epoch(0)
+        model.zero_grad()
+        caught: dict[str, torch.Tensor] = {}
+
+        class Watch(torch.optim.SGD):
+            def step(self, closure: Any = None) -> None:
+                caught.update({name: p.grad.clone() for name, p in model.named_parameters()})  # noqa: B023
+
+        folder = tmp_path / f"{micro_batch}"
+        folder.mkdir()
+        train(
+            model, kind, Train(micro_batch=micro_batch, accumulation=len(keys) if packing else accumulation, max_grad_norm=0),
+            accelerator=accelerator, optimizer=Watch(model.parameters(), lr=0.0), total_steps=1, folder=RunFolder(folder),
+            progress=Progress(),
+        )  # fmt: skip
+        line = json.loads((folder / "metrics.jsonl").read_text())
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert line["supervised"] == count
+        for name, parameter in reference.named_parameters():
+            torch.testing.assert_close(caught[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_evaluation_in_the_middle_changes_nothing_that_is_trained(tmp_path: Path, accelerator: Any) -> None:
+    from eval.perplexity import evaluate_loss
+
+    rows = [(list(sample.input_ids), list(sample.labels)) for sample in samples(5, seed=9)]
+    measured = []
+
+    def evaluate_with(model: Any) -> Any:
+        def evaluate(step: int) -> dict[str, float]:
+            measured.append(step)
+            return {"eval_loss": evaluate_loss(model, rows).loss}
+
+        return evaluate
+
+    plain, one, _ = go(tmp_path / "a", accelerator, model=llama(dropout=0.2))
+    watched = llama(dropout=0.2)
+    _, two, _ = go(tmp_path / "b", accelerator, model=watched, evaluate=evaluate_with(watched), eval_steps=2)
+    assert measured == [2, 4]
+    assert equal(plain, watched)
+    assert without_clock(one) == [line for line in without_clock(two) if "loss" in line]
+    assert [line["step"] for line in two if "eval_loss" in line] == [2, 4]
+
+
+def test_clipping_is_by_global_norm(tmp_path: Path, accelerator: Any) -> None:
+    free, metrics, _ = go(tmp_path / "a", accelerator, total=1, max_grad_norm=0)
+    norm = metrics[0]["grad_norm"]
+    loose, _, _ = go(tmp_path / "b", accelerator, total=1, max_grad_norm=2 * norm)
+    assert equal(free, loose)
+    tight, clipped, _ = go(tmp_path / "c", accelerator, total=3, max_grad_norm=norm / 100, optimizer="adamw", eps=1.0)
+    assert clipped[0]["grad_norm"] == norm
+    assert not equal(free, tight)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, accelerator: Any) -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    with pytest.raises(GateStop, match=r"loss of step 1 is not finite[\s\S]*rows:"):
+        go(tmp_path / "run", accelerator, model=model)
+    assert all(torch.equal(p, before[name]) or name == "model.norm.weight" for name, p in model.named_parameters())
+
+
+# ----------------------------------------------------------------------------------------------------- stopping, going on
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"save_steps": 4},
+        {"save_steps": 3, "accumulation": 5},  # the saved step lies in the middle of an epoch, and groups span epochs
+        {"save_steps": 3, "optimizer": "adamw_8bit"},
+        {"save_steps": 5, "micro_batch": 2, "packing": True},
+    ],
+)
+def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, accelerator: Any, settings: dict[str, Any]) -> None:
+    options = {"model": None, "total": 9, "keep_checkpoints": 9} | settings
+    whole, metrics, _ = go(tmp_path / "whole", accelerator, **options | {"model": llama(dropout=0.1)})
+
+    def die(step: int, total: int, note: str) -> None:
+        if step == 7:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        go(tmp_path / "cut", accelerator, **options | {"model": llama(dropout=0.1), "show": die})
+    torch.manual_seed(999)
+    again, resumed, _ = go(tmp_path / "cut", accelerator, **options | {"model": llama(dropout=0.1), "resume": True})
+    assert equal(whole, again)
+    assert without_clock(metrics) == without_clock(resumed)
+    for name in ("weights", "optimizer", "rng"):
+        a, b = ((tmp_path / run / "checkpoints" / "step-000009" / f"{name}.safetensors").read_bytes() for run in ("whole", "cut"))
+        assert a == b, name
+
+
+def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path: Path, accelerator: Any) -> None:
+    whole, _, _ = go(tmp_path / "whole", accelerator)
+
+    def interrupt(step: int, total: int, note: str) -> None:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted, match="step 3 of 6"):
+        go(tmp_path / "cut", accelerator, show=interrupt)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    again, _, _ = go(tmp_path / "cut", accelerator, resume=True)
+    assert equal(whole, again)
+
+
+def test_checkpoints_are_kept_as_asked_and_damage_is_found(tmp_path: Path, accelerator: Any) -> None:
+    go(tmp_path / "run", accelerator, total=6, save_steps=1, keep_checkpoints=3)
+    folder = tmp_path / "run" / "checkpoints"
+    assert [path.name for path in checkpoint.checkpoints(folder)] == ["step-000004", "step-000005", "step-000006"]
+    assert checkpoint.newest(folder) == (folder / "step-000006", [])
+    weights = folder / "step-000006" / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    (folder / "step-000005" / "optimizer.safetensors").write_bytes(b"short")
+    path, notes = checkpoint.newest(folder)
+    assert path == folder / "step-000004"
+    assert "SHA-256" in notes[0]
+    assert "bytes instead of" in notes[1]
+    (folder / "step-000004" / "manifest.json").write_text("[]")
+    assert checkpoint.newest(folder)[0] is None
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, accelerator: Any) -> None:
+    from finetune.errors import Mistake
+
+    go(tmp_path / "run", accelerator, total=1)
+    with pytest.raises(Mistake, match="another model"):
+        checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "step-000001", torch.nn.Linear(2, 2))
+    with pytest.raises(Mistake, match="another model"):
+        checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "step-000001", llama(dtype=torch.bfloat16))
+
+
+# --------------------------------------------------------------------------------------------------------------- counting
+
+
+def test_steps_are_counted_over_epochs() -> None:
+    kind = sft(samples(10))
+    assert steps_in(kind, epochs=1, accumulation=1, max_steps=None) == 10
+    assert steps_in(kind, epochs=1, accumulation=4, max_steps=None) == 3
+    assert steps_in(kind, epochs=2.5, accumulation=5, max_steps=None) == 5
+    assert steps_in(kind, epochs=0.01, accumulation=8, max_steps=None) == 1
+    assert steps_in(kind, epochs=3, accumulation=1, max_steps=7) == 7
+
+
+def test_the_learning_rate_rises_and_falls() -> None:
+    options = {"peak": 1.0, "warmup": 0.1, "min_lr": 0.1}
+    cosine = [learning_rate(step, 100, schedule="cosine", **options) for step in range(1, 101)]
+    assert max(cosine) == cosine[10] == pytest.approx(1.0, abs=1e-3)
+    assert cosine[0] == pytest.approx(1 / 11)
+    assert cosine[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(cosine[10:], cosine[11:], strict=False))
+    linear = [learning_rate(step, 100, schedule="linear", **options) for step in range(1, 101)]
+    assert linear[54] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert learning_rate(100, 100, schedule="constant", **options) == 1.0
+
+
+def test_vectors_do_not_decay() -> None:
+    model = llama()
+    optimizer = build(model, Train(weight_decay=0.1))
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    assert {decays[id(p)] for p in model.parameters() if p.ndim == 1} == {0.0}
+    assert {decays[id(p)] for p in model.parameters() if p.ndim == 2} == {0.1}

@@ -1,0 +1,211 @@
+"""PEFT over packed layers: LoRA, rsLoRA and DoRA attach, train, save, load, merge and unmerge."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from quant import NF4Linear, assert_wrapped, linear_targets, load_peft, prove_used, register_peft, swap
+
+IDS = torch.arange(12).view(2, 6)
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "lora bias": {"lora_bias": True},
+}
+
+
+def _base(dtype: torch.dtype = torch.float32, *, packed: bool = True) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, attention_bias=True, **shape))
+    model = nn.Module.to(model, dtype)
+    if packed:
+        swap(model)
+    return model
+
+
+def _adapted(model: nn.Module, *, noise: float = 0.05, **changes: Any) -> Any:
+    """`model` under PEFT, the adapters moved away from zero."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=linear_targets(model), **changes)
+    register_peft(config)
+    torch.manual_seed(1)
+    adapted = get_peft_model(model, config)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "magnitude" in name:
+            parameter.data += noise * torch.randn_like(parameter)
+    return adapted
+
+
+@torch.no_grad()
+def _logits(model: Any) -> Tensor:
+    logits = model.eval()(input_ids=IDS).logits
+    assert isinstance(logits, Tensor)
+    return logits
+
+
+def _snapshot(model: nn.Module) -> dict[str, Tensor]:
+    return {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+
+def test_the_private_registration_is_there() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(target_modules=["q_proj"])
+    with pytest.raises(ValueError, match="NF4Linear"):
+        get_peft_model(_base(), config)
+    register_peft(config)
+    adapted = get_peft_model(_base(), config)
+    assert type(adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")).__name__ == "PackedLora"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_changes_the_adapters_and_nothing_else(kind: str, dropout: float) -> None:
+    adapted = _adapted(_base(), lora_dropout=dropout, **KINDS[kind]).train()
+    trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all("lora_" in name for name in trainable)
+    before = _snapshot(adapted)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    adapted(input_ids=IDS, labels=IDS).loss.backward()
+    optimizer.step()
+    changed = {name for name, value in adapted.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == trainable
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torch.dtype) -> None:
+    """PEFT's own layers over float linears that hold the dequantized weights are the oracle, gradients included."""
+    packed, floats = _base(dtype), _base(dtype)
+    for name, module in list(floats.named_modules()):
+        if isinstance(module, NF4Linear):
+            parent, _, leaf = name.rpartition(".")
+            setattr(floats.get_submodule(parent), leaf, module.to_linear())
+    ours, theirs = _adapted(packed, **KINDS[kind]), _adapted(floats, **KINDS[kind])
+    losses = [model.train()(input_ids=IDS, labels=IDS).loss for model in (ours, theirs)]
+    for loss in losses:
+        loss.backward()
+    tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 2e-3}
+    torch.testing.assert_close(*losses, **tolerance)
+    expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
+    found = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, **tolerance)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_save_and_load(kind: str, tmp_path: Path) -> None:
+    adapted = _adapted(_base(), **KINDS[kind])
+    logits = _logits(adapted)
+    adapted.save_pretrained(tmp_path)
+    base = _base()
+    assert not torch.equal(_logits(base), logits)
+    loaded = load_peft(base, tmp_path)
+    assert torch.equal(_logits(loaded), logits)
+    assert not any(p.requires_grad for p in loaded.parameters())
+    assert any(p.requires_grad for p in load_peft(_base(), tmp_path, is_trainable=True).parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_merge_and_unmerge(kind: str, dtype: torch.dtype) -> None:
+    adapted = _adapted(_base(dtype), **KINDS[kind])
+    before, logits = _snapshot(adapted), _logits(adapted)
+    # One rounding of each weight to the dtype: a few units in the last place of the logits' scale.
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype] * logits.abs().max().item()
+    adapted.merge_adapter()
+    assert adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight.dtype == dtype
+    torch.testing.assert_close(_logits(adapted), logits, rtol=0, atol=tolerance)
+    adapted.unmerge_adapter()
+    after = adapted.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert torch.equal(_logits(adapted), logits)
+    merged = adapted.merge_and_unload()
+    layers = [m for n, m in merged.named_modules() if n.endswith("_proj")]
+    assert len(layers) == 14
+    assert all(type(layer) is nn.Linear and layer.weight.dtype == dtype for layer in layers)
+    torch.testing.assert_close(_logits(merged), logits, rtol=0, atol=tolerance)
+
+
+def test_merged_weight_is_rounded_once() -> None:
+    adapted = _adapted(_base(torch.bfloat16))
+    layer = adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    a, b = (getattr(layer, name)["default"].weight.detach() for name in ("lora_A", "lora_B"))
+    expected = (layer.packed.dequantize(torch.float32) + b @ a * 2).bfloat16()
+    layer.merge()
+    assert torch.equal(layer.base_layer.weight, expected)
+    assert all(k.partition(".")[0] != "_aside" for k in layer.state_dict())
+
+
+def test_two_adapters_merge_together_or_refuse() -> None:
+    from peft import LoraConfig
+
+    adapted = _adapted(_base())
+    config = LoraConfig(r=2, lora_alpha=2, target_modules=["q_proj"], init_lora_weights=False)
+    register_peft(config)
+    adapted.add_adapter("second", config)
+    adapted.base_model.set_adapter(["default", "second"])
+    logits = _logits(adapted)
+    adapted.merge_adapter(["default"])
+    adapted.merge_adapter(["second"])
+    torch.testing.assert_close(_logits(adapted), logits, rtol=0, atol=1e-5)
+    adapted.unmerge_adapter()
+    assert torch.equal(_logits(adapted), logits)
+
+    dora = LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)
+    register_peft(dora)
+    adapted.add_adapter("third", dora)
+    with pytest.raises(ValueError, match="DoRA adapter together with another"):
+        adapted.merge_adapter(["default", "third"])
+
+
+def test_broken_adapters_do_not_merge() -> None:
+    adapted = _adapted(_base())
+    adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_B["default"].weight.data[0, 0] = torch.inf
+    with pytest.raises(ValueError, match="not finite"):
+        adapted.merge_and_unload()
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora", "pissa_niter_4"])
+def test_initializations_from_the_base_weight_are_refused(init: str) -> None:
+    with pytest.raises(ValueError, match="needs a float base weight"):
+        _adapted(_base(), init_lora_weights=init)
+
+
+def test_targets_and_what_was_wrapped() -> None:
+    model = _base()
+    targets = linear_targets(model)
+    assert len(targets) == 14
+    assert "lm_head" not in targets
+    assert targets == linear_targets(_base(packed=False))
+    report_free = _adapted(model)
+    assert_wrapped(report_free, targets)
+    with pytest.raises(RuntimeError, match=r"14 modules, 15 were asked for; without adapter: lm_head; not asked for: none"):
+        assert_wrapped(report_free, [*targets, "lm_head"])
+    with pytest.raises(RuntimeError, match=r"not asked for: model\.layers\.0\.mlp\.down_proj"):
+        assert_wrapped(report_free, set(targets) - {"model.layers.0.mlp.down_proj"})
+
+
+def test_proof_sees_through_peft() -> None:
+    model = _base(packed=False)
+    report = swap(model)
+    adapted = _adapted(model)
+    with prove_used(adapted, report):
+        _logits(adapted)
+    layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
+    layer.forward = lambda x: torch.zeros(*x.shape[:-1], 128)  # an adapter that forgets its base
+    with pytest.raises(RuntimeError, match=r"1 of 14 .*: model\.layers\.1\.mlp\.up_proj\."), prove_used(adapted, report):
+        _logits(adapted)
