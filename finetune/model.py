@@ -52,6 +52,10 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
     Raises:
         Mistake: a file, folder or package that is not there or holds no model. (A hub id is asked later, when it is used.)
     """
+    if revision is not None and (name.startswith(PACKAGE) or name.endswith(".gguf") or Path(name).expanduser().is_dir()):
+        raise Mistake(
+            "a revision is for models of the hub", where="model.revision", found=f"{revision} of {name}", do="remove it"
+        )
     if name.startswith(PACKAGE):
         files = [path for file, path in package_files(name, where).items() if file.endswith(".gguf")]
         if len(files) != 1:

@@ -507,12 +507,22 @@ class _Story:
         from finetune.train.sft import SupervisedFineTuning
 
         settings, data = self.recipe.train, self.recipe.data
+        packing = data.packing
+        if (packing or settings.micro_batch > 1) and not self._rows_stay_apart():
+            packing = False
+            settings = settings.model_copy(
+                update={"micro_batch": 1, "accumulation": settings.accumulation * settings.micro_batch}
+            )
+            self.screen.warn(
+                f"{self.bones.architecture} lets samples in one row see each other: it gets one sample at a time, "
+                f"{settings.accumulation} to a step"
+            )
         kind = SupervisedFineTuning(
             Batches(
                 self.data.train,
                 micro_batch=settings.micro_batch,
                 max_length=data.max_length,
-                packing=data.packing,
+                packing=packing,
                 seed=self.recipe.run.seed,
             ),
             self.device,
@@ -566,6 +576,15 @@ class _Story:
             f"peak {human_bytes(figures['peak_bytes'])} ({figures['memory_kind']})"
         )
         self._save()
+
+    def _rows_stay_apart(self) -> bool:
+        import torch
+
+        from eval.perplexity import rows_stay_apart
+
+        self.model.eval()
+        with torch.no_grad():
+            return rows_stay_apart(self.model, highest_id=max(max(s.input_ids) for s in self.data.train))
 
     def _prove_swap(self, kind: Any) -> None:
         """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""

@@ -78,17 +78,16 @@ def _open_run(path: Path, dtype: str, device: torch.device, merged: bool) -> Ope
     return _open_checkpoint(newest, recipe, dtype, device)
 
 
-def _load(source: models.Source, dtype: torch.dtype, attention: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load(source: models.Source, asked: str, device: torch.device, attention: str) -> tuple[Any, PreTrainedTokenizerBase]:
+    """Model and tokenizer. Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at."""
     config = models.load_config(source)
+    stored = getattr(config, "dtype", None)
+    dtype = models.DTYPES.get(asked) or (torch.float32 if stored == torch.float32 else models.default_dtype(device.type))
     return models.load_weights(source, config, dtype=dtype, attention=attention), models.load_tokenizer(source)
 
 
-def _dtype(asked: str, device: torch.device) -> torch.dtype:
-    return models.default_dtype(device.type) if asked == "auto" else models.DTYPES[asked]
-
-
 def _open_source(source: models.Source, dtype: str, device: torch.device) -> Opened:
-    model, tokenizer = _load(source, _dtype(dtype, device), "sdpa")
+    model, tokenizer = _load(source, dtype, device, "sdpa")
     if not tokenizer.chat_template:
         set_template(tokenizer, "auto")
     return Opened(model.to(device), tokenizer, source.name)
@@ -97,8 +96,10 @@ def _open_source(source: models.Source, dtype: str, device: torch.device) -> Ope
 def base_of(recipe: Recipe, device: torch.device, dtype: str) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
     """The model and tokenizer that a run began with, float."""
     source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    asked = recipe.model.dtype if dtype == "auto" else dtype
-    model, tokenizer = _load(source, _dtype(asked, device), recipe.model.attention)
+    config = models.load_config(source)
+    wanted = models.DTYPES.get(dtype) or models.dtype_of(recipe.model, device.type)
+    model = models.load_weights(source, config, dtype=wanted, attention=recipe.model.attention)
+    tokenizer = models.load_tokenizer(source)
     set_template(tokenizer, recipe.data.template)
     return model, tokenizer, source
 

@@ -208,6 +208,20 @@ class Metrics:
     def has(self, name: str) -> bool:
         return any(math.isfinite(value) for value in self.column(name))
 
+    def summary(self) -> dict[str, Any] | None:
+        """What `train` in run.json says of a run that ended well, for one that did not."""
+        if not self.steps:
+            return None
+        last, seconds = self.steps[-1], sum(value for value in self.column("step_seconds") if math.isfinite(value))
+        tokens = number(last.get("tokens"))
+        return {
+            "steps": len(self.steps),
+            "tokens": tokens,
+            "supervised_tokens": last.get("supervised"),
+            "tokens_per_second": tokens / seconds if tokens and seconds else None,
+            "peak_bytes": last.get("memory_bytes"),
+        }
+
     def clock(self) -> tuple[list[float], str]:
         """Training time after each step (pauses of a resumed run left out), and its unit."""
         total, times = 0.0, []
@@ -289,7 +303,7 @@ def header(record: dict[str, Any], metrics: Metrics) -> Html:
     )
 
 
-def tiles(record: dict[str, Any]) -> Html:
+def tiles(record: dict[str, Any], metrics: Metrics) -> Html:
     made: list[tuple[str, str, str]] = []  # (what, figure, what it means)
     before, after = pick(record, "eval.before"), pick(record, "eval.after")
     if before and after:
@@ -307,7 +321,7 @@ def tiles(record: dict[str, Any]) -> Html:
     if model := pick(record, "model"):
         share = (number(model.get("trainable")) or 0) / (number(model.get("parameters")) or math.inf)
         made.append(("Trained parameters", many(model.get("trainable")), f"{percent(share)} of {many(model.get('parameters'))}"))
-    if train := pick(record, "train"):
+    if train := pick(record, "train") or metrics.summary():
         seen = f"{many(train.get('tokens'))} read, {plural(train.get('steps'), 'step')}"
         made.append(("Tokens learned from", many(train.get("supervised_tokens")), seen))
         made.append(("Speed", short(train.get("tokens_per_second")), "tokens per second"))
@@ -406,7 +420,7 @@ def eval_section(record: dict[str, Any]) -> Html:
             task_rows.append([task, metric, *values, count(questions)])
     if task_rows:
         parts.append(el("h3", "Tasks"))
-        parts.append(table(["task", "metric", "before", "after", "documents"], task_rows, "numbers tasks"))
+        parts.append(table(["task", "metric", "before", "after", "rows"], task_rows, "numbers tasks"))
     note = "Loss is the mean cross-entropy of the supervised tokens; ± is one standard error over rows." if measured else None
     return section("Before and after", *parts, note=note)
 
@@ -717,7 +731,7 @@ def page(run_dir: Path) -> str:
         el(
             "main",
             header(record, metrics),
-            tiles(record),
+            tiles(record, metrics),
             loss_section(record, metrics),
             eval_section(record),
             samples_section(record),

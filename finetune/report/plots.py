@@ -161,7 +161,7 @@ def loss(name: str, size: tuple[int, int], steps: Values, losses: Values, held: 
 
 
 def series(name: str, label: str, x: Values, y: Values, *, x_label: str, y_label: str, zero: bool, raw: bool = False) -> str:
-    """One quantity over steps or time. `zero`: the axis begins at 0; `raw`: as it is, without smoothing."""
+    """One quantity over steps or time. `zero`: both axes begin at 0; `raw`: as it is, without smoothing."""
 
     def paint(axes: Axes) -> None:
         if raw:
@@ -169,6 +169,7 @@ def series(name: str, label: str, x: Values, y: Values, *, x_label: str, y_label
         else:
             _line(axes, x, y)
         if zero:
+            axes.set_xlim(left=0)
             axes.set_ylim(bottom=0)
 
     return draw(name, label, HALF, x=x_label, y=y_label, paint=paint)

@@ -282,21 +282,22 @@ def test_text_of_the_data_stays_text(whole: Outline) -> None:
     assert "a <b>bold</b> recipe" in whole.text
 
 
-@pytest.mark.parametrize(
-    "place",
-    ["name", "about", "error", "state", "kind", "provenance.device", "provenance.data.source", "data.format_reason",
-     "train.memory_kind",
-     "preflight.forced", "merge.path", "model.architecture", "provenance.command"],
-)  # fmt: skip
-def test_every_string_is_escaped(tmp_path: Path, place: str) -> None:
-    content = record()
-    *path, last = place.split(".")
-    target = content
-    for part in path:
-        target = target[part]
-    target[last] = ATTACK
-    seen = outline(write_run(tmp_path / "run", content))
-    assert not {"script", "img"} & {tag for tag, _ in seen.tags}
+def attacked(value: Any) -> Any:
+    """`value` with the attack behind every string and every name that is not one of the contract's."""
+    if isinstance(value, dict):
+        return {key + ATTACK if key in ("torch", "arc_easy", "acc") else key: attacked(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [attacked(item) for item in value]
+    return value + ATTACK if isinstance(value, str) else value
+
+
+def test_every_string_is_escaped(tmp_path: Path) -> None:
+    content = record() | {"error": "it broke"}
+    content["preflight"]["forced"] = "because"
+    content["provenance"]["resumed"] = [{"time": "2026-01-05T09:13:00+00:00", "from": "step-000050"}]
+    text = write_report(write_run(tmp_path / "run", attacked(content))).read_text(encoding="utf-8")
+    assert not {"script", "img"} & {tag for tag, _ in Outline(text).tags}
+    assert text.count("&lt;script&gt;") > 60
 
 
 def test_ids_are_unique_and_every_reference_has_one(whole: Outline) -> None:
@@ -406,7 +407,9 @@ def test_failed_run_shows_its_error(tmp_path: Path) -> None:
     assert "the loss of step 38 is not finite; the step was not taken found: loss nan <b>" in seen.text
     assert "The run failed; it has no result." in seen.text
     assert "Not made: the run failed before it; the error stands above." in seen.text
-    assert "3.21 ± 0.08" in seen.text
+    assert "Trained 37 steps. Held-out loss before training: 3.21 ± 0.08 nats over 64 rows." in seen.text
+    assert "After training not made" in seen.text
+    assert "49.0 k read, 37 steps" in seen.text  # out of metrics.jsonl, since run.json has no `train`
 
 
 def test_forced_run_says_so(tmp_path: Path) -> None:
@@ -502,3 +505,18 @@ def test_importing_the_report_imports_nothing_heavy() -> None:
     code = "import sys, finetune.report; print({'matplotlib', 'numpy', 'torch', 'rich'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize("value", [None, True, "nan", "3", math.nan, math.inf, [1]])
+def test_what_is_no_finite_number(value: Any) -> None:
+    assert pages.number(value) is None
+    assert pages.short(value) == pages.with_error(value, value, 2) == pages.DASH
+
+
+def test_numbers_as_they_are_read() -> None:
+    assert [pages.duration(s) for s in (0.04, 9.96, 59.96, 192.3, 3600, 7384)] == [
+        text.replace(" ", pages.TIGHT) for text in ("0.0 s", "10 s", "1 min 00 s", "3 min 12 s", "1 h 00 min", "2 h 03 min")
+    ]
+    assert [pages.many(n) for n in (7, 9999, 10_000, 134_515_008, 8_030_261_248)] == ["7", "9,999", "10.0 k", "134.5 M", "8.03 B"]
+    assert [pages.short(n) for n in (1.234, 12.34, 1234.5, 3.1e9)] == ["1.23", "12.3", "1,234", "3.10e+09"]
+    assert pages.with_error(-0.763, 0.0493, pages.decimals(0.0493)).replace(pages.TIGHT, " ") == "−0.76 ± 0.05"

@@ -187,8 +187,16 @@ def test_meta_and_fake() -> None:
 def test_autocast_casts_as_a_float_linear_does(dtype: torch.dtype) -> None:
     floats, packed = _pair()
     x, grad = torch.randn(3, 96), torch.randn(3, 40)
-    with torch.autocast("cpu", dtype=dtype):
-        ours, theirs = _run(packed, x, grad), _run(floats, x, grad)
+
+    def run(layer: nn.Module) -> tuple[Tensor, Tensor]:
+        own = x.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype):
+            out = layer(own)
+        out.backward(grad.to(out.dtype))  # outside, as training does
+        assert own.grad is not None
+        return out.detach(), own.grad
+
+    ours, theirs = run(packed), run(floats)
     assert ours[0].dtype == theirs[0].dtype == dtype
     assert ours[1].dtype == theirs[1].dtype == torch.float32
     assert torch.equal(ours[0], theirs[0])

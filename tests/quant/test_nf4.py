@@ -98,6 +98,20 @@ def test_equals_bitsandbytes_anywhere(
     _assert_equals_bitsandbytes(weight, double=double)
 
 
+def test_equals_bitsandbytes_where_two_levels_meet() -> None:
+    """Quotients within a rounding of a boundary, where dividing by the scale gives other codes than its inverse does."""
+    torch.manual_seed(0)
+    levels = torch.tensor(nf4.LEVELS)
+    scales = torch.rand(20_000, 1) + 0.5
+    weight = torch.zeros(20_000, 64)
+    weight[:, :15] = scales * ((levels[:-1] + levels[1:]) / 2)
+    weight[:, 63:] = scales
+    _assert_equals_bitsandbytes(weight, double=False)
+    divided = torch.bucketize(weight / scales, (levels[:-1] + levels[1:]) / 2)
+    multiplied = torch.bucketize(weight * scales.reciprocal(), (levels[:-1] + levels[1:]) / 2)
+    assert not torch.equal(divided, multiplied)
+
+
 def test_known_codes() -> None:
     """Worked by hand: the block's largest is 2, so 2 → level 15, 0 → 7, −2 → 0, 0.2/2 = 0.1 → the level 0.0796, 8."""
     packed = nf4.quantize(torch.tensor([2.0, 0.0, -2.0, 0.2]), double=False)

@@ -27,6 +27,9 @@ def _base(dtype: torch.dtype = torch.float32, *, packed: bool = True) -> nn.Modu
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, attention_bias=True, **shape))
     model = nn.Module.to(model, dtype)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # zero as made, which hides a forgotten one
+            parameter.data.normal_(std=0.5)
     if packed:
         swap(model)
     return model
@@ -84,7 +87,7 @@ def test_one_step_changes_the_adapters_and_nothing_else(kind: str, dropout: floa
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "dora with dropout"])
 def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torch.dtype) -> None:
     """PEFT's own layers over float linears that hold the dequantized weights are the oracle, gradients included."""
     packed, floats = _base(dtype), _base(dtype)
@@ -92,10 +95,13 @@ def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torc
         if isinstance(module, NF4Linear):
             parent, _, leaf = name.rpartition(".")
             setattr(floats.get_submodule(parent), leaf, module.to_linear())
-    ours, theirs = _adapted(packed, **KINDS[kind]), _adapted(floats, **KINDS[kind])
-    losses = [model.train()(input_ids=IDS, labels=IDS).loss for model in (ours, theirs)]
-    for loss in losses:
-        loss.backward()
+    changes = {"use_dora": True, "lora_dropout": 0.3} if kind == "dora with dropout" else KINDS[kind]
+    ours, theirs = _adapted(packed, **changes), _adapted(floats, **changes)
+    losses = []
+    for model in (ours, theirs):
+        torch.manual_seed(2)  # the same dropout
+        losses.append(model.train()(input_ids=IDS, labels=IDS).loss)
+        losses[-1].backward()
     tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 2e-3}
     torch.testing.assert_close(*losses, **tolerance)
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
@@ -148,6 +154,13 @@ def test_merged_weight_is_rounded_once() -> None:
     layer.merge()
     assert torch.equal(layer.base_layer.weight, expected)
     assert all(k.partition(".")[0] != "_aside" for k in layer.state_dict())
+
+
+def test_dora_norm_is_fp32_under_autocast() -> None:
+    layer = _adapted(_base(), use_dora=True).get_submodule("base_model.model.model.layers.0.mlp.up_proj")
+    scale = layer.dora_scale("default")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(layer.dora_scale("default"), scale)
 
 
 def test_two_adapters_merge_together_or_refuse() -> None:

