@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import Mistake
 from finetune.files import write_json
-from finetune.screen import Screen
+from finetune.screen import Screen, number
 
 if TYPE_CHECKING:
     from finetune.use import Opened
@@ -202,8 +202,8 @@ def _print_scores(results: dict[str, Any], screen: Screen) -> None:
     for name, result in results.items():
         if "loss" in result:
             loss = result["loss"]
-            table.add_row(name, loss["on"], "loss (nats)", f"{loss['loss']:.4f}", f"{loss['stderr']:.4f}")
-            table.add_row(name, loss["on"], "perplexity", f"{loss['perplexity']:.3f}", "")
+            table.add_row(name, loss["on"], "loss (nats)", number(loss["loss"]), number(loss["stderr"]))
+            table.add_row(name, loss["on"], "perplexity", number(loss["perplexity"], 3), "")
         for task, scores in result.get("tasks", {}).items():
             for metric, value in scores.items():
                 if isinstance(value, float) and not metric.endswith("_stderr"):

@@ -38,10 +38,27 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(module, NF4Linear):  # it had no adapter
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.to_linear(dtype))
-    model = model.to("cpu", dtype)
+    model = _as_stored(model.to("cpu", dtype))
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise GateStop("a merged weight is not finite; nothing was written", where=name)
+    return model
+
+
+def _as_stored(model: PreTrainedModel) -> PreTrainedModel:
+    """Linears that stand where the architecture has GPT-2's Conv1D (weight (in, out)) become that again."""
+    from transformers.pytorch_utils import Conv1D
+
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for path, original in plain.named_modules():
+        linear = model.get_submodule(path)
+        if isinstance(original, Conv1D) and isinstance(linear, torch.nn.Linear):
+            back = Conv1D(linear.out_features, linear.in_features)
+            back.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous())
+            back.bias = linear.bias
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, back)
     return model
 
 

@@ -246,7 +246,7 @@ def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype
     """
     from transformers import AutoModelForCausalLM
 
-    options = dict(source.options)
+    options = dict(source.options) | ({} if attention == "auto" else {"attn_implementation": attention})
     if source.gguf is not None:
         from transformers import GgufConfig
 
@@ -261,14 +261,16 @@ def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype
                 do="give the unquantized original",
             )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.folder, dtype=dtype, attn_implementation=attention, output_loading_info=True, **options
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, output_loading_info=True, **options)
     except ImportError as error:
         raise Mistake(
             "a package for this model is missing", where="model.attention", found=str(error).strip().splitlines()[0]
         ) from None
     except Exception as error:
+        if "attn_implementation" in str(error):
+            raise Mistake(
+                "this model has no such attention", where="model.attention", found=attention, do="model.attention=auto"
+            ) from None
         raise _unavailable(source, error) from None
     model, info = loaded
     missing = sorted(info["missing_keys"])

@@ -68,9 +68,10 @@ class Model(Section):
         description="Number format of unquantized weights and of activations. auto: bf16 on GPUs and on CPUs with bf16 "
         "instructions, else fp32.",
     )
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = Field(
-        "sdpa",
-        description="Attention implementation of transformers; flash_attention_2 needs a GPU and the flash-attn package.",
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="Attention implementation of transformers. auto: the fastest that the architecture has here; "
+        "flash_attention_2 needs a GPU and the flash-attn package.",
     )
     trust_remote_code: bool = Field(
         False, description="Run Python code that a hub model brings along. Off unless you read that code."

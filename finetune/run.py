@@ -261,7 +261,7 @@ class _Story:
         if not failed:
             return None
         reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-        if not self.data.train or (all(check.name == "something to learn" for check in failed) and not self.preflight.tokens):
+        if not self.preflight.supervised_tokens:
             raise GateStop("there is nothing to train on", where=self.rows.source, found=reasons)
         if not self.force:
             raise GateStop(
@@ -409,18 +409,15 @@ class _Story:
         import torch
 
         recipe = self.recipe
-        precision = recipe.train.precision
-        mixed = "bf16" if precision == "bf16" and self.dtype != torch.bfloat16 else "no"
+        if recipe.train.precision == "fp32" and self.dtype != torch.float32:
+            self.model.to(torch.float32)
         accelerator = kind(
             cpu=self.device.type == "cpu",
-            mixed_precision=mixed,
             log_with=list(recipe.run.trackers) or None,
             project_dir=str(self.folder.path),
         )
         if recipe.run.trackers:
             accelerator.init_trackers(self.name, config=_flat(recipe.model_dump(mode="json")))
-        if precision == "fp32" and self.dtype != torch.float32:
-            self.model.to(torch.float32)
         return accelerator
 
     # -- measuring
@@ -562,6 +559,7 @@ class _Story:
                     total_steps=total,
                     folder=self.folder,
                     progress=progress,
+                    autocast=torch.bfloat16 if settings.precision == "bf16" and self.dtype == torch.float32 else None,
                     evaluate=evaluate if rows else None,
                     show=show,
                 )

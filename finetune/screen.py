@@ -26,6 +26,11 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
+def number(value: float | None, digits: int = 4) -> str:
+    """A figure, or – where there is none (a standard error of one row)."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 class Screen:
     """Prints to `console`; remembers how long each phase took."""
 

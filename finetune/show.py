@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from finetune.files import human_bytes
-from finetune.screen import clock
+from finetune.screen import clock, number
 
 
 def show_run(record: dict[str, Any], path: Path) -> None:
@@ -28,9 +28,9 @@ def show_run(record: dict[str, Any], path: Path) -> None:
             result = record["eval"][when]
             table.add_row(
                 when,
-                f"{result['loss']:.4f}",
-                f"{result['stderr']:.4f}",
-                f"{result['perplexity']:.2f}",
+                number(result["loss"]),
+                number(result["stderr"]),
+                number(result["perplexity"], 2),
                 str(result["rows"]),
             )
     if table.rows:

@@ -78,16 +78,16 @@ def _open_run(path: Path, dtype: str, device: torch.device, merged: bool) -> Ope
     return _open_checkpoint(newest, recipe, dtype, device)
 
 
-def _load(source: models.Source, asked: str, device: torch.device, attention: str) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load(source: models.Source, asked: str, device: torch.device) -> tuple[Any, PreTrainedTokenizerBase]:
     """Model and tokenizer. Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at."""
     config = models.load_config(source)
     stored = getattr(config, "dtype", None)
     dtype = models.DTYPES.get(asked) or (torch.float32 if stored == torch.float32 else models.default_dtype(device.type))
-    return models.load_weights(source, config, dtype=dtype, attention=attention), models.load_tokenizer(source)
+    return models.load_weights(source, config, dtype=dtype, attention="auto"), models.load_tokenizer(source)
 
 
 def _open_source(source: models.Source, dtype: str, device: torch.device) -> Opened:
-    model, tokenizer = _load(source, dtype, device, "sdpa")
+    model, tokenizer = _load(source, dtype, device)
     if not tokenizer.chat_template:
         set_template(tokenizer, "auto")
     return Opened(model.to(device), tokenizer, source.name)

@@ -124,12 +124,14 @@ def train(
     total_steps: int,
     folder: RunFolder,
     progress: Progress,
+    autocast: torch.dtype | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     show: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Train from `progress` to `total_steps`; checkpoints and metrics go into `folder`.
 
-    `evaluate(step)` returns metrics and must leave the model and the random generators as they were.
+    `autocast` is the dtype of the matrix products where it is not that of the weights. `evaluate(step)` returns metrics and
+    must leave the model and the random generators as they were.
 
     Returns:
         seconds, tokens_per_second (of this process's steps), peak_bytes, memory_kind, and the totals of `progress`.
@@ -183,7 +185,7 @@ def train(
             loss_sum, count, tokens = torch.zeros((), device=accelerator.device), 0, 0
             for key in group_keys:
                 batch = kind.batch(key)
-                with accelerator.autocast():
+                with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None):
                     loss, targets = kind.loss(model, batch)
                 if targets:
                     accelerator.backward(loss)

@@ -396,7 +396,7 @@ def test_a_merge_that_is_another_model_is_not_kept(
         plain = into_float(model, dtype)
         with torch.no_grad():
             plain.model.layers[0].mlp.down_proj.weight.mul_(30)
-            plain.model.norm.weight.mul_(3)
+            plain.model.norm.weight.mul_(30)
         return plain
 
     monkeypatch.setattr(merge, "into_float", spoilt)
