@@ -7,7 +7,7 @@ downloaded or loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ import torch
 from finetune.data.rows import PACKAGE, package_files
 from finetune.errors import Mistake, nearest
 from finetune.recipe import Adapter, Model, Quant
+from finetune.screen import Shown, relayed_bars
 from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, reasons_to_leave, swap
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+FAULTS = (NameError, AttributeError, AssertionError)  # ours, never to be told as a damaged model
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -111,6 +113,8 @@ def load_config(source: Source) -> PretrainedConfig:
 
     try:
         return AutoConfig.from_pretrained(source.folder, **source.options)
+    except FAULTS:
+        raise
     except Exception as error:  # transformers raises many kinds for one cause: this is no readable model
         raise _unavailable(source, error) from None
 
@@ -120,6 +124,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 
     try:
         return AutoTokenizer.from_pretrained(source.folder, **source.options)
+    except FAULTS:
+        raise
     except Exception as error:
         raise _unavailable(source, error) from None
 
@@ -238,8 +244,10 @@ def adapter_parameters(adapter: Adapter, bones: Skeleton, targets: list[str]) ->
 # ---------------------------------------------------------------------------------------------------------------- weights
 
 
-def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype, attention: str) -> PreTrainedModel:
-    """The model on the CPU, in `dtype`, in eval mode.
+def load_weights(
+    source: Source, config: PretrainedConfig, *, dtype: torch.dtype, attention: str, progress: Shown | None = None
+) -> PreTrainedModel:
+    """The model on the CPU, in `dtype`, in eval mode. `progress` shows the download and the reading.
 
     Raises:
         Mistake: the weights are missing, damaged, or not all that the architecture needs.
@@ -261,11 +269,16 @@ def load_weights(source: Source, config: PretrainedConfig, *, dtype: torch.dtype
                 do="give the unquantized original",
             )
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, output_loading_info=True, **options)
+        with relayed_bars(progress) as tqdm_class:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, output_loading_info=True, tqdm_class=tqdm_class, **options
+            )
     except ImportError as error:
         raise Mistake(
             "a package for this model is missing", where="model.attention", found=str(error).strip().splitlines()[0]
         ) from None
+    except FAULTS:
+        raise
     except Exception as error:
         if "attn_implementation" in str(error):
             raise Mistake(
@@ -310,10 +323,11 @@ def prepare(
     device: torch.device,
     checkpointing: bool = False,
     seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Swap linears into packed ones, move the model, attach adapters (or free all weights), set checkpointing."""
     parameters = sum(p.numel() for p in model.parameters())
-    report = swap_linears(model, quant, device) if quant.scheme != "none" else None
+    report = swap_linears(model, quant, device, progress) if quant.scheme != "none" else None
     model.to(device)
     model.config.use_cache = False
     wrapped = model
@@ -327,14 +341,17 @@ def prepare(
     return Prepared(wrapped, report, len(targets), parameters, trainable)
 
 
-def swap_linears(model: Any, quant: Quant, device: torch.device) -> SwapReport:
+def swap_linears(
+    model: Any, quant: Quant, device: torch.device, progress: Callable[[int, int], None] | None = None
+) -> SwapReport:
     """Pack the linears of the base.
 
     Raises:
         Mistake: a keep pattern matches nothing, nothing can be packed, or weights are not finite.
     """
     try:
-        return swap(model, scheme=quant.scheme, double=quant.double, keep=(*DEFAULT_KEEP, *quant.keep), device=device)
+        keep = (*DEFAULT_KEEP, *quant.keep)
+        return swap(model, scheme=quant.scheme, double=quant.double, keep=keep, device=device, progress=progress)
     except ValueError as error:
         raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
 

@@ -40,7 +40,6 @@ def quiet_libraries() -> None:
     """Their warnings and bars are noise between our lines; their errors are raised anyway."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # read when tqdm is imported
     import logging
     import warnings
 
@@ -363,9 +362,12 @@ class _Story:
         from quant import backends
 
         recipe = self.recipe
-        with self.screen.phase("model"):
+        with self.screen.phase("weights") as progress:
             self.dtype = models.dtype_of(recipe.model, self.device.type)
-            model = models.load_weights(self.source, self.config, dtype=self.dtype, attention=recipe.model.attention)
+            model = models.load_weights(
+                self.source, self.config, dtype=self.dtype, attention=recipe.model.attention, progress=progress
+            )
+        with self.screen.phase("quantize" if recipe.quant.scheme != "none" else "prepare") as progress:
             prepared = models.prepare(
                 model,
                 quant=recipe.quant,
@@ -375,6 +377,7 @@ class _Story:
                 device=self.device,
                 checkpointing=recipe.train.checkpointing,
                 seed=recipe.run.seed,
+                progress=lambda done, total: progress(done, total, "linears"),
             )
         self.model, self.swap = prepared.model, prepared.swap
         swapped = None

@@ -6,6 +6,7 @@ On a terminal a live bar; elsewhere (a log, a pipe) a line every few seconds wit
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from finetune.data.preflight import Preflight
 
 LINE_EVERY_S = 5.0
+Shown = Callable[[int, int, str], None]  # progress(done, total, note)
 
 
 def clock(seconds: float) -> str:
@@ -26,9 +28,42 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
 
 
+def amount(count: int) -> str:
+    """A count as it is; a download's bytes in GB."""
+    return str(count) if count < 10_000_000 else f"{count / 1e9:.2f}G"
+
+
 def number(value: float | None, digits: int = 4) -> str:
     """A figure, or – where there is none (a standard error of one row)."""
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+@contextlib.contextmanager
+def relayed_bars(progress: Shown | None) -> Iterator[type | None]:
+    """Within it the bars of transformers (download, reading, conversion) go to `progress`; yields the tqdm class to pass on."""
+    if progress is None:
+        yield None
+        return
+    import transformers.modeling_gguf_pytorch_utils as gguf
+    from tqdm.auto import tqdm
+    from transformers.utils.logging import set_tqdm_hook
+
+    class Relay(tqdm):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options | {"file": io.StringIO(), "disable": False})
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            if self.total:
+                shown(int(self.n), int(self.total), str(self.desc or "").strip(" :."))
+
+    shown: Shown = progress
+    before = set_tqdm_hook(lambda factory, arguments, options: Relay(*arguments, **options))
+    plain, gguf.tqdm = gguf.tqdm, Relay
+    try:
+        yield Relay
+    finally:
+        set_tqdm_hook(before)
+        gguf.tqdm = plain
 
 
 class Screen:
@@ -45,7 +80,7 @@ class Screen:
         self.console.print(Text("note: ", "yellow") + Text(text))
 
     @contextlib.contextmanager
-    def phase(self, name: str) -> Iterator[Callable[[int, int, str], None]]:
+    def phase(self, name: str) -> Iterator[Shown]:
         """A named step of the run; yields `progress(done, total, note)`, which may be called or not."""
         started = time.monotonic()
         if self.console.is_terminal:
@@ -63,7 +98,7 @@ class Screen:
                 task = bar.add_task(name, total=None, note="", count="")
 
                 def update(done: int, total: int, note: str = "") -> None:
-                    bar.update(task, completed=done, total=total, note=note, count=f"{done}/{total}")
+                    bar.update(task, completed=done, total=total, note=note, count=f"{amount(done)}/{amount(total)}")
 
                 yield update
         else:
@@ -76,7 +111,7 @@ class Screen:
                 if now - spoke >= LINE_EVERY_S and done < total:
                     spoke = now
                     left = (now - started) / max(1, done) * (total - done)
-                    self.say(f"  {name} {done}/{total}  {note}  {clock(now - started)} gone, {clock(left)} left")
+                    self.say(f"  {name} {amount(done)}/{amount(total)}  {note}  {clock(now - started)} gone, {clock(left)} left")
 
             yield line
         seconds = time.monotonic() - started

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -59,12 +59,13 @@ def swap(
     double: bool = True,
     keep: Sequence[str] = DEFAULT_KEEP,
     device: torch.device | str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> SwapReport:
     """Replace the linears of `model` by packed ones, in place and one at a time.
 
     keep: shell patterns (`fnmatch`); a module is kept when one matches its whole dotted path or one of the path's
     components, so `gate` keeps `…mlp.gate` and not `gate_proj`. A given tuple replaces the default: add to DEFAULT_KEEP.
-    device: where packed modules go; everything else stays where it is.
+    device: where packed modules go; everything else stays where it is. progress: called with (modules done, in all).
 
     Raises ValueError for an unknown scheme, a pattern of one's own that matches no module, a model that is swapped
     already, weights that the scheme refuses, and when there is nothing to swap.
@@ -89,7 +90,7 @@ def swap(
     for path in paths:
         places.setdefault(id(model.get_submodule(path)), []).append(path)
     weights = 0
-    for same in places.values():
+    for done, same in enumerate(places.values(), 1):
         linear = as_linear(model.get_submodule(same[0]))
         weights += linear.weight.numel()
         try:
@@ -99,6 +100,8 @@ def swap(
         for path in same:
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, packed)
+        if progress is not None:
+            progress(done, len(places))
     return SwapReport(scheme, tuple(paths), left, weights / total, bytes_before, _bytes(model))
 
 
