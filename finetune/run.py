@@ -236,7 +236,7 @@ class _Story:
             screen.warn(
                 f"{len(self.rows.skipped)} rows fit no format and are skipped (data.bad_rows), such as {self.rows.skipped[0]}"
             )
-        screen.preflight(self.preflight)
+        screen.preflight(self.preflight.checks, self.preflight.examples)
         self.forced = self._gate_preflight()
         with screen.phase("skeleton"):
             self.bones = models.skeleton(self.source, self.config)

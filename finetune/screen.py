@@ -8,15 +8,12 @@ from __future__ import annotations
 import contextlib
 import io
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
-
-if TYPE_CHECKING:
-    from finetune.data.preflight import Preflight
 
 LINE_EVERY_S = 5.0
 Shown = Callable[[int, int, str], None]  # progress(done, total, note)
@@ -103,15 +100,17 @@ class Screen:
                 yield update
         else:
             self.say(f"{name} …")
-            spoke = started
+            spoke, first = started, (started, 0, 0)  # when, done, total: of the first word of the bar that runs
 
             def line(done: int, total: int, note: str = "") -> None:
-                nonlocal spoke
+                nonlocal spoke, first
                 now = time.monotonic()
+                if total != first[2] or done < first[1]:
+                    first = (now, done, total)
                 if now - spoke >= LINE_EVERY_S and done < total:
                     spoke = now
-                    left = (now - started) / max(1, done) * (total - done)
-                    self.say(f"  {name} {amount(done)}/{amount(total)}  {note}  {clock(now - started)} gone, {clock(left)} left")
+                    left = clock((now - first[0]) / (done - first[1]) * (total - done)) if done > first[1] else "?"
+                    self.say(f"  {name} {amount(done)}/{amount(total)}  {note}  {clock(now - started)} gone, {left} left")
 
             yield line
         seconds = time.monotonic() - started
@@ -121,18 +120,18 @@ class Screen:
         elif seconds >= LINE_EVERY_S:
             self.say(f"  {name}: done in {clock(seconds)}")
 
-    def preflight(self, preflight: Preflight) -> None:
-        """The checks, and the examples with their trained text coloured."""
+    def preflight(self, checks: Iterable[Any], examples: list[list[dict[str, Any]]]) -> None:
+        """The checks (name, status, detail), and the examples with their trained text coloured."""
         marks = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
-        for check in preflight.checks:
+        for check in checks:
             mark, style = marks[check.status]
             self.console.print(Text(f"  {mark} ", style) + Text(check.name, style="bold") + Text(f": {check.detail}"))
-        for number, example in enumerate(preflight.examples, 1):
+        for number, example in enumerate(examples, 1):
             text = Text(f"  example {number}: ", style="dim")
             for piece in example:
                 shown = piece["text"].replace("\n", "⏎")
                 # Without colours the brackets still tell what is trained.
                 text.append(f"⟦{shown}⟧" if piece["supervised"] else shown, style="green" if piece["supervised"] else "dim")
             self.console.print(text)
-        if preflight.examples:
+        if examples:
             self.console.print(Text("  green, in ⟦⟧: what is trained", style="dim"))
