@@ -60,11 +60,11 @@ def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show everything that is wrong with a recipe, at once, each with file:line."""
     from finetune.check import check_sources
-    from finetune.recipe import find_recipe, read_recipe
+    from finetune.recipe import find_recipe, locator, read_recipe
 
     path = find_recipe(recipe)
     resolved = read_recipe(path, overrides)
-    check_sources(resolved, str(path))
+    check_sources(resolved, str(path), locator(path, overrides))
     typer.echo(f"{path}: good")
 
 
@@ -161,12 +161,15 @@ def _dtype(name: str) -> str:
 
 
 def main() -> None:
-    """Run a command; exit 0 done, 2 the user's mistake, 3 a gate stopped it, 1 a fault of ours (with its traceback)."""
+    """Run a command; exit 0 done, 2 the user's mistake, 3 a gate stopped it, 130 Ctrl-C, 1 a fault of ours (with traceback)."""
     try:
         app()
     except Stop as stop:
         print(f"error: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
 

@@ -63,7 +63,8 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
         raise Mistake("the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it")
     screen = Screen()
     _libraries(screen)
-    opened = open_one(name, dtype, screen, merged=False)
+    # The trained model is opened as it was trained, and only what is written gets the dtype.
+    opened = open_one(name, "auto", screen, merged=False)
     if not hasattr(opened.model, "merge_and_unload"):
         raise Mistake(
             "there is no adapter to merge",
@@ -81,7 +82,7 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
     if not rows:
         rows = text_rows(opened.tokenizer, PASSAGE, length=1024)
     weights = next(opened.model.parameters())
-    target = _merged_dtype(opened, dtype, weights.device.type)
+    target = _merged_dtype(opened, dtype)
     with screen.phase("evaluate adapter") as progress:
         trained = evaluate_loss(opened.model, rows, batch_tokens=batch_tokens, progress=lambda d, t: progress(d, t, "rows"))
     with screen.phase("merge") as progress:
@@ -101,12 +102,11 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
     screen.say(f"next     finetune chat {out}")
 
 
-def _merged_dtype(opened: Opened, dtype: str, device: str) -> Any:
+def _merged_dtype(opened: Opened, dtype: str) -> Any:
+    """What the merged weights are stored in: as asked, or as the base is."""
     from finetune import model as models
 
-    if dtype == "auto" and opened.recipe is not None:
-        return models.dtype_of(opened.recipe.model, device)
-    return models.default_dtype(device) if dtype == "auto" else models.DTYPES[dtype]
+    return models.DTYPES.get(dtype, opened.model.get_base_model().dtype)
 
 
 def eval_command(

@@ -1,7 +1,7 @@
 """Errors that say what happened, where, what was found, and what to type next.
 
-`Mistake` is the user's (exit code 2), `GateStop` a gate that refused (exit code 3). Everything else that escapes is a fault of
-ours (exit code 1) and keeps its traceback.
+`Mistake` is the user's (exit code 2), `GateStop` a gate that refused (exit code 3), `Interruption` a signal (130, as shells have
+it). Everything else that escapes is a fault of ours (exit code 1) and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -48,6 +48,12 @@ class GateStop(Stop):
     """A check of the run's own promises that did not hold; the message carries the numbers."""
 
     exit_code = 3
+
+
+class Interruption(Stop):
+    """Ctrl-C or SIGTERM, after everything worth keeping was saved."""
+
+    exit_code = 130
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:

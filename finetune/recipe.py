@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import types
 import typing
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -453,6 +454,13 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         count = len(mistakes)
         raise Mistakes(mistakes, f"{path}: {count} mistake{'s' if count != 1 else ''}")
     return recipe
+
+
+def locator(path: Path, overrides: list[str] | None = None) -> Callable[[str], str]:
+    """Where a key of a good recipe was given: key → file:line, or the command line."""
+    source = _Source(path.read_text(encoding="utf-8"), str(path))
+    overridden = _apply_overrides(source.value, overrides or [])
+    return lambda key: source.where(tuple(key.split(".")), overridden)
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import GateStop, Mistake, Stop
+from finetune.errors import GateStop, Interruption, Mistake
 from finetune.files import RunFolder, human_bytes, require_space, write_atomic, write_json
 from finetune.recipe import Recipe, differences, dump_recipe, read_recipe
 from finetune.screen import Screen, clock
@@ -260,22 +260,21 @@ class _Story:
         if not failed:
             return None
         reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
-        if not self.preflight.supervised_tokens:
-            raise GateStop("there is nothing to train on", where=self.rows.source, found=reasons)
-        if not self.force:
-            raise GateStop(
-                "the preflight of labels refuses this data",
-                where=self.rows.source,
-                found=reasons,
-                do="mend the data or the template; --force trains anyway and records why it should not have",
-            )
-        self.screen.warn(f"--force: {reasons}")
-        return reasons
+        nothing = any(check.name == "something to learn" for check in failed)
+        if self.force and self.preflight.supervised_tokens:
+            self.screen.warn(f"--force: {reasons}")
+            return reasons
+        raise (Mistake if nothing else GateStop)(
+            "there is nothing to train on" if nothing else "the preflight of labels refuses this data",
+            where=self.rows.source,
+            found=reasons,
+            do="mend the data or the template"
+            + ("; --force trains anyway and records why it should not have" if self.preflight.supervised_tokens else ""),
+        )
 
     # -- the run
 
     def tell(self, resume: bool) -> None:
-        import torch
 
         from finetune import provenance
 
@@ -342,7 +341,6 @@ class _Story:
             self.record["phases"] = self._phases()
             self._save(finished=True)
             write_report(folder.path)
-        torch.set_grad_enabled(True)
         farewell(screen, self.record, folder.path)
 
     def _save(self, finished: bool = False) -> None:
@@ -567,7 +565,7 @@ class _Story:
                     show=show,
                 )
             except Interrupted as stop:
-                raise Stop(str(stop), do=f"finetune resume {self.folder.path}") from None
+                raise Interruption(str(stop), do=f"finetune resume {self.folder.path}") from None
         accelerator.end_training()
         # A resumed process knows the speed of its own steps only; one that found training finished knows none.
         if figures["tokens_per_second"] or "train" not in self.record:
@@ -674,10 +672,10 @@ class _Story:
         if not self.record:
             return
         trained = (path / "checkpoints").is_dir() or self.folder.metrics.exists()
-        if fresh and not trained and isinstance(error, Mistake):
+        stopped = isinstance(error, KeyboardInterrupt | Interruption)
+        if fresh and not trained and (stopped or isinstance(error, Mistake)):
             shutil.rmtree(path, ignore_errors=True)
             return
-        stopped = isinstance(error, KeyboardInterrupt) or (isinstance(error, Stop) and error.exit_code == 1)
         self.record |= {"state": "stopped" if stopped else "failed", "error": str(error) or type(error).__name__}
         self.record["next"] = [f"finetune resume {path}"]
         self._save()

