@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from finetune.data.rows import PACKAGE, READABLE, package_files
-from finetune.errors import Mistake, Mistakes, nearest
+from finetune.data.rows import PACKAGE, READABLE, no_such_file, package_files
+from finetune.errors import Mistake, Mistakes
+from finetune.model import find
 from finetune.recipe import Recipe
 
 
@@ -18,40 +19,32 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
     """
     mistakes: list[Mistake] = []
 
-    def missing_file(key: str, text: str) -> None:
-        path = Path(text).expanduser()
-        if not path.is_file():
-            near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-            mistakes.append(
-                Mistake(
-                    "there is no such file",
-                    where=f"{where(key)}, {key}",
-                    found=text,
-                    do=f"did you mean {path.parent / near}?" if near else None,
-                )
-            )
-        elif path.suffix.lower() not in (*READABLE, ".gguf"):
-            mistakes.append(
-                Mistake(
-                    "this kind of file is not read", where=f"{where(key)}, {key}", found=text, do="one of " + " ".join(READABLE)
-                )
-            )
-
-    for key, value in (("data.path", recipe.data.path), ("data.heldout_path", recipe.data.heldout_path)):
-        if value is not None:
-            missing_file(key, value)
-    if recipe.data.path is None and recipe.data.name is not None and recipe.data.name.startswith(PACKAGE):
+    def look(check: Callable[[], object]) -> None:
         try:
-            package_files(recipe.data.name, f"{where('data.name')}, data.name")
+            check()
         except Mistake as mistake:
             mistakes.append(mistake)
-    from finetune.model import find
 
-    try:
-        find(recipe.model.name, revision=recipe.model.revision, where=f"{where('model.name')}, model.name")
-    except Mistake as mistake:
-        mistakes.append(mistake)
-    if recipe.eval.include_path is not None and not Path(recipe.eval.include_path).is_dir():
-        mistakes.append(Mistake("there is no such folder", where=where("eval.include_path"), found=recipe.eval.include_path))
+    def place(key: str) -> str:
+        return f"{where(key)}, {key}"
+
+    def data_file(key: str, path: Path) -> None:
+        if not path.is_file():
+            raise no_such_file(path, place(key))
+        if path.suffix.lower() not in READABLE:
+            do = "one of " + " ".join(READABLE)
+            raise Mistake("this kind of data file is not read", where=place(key), found=str(path), do=do)
+
+    data, model = recipe.data, recipe.model
+    if data.path is not None:
+        look(lambda: data_file("data.path", Path(str(data.path))))
+    elif data.name is not None and data.name.startswith(PACKAGE):
+        look(lambda: package_files(str(data.name), place("data.name")))
+    if data.heldout_path is not None:
+        look(lambda: data_file("data.heldout_path", Path(str(data.heldout_path))))
+    look(lambda: find(model.name, revision=model.revision, where=place("model.name")))
+    tasks = recipe.eval.include_path
+    if tasks is not None and not Path(tasks).is_dir():
+        mistakes.append(Mistake("there is no such folder", where=place("eval.include_path"), found=tasks))
     if mistakes:
         raise Mistakes(mistakes, f"{name}: {len(mistakes)} mistake{'s' if len(mistakes) != 1 else ''}")

@@ -122,6 +122,6 @@ def write_gated(
                 "the merged model is not the model that was trained; it was not kept",
                 where=str(out),
                 found=f"loss {result.loss:.4f} after merging, {trained.loss:.4f} before, on the same {result.rows} rows",
-                do=f"the gate allows {limit} nats (eval.merge_limit); fp32 rounds less: finetune merge RUN --dtype fp32 --out DIR",
+                do=f"the gate allows {limit} nats (eval.merge_limit); finetune merge RUN --dtype fp32 --out DIR rounds less",
             )
     return result, gate | {"bytes": size}

@@ -176,18 +176,18 @@ READERS: dict[str, Callable[[str, str], list[Raw]]] = {
 }
 
 
+def no_such_file(path: Path, where: str) -> Mistake:
+    near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
+    do = f"did you mean {path.parent / near}?" if near else None
+    return Mistake("there is no such data file", where=where, found=str(path), do=do)
+
+
 def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
     try:
         content = path.read_bytes()
         text = content.decode("utf-8-sig")
     except FileNotFoundError:
-        near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-        raise Mistake(
-            "there is no such data file",
-            where="data.path",
-            found=str(path),
-            do=f"did you mean {path.parent / near}?" if near else None,
-        ) from None
+        raise no_such_file(path, "data.path") from None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
         raise Mistake("the data file is not UTF-8", where=f"{name}:{line}", found=f"byte {content[error.start]:#04x}") from None
