@@ -53,6 +53,10 @@ def _quiet() -> Iterator[None]:
         yield
 
 
+class UnknownTask(ValueError):
+    """A task that the harness does not have; the words name the nearest ones."""
+
+
 def _language_model(model: nn.Module, tokenizer: Any, batch_size: int, progress: Progress | None) -> Any:
     """The harness's view of the model. A class made here, because its base must be imported late."""
     from lm_eval.models.huggingface import HFLM
@@ -136,7 +140,7 @@ def run_tasks(
 
     Raises:
         ImportError: lm-eval is not installed.
-        ValueError: no tasks, a task that the harness does not know, or an include_path that is no folder.
+        UnknownTask: a task that the harness does not have. ValueError: no tasks, or an include_path that is no folder.
     """
     try:
         from lm_eval import simple_evaluate
@@ -154,7 +158,7 @@ def run_tasks(
             if task not in manager.task_index:
                 near = difflib.get_close_matches(task, manager.all_tasks, n=3)
                 hint = f"; nearest: {', '.join(near)}" if near else ""
-                raise ValueError(f"the harness knows no task {task!r}{hint}")
+                raise UnknownTask(f"the harness knows no task {task!r}{hint}")
         results = simple_evaluate(
             model=_language_model(model, tokenizer, batch_size, progress),
             tasks=list(tasks),

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune.errors import Mistake, Stop
+
+if TYPE_CHECKING:
+    from finetune.recipe import Recipe
 
 app = typer.Typer(
     help="Fine-tune real models on one 12 GB card. Begin with: finetune run recipes/quickstart.yaml",
@@ -34,10 +37,7 @@ def run(
     force: Force = False,
 ) -> None:
     """Execute a recipe: check, preflight, load, measure, train, measure, merge, report."""
-    from finetune.recipe import find_recipe, read_recipe
-
-    path = find_recipe(recipe)
-    resolved = read_recipe(path, overrides)
+    path, resolved = _checked(recipe, overrides)
     from finetune.run import run as story
 
     story(resolved, path.stem, resume=resume, force=force)
@@ -59,12 +59,7 @@ def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
 @app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
     """Show everything that is wrong with a recipe, at once, each with file:line."""
-    from finetune.check import check_sources
-    from finetune.recipe import find_recipe, locator, read_recipe
-
-    path = find_recipe(recipe)
-    resolved = read_recipe(path, overrides)
-    check_sources(resolved, str(path), locator(path, overrides))
+    path, _ = _checked(recipe, overrides)
     typer.echo(f"{path}: good")
 
 
@@ -152,6 +147,18 @@ def chat(
     from finetune.commands import chat_command
 
     chat_command(models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system, dtype=_dtype(dtype))
+
+
+def _checked(name: str, overrides: list[str] | None) -> tuple[Path, Recipe]:
+    """The recipe, once its keys and what it names are found good."""
+    from finetune.recipe import find_recipe, locator, read_recipe
+
+    path = find_recipe(name)
+    recipe = read_recipe(path, overrides)
+    from finetune.check import check_sources
+
+    check_sources(recipe, str(path), locator(path, overrides))
+    return path, recipe
 
 
 def _dtype(name: str) -> str:

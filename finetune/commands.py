@@ -35,19 +35,30 @@ def _libraries(screen: Screen) -> None:
 def open_one(name: str, dtype: str, screen: Screen, *, merged: bool = True) -> Opened:
     from finetune.use import open_model
 
-    with screen.phase(f"model {Path(name).name}"):
-        return open_model(name, dtype=dtype, merged=merged)
+    with screen.phase(f"model {Path(name).name}") as progress:
+        opened = open_model(name, dtype=dtype, merged=merged, progress=progress)
+    if opened.note:
+        screen.warn(opened.note)
+    return opened
 
 
 def _rows_of_run(opened: Opened) -> list[tuple[list[int], list[int]]]:
-    """The held-out rows of the run that `opened` belongs to."""
+    """The held-out rows of the run that `opened` belongs to.
+
+    Raises:
+        Mistake: its data is gone, or is not what it was.
+    """
     from finetune import model as models
-    from finetune.run import load_data
+    from finetune.data.preflight import Limits
+    from finetune.files import read_run
+    from finetune.run import load_data, same_data
 
     assert opened.recipe is not None
+    assert opened.run is not None
     recipe = opened.recipe
     source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    _, prepared, _, _, _ = load_data(recipe, opened.tokenizer, models.stop_ids(source, opened.tokenizer))
+    rows, prepared, _, _, _ = load_data(recipe, opened.tokenizer, models.stop_ids(source, opened.tokenizer), limits=Limits())
+    same_data(read_run(opened.run), rows.sha256, opened.run)
     return [(list(sample.input_ids), list(sample.labels)) for sample in prepared.heldout]
 
 
@@ -72,33 +83,34 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
             found=opened.what,
             do="give a run with an adapter, or an adapter folder",
         )
-    from eval.perplexity import evaluate_loss, text_rows
+    from eval.perplexity import text_rows
 
-    rows: Any = _rows_of_run(opened) if opened.recipe is not None else []
-    limit, batch_tokens = 0.02, 2048
+    rows, limit, batch_tokens = None, 0.02, 2048
     if opened.recipe is not None:
-        rows = rows[: max(1, opened.recipe.eval.merge_rows)]
         limit, batch_tokens = opened.recipe.eval.merge_limit, opened.recipe.eval.batch_tokens
-    if not rows:
-        rows = text_rows(opened.tokenizer, PASSAGE, length=1024)
-    weights = next(opened.model.parameters())
-    target = _merged_dtype(opened, dtype)
-    with screen.phase("evaluate adapter") as progress:
-        trained = evaluate_loss(opened.model, rows, batch_tokens=batch_tokens, progress=lambda d, t: progress(d, t, "rows"))
+        try:
+            rows = _rows_of_run(opened)[: max(1, opened.recipe.eval.merge_rows)]
+        except Mistake as mistake:
+            screen.warn(
+                f"the run's held-out rows cannot be had ({mistake.what}); the merge is measured on a passage of prose instead"
+            )
+    device = next(opened.model.parameters()).device
     with screen.phase("merge") as progress:
-        _, gate = merging.write_gated(
+        gate = merging.write_gated(
             opened.model,
             opened.tokenizer,
             out,
-            dtype=target,
-            rows=rows,
-            trained=trained,
+            dtype=_merged_dtype(opened, dtype),
+            rows=rows or text_rows(opened.tokenizer, PASSAGE, length=1024),
             limit=limit,
             batch_tokens=batch_tokens,
-            device=weights.device,
-            progress=lambda d, t: progress(d, t, "rows of the gate"),
+            device=device,
+            progress=progress,
         )
-    screen.say(f"merged into {out}: loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} on {gate['rows']} rows")
+    screen.say(
+        f"merged into {out}: loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} of the trained model "
+        f"on {gate['rows']} rows, both in {gate['arithmetic']}"
+    )
     screen.say(f"next     finetune chat {out}")
 
 

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -35,19 +34,23 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def _beside(path: Path, what: str) -> Path:
+    """A name of our own beside `path`; what a kill left under it is taken over by the next writer."""
+    return path.parent / f".{path.name}.finetune-{what}"
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    temporary = _beside(path, "new")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
+        with open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -74,28 +77,27 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Every file in it is synced before the rename. An existing `path` is replaced.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{path.name}.*"):  # of a run that was killed while writing
+    temporary, old = _beside(path, "new"), _beside(path, "old")
+    if old.exists() and not path.exists():  # killed between the two renames below
+        os.replace(old, path)
+    for left in (temporary, old):
         shutil.rmtree(left, ignore_errors=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    temporary.mkdir()
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
         for root, _, names in os.walk(temporary):
             for name in names:
                 with open(os.path.join(root, name), "rb") as file:
                     os.fsync(file.fileno())
             sync_folder(Path(root))
         if path.exists():
-            old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-            os.replace(path, old / "old")
-            os.replace(temporary, path)
-            shutil.rmtree(old)
-        else:
-            os.replace(temporary, path)
+            os.replace(path, old)
+        os.replace(temporary, path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync_folder(path.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -186,7 +188,12 @@ class RunFolder:
             file.write(json.dumps(finite(metrics)) + "\n")
 
     def metrics_bytes(self) -> int:
-        return self.metrics.stat().st_size if self.metrics.exists() else 0
+        """The size of metrics.jsonl, once it is safely on the disk."""
+        if not self.metrics.exists():
+            return 0
+        with open(self.metrics, "rb") as file:
+            os.fsync(file.fileno())
+        return self.metrics.stat().st_size
 
     def cut_metrics(self, size: int) -> None:
         """Forget the metrics written after a checkpoint: a resumed run writes them again."""

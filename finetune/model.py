@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.data.preflight import Limits
 from finetune.data.rows import PACKAGE, package_files
 from finetune.errors import Mistake, nearest
-from finetune.recipe import Adapter, Model, Quant
+from finetune.recipe import Adapter, Quant, Recipe
 from finetune.screen import Shown, relayed_bars
+from quant.linear import NF4Linear
 from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, reasons_to_leave, swap
 
 if TYPE_CHECKING:
@@ -92,6 +94,9 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
 
 
 def _unavailable(source: Source, error: Exception) -> Mistake:
+    if "trust_remote_code" in str(error):
+        do = "read that code; if you trust it: model.trust_remote_code=true"
+        return Mistake("this model brings Python code of its own", where="model.trust_remote_code", found=source.name, do=do)
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     if source.local:
         return Mistake(
@@ -117,6 +122,12 @@ def load_config(source: Source) -> PretrainedConfig:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: this is no readable model
         raise _unavailable(source, error) from None
+
+
+def limits(config: PretrainedConfig) -> Limits:
+    """How many positions and token ids the model has. Rotary positions have no end, learnt ones (GPT-2) have."""
+    text = config.get_text_config()
+    return Limits(getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None))
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
@@ -162,8 +173,22 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
-def dtype_of(model: Model, device: str) -> torch.dtype:
-    return default_dtype(device) if model.dtype == "auto" else DTYPES[model.dtype]
+def dtype_of(recipe: Recipe, device: str) -> torch.dtype:
+    """The dtype of the unquantized weights. auto is fp32 where all of them are trained: in bf16 small updates would vanish."""
+    if recipe.train.precision == "fp32" or (recipe.model.dtype == "auto" and recipe.adapter.kind == "none"):
+        return torch.float32
+    return default_dtype(device) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """`model` with its float parameters in `dtype`. Buffers stay: rotary frequencies in bf16 would put tokens elsewhere."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, NF4Linear):
+            module.dtype = dtype
+    return model
 
 
 # --------------------------------------------------------------------------------------------------------------- skeleton
@@ -381,12 +406,13 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
     return wrapped
 
 
-def save_adapter(model: Any, folder: Path) -> None:
+def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """PEFT's own files; `folder` is complete or absent."""
     from finetune.files import atomic_folder
 
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, save_embedding_layers=False)
+        tokenizer.save_pretrained(temporary)  # with the template that it was trained with
 
 
 def adapter_base(folder: Path) -> str:

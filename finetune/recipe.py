@@ -67,7 +67,7 @@ class Model(Section):
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
         description="Number format of unquantized weights and of activations. auto: bf16 on GPUs and on CPUs with bf16 "
-        "instructions, else fp32.",
+        "instructions, else fp32; fp32 where all weights are trained.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
@@ -178,7 +178,8 @@ class Train(Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Arithmetic of the matrix products. auto follows model.dtype; bf16 over fp32 weights is mixed precision.",
+        description="Arithmetic of the matrix products. auto follows model.dtype; bf16 over fp32 weights is mixed "
+        "precision; fp32 makes the unquantized weights fp32 too.",
     )
     save_steps: Positive | None = Field(None, description="Optimizer steps between checkpoints; null saves at the end only.")
     keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
@@ -232,6 +233,8 @@ class Recipe(Section):
                 f"quant.scheme: {self.quant.scheme} freezes the base and adapter.kind: none trains nothing else; "
                 "use adapter.kind: lora, or quant.scheme: none for full fine-tuning"
             )
+        if self.model.dtype == "fp16" and (self.adapter.kind == "none" or self.train.precision == "bf16"):
+            raise ValueError("model.dtype: fp16 goes with adapters and train.precision: auto or fp32 only; use bf16 or fp32")
         return self
 
 

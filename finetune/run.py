@@ -6,13 +6,17 @@ Nothing is written before the preflight has passed. From then on everything lies
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import os
+import re
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,19 +24,25 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import GateStop, Interruption, Mistake
 from finetune.files import RunFolder, human_bytes, require_space, write_atomic, write_json
 from finetune.recipe import Recipe, differences, dump_recipe, read_recipe
-from finetune.screen import Screen, clock
+from finetune.screen import Screen, clock, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from eval.perplexity import LossResult
-    from finetune.data.preflight import Preflight, Prepared
+    from finetune.data.preflight import Limits, Preflight, Prepared
     from finetune.data.rows import Row, Rows
     from finetune.model import Skeleton, Source
 
 # A resumed run may differ from what was begun in these alone: they do not touch the weights.
 MAY_CHANGE = ("eval.", "run.", "about", "train.save_steps", "train.keep_checkpoints")
 MUST_STAY = ("run.seed",)
+UNBEGUN = {
+    ".lock",
+    "recipe.yaml",
+    ".run.json.finetune-new",
+    ".recipe.yaml.finetune-new",
+}  # all that a kill at the start can leave
 FORMAT = 1
 
 
@@ -49,7 +59,9 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     for name in ("bitsandbytes", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(torch|transformers|peft|bitsandbytes|accelerate|datasets)\.")
+    warnings.filterwarnings(
+        "ignore", module=r"(torch\.(utils|jit|autograd|nn)|transformers|peft|bitsandbytes|accelerate|datasets)\."
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------------- folder
@@ -65,7 +77,7 @@ def choose_folder(recipe: Recipe, name: str, resume: bool) -> Path:
         path = Path(recipe.run.dir)
         if path.exists() and not path.is_dir():
             raise Mistake("run.dir is a file", where="run.dir", found=str(path), do="give a folder")
-        if not resume and path.is_dir() and any(entry.name != ".lock" for entry in path.iterdir()):
+        if not resume and path.is_dir() and any(entry.name not in UNBEGUN for entry in path.iterdir()):
             owner = "belongs to another run" if (path / "run.json").exists() else "is not empty"
             raise Mistake(
                 f"the output folder {owner}",
@@ -74,17 +86,36 @@ def choose_folder(recipe: Recipe, name: str, resume: bool) -> Path:
                 do="give another run.dir, remove it, or add --resume",
             )
         return path
-    taken = [path for path in [Path("runs", name), *sorted(Path("runs").glob(f"{name}-*"), key=_number)] if path.exists()]
+    own = re.compile(rf"{re.escape(name)}(-\d+)?")
+    taken = sorted(
+        (path for path in Path("runs").glob(f"{name}*") if own.fullmatch(path.name)), key=lambda path: _number(path, name)
+    )
     if resume:
         if not taken:
             raise Mistake("there is no run to resume", where="runs/", found=f"no {name}", do="leave out --resume")
         return taken[-1]
-    return Path("runs", f"{name}-{_number(taken[-1]) + 1}" if taken else name)
+    return Path("runs", f"{name}-{_number(taken[-1], name) + 1}" if taken else name)
 
 
-def _number(path: Path) -> int:
-    tail = path.name.rpartition("-")[2]
-    return int(tail) if tail.isdigit() else 1
+def _number(path: Path, name: str) -> int:
+    return int(path.name.removeprefix(name).removeprefix("-") or 1)
+
+
+def absolute(recipe: Recipe) -> Recipe:
+    """The recipe with its local paths absolute, so that its run can be resumed, merged and scored from anywhere."""
+
+    def full(text: str | None) -> str | None:
+        return str(Path(text).expanduser().absolute()) if text is not None and Path(text).expanduser().exists() else text
+
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"name": full(recipe.model.name)}),
+            "data": recipe.data.model_copy(
+                update={key: full(getattr(recipe.data, key)) for key in ("name", "path", "heldout_path")}
+            ),
+            "eval": recipe.eval.model_copy(update={"include_path": full(recipe.eval.include_path)}),
+        }
+    )
 
 
 def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
@@ -113,6 +144,8 @@ def load_data(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     stops: frozenset[int],
+    *,
+    limits: Limits,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Rows, Prepared, Preflight, str, frozenset[int]]:
     """(rows of the source, samples, preflight, the template's name, end tokens that the answers have).
@@ -137,7 +170,9 @@ def load_data(
     )
     apart: list[Row] | None = None
     if data.heldout_path is not None:
-        apart = load_rows(name=None, path=data.heldout_path, format_=data.format).rows
+        loaded = load_rows(name=None, path=data.heldout_path, format_=data.format, skip_bad=data.bad_rows == "skip")
+        apart, both = loaded.rows, hashlib.sha256(f"{rows.sha256} {loaded.sha256}".encode()).hexdigest()
+        rows = replace(rows, sha256=both)
     encoder = Encoder(
         tokenizer,
         max_length=data.max_length,
@@ -149,12 +184,27 @@ def load_data(
     prepared = prepare(
         rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress
     )
-    return rows, prepared, inspect(prepared, encoder), template, frozenset(encoder.ends)
+    if not prepared.train_rows:
+        do = f"take fewer of the {len(prepared.heldout_rows)}: data.heldout=0.1"
+        raise Mistake("the held-out rows are all there are", where="data.heldout", found=f"{data.heldout}", do=do)
+    return rows, prepared, inspect(prepared, encoder, limits), template, frozenset(encoder.ends)
+
+
+def same_data(record: dict[str, Any], digest: str, folder: Path) -> None:
+    """Raise Mistake when a run's data is no longer what it was trained on: its split would be another one."""
+    data = record["provenance"].get("data", {"sha256": digest})
+    if data["sha256"] != digest:
+        raise Mistake(
+            "the data has changed since this run began",
+            where=f"{folder}: {data['source']}",
+            found=f"SHA-256 {digest[:12]}…, it was {data['sha256'][:12]}…",
+            do="put the old file back, or begin a new run",
+        )
 
 
 def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
     """Upper bound of what the run leaves on disk: checkpoints (weights and two fp32 moments), adapter, merged model."""
-    stored = 4 if recipe.model.dtype == "fp32" else 2
+    stored = 4 if recipe.model.dtype == "fp32" or recipe.adapter.kind == "none" else 2
     one = trainable * (4 + 8)
     total = one * (recipe.train.keep_checkpoints + 1)  # the new one stands beside the kept ones for a moment
     if recipe.adapter.kind == "lora":
@@ -174,11 +224,16 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
         Mistake: the user's; nothing was written. GateStop: a gate refused (with `force`, only the preflight's are overridden).
     """
     screen = screen or Screen()
+    recipe = absolute(recipe)
     folder = RunFolder(choose_folder(recipe, name, resume))
     if resume:
         _check_resumable(folder, recipe)
         if folder.read()["state"] == "done":
             screen.say(f"{folder.path} is done already")
+            if not (folder.path / "report.html").exists():
+                from finetune.report import write_report
+
+                write_report(folder.path)
             farewell(screen, folder.read(), folder.path)
             return folder.read()
     fresh = not folder.path.exists()
@@ -212,11 +267,15 @@ class _Story:
             import torch
 
             from finetune import model as models
+            from finetune import provenance
             from finetune.use import pick_device
         _require_trackers(recipe.run.trackers)
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
         self.device = pick_device(recipe.run.device)
+        screen.say(f"  {provenance.device_name(self.device)}")
+        if self.device.type == "cpu" and recipe.run.device == "auto" and Path("/proc/driver/nvidia").exists():
+            screen.warn(f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it (CUDA 13.0 needs 580 or newer)")
         with screen.phase("tokenizer"):
             self.source: Source = models.find(
                 recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
@@ -226,7 +285,11 @@ class _Story:
             self.stops = models.stop_ids(self.source, self.tokenizer)
         with screen.phase("data") as progress:
             self.rows, self.data, self.preflight, self.template, self.ends = load_data(
-                recipe, self.tokenizer, self.stops, lambda done, total: progress(done, total, "rows")
+                recipe,
+                self.tokenizer,
+                self.stops,
+                limits=models.limits(self.config),
+                progress=lambda done, total: progress(done, total, "rows"),
             )
         screen.say(
             f"  {self.rows.source}: {len(self.rows.rows)} rows, format {self.rows.format} ({self.rows.reason}); "
@@ -261,7 +324,8 @@ class _Story:
             return None
         reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
         nothing = any(check.name == "something to learn" for check in failed)
-        if self.force and self.preflight.supervised_tokens:
+        forced_before = self.folder.exists and self.folder.read().get("preflight", {}).get("forced")
+        if (self.force or forced_before) and self.preflight.supervised_tokens:
             self.screen.warn(f"--force: {reasons}")
             return reasons
         raise (Mistake if nothing else GateStop)(
@@ -281,6 +345,7 @@ class _Story:
         recipe, screen, folder = self.recipe, self.screen, self.folder
         if resume:
             self.record = folder.read() | {"state": "running", "error": None}
+            same_data(self.record, self.rows.sha256, folder.path)
         else:
             self.record = {
                 "format": FORMAT,
@@ -361,7 +426,7 @@ class _Story:
 
         recipe = self.recipe
         with self.screen.phase("weights") as progress:
-            self.dtype = models.dtype_of(recipe.model, self.device.type)
+            self.dtype = models.dtype_of(recipe, self.device.type)
             model = models.load_weights(
                 self.source, self.config, dtype=self.dtype, attention=recipe.model.attention, progress=progress
             )
@@ -407,11 +472,8 @@ class _Story:
         self._save()
 
     def _accelerator(self, kind: type) -> Any:
-        import torch
 
         recipe = self.recipe
-        if recipe.train.precision == "fp32" and self.dtype != torch.float32:
-            self.model.to(torch.float32)
         accelerator = kind(
             cpu=self.device.type == "cpu",
             log_with=list(recipe.run.trackers) or None,
@@ -439,13 +501,13 @@ class _Story:
         write_json(self.folder.path / "eval" / f"{when}.json", result.as_dict(by_row=True))
         self.record["eval"][when] = result.as_dict()
         self.screen.say(
-            f"  held-out loss {when}: {result.loss:.4f} ± {result.stderr:.4f} nats, perplexity {result.perplexity:.2f}"
+            f"  held-out loss {when}: {result.loss:.4f} ± {number(result.as_dict()['stderr'])} nats, "
+            f"perplexity {result.perplexity:.2f}"
         )
         if when == "after" and "before" in self.record["eval"]:
             before = json.loads((self.folder.path / "eval" / "before.json").read_text(encoding="utf-8"))
             difference, error = paired_difference(_result(before), result)
-            self.record["eval"] |= {"difference": difference, "difference_stderr": error}
-        self.after = result
+            self.record["eval"] |= {"difference": difference, "difference_stderr": error if math.isfinite(error) else None}
         self._save()
 
     def _prompts(self) -> list[dict[str, Any]]:
@@ -537,6 +599,7 @@ class _Story:
         )
         if note:
             self.screen.warn(note)
+        self._prove_swap(kind)
         progress = checkpoint.Progress()
         torch.manual_seed(self.recipe.run.seed)
         if resume:
@@ -545,11 +608,10 @@ class _Story:
         rows = self._held_out()
 
         def evaluate(step: int) -> dict[str, float]:
-            result = self._loss(rows)
+            result = self._loss(rows, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows"))
             return {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
 
-        self._prove_swap(kind)
-        with self.screen.phase("train") as show:
+        with self.screen.phase("train") as shown:
             try:
                 figures = train(
                     model,
@@ -562,7 +624,7 @@ class _Story:
                     progress=progress,
                     autocast=torch.bfloat16 if settings.precision == "bf16" and self.dtype == torch.float32 else None,
                     evaluate=evaluate if rows else None,
-                    show=show,
+                    show=shown,
                 )
             except Interrupted as stop:
                 raise Interruption(str(stop), do=f"finetune resume {self.folder.path}") from None
@@ -593,8 +655,14 @@ class _Story:
 
         from quant import prove_used
 
-        with torch.no_grad(), prove_used(self.model, self.swap):
-            kind.loss(self.model, kind.batch(kind.epoch(0)[0]))
+        self.model.eval()  # dropout would draw random numbers, which a resumed run must not draw twice
+        try:
+            with torch.no_grad(), prove_used(self.model, self.swap):
+                kind.loss(self.model, kind.batch(kind.epoch(0)[0]))
+        except RuntimeError as error:
+            if "took no part" not in str(error):
+                raise
+            raise GateStop("packed linears are bypassed", where="quant", found=str(error), do="add them to quant.keep") from None
 
     def _go_back(self, optimizer: Any) -> Any:
         from finetune.train import checkpoint
@@ -608,6 +676,8 @@ class _Story:
             self.folder.cut_metrics(0)
             return checkpoint.Progress()
         progress, size = checkpoint.load(path, self.model, optimizer)
+        if self.recipe.train.optimizer.startswith("paged") and self.device.type == "cuda":
+            self.screen.warn("the optimizer's states are restored to the card; they are paged again only in a new run")
         self.folder.cut_metrics(size)
         self.screen.say(f"  going on after step {progress.step}")
         return progress
@@ -623,7 +693,7 @@ class _Story:
         lora = recipe.adapter.kind == "lora"
         if lora:
             with self.screen.phase("save adapter"):
-                save_adapter(self.model, path / "adapter")
+                save_adapter(self.model, self.tokenizer, path / "adapter")
         if lora and not recipe.run.merge:
             self.record["merge"] = None
             return
@@ -637,24 +707,21 @@ class _Story:
             )
             return
         with self.screen.phase("merge" if lora else "save model") as progress:
-            trained = self.after if len(rows) == len(self.data.heldout) else self._loss(rows)
-            result, gate = merge.write_gated(
+            gate = merge.write_gated(
                 self.model,
                 self.tokenizer,
                 path / "merged",
                 dtype=self.dtype,
                 rows=rows,
-                trained=trained,
                 limit=recipe.eval.merge_limit,
                 batch_tokens=recipe.eval.batch_tokens,
                 device=self.device,
-                progress=lambda done, total: progress(done, total, "rows of the gate"),
+                progress=progress,
             )
         self.record["merge"] = {"path": "merged", "gate": gate, "bytes": gate["bytes"]}
-        self.record["eval"]["merged"] = result.as_dict()
         self.screen.say(
-            f"  merged: {human_bytes(gate['bytes'])}; loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} "
-            f"of the trained model on {gate['rows']} rows (gate: {gate['limit']} nats)"
+            f"  merged: {human_bytes(gate['bytes'])}; loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} of the "
+            f"trained model on {gate['rows']} rows, both in {gate['arithmetic']} (the gate allows {gate['limit']} nats)"
         )
 
     def _next(self) -> list[str]:
@@ -730,7 +797,7 @@ def score_tasks(
     Raises:
         Mistake: it is not installed, or a task is unknown.
     """
-    from eval.harness import run_tasks
+    from eval.harness import UnknownTask, run_tasks
 
     if include_path is not None and not Path(include_path).is_dir():
         raise Mistake("there is no such folder of tasks", where="include_path", found=include_path)
@@ -745,8 +812,8 @@ def score_tasks(
                 progress=lambda done, total: progress(done, total, "requests"),
             )
         except ImportError as error:
-            raise Mistake(str(error), where="eval.tasks", do="pip install 'finetune12g[eval]'") from None
-        except ValueError as error:
+            raise Mistake(str(error), where="eval.tasks", do="pip install -e '.[eval]'") from None
+        except UnknownTask as error:
             raise Mistake(str(error), where="eval.tasks") from None
 
 
@@ -757,7 +824,7 @@ def farewell(screen: Screen, record: dict[str, Any], path: Path) -> None:
         before, after = measured["before"], measured["after"]
         screen.say(
             f"\nheld-out loss {before['loss']:.3f} → {after['loss']:.3f} nats ({measured['difference']:+.3f} ± "
-            f"{measured['difference_stderr']:.3f}), perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}; "
+            f"{number(measured['difference_stderr'], 3)}), perplexity {before['perplexity']:.2f} → {after['perplexity']:.2f}; "
             f"{clock(record['provenance']['seconds'])} in all"
         )
     screen.say(f"\nreport   {path / 'report.html'}")

@@ -13,6 +13,7 @@ from finetune.data.samples import set_template
 from finetune.errors import Mistake
 from finetune.files import MARK, read_run
 from finetune.recipe import Recipe, read_recipe
+from finetune.screen import Shown
 from finetune.train import checkpoint
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass
 class Opened:
-    """`what` says in words what was loaded; `recipe` is the run's, where there is one."""
+    """`what` says what was loaded; `recipe` and `run` (its folder) where it is of a run; `note` is for the user."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     what: str
     recipe: Recipe | None = None
+    run: Path | None = None
+    note: str | None = None
 
 
 def pick_device(asked: str) -> torch.device:
@@ -45,7 +48,9 @@ def pick_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
 
 
-def open_model(name: str, *, dtype: str = "auto", device: str = "auto", merged: bool = True) -> Opened:
+def open_model(
+    name: str, *, dtype: str = "auto", device: str = "auto", merged: bool = True, progress: Shown | None = None
+) -> Opened:
     """Load what `name` means. A run gives its merged model if it has one and `merged`, else its adapter or newest checkpoint.
 
     Raises:
@@ -53,64 +58,74 @@ def open_model(name: str, *, dtype: str = "auto", device: str = "auto", merged: 
     """
     path, on = Path(name), pick_device(device)
     if (path / MARK).is_file():
-        return _open_run(path, dtype, on, merged)
+        return _open_run(path, dtype, on, merged, progress)
     parent = path.resolve().parent
     if (path / "adapter_config.json").is_file():
-        return _open_adapter(path, _Run(parent) if (parent / MARK).is_file() else None, dtype, on)
+        return _open_adapter(path, _Run(parent, progress) if (parent / MARK).is_file() else None, dtype, on, progress)
     if (path / "state.json").is_file() and (parent.parent / MARK).is_file():
-        return _open_checkpoint(path, _Run(parent.parent), dtype, on)
-    return _open_source(models.find(name, where="MODEL"), dtype, on)
+        return _open_checkpoint(path, _Run(parent.parent, progress), dtype, on)
+    return _open_source(models.find(name, where="MODEL"), dtype, on, progress)
 
 
 class _Run:
     """A run's folder, and the base model as the run had it: in its dtype, quantized from that, with its template."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, progress: Shown | None) -> None:
         self.path, self.recipe, self.record = path, read_recipe(path / "recipe.yaml"), read_run(path)
+        self.progress = progress
 
     def base(self) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
         """(float model on the CPU, tokenizer, source)."""
         recipe = self.recipe
         source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
         dtype = getattr(torch, self.record["model"]["dtype"])
-        model = models.load_weights(source, models.load_config(source), dtype=dtype, attention=recipe.model.attention)
+        model = models.load_weights(
+            source, models.load_config(source), dtype=dtype, attention=recipe.model.attention, progress=self.progress
+        )
         tokenizer = models.load_tokenizer(source)
         set_template(tokenizer, recipe.data.template)
         models.set_stops(model, self.record["model"]["stop_ids"])
         return model, tokenizer, source
 
 
-def _open_run(path: Path, dtype: str, device: torch.device, merged: bool) -> Opened:
-    run = _Run(path)
-    if merged and (path / "merged").is_dir():
-        opened = _open_source(models.find(str(path / "merged")), dtype, device)
-        opened.recipe = run.recipe
-        return opened
+def _open_run(path: Path, dtype: str, device: torch.device, merged: bool, progress: Shown | None) -> Opened:
+    run, folder = _Run(path, progress), path / "merged"
+    note = None
+    if merged and folder.is_dir():
+        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        if device.type == "cpu" or not (path / "adapter").is_dir() or size < 0.9 * torch.cuda.mem_get_info(device)[0]:
+            opened = _open_source(models.find(str(folder)), dtype, device, progress)
+            opened.recipe, opened.run = run.recipe, path
+            return opened
+        note = "the merged model is larger than the card's free memory: the adapter on its quantized base it is"
     if (path / "adapter").is_dir():
-        return _open_adapter(path / "adapter", run, dtype, device)
+        opened = _open_adapter(path / "adapter", run, dtype, device, progress)
+        opened.note = note
+        return opened
     newest, _ = checkpoint.newest(path / "checkpoints")
     if newest is None:
         raise Mistake("this run has made nothing to load yet", where=str(path), do=f"finetune resume {path}")
     return _open_checkpoint(newest, run, dtype, device)
 
 
-def _open_source(source: models.Source, dtype: str, device: torch.device) -> Opened:
+def _open_source(source: models.Source, dtype: str, device: torch.device, progress: Shown | None) -> Opened:
     """Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at."""
     config = models.load_config(source)
     stored = torch.float32 if getattr(config, "dtype", None) == torch.float32 else models.default_dtype(device.type)
-    model: Any = models.load_weights(source, config, dtype=models.DTYPES.get(dtype, stored), attention="auto")
+    model: Any = models.load_weights(source, config, dtype=models.DTYPES.get(dtype, stored), attention="auto", progress=progress)
     tokenizer = models.load_tokenizer(source)
+    note = None
     if not tokenizer.chat_template:
-        set_template(tokenizer, "auto")
-    return Opened(model.to(device), tokenizer, source.name)
+        note = f"{source.name} has no chat template of its own: {set_template(tokenizer, 'auto')}"
+    return Opened(model.to(device), tokenizer, source.name, note=note)
 
 
 def _in(dtype: str, model: Any) -> Any:
     """`model` computing in `dtype`; auto leaves it. Codes and scales of packed linears stay as they are."""
-    return model if dtype == "auto" else model.to(models.DTYPES[dtype])
+    return model if dtype == "auto" else models.cast(model, models.DTYPES[dtype])
 
 
-def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device) -> Opened:
+def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device, progress: Shown | None) -> Opened:
     from peft import PeftConfig, PeftModel
 
     from quant import register_peft
@@ -121,15 +136,22 @@ def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device
             models.swap_linears(model, run.recipe.quant, device)
         _in(dtype, model)
     else:
-        opened = _open_source(models.find(models.adapter_base(path), where=str(path / "adapter_config.json")), dtype, device)
+        base = models.find(models.adapter_base(path), where=str(path / "adapter_config.json"))
+        opened = _open_source(base, dtype, device, progress)
         model, tokenizer = opened.model, opened.tokenizer
+        if (path / "tokenizer_config.json").is_file():
+            tokenizer = models.load_tokenizer(models.Source(str(path), str(path)))
     config = PeftConfig.from_pretrained(str(path))
     register_peft(config)
     try:
         wrapped = PeftModel.from_pretrained(model, str(path), config=config)
     except (RuntimeError, ValueError, OSError) as error:
         raise Mistake("the adapter does not fit its base model", where=str(path), found=str(error).splitlines()[0]) from None
-    return Opened(wrapped.to(device).eval(), tokenizer, str(path), run.recipe if run is not None else None)
+    wrapped.to(device).eval()
+    if run is None:
+        note = "this adapter lies outside its run: its base is opened unquantized, whatever it was trained on"
+        return Opened(wrapped, tokenizer, str(path), note=note)
+    return Opened(wrapped, tokenizer, str(path), run.recipe, run.path)
 
 
 def _open_checkpoint(path: Path, run: _Run, dtype: str, device: torch.device) -> Opened:
@@ -142,4 +164,4 @@ def _open_checkpoint(path: Path, run: _Run, dtype: str, device: torch.device) ->
     targets = models.adapter_targets(recipe.adapter, models.skeleton(source, model.config)) if lora else []
     prepared = models.prepare(model, quant=recipe.quant, adapter=recipe.adapter, targets=targets, source=source, device=device)
     checkpoint.load_weights(path, prepared.model)
-    return Opened(_in(dtype, prepared.model).eval(), tokenizer, str(path), recipe)
+    return Opened(_in(dtype, prepared.model).eval(), tokenizer, str(path), recipe, run.path)

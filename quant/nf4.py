@@ -13,6 +13,7 @@ Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; the dynamic map: arX
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -57,6 +58,16 @@ def _dynamic_levels() -> tuple[float, ...]:
 DYNAMIC_LEVELS = _dynamic_levels()
 
 
+@functools.lru_cache(maxsize=64)
+def _on_card(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(levels, device=device)
+
+
+def table(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """`levels` as fp32 on `device`. On a GPU it is made once: making it waits for the device, and every linear asks for it."""
+    return _on_card(levels, device) if device.type == "cuda" else torch.tensor(levels, device=device)
+
+
 @dataclass(frozen=True, eq=False)
 class NF4Tensor:
     """A matrix in NF4: plain tensors, no arithmetic of its own.
@@ -95,7 +106,7 @@ def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4T
         raise ValueError(f"NF4 cannot quantize an empty weight of shape {tuple(weight.shape)}")
     numel, block_count = weight.numel(), sizes(weight.numel(), block=block)[1]
     whole = numel % block == 0
-    levels = torch.tensor(LEVELS, device=weight.device)
+    levels = table(LEVELS, weight.device)
     flat = pad(weight.detach().reshape(-1).float(), (0, block_count * block - numel)).view(block_count, block)
     absmax = flat.abs().amax(dim=1)
     if not bool(absmax.isfinite().all()):
@@ -123,7 +134,7 @@ def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     """fp32 (blocks,) → uint8 codes (blocks,) of the dynamic map and fp32 absmax (ceil(blocks/256),)."""
     blocks = scales.numel()
     nested_blocks = -(-blocks // NESTED_BLOCK)
-    levels = torch.tensor(DYNAMIC_LEVELS, device=scales.device)
+    levels = table(DYNAMIC_LEVELS, scales.device)
     padded = pad(scales, (0, nested_blocks * NESTED_BLOCK - blocks)).view(nested_blocks, NESTED_BLOCK)
     absmax = padded.abs().amax(dim=1)
     scaled = padded * absmax.reciprocal()[:, None]
@@ -138,7 +149,7 @@ def dequantize_scales(packed: NF4Tensor) -> Tensor:
     """The scales of the blocks, fp32 (blocks,), with the double quantization undone."""
     if packed.nested_absmax is None or packed.offset is None:
         return packed.absmax
-    levels = torch.tensor(DYNAMIC_LEVELS, device=packed.absmax.device)
+    levels = table(DYNAMIC_LEVELS, packed.absmax.device)
     blocks = packed.absmax.numel()
     nested = packed.nested_absmax.repeat_interleave(NESTED_BLOCK)[:blocks]
     return levels[packed.absmax.int()] * nested + packed.offset
@@ -146,7 +157,7 @@ def dequantize_scales(packed: NF4Tensor) -> Tensor:
 
 def dequantize_codes(codes: Tensor, scales: Tensor, numel: int, *, block: int = BLOCK, dtype: torch.dtype) -> Tensor:
     """codes (bytes of `numel` weights) × scales fp32 (blocks,) → (numel,) in `dtype`, rounded once from fp32."""
-    levels = torch.tensor(LEVELS, device=codes.device)
+    levels = table(LEVELS, codes.device)
     pairs = torch.cartesian_prod(levels, levels)  # row b: the two weights of byte b
     values = pairs[codes.reshape(-1).int()].view(-1)
     values = pad(values, (0, scales.numel() * block - values.numel())).view(-1, block) * scales[:, None]

@@ -28,6 +28,14 @@ class Check:
 
 
 @dataclass(frozen=True)
+class Limits:
+    """What the model can take: None where it does not say."""
+
+    positions: int | None = None
+    vocabulary: int | None = None
+
+
+@dataclass(frozen=True)
 class Prepared:
     """What will be trained and measured. `train_rows` and `heldout_rows` are the rows behind the samples."""
 
@@ -121,7 +129,7 @@ def _share(part: int, whole: int) -> str:
     return f"{part} of {whole}" + (f" ({part / whole:.1%})" if whole else "")
 
 
-def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
+def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> Preflight:
     """All checks on all samples that will be trained, and three decoded examples."""
     train = prepared.train
     tokens, supervised = sum(map(len, train)), sum(sample.supervised for sample in train)
@@ -207,6 +215,21 @@ def inspect(prepared: Prepared, encoder: Encoder) -> Preflight:
         )
     elif not prepared.dropped:
         check("truncation", PASS, f"no sample is longer than data.max_length={encoder.max_length}")
+
+    # The model's own bounds; beyond them a GPU dies with "device-side assert".
+    everything = [*train, *prepared.heldout]
+    longest = max(map(len, everything), default=0)
+    highest = max((max(sample.input_ids) for sample in everything if len(sample)), default=0)
+    if limits.positions is not None and longest > limits.positions:
+        check(
+            "the model's length",
+            FAIL,
+            f"samples have up to {longest} tokens, the model {limits.positions} positions: data.max_length",
+        )
+    if limits.vocabulary is not None and highest >= limits.vocabulary:
+        check(
+            "the model's vocabulary", FAIL, f"token id {highest} of the tokenizer, the model has {limits.vocabulary} embeddings"
+        )
 
     # The split.
     if prepared.duplicates_removed:

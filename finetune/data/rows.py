@@ -83,7 +83,7 @@ def _fits_nothing(what: str, problems: list[tuple[str, str]], total: int, do: st
 def _read_jsonl(text: str, name: str) -> list[Raw]:
     raws: list[Raw] = []
     broken: list[tuple[str, str]] = []
-    lines = text.splitlines()
+    lines = text.removesuffix("\n").split("\n")  # splitlines also breaks at characters that JSON allows in strings
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -145,11 +145,11 @@ def _read_text(text: str, name: str) -> list[Raw]:
     raws: list[Raw] = []
     block: list[str] = []
     begin = 1
-    for number, line in enumerate([*text.splitlines(), ""], 1):
+    for number, line in enumerate([*text.split("\n"), ""], 1):
         if line.strip():
             if not block:
                 begin = number
-            block.append(line)
+            block.append(line.rstrip("\r"))
         elif block:
             raws.append((f"{name}:{begin}", "\n".join(block)))
             block = []

@@ -64,16 +64,24 @@ class Sample:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     answers: int = 0  # assistant turns in the text
-    ended: int = 0  # of these, how many end with a supervised end token
+    ends: tuple[int, ...] = ()  # positions of the end tokens that close answers
     bos: int = 0  # BOS tokens at the beginning
     merged: int = 0  # tokens that hold the last character of a prompt and the first of an answer
     cut: int = 0  # tokens that truncation took
     cut_supervised: int = 0  # of these, supervised ones
-    cut_ends: int = 0  # end tokens of answers among these
 
     @property
     def supervised(self) -> int:
         return sum(label != IGNORE for label in self.labels[1:])
+
+    @property
+    def ended(self) -> int:
+        """How many answers end with an end token that is still there."""
+        return sum(position < len(self.input_ids) for position in self.ends)
+
+    @property
+    def cut_ends(self) -> int:
+        return len(self.ends) - self.ended
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -104,7 +112,7 @@ class Encoder:
         probe = tokenizer("a")["input_ids"]
         self.adds_bos = bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_ids = stop_ids | special
+        self.end_ids = stop_ids | special - {tokenizer.unk_token_id, tokenizer.bos_token_id}
         self.ends: set[int] = set()  # those of them that were met at the end of an answer
 
     def encode(self, row: Row) -> list[Sample]:
@@ -125,9 +133,8 @@ class Encoder:
             self.ends.add(eos)
             if not ids or ids[-1] != eos:
                 ids = [*ids, eos]
-        return Sample(
-            row.where, tuple(ids), (IGNORE, *ids[1:]), answers=1, ended=int(eos is not None), bos=self._leading_bos(ids)
-        )
+        ends = (len(ids) - 1,) if eos is not None else ()
+        return Sample(row.where, tuple(ids), (IGNORE, *ids[1:]), answers=1, ends=ends, bos=self._leading_bos(ids))
 
     def _render(self, messages: list[dict[str, str]], prompt: bool, where: str) -> str:
         try:
@@ -175,7 +182,8 @@ class Encoder:
             ids.insert(0, bos)
             offsets.insert(0, (0, 0))
         labels = [IGNORE] * len(ids)
-        ended = merged = 0
+        ends: list[int] = []
+        merged = 0
         for begin, end in spans:
             inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
             merged += any(offsets[i][0] < begin for i in inside)
@@ -183,7 +191,7 @@ class Encoder:
             closing = next((i for i in reversed(inside) if ids[i] in self.end_ids), None)
             if closing is not None and not text[offsets[closing][1] : end].strip():
                 inside = [i for i in inside if i <= closing]
-                ended += 1
+                ends.append(closing)
                 self.ends.add(ids[closing])
             for i in inside:
                 labels[i] = ids[i]
@@ -191,7 +199,7 @@ class Encoder:
             labels = list(ids)
         labels[:1] = [IGNORE]
         return Sample(
-            where, tuple(ids), tuple(labels), answers=len(spans), ended=ended, bos=self._leading_bos(ids), merged=merged
+            where, tuple(ids), tuple(labels), answers=len(spans), ends=tuple(ends), bos=self._leading_bos(ids), merged=merged
         )
 
     def _leading_bos(self, ids: list[int]) -> int:
@@ -210,6 +218,5 @@ class Encoder:
             "labels": sample.labels[: self.max_length],
             "cut": len(lost),
             "cut_supervised": sum(label != IGNORE for label in lost),
-            "cut_ends": sum(label in self.end_ids for label in lost if label != IGNORE),
         }
         return Sample(**kept)

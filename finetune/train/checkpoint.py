@@ -129,8 +129,10 @@ def save(
             temporary / "manifest.json",
             {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())},
         )
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+    # Later ones are of a course that was left (a resumed run went back behind them); they must not push this one out.
+    standing = [old for old in checkpoints(folder) if old.name <= path.name]
+    for gone in {*checkpoints(folder)} - {*standing[-keep:]}:
+        shutil.rmtree(gone)
     return path
 
 

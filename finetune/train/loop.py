@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
@@ -100,6 +101,7 @@ def _signals() -> Iterator[Callable[[], bool]]:
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal caught
         caught = True
+        print("\nfinishing this step, then saving (again: ends at once)", file=sys.stderr)
         signal.signal(number, before[signal.Signals(number)])
 
     try:
@@ -202,7 +204,7 @@ def train(
                     f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite; the step was not taken",
                     where=f"samples {', '.join(str(s) for key in group_keys for s in kind.samples(key))}"[:400],
                     found=f"loss {mean}, gradient norm {norm}",
-                    do=f"lower train.lr (now {settings.lr:g}), or look at these samples; the last checkpoint is step {saved}",
+                    do=f"look at these samples, or begin anew with a train.lr below {settings.lr:g} (the last checkpoint: step {saved})",
                 )
             if settings.max_grad_norm and norm > settings.max_grad_norm:
                 torch._foreach_mul_(gradients, settings.max_grad_norm / norm)

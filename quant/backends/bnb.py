@@ -59,7 +59,7 @@ def scales(packed: nf4.NF4Tensor) -> Tensor:
     if packed.nested_absmax is None or packed.offset is None:
         return packed.absmax
     # Our own table of levels: bitsandbytes caches its table, which goes wrong under fake tensors.
-    levels = torch.tensor(nf4.DYNAMIC_LEVELS, device=packed.absmax.device)
+    levels = nf4.table(nf4.DYNAMIC_LEVELS, packed.absmax.device)
     nested = functional.dequantize_blockwise(packed.absmax, absmax=packed.nested_absmax, code=levels, blocksize=nf4.NESTED_BLOCK)
     return nested.add_(packed.offset)
 

@@ -101,7 +101,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 # One value only: nothing to change it to.
 SINGLE = {"kind"}
-# Tried on its own, in test_model.py.
+# Tried on its own, in test_run.py.
 ELSEWHERE = {"model.trust_remote_code"}
 
 # The other value cannot run here: the refusal is what shows that the key is read.

@@ -119,7 +119,7 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     assert code == 0, err
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores[str(run / "adapter")]["loss"]["loss"] == pytest.approx(record["eval"]["after"]["loss"], rel=1e-5)
-    assert scores[str(run)]["loss"]["loss"] == pytest.approx(record["eval"]["merged"]["loss"], rel=1e-5)
+    assert scores[str(run)]["loss"]["loss"] == pytest.approx(record["merge"]["gate"]["merged_loss"], rel=1e-5)
 
     (tmp_path / "text.txt").write_text("One plus two is three. " * 50)
     code, _, err = finetune("eval", str(run / "merged"), "--file", "text.txt", "--json", "text.json")
@@ -212,13 +212,14 @@ def test_trackers_write(finetune: Terminal, recipe: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "w").exists()
 
 
+@pytest.mark.parametrize("packing", ["true", "false"])
 def test_an_interrupted_run_resumes_to_the_same_bits(
-    finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
 ) -> None:
     """Stopped by an error inside step 4 of 5, after the checkpoint of step 3."""
     from finetune.train import sft
 
-    options = ["train.max_steps=5", "train.save_steps=3", "adapter.dropout=0.1"]
+    options = ["train.max_steps=5", "train.save_steps=3", "adapter.dropout=0.1", f"data.packing={packing}"]
     assert finetune("run", str(recipe), *options, "run.dir=whole")[0] == 0
     loss, calls = sft.SupervisedFineTuning.loss, iter(range(100))
 
@@ -252,6 +253,78 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     code, _, err = finetune("run", str(recipe), *options, "run.dir=cut", "--resume", "train.lr=5e-4")
     assert code == 2
     assert "train.lr was 0.001, is 0.0005" in err
+
+
+def test_a_run_does_not_go_on_with_other_data(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    """Its split would be another one: trained rows would be held out."""
+    assert finetune("run", str(recipe), "run.dir=r", "run.merge=false")[0] == 0
+    write_jsonl(tmp_path / "rows.jsonl", alpaca(50))
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    (tmp_path / "r" / "run.json").write_text(json.dumps(record | {"state": "stopped"}))
+    code, _, err = finetune("resume", "r")
+    assert code == 2
+    assert "the data has changed" in err
+    assert json.loads((tmp_path / "r" / "run.json").read_text())["provenance"]["data"] == record["provenance"]["data"]
+    assert finetune("eval", "r/adapter")[0] == 2
+    code, out, err = finetune("merge", "r", "--out", "m")  # any text will do for a merge
+    assert code == 0, err
+    assert "on a passage of prose" in out
+
+
+def test_runs_are_used_from_anywhere_and_in_another_dtype(
+    finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
+) -> None:
+    shutil.copytree(tiny_model, tmp_path / "here")
+    assert finetune("run", str(recipe), "model.name=here", "data.path=rows.jsonl", "run.dir=r", "run.merge=false")[0] == 0
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    code, _, err = finetune("eval", "../r/adapter", "--json", "a.json")
+    assert code == 0, err
+    from finetune.use import open_model
+
+    plain, low = open_model("../r/adapter"), open_model("../r/adapter", dtype="bf16")
+    dtypes = {p.dtype for name, p in low.model.named_parameters() if p.is_floating_point() and "lora_" not in name}
+    assert dtypes == {torch.bfloat16}
+    (frequencies,) = {name for name, _ in low.model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
+    assert torch.equal(low.model.get_buffer(frequencies), plain.model.get_buffer(frequencies))
+    shutil.copytree(tmp_path / "r" / "adapter", tmp_path / "alone")
+    alone = open_model(str(tmp_path / "alone"))
+    assert "unquantized" in (alone.note or "")
+
+
+def test_resume_takes_the_run_of_that_name(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    from finetune.run import choose_folder
+
+    for name in ("tiny", "tiny-2", "tiny-10", "tiny-long"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+    resolved = read_recipe(recipe)
+    assert choose_folder(resolved, "tiny", True) == Path("runs/tiny-10")
+    assert choose_folder(resolved, "tiny", False) == Path("runs/tiny-11")
+
+
+def test_code_of_a_model_runs_only_when_trusted(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    folder = tmp_path / "custom"
+    shutil.copytree(tiny_model, folder)
+    (folder / "mine.py").write_text(
+        "from pathlib import Path\nfrom transformers import LlamaConfig, LlamaForCausalLM\n"
+        f"Path({str(tmp_path / 'it-ran')!r}).touch()\n"
+        "class MineConfig(LlamaConfig):\n    model_type = 'mine'\n"
+        "class MineForCausalLM(LlamaForCausalLM):\n    config_class = MineConfig\n"
+    )
+    config = json.loads((folder / "config.json").read_text())
+    config |= {
+        "model_type": "mine",
+        "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    message = bad(finetune, recipe, f"model.name={folder}")
+    assert "trust_remote_code" in message
+    assert not (tmp_path / "it-ran").exists()
+    code, _, err = finetune(
+        "run", str(recipe), f"model.name={folder}", "model.trust_remote_code=true", "run.dir=r", "run.merge=false"
+    )
+    assert code == 0, err
+    assert (tmp_path / "it-ran").exists()
 
 
 # ------------------------------------------------------------------------------------------------------------- bad input
@@ -352,7 +425,12 @@ def test_gates(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     assert "trained too" in bad(finetune, recipe, "data.heldout_path=heldout.jsonl", code=3)
     code, _, err = finetune("run", str(recipe), "data.heldout_path=heldout.jsonl", "run.dir=forced", "--force", "run.merge=false")
     assert code == 0, err
-    assert "trained too" in json.loads((tmp_path / "forced" / "run.json").read_text())["preflight"]["forced"]
+    record = json.loads((tmp_path / "forced" / "run.json").read_text())
+    assert "trained too" in record["preflight"]["forced"]
+    (tmp_path / "forced" / "run.json").write_text(json.dumps(record | {"state": "stopped"}))
+    code, _, err = finetune("resume", "forced")  # what was forced once need not be forced again
+    assert code == 0, err
+    assert "data.heldout=0.1" in bad(finetune, recipe, "data.heldout=100")
 
 
 def test_forcing_does_not_train_on_nothing(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:

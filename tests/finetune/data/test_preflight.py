@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.preflight import Preflight, inspect, prepare
+from finetune.data.preflight import Limits, Preflight, inspect, prepare
 from finetune.data.rows import Row
 from finetune.data.samples import ALPACA, IGNORE, Encoder, Sample, set_template
 from finetune.errors import Mistake
@@ -168,6 +168,20 @@ def test_two_bos_are_refused_and_one_is_added_where_the_template_has_none(tokeni
     assert "2 BOS" in preflight.failed[0].detail
 
 
+def test_the_unknown_token_ends_nothing(tokenizer: Any) -> None:
+    tokenizer.unk_token = "<|endoftext|>"
+    tokenizer.chat_template = ALPACA.replace("{{ eos_token }}", "<|endoftext|>")
+    assert status(look(tokenizer, ROWS), "end token trained") == "fail"
+
+
+def test_what_the_model_cannot_take_is_refused(tokenizer: Any) -> None:
+    coder = encoder(tokenizer)
+    prepared = prepare(ROWS, None, coder, heldout=0, dedupe=True, seed=1)
+    assert status(inspect(prepared, coder, Limits(positions=16)), "the model's length") == "fail"
+    assert status(inspect(prepared, coder, Limits(vocabulary=1000)), "the model's vocabulary") == "fail"
+    assert inspect(prepared, coder, Limits(2048, 49152)).failed == []
+
+
 def test_nothing_to_learn_is_refused(tokenizer: Any) -> None:
     only_questions = [Row(f"rows:{n}", ({"role": "user", "content": f"q{n}"},)) for n in range(4)]
     assert status(look(tokenizer, only_questions), "something to learn") == "fail"
@@ -194,6 +208,10 @@ def test_truncation_says_what_it_cuts(tokenizer: Any) -> None:
     assert "1 of 21" in detail
     assert "1 end tokens" in detail
     assert preflight.rows_truncated == 1
+    # A cut answer no longer ends; where all are cut, the model would never stop.
+    assert status(preflight, "end token trained") == "warn"
+    every = [talk(f"q{n}", "long " * 200, where=f"rows:{n}") for n in range(4)]
+    assert status(look(tokenizer, every, max_length=64), "end token trained") == "fail"
     dropped = look(tokenizer, rows, max_length=64, too_long="drop")
     assert status(dropped, "too long") == "warn"
     assert dropped.rows_truncated == 0

@@ -127,3 +127,10 @@ def test_unknown_hub_dataset_is_the_users_mistake() -> None:
 
 def test_max_rows(tmp_path: Path) -> None:
     assert len(load_rows(name=None, path=write(tmp_path / "a.jsonl", [ALPACA] * 9), max_rows=4).rows) == 4
+
+
+def test_characters_that_only_python_takes_for_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"question": "a\u2028b\x85c", "answer": "d"}, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    (row,) = load_rows(name=None, path=str(path)).rows
+    assert row.messages[0]["content"] == "a\u2028b\x85c"

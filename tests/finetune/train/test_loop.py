@@ -256,6 +256,20 @@ def test_checkpoints_are_kept_as_asked_and_damage_is_found(tmp_path: Path, accel
     assert checkpoint.newest(folder)[0] is None
 
 
+def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(tmp_path: Path, accelerator: Any) -> None:
+    folder = tmp_path / "run" / "checkpoints"
+    go(tmp_path / "run", accelerator, total=4, save_steps=1, keep_checkpoints=2)
+    (folder / "step-000004" / "weights.safetensors").write_bytes(b"")
+    path, _ = checkpoint.newest(folder)
+    assert path == folder / "step-000003"
+    model, settings = llama(), Train(lr=1e-2)
+    optimizer = build(model, settings)
+    progress, _ = checkpoint.load(path, model, optimizer)
+    checkpoint.save(folder, model, optimizer, progress, metrics_bytes=0, keep=1)
+    assert [left.name for left in checkpoint.checkpoints(folder)] == ["step-000003"]
+    assert checkpoint.newest(folder)[0] is not None
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, accelerator: Any) -> None:
     from finetune.errors import Mistake
 

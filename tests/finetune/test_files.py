@@ -1,0 +1,63 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune.files import RunFolder, atomic_folder, human_bytes, write_atomic, write_json
+
+
+def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+    target = tmp_path / "model"
+
+    def fails() -> None:
+        with atomic_folder(target) as temporary:
+            (temporary / "part").write_text("half")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fails()
+    assert list(tmp_path.iterdir()) == []
+    for text in ("one", "two"):
+        with atomic_folder(target) as temporary:
+            (temporary / "file").write_text(text)
+        assert [path.name for path in tmp_path.iterdir()] == ["model"]
+        assert (target / "file").read_text() == text
+
+
+def test_what_a_kill_left_is_swept_up_and_nothing_else(tmp_path: Path) -> None:
+    for name in (".model.bak", ".model.finetune-new", ".model.finetune-old"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text(name)
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model"):
+        raise RuntimeError
+    # It was killed between moving the old one away and the new one in: the old one is back.
+    assert (tmp_path / "model" / "file").read_text() == ".model.finetune-old"
+    assert {path.name for path in tmp_path.iterdir()} == {"model", ".model.bak"}
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json(path, {"x": float("nan")})
+    assert json.loads(path.read_text()) == {"x": "nan"}
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")
+    assert json.loads(path.read_text()) == {"x": "nan"}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+    from finetune.errors import Mistake
+
+    one, two = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    one.acquire()
+    with pytest.raises(Mistake, match="another process"):
+        two.acquire()
+    one.release()
+    two.acquire()
+    two.release()
+
+
+def test_bytes_are_told_in_units_that_people_read() -> None:
+    assert [human_bytes(n) for n in (5, 1536, 3 << 30, 5 << 40)] == ["5 B", "1.5 KiB", "3.0 GiB", "5.00 TiB"]
