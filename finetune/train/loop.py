@@ -204,7 +204,8 @@ def train(
                     f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite; the step was not taken",
                     where=f"samples {', '.join(str(s) for key in group_keys for s in kind.samples(key))}"[:400],
                     found=f"loss {mean}, gradient norm {norm}",
-                    do=f"look at these samples, or begin anew with a lower train.lr (was {settings.lr:g}); the last checkpoint is step {saved}",
+                    do=f"look at these samples, or begin anew with a lower train.lr (it was {settings.lr:g}); "
+                    f"the last checkpoint is step {saved}",
                 )
             if settings.max_grad_norm and norm > settings.max_grad_norm:
                 torch._foreach_mul_(gradients, settings.max_grad_norm / norm)
