@@ -560,6 +560,7 @@ class _Story:
 
     def _train(self, accelerator: Any, resume: bool) -> None:
         import torch
+        from accelerate.utils import set_seed
 
         from finetune.data.packing import Batches
         from finetune.train import checkpoint, optim
@@ -601,7 +602,7 @@ class _Story:
             self.screen.warn(note)
         self._prove_swap(kind)
         progress = checkpoint.Progress()
-        torch.manual_seed(self.recipe.run.seed)
+        set_seed(self.recipe.run.seed)  # of python, numpy and torch
         if resume:
             progress = self._go_back(optimizer)
         model, optimizer = accelerator.prepare(self.model, optimizer)

@@ -121,7 +121,8 @@ def test_killed_at_random_it_resumes_to_the_same_bits(tmp_path: Path, tiny_model
     (tmp_path / "tiny.yaml").write_text(
         f"model: {{name: {tiny_model}, dtype: fp32}}\nquant: {{scheme: nf4}}\nadapter: {{rank: 8, dropout: 0.1}}\n"
         f"data: {{path: {rows}, max_length: 128, heldout: 4}}\n"
-        "train: {max_steps: 60, save_steps: 1, eval_steps: 7, accumulation: 2}\neval: {samples: 1, max_new_tokens: 4}\n"
+        "train: {epochs: 50, max_steps: 60, save_steps: 1, eval_steps: 7, accumulation: 2}\n"
+        "eval: {samples: 1, max_new_tokens: 4}\n"
     )
     done(finetune("run", "tiny.yaml", "run.dir=whole", cwd=tmp_path))
     kills = 0
