@@ -218,7 +218,7 @@ def _print_scores(results: dict[str, Any], screen: Screen) -> None:
             table.add_row(name, loss["on"], "perplexity", number(loss["perplexity"], 3), "")
         for task, scores in result.get("tasks", {}).items():
             for metric, value in scores.items():
-                if isinstance(value, float) and not metric.endswith("_stderr"):
+                if isinstance(value, float) and metric != "version" and not metric.endswith("_stderr"):
                     error = scores.get(f"{metric}_stderr")
                     table.add_row(
                         name,

@@ -613,6 +613,7 @@ def merge_section(record: dict[str, Any]) -> Html:
             [
                 ("trained model", f"{fixed(trained, 4)} nats per token{rows}"),
                 ("merged model", f"{fixed(merged, 4)} nats per token, the same rows"),
+                ("computed in", f"{gate['arithmetic']} on {gate['device']}" if "arithmetic" in gate else None),
                 ("difference", f"{fixed(difference, 4, sign=True)} nats; allowed ± {limit:g}" if limit is not None else None),
                 ("written to", written),
             ]

@@ -1,0 +1,53 @@
+"""What only a GPU shows: `pytest -m gpu` on a machine that has one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import alpaca, write_jsonl
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["reference", "bitsandbytes"])
+def test_nf4_dequantizes_to_the_same_bits_as_on_the_cpu(dtype: torch.dtype, backend: str) -> None:
+    from quant import NF4Linear, backends
+
+    torch.manual_seed(0)
+    packed = NF4Linear.from_linear(torch.nn.Linear(320, 192, dtype=dtype))
+    with backends.use("reference"):
+        expected = packed.dequantize()
+    with backends.use(backend):
+        assert torch.equal(packed.to("cuda").dequantize().cpu(), expected)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
+def test_a_run_on_the_card_and_its_resume(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    from finetune import cli
+
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca(40))
+    (tmp_path / "tiny.yaml").write_text(
+        f"model: {{name: {tiny_model}, dtype: bf16}}\nquant: {{scheme: nf4}}\nadapter: {{rank: 8}}\n"
+        f"data: {{path: {rows}, max_length: 256, heldout: 6}}\n"
+        f"train: {{epochs: 20, max_steps: 12, save_steps: 6, checkpointing: true, optimizer: {optimizer}}}\n"
+        "eval: {samples: 1, max_new_tokens: 4}\nrun: {device: cuda, dir: run}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["finetune", "run", "tiny.yaml"])
+    cli.main()
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["train"]["memory_kind"] == "CUDA allocated"
+    assert record["eval"]["after"]["loss"] < record["eval"]["before"]["loss"]
+    assert record["merge"]["gate"]["status"] == "pass"
+    (tmp_path / "run" / "run.json").write_text(json.dumps(record | {"state": "stopped"}))
+    monkeypatch.setattr(sys, "argv", ["finetune", "resume", "run"])
+    cli.main()
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "done"
