@@ -26,7 +26,8 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
             mistakes.append(mistake)
 
     def place(key: str) -> str:
-        return f"{where(key)}, {key}"
+        found = where(key)
+        return found if found.endswith(key) else f"{found}, {key}"
 
     def data_file(key: str, path: Path) -> None:
         if not path.is_file():

@@ -58,7 +58,7 @@ def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's fold
 
 @app.command()
 def check(recipe: RecipeName, overrides: Overrides = None) -> None:
-    """Show everything that is wrong with a recipe, at once, each with file:line."""
+    """Show all mistakes in a recipe's keys, then in the files and packages that it names, each with file:line."""
     path, _ = _checked(recipe, overrides)
     typer.echo(f"{path}: good")
 

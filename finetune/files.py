@@ -87,6 +87,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for root, _, names in os.walk(temporary):
             for name in names:
+                os.chmod(os.path.join(root, name), 0o644)  # safetensors makes its files for their owner alone
                 with open(os.path.join(root, name), "rb") as file:
                     os.fsync(file.fileno())
             sync_folder(Path(root))
@@ -123,6 +124,10 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     there = folder.absolute()
     while not there.exists():
         there = there.parent
+    if not os.access(there, os.W_OK) or not shutil.disk_usage(there).total:
+        raise Mistake(
+            f"{what} cannot be written there", where=str(folder), found=f"{there} is not writable", do="give another run.dir"
+        )
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
         raise Mistake(

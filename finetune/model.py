@@ -82,7 +82,10 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
                 do="give the folder that has one",
             )
         return Source(name, str(path), trust_remote_code=trust_remote_code)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+    if path.is_file():
+        raise Mistake("this is a file, and no model", where=where, found=name, do="give a model folder, a .gguf file or a hub id")
+    beside_runs = any(path.parent.glob("*/run.json")) if "/" in name else False
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or beside_runs:
         near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
         raise Mistake(
             "there is no such model folder",

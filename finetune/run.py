@@ -308,6 +308,7 @@ class _Story:
                 models.adapter_parameters(recipe.adapter, self.bones, self.targets) if self.targets else self.bones.parameters
             )
         require_space(self.folder.path, bytes_to_write(recipe, self.bones, trainable), "this run")
+        screen.say(f"  into {self.folder.path}")
         screen.say(
             f"  {self.bones.architecture}, {self.bones.parameters / 1e6:.1f} M parameters, {trainable / 1e6:.2f} M trained"
             + (f" in {len(self.targets)} adapters" if self.targets else "")
@@ -612,6 +613,8 @@ class _Story:
             result = self._loss(rows, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows"))
             return {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
 
+        limit = "train.max_steps" if total == settings.max_steps else f"train.epochs={settings.epochs:g}"
+        self.screen.say(f"  {total} steps ({limit}), {len(self.data.train)} samples in {len(kind.epoch(0))} rows an epoch")
         with self.screen.phase("train") as shown:
             try:
                 figures = train(
@@ -724,6 +727,12 @@ class _Story:
             f"  merged: {human_bytes(gate['bytes'])}; loss {gate['merged_loss']:.4f} against {gate['adapter_loss']:.4f} of the "
             f"trained model on {gate['rows']} rows, both in {gate['arithmetic']} (the gate allows {gate['limit']} nats)"
         )
+        own = self.record["eval"]["after"]["loss"]
+        if gate["rows"] == self.record["eval"]["after"]["rows"] and abs(own - gate["adapter_loss"]) > gate["limit"]:
+            self.screen.warn(
+                f"rounding weighs in this model: its loss is {gate['adapter_loss']:.3f} in {gate['arithmetic']} and {own:.3f} in "
+                f"{self.record['model']['dtype']}, in which it was trained and measured"
+            )
 
     def _next(self) -> list[str]:
         path = self.folder.path

