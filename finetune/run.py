@@ -14,7 +14,6 @@ import re
 import shlex
 import shutil
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -254,7 +253,6 @@ class _Story:
     def __init__(self, recipe: Recipe, name: str, folder: RunFolder, screen: Screen, force: bool) -> None:
         self.recipe, self.name, self.folder, self.screen, self.force = recipe, name, folder, screen, force
         self.record: dict[str, Any] = {}
-        self.begun = time.monotonic()
 
     # -- before anything is written
 
@@ -340,13 +338,13 @@ class _Story:
     # -- the run
 
     def tell(self, resume: bool) -> None:
-
         from finetune import provenance
 
         recipe, screen, folder = self.recipe, self.screen, self.folder
         if resume:
-            self.record = folder.read() | {"state": "running", "error": None}
-            same_data(self.record, self.rows.sha256, folder.path)
+            begun = folder.read()
+            same_data(begun, self.rows.sha256, folder.path)  # before the record is ours: a refusal leaves it as it was
+            self.record = begun | {"state": "running", "error": None}
         else:
             self.record = {
                 "format": FORMAT,
