@@ -1,6 +1,11 @@
 """Quantized linear layers: schemes (formats) and linears, swapped into models. Usable alone: `from quant import …`.
 
-Importing it costs torch and nothing more: bitsandbytes loads with the first dequantization, peft with `register_peft`.
+    scheme     master weight, straight-through     packed, frozen
+    nf4        FakeNF4Linear                       NF4Linear
+    ternary    BitLinear                           PackedBitLinear
+
+Importing it costs torch and nothing more: bitsandbytes, triton and numba load with the first multiplication that wants them,
+peft with `register_peft`, transformers with `quant.pretrained`.
 """
 
 from __future__ import annotations
@@ -8,15 +13,21 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from quant import nf4
-from quant.linear import NF4Linear
+from quant import nf4, ternary
+from quant.derived import weights_changed
+from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
 from quant.swap import SwapReport, prove_used, swap
 
 if TYPE_CHECKING:
     from quant.plugins import assert_wrapped, linear_targets, load_peft, register_peft
 
 __all__ = [
+    "BitLinear",
+    "FakeNF4Linear",
+    "FakeQuantLinear",
     "NF4Linear",
+    "PackedBitLinear",
+    "PackedLinear",
     "SwapReport",
     "assert_wrapped",
     "linear_targets",
@@ -25,6 +36,8 @@ __all__ = [
     "prove_used",
     "register_peft",
     "swap",
+    "ternary",
+    "weights_changed",
 ]
 
 _PLUGINS = {"assert_wrapped", "linear_targets", "load_peft", "register_peft"}

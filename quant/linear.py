@@ -1,142 +1,110 @@
-"""The packed linear: frozen codes and scales, no float weight; adapters go on top.
+"""The two linears: packed (frozen codes, no float weight) and fake-quantized (a float master weight, straight-through).
 
-Nothing here is a special tensor class. Codes and scales are frozen uint8 `nn.Parameter`s, the fp32 scales as their raw
-bytes, so that `.to(dtype)`, `.half()` or a model-wide cast cannot change them, and sharding, deepcopy and `meta` treat
-them like any parameter. The weight exists in floats only while a multiplication runs: the backward pass dequantizes it
-again instead of keeping it.
+                          trained: fake-quantized           frozen: packed
+    scheme nf4            FakeNF4Linear                     NF4Linear, the base of QLoRA
+    scheme ternary        BitLinear, BitNet b1.58           PackedBitLinear
+
+A linear knows nothing of a format's bits: the scheme (quant/nf4.py, quant/ternary.py) quantizes and lays out, the operators
+(quant/ops.py) multiply. Both share one autograd function, since they differ in two things only: where the codes come from,
+and whether there is a master weight to give a gradient to.
+
+Nothing here is a special tensor class. Packed parts are frozen uint8 `nn.Parameter`s, scales as their raw bytes, so that
+`.to(dtype)`, `.half()` or a model-wide cast cannot change them, and sharding, deepcopy and `meta` treat them like any
+parameter. A weight exists in floats only while a multiplication runs; the backward pass dequantizes it again, and of the
+input it keeps what the scheme multiplied with: nothing for a frozen layer, int8 codes where the product was taken of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, ClassVar, Self
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from quant import backends, nf4
-
-# A large weight is dequantized and multiplied in slices on the CPU. glibc gives blocks of 32 MB and more back to the
-# system at once, so that each would pay for its page faults anew; slices are reused. Measured at 4096 × 4096 bf16,
-# forward and backward, one core: 45 → 19 ms with 32 tokens, 195 → 179 ms with 1024 (a float layer: 11 and 162). Below
-# 32 MB there was no clear gain (2048 × 5632: 17.5 → 14.6 ms in one run, 10.1 → 11.3 ms in another).
-SLICE_FROM = 32 * 2**20
-SLICE_BYTES = 8 * 2**20
+from quant import nf4, ternary
+from quant.derived import forget, kept_bytes, weights_changed
+from quant.ops import ARITHMETIC, operators
 
 
-def _slices(packed: nf4.NF4Tensor, dtype: torch.dtype, dim: int) -> Iterator[tuple[slice, Tensor]]:
-    """The dequantized weight (out, in) in slices along `dim`, each with its place; one slice but for large CPU weights.
+class _Linear(torch.autograd.Function):
+    """x (n, in) · Wᵀ + bias → y (n, out) in `dtype`; the gradients are those of the straight-through definition.
 
-    Cut along the dimension that a product keeps (rows forward, columns backward), every sum stays whole: nothing is
-    rounded that was not rounded before.
+        y = q(x) · q(W)ᵀ + bias      ∂x = ∂y · q(W)      ∂W = ∂yᵀ · q(x)      (q: quantized and dequantized, slope 1)
+
+    Straight-through: Bengio et al., arXiv 1308.3432; BitNet, arXiv 2310.11453, section 2.2.
     """
-    out_features, in_features = packed.shape
-    backend = backends.select(packed.codes.device)
-    scales = backend.scales(packed)
-    size = packed.shape.numel() * dtype.itemsize
-    sliced = packed.codes.device.type == "cpu" and size >= SLICE_FROM and in_features % packed.block == 0
-    count = -(-size // SLICE_BYTES) if sliced else 1
-    if count == 1:
-        weight = backend.dequantize(packed.codes, scales, packed.shape.numel(), packed.block, dtype)
-        yield slice(None), weight.view(out_features, in_features)
-        return
-    codes, scales = packed.codes.view(out_features, -1), scales.view(out_features, -1)
-    unit = 1 if dim == 0 else packed.block  # columns are cut where blocks end
-    step = -(-packed.shape[dim] // unit // count) * unit
-    for start in range(0, packed.shape[dim], step):
-        stop = min(start + step, packed.shape[dim])
-        if dim == 0:
-            shape, part, part_scales = (stop - start, in_features), codes[start:stop], scales[start:stop]
-        else:
-            shape, part = (out_features, stop - start), codes[:, start // 2 : stop // 2]
-            part_scales = scales[:, start // packed.block : stop // packed.block]
-        numel = shape[0] * shape[1]
-        flat = backend.dequantize(part.reshape(-1), part_scales.reshape(-1), numel, packed.block, dtype)
-        yield slice(start, stop), flat.view(shape)
-
-
-def dequantize(packed: nf4.NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The weight that `packed` stands for, (out, in) in `dtype`, by the selected backend."""
-    backend = backends.select(packed.codes.device)
-    scales = backend.scales(packed)
-    return backend.dequantize(packed.codes, scales, packed.shape.numel(), packed.block, dtype).view(packed.shape)
-
-
-class _PackedLinear(torch.autograd.Function):
-    """x (n, in) · Wᵀ + bias → (n, out); saves references to the packed tensors and nothing else."""
 
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        codes: Tensor,
-        absmax: Tensor,
-        nested_absmax: Tensor | None,
-        offset: Tensor | None,
-        shape: torch.Size,
-        block: int,
+        ctx: Any, x: Tensor, bias: Tensor | None, scheme: str, shape: tuple[int, int], dtype: torch.dtype, *weight: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(codes, absmax, nested_absmax, offset)
-        ctx.shape, ctx.block, ctx.dtype = shape, block, x.dtype
-        packed = nf4.NF4Tensor(codes, absmax, nested_absmax, offset, shape, block)
-        out = None
-        for rows, weight in _slices(packed, x.dtype, dim=0):
-            part = F.linear(x, weight, None if bias is None else bias[rows])
-            if rows == slice(None):
-                return part
-            if out is None:
-                out = x.new_empty(x.shape[0], shape[0])
-            out[:, rows] = part
-        assert out is not None
-        return out
+        frozen = weight[0].dtype == torch.uint8
+        rows = operators.rows(scheme, x) if ARITHMETIC[scheme].integer else (x,)
+        ctx.scheme, ctx.shape, ctx.frozen, ctx.x_dtype = scheme, shape, frozen, x.dtype
+        ctx.kept = 0 if frozen or not weight[0].requires_grad else len(rows)
+        ctx.save_for_backward(*weight, *rows[: ctx.kept])
+        return operators.linear(scheme, rows, bias, weight, frozen, *shape, dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x = grad_bias = None
+        saved = ctx.saved_tensors
+        weight, rows = saved[: len(saved) - ctx.kept], saved[len(saved) - ctx.kept :]
+        grad_x = grad_bias = grad_weight = None
         if ctx.needs_input_grad[0]:
-            codes, absmax, nested_absmax, offset = ctx.saved_tensors
-            packed = nf4.NF4Tensor(codes, absmax, nested_absmax, offset, ctx.shape, ctx.block)
-            for columns, weight in _slices(packed, ctx.dtype, dim=1):
-                part = grad @ weight
-                if columns == slice(None):
-                    grad_x = part
-                    break
-                if grad_x is None:
-                    grad_x = grad.new_empty(grad.shape[0], ctx.shape[1])
-                grad_x[:, columns] = part
+            grad_x = operators.grad_input(ctx.scheme, grad, weight, ctx.frozen, *ctx.shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.sum(0)
-        return grad_x, grad_bias, None, None, None, None, None, None
+        if rows:
+            grad_weight = operators.grad_weight(ctx.scheme, grad, rows).to(weight[0].dtype)
+        return grad_x, grad_bias, None, None, None, grad_weight, *[None] * (len(weight) - 1)
 
 
-def _bytes(scales: Tensor) -> nn.Parameter:
-    """fp32 of any shape → its bytes, uint8 (4 · numel,), frozen."""
-    return _frozen(scales.reshape(-1).contiguous().view(torch.uint8))
+def _multiply(x: Tensor, bias: Tensor | None, scheme: str, shape: tuple[int, int], weight: list[Tensor]) -> Tensor:
+    """x (…, in) → (…, out), in the dtype of x, or in autocast's where that is on."""
+    dtype, kind = x.dtype, x.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # `meta` has no autocast to ask
+        dtype = torch.get_autocast_dtype(kind)
+    if dtype not in nf4.SOURCES or x.dtype not in nf4.SOURCES:
+        raise TypeError(f"a quantized linear computes in fp32, bf16 or fp16, got an input of {x.dtype}")
+    if x.shape[-1:] != shape[1:]:
+        raise ValueError(f"this linear takes inputs of {shape[1]} features, got shape {tuple(x.shape)}")
+    bias = None if bias is None else bias.to(dtype)
+    y = _Linear.apply(x.reshape(-1, shape[1]), bias, scheme, shape, dtype, *weight)
+    return y.view(*x.shape[:-1], shape[0])
+
+
+def _refuse(linear: nn.Module, scheme: ModuleType) -> None:
+    """Raise ValueError for what must not be quantized by `scheme`: what is quantized already, and what does not fit."""
+    weight = linear.weight
+    assert isinstance(weight, Tensor)
+    if (mark := getattr(linear, "quantized", None)) is not None:
+        raise ValueError(f"this layer is already {mark}: refuse to quantize twice, requantizing loses accuracy")
+    if weight.dtype not in scheme.SOURCES:
+        raise ValueError(f"{type(linear).__name__} holds {weight.dtype}, not fp32, bf16 or fp16: is it already quantized?")
+    if (reason := scheme.unfit(weight.shape)) is not None:
+        raise ValueError(reason)
+    if scheme is ternary and not weight.is_meta and ternary.looks_ternary(weight):
+        raise ValueError("these weights are ternary already: a second quantization would keep the codes and shrink the scale")
 
 
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def _floats(raw: Tensor) -> Tensor:
-    """The inverse of `_bytes`: fp32 (numel / 4,), a view where the bytes are aligned."""
-    return (raw if raw.storage_offset() % 4 == 0 else raw.clone()).view(torch.float32)
+class PackedLinear(nn.Module):
+    """A frozen linear layer whose weight is kept in a scheme's codes; computes in the dtype of its input.
 
-
-class NF4Linear(nn.Module):
-    """A frozen linear layer whose weight is kept in NF4; computes in the dtype of its input.
-
-    `weight`: the codes, uint8 (ceil(out·in/2), 1). `absmax`: uint8 (blocks,), nested codes, or the bytes of fp32 scales
-    without double quantization; `nested_absmax` and `offset`: bytes of fp32, or None. `dtype`: the float dtype that
-    stands for this layer in its model (the source's; follows `.to(dtype)`), used for the bias and when the layer is
-    turned back into floats. Uninitialised until `from_linear` or `load_state_dict`.
+    Its parameters are the scheme's parts, all uint8 (`layout` of quant/nf4.py and quant/ternary.py), and the bias, a frozen
+    float. `dtype`: the float dtype that stands for this layer in its model (the source's; follows `.to(dtype)`), used for
+    the bias and when the layer is turned back into floats. Uninitialised until `from_linear` or `load_state_dict`.
     """
 
-    quantized: ClassVar[str] = "nf4"
+    scheme: ClassVar[ModuleType]
+    quantized: ClassVar[str]
+    in_features: int
+    out_features: int
     bias: nn.Parameter | None
 
     def __init__(
@@ -145,73 +113,65 @@ class NF4Linear(nn.Module):
         out_features: int,
         bias: bool = True,
         *,
-        double: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        **options: bool,
     ) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype or torch.get_default_dtype()
         self.used = False
-        code_bytes, blocks, nested_blocks = nf4.sizes(in_features * out_features)
-
-        def empty(*shape: int) -> nn.Parameter:
-            return _frozen(torch.empty(shape, dtype=torch.uint8, device=device))
-
-        self.weight = empty(code_bytes, 1)
-        self.absmax = empty(blocks if double else 4 * blocks)
-        self.nested_absmax = empty(4 * nested_blocks) if double else None
-        self.offset = empty(4) if double else None
+        layout = self.scheme.layout(self.shape, **options)
+        self.names = tuple(layout)
+        for name, shape in layout.items():
+            self.register_parameter(name, _frozen(torch.empty(shape, dtype=torch.uint8, device=device)))
         self.bias = _frozen(torch.empty(out_features, device=device, dtype=self.dtype)) if bias else None
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, *, double: bool = True, device: torch.device | str | None = None) -> NF4Linear:
+    def from_linear(cls, linear: nn.Linear, *, device: torch.device | str | None = None, **options: bool) -> Self:
         """Pack `linear` (quantized where it is), then move the result to `device`; `linear` is left as it was.
 
-        Raises ValueError for a layer that is already packed, and for weights that NF4 refuses.
+        A fake-quantized linear of the same scheme gives its master weight's codes.
+
+        Raises ValueError for a layer that is packed already, and for weights that the scheme refuses.
         """
-        if (mark := getattr(linear, "quantized", None)) is not None:
-            raise ValueError(f"this layer is already {mark}: refuse to quantize twice, requantizing loses accuracy")
+        if not (isinstance(linear, FakeQuantLinear) and linear.scheme is cls.scheme):
+            _refuse(linear, cls.scheme)
         weight, bias = linear.weight, linear.bias
-        if weight.dtype not in nf4.SOURCES:
-            raise ValueError(f"{type(linear).__name__} holds {weight.dtype}, not fp32, bf16 or fp16: is it already quantized?")
-        packed = cls(
-            linear.in_features,
-            linear.out_features,
-            bias is not None,
-            double=double,
-            device="meta",
-            dtype=weight.dtype,
-        )
+        features = (linear.in_features, linear.out_features)
+        packed = cls(*features, bias is not None, device="meta", dtype=weight.dtype, **options)
         packed.train(linear.training)
         if weight.is_meta:
             return packed
-        source = nf4.quantize(weight, double=double)
-        packed.weight = _frozen(source.codes)
-        packed.absmax = _frozen(source.absmax) if source.double else _bytes(source.absmax)
-        if source.nested_absmax is not None and source.offset is not None:
-            packed.nested_absmax, packed.offset = _bytes(source.nested_absmax), _bytes(source.offset)
+        for name, part in zip(packed.names, cls.scheme.quantize(weight, **options).parts(), strict=True):
+            setattr(packed, name, _frozen(part))
         if bias is not None:
             packed.bias = _frozen(bias.detach().clone())
         return packed if device is None else packed.to(device)
 
     @property
-    def double_quantized(self) -> bool:
-        return self.nested_absmax is not None
+    def shape(self) -> torch.Size:
+        return torch.Size((self.out_features, self.in_features))
 
     @property
-    def packed(self) -> nf4.NF4Tensor:
-        """The weight as the scheme knows it; views of this layer's parameters."""
-        shape = torch.Size((self.out_features, self.in_features))
-        if self.nested_absmax is None or self.offset is None:
-            return nf4.NF4Tensor(self.weight, _floats(self.absmax), None, None, shape)
-        nested, offset = _floats(self.nested_absmax), _floats(self.offset).view(())
-        return nf4.NF4Tensor(self.weight, self.absmax, nested, offset, shape)
+    def parts(self) -> list[Tensor]:
+        """The packed weight as it is stored, in the order of the scheme's layout."""
+        return [getattr(self, name) for name in self.names]
+
+    @property
+    def packed(self) -> Any:
+        """The packed weight as the scheme knows it (NF4Tensor, TernaryTensor); views of this layer's parameters."""
+        return self.scheme.of_parts(self.parts, self.shape)
+
+    @property
+    def arithmetic(self) -> str:
+        """The row of `quant.ops.ARITHMETIC` that multiplies for this layer."""
+        return self.quantized
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight in floats, (out, in), in `dtype` (default: the layer's), without a gradient."""
         with torch.no_grad():
-            return dequantize(self.packed, dtype or self.dtype)
+            return operators.dequantize(self.arithmetic, self.parts, True, *self.shape, dtype or self.dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
         """A float `nn.Linear` with the weight that this layer stands for, and its bias."""
@@ -225,35 +185,146 @@ class NF4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
         self.mark_used()
-        kind = x.device.type
-        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # `meta` has no autocast to ask
-            x = x.to(torch.get_autocast_dtype(kind))
-        if x.dtype not in nf4.SOURCES:
-            raise TypeError(f"NF4Linear computes in fp32, bf16 or fp16, got an input of {x.dtype}")
-        packed = self.packed
-        out = _PackedLinear.apply(
-            x.reshape(-1, self.in_features),
-            None if self.bias is None else self.bias.to(x.dtype),
-            packed.codes,
-            packed.absmax,
-            packed.nested_absmax,
-            packed.offset,
-            packed.shape,
-            packed.block,
-        )
-        return out.view(*x.shape[:-1], self.out_features)
+        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), self.parts)
 
     def mark_used(self) -> None:
         """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
         self.used = True
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> NF4Linear:
+    def cached_bytes(self) -> int:
+        """Bytes that a backend keeps for this layer beside its parameters: a copy in a layout of its own."""
+        return kept_bytes(self.parts)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # so that the layer knows its model's dtype after a cast
         return self
 
     def extra_repr(self) -> str:
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"scheme=nf4, double={self.double_quantized}"
-        )
+        return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+
+class NF4Linear(PackedLinear):
+    """A frozen linear in NF4. `double` (default): the block scales are quantized too, 4.127 bits a weight instead of 4.5."""
+
+    scheme: ClassVar[ModuleType] = nf4
+    quantized: ClassVar[str] = "nf4"
+    weight: nn.Parameter
+    absmax: nn.Parameter
+    nested_absmax: nn.Parameter
+    offset: nn.Parameter
+
+    @property
+    def double_quantized(self) -> bool:
+        return len(self.names) == 4
+
+    @property
+    def arithmetic(self) -> str:
+        return "nf4-double" if self.double_quantized else "nf4"
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, double={self.double_quantized}"
+
+
+class PackedBitLinear(PackedLinear):
+    """A frozen linear in ternary, 2 bits a weight; activations are quantized to int8 by token. out_features in fours."""
+
+    scheme: ClassVar[ModuleType] = ternary
+    quantized: ClassVar[str] = "ternary"
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+
+class FakeQuantLinear(nn.Linear):
+    """A linear with a float master weight that is quantized in the forward pass; gradients go straight through.
+
+    The codes are computed once an optimizer step and found again by every pass until the next (quant/derived.py).
+    """
+
+    scheme: ClassVar[ModuleType]
+    quantized: ClassVar[str]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.used = False
+        if (reason := self.scheme.unfit(self.weight.shape)) is not None:
+            raise ValueError(reason)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, device: torch.device | str | None = None, **options: bool) -> Self:
+        """A layer that trains the weight of `linear`, which it takes over (the same Parameters, unless they move to `device`).
+
+        Raises ValueError for a layer that is quantized already, and for a shape or dtype that the scheme refuses.
+        """
+        _refuse(linear, cls.scheme)
+        features = (linear.in_features, linear.out_features)
+        layer = cls(*features, linear.bias is not None, device="meta", dtype=linear.weight.dtype, **options)
+        layer.weight, layer.bias = linear.weight, linear.bias
+        layer.train(linear.training)
+        return layer if device is None else layer.to(device)
+
+    @property
+    def arithmetic(self) -> str:
+        """The row of `quant.ops.ARITHMETIC` that multiplies for this layer."""
+        return self.quantized
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as the forward pass uses it, (out, in), in `dtype` (default: the master's), without a gradient."""
+        shape = (self.out_features, self.in_features)
+        with torch.no_grad():
+            return operators.dequantize(self.arithmetic, [self.weight], False, *shape, dtype or self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
+        self.mark_used()
+        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), [self.weight])
+
+    def mark_used(self) -> None:
+        """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
+        self.used = True
+
+    def cached_bytes(self) -> int:
+        """Bytes of the codes that are kept until the next optimizer step."""
+        return kept_bytes([self.weight])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        forget([self.weight])
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        weights_changed()
+
+
+class BitLinear(FakeQuantLinear):
+    """The linear of BitNet b1.58: ternary weights, int8 activations by token, a float master weight. out_features in fours.
+
+    The Era of 1-bit LLMs, arXiv 2402.17764, section 2. Without the normalization that BitNet puts before it, which is the
+    model's business. The backward pass keeps the int8 activations and their scales, and no float copy of anything.
+    """
+
+    scheme: ClassVar[ModuleType] = ternary
+    quantized: ClassVar[str] = "ternary"
+
+
+class FakeNF4Linear(FakeQuantLinear):
+    """NF4-aware training: the forward pass uses what NF4 will make of the master weight."""
+
+    scheme: ClassVar[ModuleType] = nf4
+    quantized: ClassVar[str] = "nf4"
+
+    def __init__(self, *args: Any, double: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.double_quantized = double
+
+    @property
+    def arithmetic(self) -> str:
+        return "nf4-double" if self.double_quantized else "nf4"

@@ -14,11 +14,14 @@ Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; the dynamic map: arX
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+
+from quant.raw import as_bytes, as_floats
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 64
@@ -88,11 +91,37 @@ class NF4Tensor:
     def double(self) -> bool:
         return self.nested_absmax is not None
 
+    def parts(self) -> list[Tensor]:
+        """The tensors as a layer stores them, all uint8: codes, absmax and, with double quantization, nested_absmax, offset."""
+        if self.nested_absmax is None or self.offset is None:
+            return [self.codes, as_bytes(self.absmax)]
+        return [self.codes, self.absmax, as_bytes(self.nested_absmax), as_bytes(self.offset)]
+
+
+def of_parts(parts: Sequence[Tensor], shape: torch.Size) -> NF4Tensor:
+    """The inverse of `NF4Tensor.parts`; views where the bytes are aligned."""
+    if len(parts) == 2:
+        return NF4Tensor(parts[0], as_floats(parts[1]), None, None, shape)
+    return NF4Tensor(parts[0], parts[1], as_floats(parts[2]), as_floats(parts[3]).view(()), shape)
+
 
 def sizes(numel: int, *, block: int = BLOCK) -> tuple[int, int, int]:
     """(bytes of codes, blocks, nested blocks) of a matrix of `numel` weights."""
     blocks = -(-numel // block)
     return -(-numel // 2), blocks, -(-blocks // NESTED_BLOCK)
+
+
+def layout(shape: torch.Size, *, double: bool = True) -> dict[str, tuple[int, ...]]:
+    """The uint8 tensors in which a layer stores a matrix of this shape: {name: shape}, in the order of `parts`."""
+    codes, blocks, nested_blocks = sizes(shape.numel())
+    if not double:
+        return {"weight": (codes, 1), "absmax": (4 * blocks,)}
+    return {"weight": (codes, 1), "absmax": (blocks,), "nested_absmax": (4 * nested_blocks,), "offset": (4,)}
+
+
+def unfit(shape: torch.Size) -> str | None:
+    """Why the format cannot hold a matrix of this shape; None when it can."""
+    return f"NF4 cannot hold an empty weight of shape {tuple(shape)}" if 0 in shape else None
 
 
 def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4Tensor:
@@ -103,7 +132,7 @@ def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4T
     if weight.dtype not in SOURCES:
         raise ValueError(f"NF4 quantizes fp32, bf16 or fp16 weights, got {weight.dtype}")
     if weight.numel() == 0:
-        raise ValueError(f"NF4 cannot quantize an empty weight of shape {tuple(weight.shape)}")
+        raise ValueError(f"NF4 cannot hold an empty weight of shape {tuple(weight.shape)}")
     numel, block_count = weight.numel(), sizes(weight.numel(), block=block)[1]
     whole = numel % block == 0
     levels = table(LEVELS, weight.device)
@@ -169,3 +198,8 @@ def dequantize(packed: NF4Tensor, *, dtype: torch.dtype = torch.float32) -> Tens
     scales = dequantize_scales(packed)
     flat = dequantize_codes(packed.codes, scales, packed.shape.numel(), block=packed.block, dtype=dtype)
     return flat.view(packed.shape)
+
+
+def fake_quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> Tensor:
+    """`weight` as its NF4 codes stand for it, in its own dtype; what a straight-through layer multiplies with."""
+    return dequantize(quantize(weight, block=block, double=double), dtype=weight.dtype)

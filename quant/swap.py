@@ -1,4 +1,4 @@
-"""The one walk over a module tree: linears become packed linears, and what is left is left for a stated reason.
+"""The one walk over a module tree: linears become quantized linears, and what is left is left for a stated reason.
 
 A swap can go wrong without a word: a layer can be passed by (Mamba reads `dt_proj.weight` and never calls the module),
 shared with another one, or be none that we know. So every linear-like module ends up in the report, swapped or with the
@@ -17,7 +17,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import nn
 
-from quant.linear import NF4Linear
+from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
 
 DEFAULT_KEEP = (
     "lm_head",
@@ -31,7 +31,14 @@ DEFAULT_KEEP = (
 )
 """What is kept in floats: heads, embeddings, norms, and the routers of mixtures of experts (`gate`, not `gate_proj`)."""
 
-SCHEMES = {"nf4": NF4Linear}
+LINEARS: dict[tuple[str, bool], type[PackedLinear] | type[FakeQuantLinear]] = {  # (scheme, trainable)
+    ("nf4", False): NF4Linear,
+    ("nf4", True): FakeNF4Linear,
+    ("ternary", False): PackedBitLinear,
+    ("ternary", True): BitLinear,
+}
+SCHEMES = tuple(dict.fromkeys(scheme for scheme, _ in LINEARS))
+Quantized = PackedLinear | FakeQuantLinear
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class SwapReport:
     """What one swap did. `share`: swapped parameters among all; bytes: parameters and buffers of the whole model."""
 
     scheme: str
+    trainable: bool
     swapped: tuple[str, ...]
     left: dict[str, str]
     share: float
@@ -49,29 +57,34 @@ class SwapReport:
         reasons = Counter(self.left.values())
         left = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"
         size = f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB"
-        return f"{len(self.swapped)} linears to {self.scheme}, {self.share:.1%} of all parameters, {size}\nleft: {left}"
+        what = f"{self.scheme}, trainable" if self.trainable else self.scheme
+        return f"{len(self.swapped)} linears to {what}, {self.share:.1%} of all parameters, {size}\nleft: {left}"
 
 
 def swap(
     model: nn.Module,
     *,
     scheme: str = "nf4",
-    double: bool = True,
+    trainable: bool = False,
     keep: Sequence[str] = DEFAULT_KEEP,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
+    **options: bool,
 ) -> SwapReport:
-    """Replace the linears of `model` by packed ones, in place and one at a time.
+    """Replace the linears of `model` by quantized ones, in place and one at a time.
 
+    trainable: fake-quantized linears, which train a float master weight, instead of packed and frozen ones.
     keep: shell patterns (`fnmatch`); a module is kept when one matches its whole dotted path or one of the path's
     components, so `gate` keeps `…mlp.gate` and not `gate_proj`. A given tuple replaces the default: add to DEFAULT_KEEP.
-    device: where packed modules go; everything else stays where it is. progress: called with (modules done, in all).
+    device: where quantized modules go; everything else stays where it is. progress: called with (modules done, in all).
+    options: of the scheme's linear: `double` for nf4.
 
     Raises ValueError for an unknown scheme, a pattern of one's own that matches no module, a model that is swapped
     already, weights that the scheme refuses, and when there is nothing to swap.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+    kind = LINEARS[scheme, trainable]
     names = [name for name, _ in model.named_modules()]
     for pattern in set(keep) - set(DEFAULT_KEEP):
         if not any(matches(name, [pattern]) for name in names):
@@ -81,7 +94,7 @@ def swap(
             raise ValueError(f"{name} is already {mark}: refuse to quantize twice")
 
     bytes_before, total = _bytes(model), sum(p.numel() for p in model.parameters())
-    left = reasons_to_leave(model, keep)
+    left = reasons_to_leave(model, keep, scheme)
     paths = [name for name in linear_like(model) if name not in left]
     if not paths:
         found = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "no linear-like module at all"
@@ -94,7 +107,7 @@ def swap(
         linear = as_linear(model.get_submodule(same[0]))
         weights += linear.weight.numel()
         try:
-            packed = SCHEMES[scheme].from_linear(linear, double=double, device=device)
+            packed = kind.from_linear(linear, device=device, **options)
         except ValueError as error:
             raise ValueError(f"{same[0]}: {error}") from error
         for path in same:
@@ -102,17 +115,17 @@ def swap(
             setattr(model.get_submodule(parent), leaf, packed)
         if progress is not None:
             progress(done, len(places))
-    return SwapReport(scheme, tuple(paths), left, weights / total, bytes_before, _bytes(model))
+    return SwapReport(scheme, trainable, tuple(paths), left, weights / total, bytes_before, _bytes(model))
 
 
 @contextmanager
 def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
     """Run a forward pass of `model` inside; raises RuntimeError on leaving when a swapped module took no part in it.
 
-    Wrapping by PEFT does not matter: it is the packed layers themselves that note their use. Expert layers that no
+    Wrapping by PEFT does not matter: it is the quantized layers themselves that note their use. Expert layers that no
     token reached count as unused, so prove with a batch that reaches all.
     """
-    packed = {plain_path(name): module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
+    packed = {plain_path(name): module for name, module in model.named_modules() if isinstance(module, Quantized)}
     if gone := set(report.swapped) - _all_paths(model):
         raise RuntimeError(f"swapped modules are no longer in the model: {_some(gone)}")
     for module in packed.values():
@@ -125,8 +138,11 @@ def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
         )
 
 
-def reasons_to_leave(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
-    """{path: reason} of the linear-like modules that are not to be swapped (nor, for the same reasons, adapted)."""
+def reasons_to_leave(model: nn.Module, keep: Sequence[str], scheme: str | None = None) -> dict[str, str]:
+    """{path: reason} of the linear-like modules that are not to be swapped, nor, for the same reasons, adapted.
+
+    With a `scheme`, those are added whose shape it cannot hold: they can carry an adapter all the same.
+    """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     holders = Counter(id(p) for m in set(model.modules()) for p in m._parameters.values() if p is not None)
@@ -149,6 +165,8 @@ def reasons_to_leave(model: nn.Module, keep: Sequence[str]) -> dict[str, str]:
             left[path] = "RWKV divides this weight in place (config.rescale_every)"
         elif not (type(module) is nn.Linear or _is_conv1d(module)):
             left[path] = f"{type(module).__name__} is not exactly nn.Linear"
+        elif scheme is not None and (reason := LINEARS[scheme, False].scheme.unfit(as_linear(module).weight.shape)) is not None:
+            left[path] = reason
     return left
 
 
@@ -157,7 +175,7 @@ def linear_like(model: nn.Module) -> dict[str, nn.Module]:
     return {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.Linear) or _is_conv1d(module)
+        if (isinstance(module, nn.Linear) and not isinstance(module, FakeQuantLinear)) or _is_conv1d(module)
     }
 
 
@@ -191,7 +209,7 @@ def _is_conv1d(module: nn.Module) -> bool:
 
 def _all_paths(model: nn.Module) -> set[str]:
     modules = model.named_modules(remove_duplicate=False)
-    return {plain_path(name) for name, module in modules if isinstance(module, NF4Linear)}
+    return {plain_path(name) for name, module in modules if isinstance(module, Quantized)}
 
 
 def _bytes(model: nn.Module) -> int:

@@ -1,10 +1,10 @@
 """Who computes what, where: one switch, which says what it chose and why.
 
-A backend turns packed weights back into floats. The table lists, for each scheme, its backends from best to last resort;
-the first one that works on the device is taken. `QUANT_BACKEND` or `use(name)` forces one, and a forced backend that is
-not available is an error. All backends of a scheme give the same bits.
+The table lists, for each scheme, its backends from best to last resort; the first one that works on the device is taken.
+`use(name)` or the environment's QUANT_BACKEND forces one for every scheme that has it, and a forced backend that is not
+available is an error. All backends of a scheme give the same bits, save where one states a bound.
 
-bitsandbytes is imported inside this folder alone, and only when a switch is asked.
+bitsandbytes, triton and numba are imported inside this folder alone, and only when a switch is asked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import importlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Literal, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ VARIABLE = "QUANT_BACKEND"
 
 
 class Backend(Protocol):
-    """A module with these functions; `codes` and `scales` may be any run of whole blocks of the packed weight."""
+    """A module with these functions, and with those of its scheme."""
 
     NAME: str
 
@@ -34,6 +34,10 @@ class Backend(Protocol):
     def describe(self, device: torch.device) -> str:
         """What computes, with its version and the device's type."""
 
+
+class NF4Backend(Backend, Protocol):
+    """`codes` and `scales` may be any run of whole blocks of the packed weight."""
+
     def scales(self, packed: NF4Tensor) -> Tensor:
         """fp32 (blocks,)."""
 
@@ -41,16 +45,40 @@ class Backend(Protocol):
         """(numel,) in `dtype`."""
 
 
-TABLE = {"nf4": {"bitsandbytes": "quant.backends.bnb", "reference": "quant.backends.reference"}}  # best first
+class TernaryBackend(Backend, Protocol):
+    """Formulas and layout: quant/ternary.py. n rows, k = in_features."""
+
+    def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (n, k) fp32, bf16 or fp16 → codes int8 (n, k), scales fp32 (n, 1)."""
+
+    def linear(self, codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype, *, frozen: bool) -> Tensor:
+        """codes · tᵀ, in integers, / (scales · scale), in fp32 → (n, out) in `dtype`. packed: uint8 (out/4, k); scale: fp32 ().
+
+        Only for a `frozen` weight may a copy in another layout be kept (quant/derived.py).
+        """
+
+    def dequantize(self, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """(out, k) in `dtype`, rounded once from fp32."""
+
+
+TABLE = {  # best first
+    "nf4": {"bitsandbytes": "quant.backends.bnb", "reference": "quant.backends.reference_nf4"},
+    "ternary": {"reference": "quant.backends.reference_ternary"},
+}
 
 _forced: str | None = None  # not a context variable: a backward pass may run in autograd's own threads
 _chosen: dict[tuple[str, torch.device, str | None], tuple[Backend, str]] = {}
 
 
-def select(device: torch.device | str, backend: str | None = None, *, scheme: str = "nf4") -> Backend:
+@overload
+def select(device: torch.device | str, backend: str | None = None, *, scheme: Literal["nf4"] = "nf4") -> NF4Backend: ...
+@overload
+def select(device: torch.device | str, backend: str | None = None, *, scheme: Literal["ternary"]) -> TernaryBackend: ...
+def select(device: torch.device | str, backend: str | None = None, *, scheme: str = "nf4") -> Any:
     """The backend for `scheme` on `device`: `backend`, else `use(…)`, else `QUANT_BACKEND`, else the best that works.
 
-    Raises ValueError for a name that the scheme does not have, RuntimeError when a named backend is not available.
+    Raises ValueError for a name that no scheme has (for `backend`: that this scheme does not have), RuntimeError when a
+    named backend is not available.
     """
     return _choose(torch.device(device), backend, scheme)[0]
 
@@ -74,7 +102,12 @@ def use(backend: str) -> Iterator[None]:
 
 
 def _choose(device: torch.device, backend: str | None, scheme: str) -> tuple[Backend, str]:
-    name = backend or _forced or os.environ.get(VARIABLE) or None
+    name = backend
+    if name is None and (forced := _forced or os.environ.get(VARIABLE)):
+        if not any(forced in rows for rows in TABLE.values()):
+            known = sorted({name for rows in TABLE.values() for name in rows})
+            raise ValueError(f"no scheme has a backend {forced!r}; there are {', '.join(known)}")
+        name = forced if forced in TABLE[scheme] else None
     key = (scheme, device, name)
     if key not in _chosen:
         _chosen[key] = _look(device, name, scheme)

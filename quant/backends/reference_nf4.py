@@ -1,4 +1,4 @@
-"""The torch reference as a backend: runs wherever torch does, `meta` included."""
+"""The torch reference of NF4 as a backend: runs wherever torch does, `meta` included."""
 
 from __future__ import annotations
 

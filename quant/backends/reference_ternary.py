@@ -1,0 +1,33 @@
+"""The torch reference of ternary as a backend: runs wherever torch does."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from quant import ternary
+
+NAME = "reference"
+EXACT_IN_FP32 = 2**24 // 128  # in_features up to which no partial sum of int8 × ternary leaves fp32's integers
+
+
+def unavailable(device: torch.device) -> str | None:
+    return None
+
+
+def describe(device: torch.device) -> str:
+    return f"torch {torch.__version__} reference ({device.type})"
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    return ternary.quantize_rows(x)
+
+
+def linear(codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype, *, frozen: bool) -> Tensor:
+    exact = torch.float32 if codes.shape[1] <= EXACT_IN_FP32 else torch.float64
+    product = codes.to(exact) @ ternary.unpack(packed).to(exact).t()
+    return (product.float() / (scales * scale)).to(dtype)
+
+
+def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return (ternary.unpack(packed) / scale).to(dtype)
