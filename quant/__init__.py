@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from quant import nf4, ternary
 from quant.derived import weights_changed
 from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
-from quant.swap import SwapReport, prove_used, swap
+from quant.swap import SwapReport, pack, prove_used, swap
 
 if TYPE_CHECKING:
     from quant.plugins import assert_wrapped, linear_targets, load_peft, register_peft
@@ -33,6 +33,7 @@ __all__ = [
     "linear_targets",
     "load_peft",
     "nf4",
+    "pack",
     "prove_used",
     "register_peft",
     "swap",

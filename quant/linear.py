@@ -29,7 +29,7 @@ from quant.ops import ARITHMETIC, operators
 
 
 class _Linear(torch.autograd.Function):
-    """x (n, in) · Wᵀ + bias → y (n, out) in `dtype`; the gradients are those of the straight-through definition.
+    """x (…, in) · Wᵀ + bias → y (…, out) in `dtype`; the gradients are those of the straight-through definition.
 
         y = q(x) · q(W)ᵀ + bias      ∂x = ∂y · q(W)      ∂W = ∂yᵀ · q(x)      (q: quantized and dequantized, slope 1)
 
@@ -55,7 +55,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = operators.grad_input(ctx.scheme, grad, weight, ctx.frozen, *ctx.shape).to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
-            grad_bias = grad.sum(0)
+            grad_bias = grad.reshape(-1, ctx.shape[0]).sum(0)
         if rows:
             grad_weight = operators.grad_weight(ctx.scheme, grad, rows).to(weight[0].dtype)
         return grad_x, grad_bias, None, None, None, grad_weight, *[None] * (len(weight) - 1)
@@ -71,8 +71,8 @@ def _multiply(x: Tensor, bias: Tensor | None, scheme: str, shape: tuple[int, int
     if x.shape[-1:] != shape[1:]:
         raise ValueError(f"this linear takes inputs of {shape[1]} features, got shape {tuple(x.shape)}")
     bias = None if bias is None else bias.to(dtype)
-    y = _Linear.apply(x.reshape(-1, shape[1]), bias, scheme, shape, dtype, *weight)
-    return y.view(*x.shape[:-1], shape[0])
+    y: Tensor = _Linear.apply(x, bias, scheme, shape, dtype, *weight)
+    return y
 
 
 def _refuse(linear: nn.Module, scheme: ModuleType) -> None:

@@ -10,7 +10,8 @@ W is given as it is stored: the packed parts of a frozen layer, or [master weigh
 quantized inside, once an optimizer step (quant/derived.py), so that no graph ever holds the codes as a constant.
 
 Operators see plain tensors, so that compiling makes no graph break, and each has a fake implementation, so that `meta`
-and fake tensors pass through. Inside, the scheme's arithmetic goes to the backend that quant/backends selects.
+and fake tensors pass through. Inputs and gradients may have any leading dimensions; the scheme's arithmetic, which goes
+to the backend that quant/backends selects, sees matrices.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ class TernaryArithmetic:
         return list(backends.select(x.device, scheme="ternary").quantize_rows(x))
 
     def pack(self, master: Tensor) -> list[Tensor]:
-        codes, scale = ternary.ternarize(master)
-        return ternary.TernaryTensor(ternary.pack(codes), scale, master.shape).parts()
+        codes, scale = backends.select(master.device, scheme="ternary").quantize_weight(master)
+        return ternary.TernaryTensor(codes, scale, master.shape).parts()
 
     def linear(
         self,
@@ -198,20 +199,33 @@ _LIBRARY.define("grad_input(str scheme, Tensor grad, Tensor[] weight, bool froze
 _LIBRARY.define("grad_weight(str scheme, Tensor grad, Tensor[] rows) -> Tensor")
 _LIBRARY.define("dequantize(str scheme, Tensor[] weight, bool frozen, int out, int inner, ScalarType dtype) -> Tensor")
 
-_shared: tuple[StorageWeakRef, tuple[object, ...], list[Tensor]] | None = None
+_shared: tuple[StorageWeakRef, tuple[object, ...], tuple[Tensor, Tensor]] | None = None
 
 
 def _rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of `x`. An input that q, k and v, or gate and up, take one after another is quantized and kept once."""
     global _shared
     if x.is_inference():  # does not count its versions
-        codes, scales = ARITHMETIC[scheme].rows(x)
-        return codes, scales
+        return _quantized_rows(scheme, x)
     stamp = (scheme, cast(int, x.untyped_storage()._cdata), x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
     shared = _shared
     if shared is None or shared[1] != stamp or shared[0].expired():
-        _shared = shared = StorageWeakRef(x.untyped_storage()), stamp, ARITHMETIC[scheme].rows(x)
-    return shared[2][0], shared[2][1]
+        _shared = shared = StorageWeakRef(x.untyped_storage()), stamp, _quantized_rows(scheme, x)
+    return shared[2]
+
+
+def _quantized_rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scales = ARITHMETIC[scheme].rows(_matrix(x))
+    return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
+
+
+def _matrix(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _with_lead(matrix: Tensor, lead: torch.Size) -> Tensor:
+    """(n, features) → (…, features). Not a view, as far as autograd and FSDP are concerned: nobody else has the matrix."""
+    return cast(Tensor, torch.ops.aten._unsafe_view.default(matrix, (*lead, matrix.shape[-1])))
 
 
 def _weight(scheme: str, weight: Sequence[Tensor], frozen: bool) -> Sequence[Tensor]:
@@ -228,16 +242,18 @@ def _linear(
     inner: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    packed = _weight(scheme, weight, frozen)
-    return ARITHMETIC[scheme].linear(rows, bias, packed, torch.Size((out, inner)), dtype, frozen=frozen)
+    packed, flat = _weight(scheme, weight, frozen), [_matrix(row) for row in rows]
+    y = ARITHMETIC[scheme].linear(flat, bias, packed, torch.Size((out, inner)), dtype, frozen=frozen)
+    return _with_lead(y, rows[0].shape[:-1])
 
 
 def _grad_input(scheme: str, grad: Tensor, weight: Sequence[Tensor], frozen: bool, out: int, inner: int) -> Tensor:
-    return ARITHMETIC[scheme].grad_input(grad, _weight(scheme, weight, frozen), torch.Size((out, inner)))
+    packed = _weight(scheme, weight, frozen)
+    return _with_lead(ARITHMETIC[scheme].grad_input(_matrix(grad), packed, torch.Size((out, inner))), grad.shape[:-1])
 
 
 def _grad_weight(scheme: str, grad: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    return ARITHMETIC[scheme].grad_weight(grad, rows)
+    return ARITHMETIC[scheme].grad_weight(_matrix(grad), [_matrix(row) for row in rows])
 
 
 def _dequantize(scheme: str, weight: Sequence[Tensor], frozen: bool, out: int, inner: int, dtype: torch.dtype) -> Tensor:
@@ -258,15 +274,15 @@ def _fake_linear(
     inner: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    return rows[0].new_empty(rows[0].shape[0], out, dtype=dtype)
+    return rows[0].new_empty(*rows[0].shape[:-1], out, dtype=dtype)
 
 
 def _fake_grad_input(scheme: str, grad: Tensor, weight: Sequence[Tensor], frozen: bool, out: int, inner: int) -> Tensor:
-    return grad.new_empty(grad.shape[0], inner)
+    return grad.new_empty(*grad.shape[:-1], inner)
 
 
 def _fake_grad_weight(scheme: str, grad: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    return grad.new_empty(grad.shape[1], rows[0].shape[1])
+    return grad.new_empty(grad.shape[-1], rows[0].shape[-1])
 
 
 def _fake_dequantize(scheme: str, weight: Sequence[Tensor], frozen: bool, out: int, inner: int, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,12 @@
-"""PEFT on packed layers: LoRA, rsLoRA and DoRA over NF4Linear.
+"""PEFT on packed layers: LoRA, rsLoRA and DoRA over packed linears of every scheme.
 
 PEFT learns of the layer through `LoraConfig._register_custom_module`: private, pinned by a test, and not saved with the
 adapter, so whoever loads one registers again (`load_peft` does). PEFT itself drops targets without a word; compare with
 `assert_wrapped`.
 
 Merging never requantizes: the packed base is put aside and a float `nn.Linear` takes its place, so unmerging gives back
-the very same bits.
+the very same bits. A merged layer multiplies with the input as it is, so on a ternary base, which quantizes it to int8,
+merging takes that rounding out.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from quant.linear import NF4Linear
+from quant.linear import PackedLinear
 from quant.swap import DEFAULT_KEEP, linear_like, plain_path, reasons_to_leave
 
 INITS = (True, False, "gaussian", "orthogonal")  # the others read the base weight as if it were floats
@@ -62,7 +63,7 @@ class PackedDora(DoraLinearVariant):
 
 
 class PackedLora(lora.Linear):
-    """PEFT's LoRA layer over an NF4Linear. While merged, `base_layer` is a float nn.Linear in the packed layer's dtype.
+    """PEFT's LoRA layer over a packed linear. While merged, `base_layer` is a float nn.Linear in the packed layer's dtype.
 
     Raises ValueError for what would read the packed codes as weights: other initializations and other variants.
     """
@@ -75,17 +76,17 @@ class PackedLora(lora.Linear):
         self.fan_in_fan_out = False  # a packed layer is (out, in), whatever it was made from
         self.is_target_conv_1d_layer = False
         self._active_adapter = adapter_name
-        self._aside: tuple[NF4Linear, ...] = ()  # the packed layer while merged; a tuple hides it from the module tree
+        self._aside: tuple[PackedLinear, ...] = ()  # the packed layer while merged; a tuple hides it from the module tree
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     @property
-    def packed(self) -> NF4Linear:
+    def packed(self) -> PackedLinear:
         layer = self._aside[0] if self._aside else self.get_base_layer()
-        assert isinstance(layer, NF4Linear)
+        assert isinstance(layer, PackedLinear)
         return layer
 
     def _get_in_out_features(self, module: nn.Module) -> tuple[int, int]:
-        assert isinstance(module, NF4Linear)
+        assert isinstance(module, PackedLinear)
         return module.in_features, module.out_features
 
     @property
@@ -146,8 +147,8 @@ class PackedLora(lora.Linear):
 
 
 def register_peft(config: LoraConfig) -> None:
-    """Make PEFT wrap NF4Linear where `config` targets it; before `get_peft_model` and before every load."""
-    config._register_custom_module({NF4Linear: PackedLora})
+    """Make PEFT wrap packed linears where `config` targets them; before `get_peft_model` and before every load."""
+    config._register_custom_module({PackedLinear: PackedLora})  # matched by isinstance: it covers every scheme
 
 
 def load_peft(model: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -164,7 +165,7 @@ def linear_targets(model: nn.Module, keep: Sequence[str] = DEFAULT_KEEP) -> list
     never called. Call it before `get_peft_model`; PEFT's own `all-linear` does not find packed layers.
     """
     left = reasons_to_leave(model, keep)
-    packed = [name for name, module in model.named_modules() if isinstance(module, NF4Linear)]
+    packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     return sorted({*packed, *(name for name in linear_like(model) if name not in left)})
 
 

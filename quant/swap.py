@@ -1,22 +1,30 @@
-"""The one walk over a module tree: linears become quantized linears, and what is left is left for a stated reason.
+"""The one walk over a module tree: what multiplies becomes quantized, and what is left is left for a stated reason.
+
+    nn.Linear, GPT-2's Conv1D      →  one of the four linears (quant/linear.py)
+    fused experts, 3-D parameters  →  QuantizedExperts, of such linears (quant/experts.py)
+    nn.Conv2d                      →  BitConv2d, in ternary and for training (quant/conv.py)
 
 A swap can go wrong without a word: a layer can be passed by (Mamba reads `dt_proj.weight` and never calls the module),
-shared with another one, or be none that we know. So every linear-like module ends up in the report, swapped or with the
-reason why not, and `prove_used` asserts that the forward of every swapped module ran.
+shared with another one, or be none that we know. So every such module ends up in the report, swapped or with the reason
+why not, and `prove_used` asserts that the forward of every swapped module ran. `pack` ends what a trainable swap began.
 """
 
 from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
+from quant import conv, experts
+from quant.conv import BitConv2d
+from quant.experts import QuantizedExperts
 from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
 
 DEFAULT_KEEP = (
@@ -38,12 +46,15 @@ LINEARS: dict[tuple[str, bool], type[PackedLinear] | type[FakeQuantLinear]] = { 
     ("ternary", True): BitLinear,
 }
 SCHEMES = tuple(dict.fromkeys(scheme for scheme, _ in LINEARS))
-Quantized = PackedLinear | FakeQuantLinear
+Quantized = PackedLinear | FakeQuantLinear | BitConv2d
 
 
 @dataclass(frozen=True)
 class SwapReport:
-    """What one swap did. `share`: swapped parameters among all; bytes: parameters and buffers of the whole model."""
+    """What one swap did. `share`: swapped weights among all parameters; bytes: parameters and buffers of the whole model.
+
+    `swapped` holds the path of every quantized layer, each expert's too; `left` that of every module that could have been one.
+    """
 
     scheme: str
     trainable: bool
@@ -58,7 +69,7 @@ class SwapReport:
         left = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"
         size = f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB"
         what = f"{self.scheme}, trainable" if self.trainable else self.scheme
-        return f"{len(self.swapped)} linears to {what}, {self.share:.1%} of all parameters, {size}\nleft: {left}"
+        return f"{len(self.swapped)} layers to {what}, {self.share:.1%} of all parameters, {size}\nleft: {left}"
 
 
 def swap(
@@ -71,9 +82,9 @@ def swap(
     progress: Callable[[int, int], None] | None = None,
     **options: bool,
 ) -> SwapReport:
-    """Replace the linears of `model` by quantized ones, in place and one at a time.
+    """Replace what multiplies in `model` by quantized layers, in place and one module at a time.
 
-    trainable: fake-quantized linears, which train a float master weight, instead of packed and frozen ones.
+    trainable: fake-quantized layers, which train a float master weight, instead of packed and frozen ones.
     keep: shell patterns (`fnmatch`); a module is kept when one matches its whole dotted path or one of the path's
     components, so `gate` keeps `…mlp.gate` and not `gate_proj`. A given tuple replaces the default: add to DEFAULT_KEEP.
     device: where quantized modules go; everything else stays where it is. progress: called with (modules done, in all).
@@ -94,68 +105,111 @@ def swap(
             raise ValueError(f"{name} is already {mark}: refuse to quantize twice")
 
     bytes_before, total = _bytes(model), sum(p.numel() for p in model.parameters())
-    left = reasons_to_leave(model, keep, scheme)
-    paths = [name for name in linear_like(model) if name not in left]
-    if not paths:
+    left = reasons_to_leave(model, keep, scheme, trainable)
+    places = _places(model, [path for path in multiplying(model) if path not in left])
+    if not places:
         found = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "no linear-like module at all"
         raise ValueError(f"nothing to swap in {type(model).__name__} ({found})")
-    places: dict[int, list[str]] = {}  # a module that stands in two places stays one module
-    for path in paths:
-        places.setdefault(id(model.get_submodule(path)), []).append(path)
-    weights = 0
-    for done, same in enumerate(places.values(), 1):
-        linear = as_linear(model.get_submodule(same[0]))
-        weights += linear.weight.numel()
+    weights, swapped = 0, []
+    for done, same in enumerate(places, 1):
+        module = model.get_submodule(same[0])
+        weights += sum(p.numel() for p in _matrices(module))
         try:
-            packed = kind.from_linear(linear, device=device, **options)
+            quantized: nn.Module
+            if isinstance(module, nn.Conv2d):
+                quantized = BitConv2d.from_conv(module, device=device, **options)
+            elif experts.looks_fused(module):
+                quantized = QuantizedExperts.from_experts(module, kind, device=device, **options)
+            else:
+                quantized = kind.from_linear(as_linear(module), device=device, **options)
         except ValueError as error:
             raise ValueError(f"{same[0]}: {error}") from error
-        for path in same:
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, packed)
+        del module  # before the next one: its floats are free
+        _replace(model, same, quantized)
+        swapped += [f"{path}.{name}" if name else path for path in same for name in _quantized_in(quantized)]
         if progress is not None:
             progress(done, len(places))
-    return SwapReport(scheme, trainable, tuple(paths), left, weights / total, bytes_before, _bytes(model))
+    return SwapReport(scheme, trainable, tuple(swapped), left, weights / total, bytes_before, _bytes(model))
+
+
+def pack(model: nn.Module, *, progress: Callable[[int, int], None] | None = None) -> SwapReport:
+    """Make every fake-quantized linear of `model` the packed linear of its scheme, in place: the end of its training.
+
+    What the model computes stays the same bit for bit; the master weights are gone. Convolutions have no packed form and
+    stay as they are, which `left` tells. progress: called with (layers done, in all).
+
+    Raises ValueError when there is no fake-quantized linear, one carries an adapter, or weights are not finite.
+    """
+    found = {name: module for name, module in model.named_modules(remove_duplicate=False) if _is_trained(module)}
+    if wrapped := [name for name in found if name.endswith(".base_layer")]:
+        raise ValueError(f"{wrapped[0]} carries an adapter: merge or unload it first")
+    left = {name: "convolutions have no packed form" for name, module in found.items() if isinstance(module, BitConv2d)}
+    places = _places(model, [name for name in found if name not in left])
+    schemes = {module.quantized for module in found.values() if isinstance(module, FakeQuantLinear)}
+    del found
+    if not places:
+        raise ValueError(f"nothing to pack in {type(model).__name__}: it has no fake-quantized linear")
+    bytes_before, total, weights = _bytes(model), sum(p.numel() for p in model.parameters()), 0
+    for done, same in enumerate(places, 1):
+        layer = model.get_submodule(same[0])
+        assert isinstance(layer, FakeQuantLinear)
+        weights += layer.weight.numel()
+        kind = LINEARS[layer.quantized, False]
+        options = {"double": layer.double_quantized} if isinstance(layer, FakeNF4Linear) else {}
+        try:
+            packed = kind.from_linear(layer, device=None, **options)
+        except ValueError as error:
+            raise ValueError(f"{same[0]}: {error}") from error
+        del layer
+        _replace(model, same, packed)
+        if progress is not None:
+            progress(done, len(places))
+    paths = tuple(path for same in places for path in same)
+    return SwapReport(" and ".join(sorted(schemes)), False, paths, left, weights / total, bytes_before, _bytes(model))
 
 
 @contextmanager
 def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
     """Run a forward pass of `model` inside; raises RuntimeError on leaving when a swapped module took no part in it.
 
-    Wrapping by PEFT does not matter: it is the quantized layers themselves that note their use. Expert layers that no
-    token reached count as unused, so prove with a batch that reaches all.
+    Wrapping by PEFT does not matter: it is the quantized layers themselves that note their use. Experts are proven by
+    their module: once one of them ran, tokens are routed into it, and which experts they reach is the router's choice.
     """
-    packed = {plain_path(name): module for name, module in model.named_modules() if isinstance(module, Quantized)}
+    layers = {plain_path(name): module for name, module in model.named_modules() if isinstance(module, Quantized)}
     if gone := set(report.swapped) - _all_paths(model):
         raise RuntimeError(f"swapped modules are no longer in the model: {_some(gone)}")
-    for module in packed.values():
-        module.used = False
+    for layer in layers.values():
+        layer.used = False
+    mixtures = {plain_path(name): module for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
+    inside = {module for mixture in mixtures.values() for module in mixture.modules()}
+    proven = {name: module for name, module in layers.items() if module not in inside} | mixtures
     yield
-    if unused := {name for name, module in packed.items() if not module.used}:
+    if unused := {name for name, module in proven.items() if not module.used}:
         raise RuntimeError(
-            f"{len(unused)} of {len(packed)} swapped modules took no part in the forward pass: {_some(unused)}. "
+            f"{len(unused)} of {len(proven)} swapped modules took no part in the forward pass: {_some(unused)}. "
             "The model reads their weight without calling them, or never reaches them: add them to `keep`."
         )
 
 
-def reasons_to_leave(model: nn.Module, keep: Sequence[str], scheme: str | None = None) -> dict[str, str]:
-    """{path: reason} of the linear-like modules that are not to be swapped, nor, for the same reasons, adapted.
+def reasons_to_leave(model: nn.Module, keep: Sequence[str], scheme: str | None = None, trainable: bool = False) -> dict[str, str]:
+    """{path: reason} of the modules that are not to be swapped; without a `scheme`, of the linears that are not to be adapted.
 
-    With a `scheme`, those are added whose shape it cannot hold: they can carry an adapter all the same.
+    Reasons against both are the same, but that a scheme cannot hold every shape, and that experts and convolutions are
+    looked at for a swap only.
     """
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     holders = Counter(id(p) for m in set(model.modules()) for p in m._parameters.values() if p is not None)
     rescaled = getattr(getattr(model, "config", None), "rescale_every", 0) > 0
     left: dict[str, str] = {}
-    for path, module in linear_like(model).items():
+    for path, module in (linear_like(model) if scheme is None else multiplying(model)).items():
         parent = model.get_submodule(path.rpartition(".")[0])
         leaf = path.rpartition(".")[2]
         if not path:
             left[path] = "the model itself"
         elif module is head:
             left[path] = "output head"
-        elif holders[id(module.weight)] > 1:
+        elif any(holders[id(weight)] > 1 for weight in _matrices(module)):
             left[path] = "weight shared with another module"
         elif matches(path, keep):
             left[path] = "kept by pattern"
@@ -163,11 +217,19 @@ def reasons_to_leave(model: nn.Module, keep: Sequence[str], scheme: str | None =
             left[path] = "state-space mixers read this weight without calling the module"
         elif rescaled and path.endswith((".attention.output", ".feed_forward.value")):
             left[path] = "RWKV divides this weight in place (config.rescale_every)"
-        elif not (type(module) is nn.Linear or _is_conv1d(module)):
-            left[path] = f"{type(module).__name__} is not exactly nn.Linear"
-        elif scheme is not None and (reason := LINEARS[scheme, False].scheme.unfit(as_linear(module).weight.shape)) is not None:
+        elif (reason := _unfit(module, scheme, trainable)) is not None:
             left[path] = reason
     return left
+
+
+def multiplying(model: nn.Module) -> dict[str, nn.Module]:
+    """{path: module} of what a swap looks at, in each place: `linear_like`, fused experts and convolutions, not yet quantized."""
+    linears = linear_like(model)
+    return {
+        name: module
+        for name, module in model.named_modules(remove_duplicate=False)
+        if name in linears or (isinstance(module, _ConvNd) and not isinstance(module, BitConv2d)) or experts.looks_fused(module)
+    }
 
 
 def linear_like(model: nn.Module) -> dict[str, nn.Module]:
@@ -180,13 +242,13 @@ def linear_like(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def as_linear(module: nn.Module) -> nn.Linear:
-    """`module` as an nn.Linear on the same tensors; Conv1D, which keeps its weight as (in, out), is transposed."""
+    """`module` itself, or for a Conv1D, which keeps its weight as (in, out), an nn.Linear with a transposed copy of it."""
     if isinstance(module, nn.Linear):
         return module
-    assert isinstance(module.weight, nn.Parameter)
-    in_features, out_features = module.weight.shape
-    linear = nn.Linear(in_features, out_features, bias=False, device="meta")
-    linear.weight = nn.Parameter(module.weight.detach().t(), requires_grad=False)
+    weight = module.weight
+    assert isinstance(weight, nn.Parameter)
+    linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
     linear.bias = module.bias  # type: ignore[assignment]
     return linear.train(module.training)
 
@@ -200,6 +262,48 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
 def plain_path(path: str) -> str:
     """A module's path as it is without PEFT's wrappers."""
     return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+
+
+def _unfit(module: nn.Module, scheme: str | None, trainable: bool) -> str | None:
+    """Why a module of this kind, or with a weight of this shape, cannot be swapped."""
+    if isinstance(module, _ConvNd):
+        assert scheme is not None
+        return conv.reason_to_leave(module, scheme, trainable)
+    if not isinstance(module, nn.Linear) and not _is_conv1d(module):
+        assert scheme is not None
+        return experts.reason_to_leave(module, LINEARS[scheme, trainable].scheme)
+    if not (type(module) is nn.Linear or _is_conv1d(module)):
+        return f"{type(module).__name__} is not exactly nn.Linear"
+    assert isinstance(module.weight, Tensor)
+    shape = module.weight.shape[::-1] if _is_conv1d(module) else module.weight.shape
+    return None if scheme is None else LINEARS[scheme, trainable].scheme.unfit(torch.Size(shape))
+
+
+def _matrices(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters of `module` itself that are weights, not biases."""
+    return [p for p in module._parameters.values() if p is not None and p.dim() > 1]
+
+
+def _places(model: nn.Module, paths: Iterable[str]) -> list[list[str]]:
+    """`paths` by module: one that stands in two places is to stay one module."""
+    places: dict[int, list[str]] = {}
+    for path in paths:
+        places.setdefault(id(model.get_submodule(path)), []).append(path)
+    return list(places.values())
+
+
+def _replace(model: nn.Module, paths: list[str], module: nn.Module) -> None:
+    for path in paths:
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, module)
+
+
+def _quantized_in(module: nn.Module) -> list[str]:
+    return [name for name, layer in module.named_modules() if isinstance(layer, Quantized)]
+
+
+def _is_trained(module: nn.Module) -> bool:
+    return isinstance(module, FakeQuantLinear | BitConv2d)
 
 
 def _is_conv1d(module: nn.Module) -> bool:

@@ -48,6 +48,9 @@ class NF4Backend(Backend, Protocol):
 class TernaryBackend(Backend, Protocol):
     """Formulas and layout: quant/ternary.py. n rows, k = in_features."""
 
+    def quantize_weight(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight (out, k) fp32, bf16 or fp16 → packed uint8 (out/4, k), scale fp32 (); 0 or NaN if not all are finite."""
+
     def quantize_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (n, k) fp32, bf16 or fp16 → codes int8 (n, k), scales fp32 (n, 1)."""
 
@@ -63,7 +66,7 @@ class TernaryBackend(Backend, Protocol):
 
 TABLE = {  # best first
     "nf4": {"bitsandbytes": "quant.backends.bnb", "reference": "quant.backends.reference_nf4"},
-    "ternary": {"reference": "quant.backends.reference_ternary"},
+    "ternary": {"aten": "quant.backends.aten", "reference": "quant.backends.reference_ternary"},
 }
 
 _forced: str | None = None  # not a context variable: a backward pass may run in autograd's own threads

@@ -19,6 +19,11 @@ def describe(device: torch.device) -> str:
     return f"torch {torch.__version__} reference ({device.type})"
 
 
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    codes, scale = ternary.ternarize(weight)
+    return ternary.pack(codes), scale
+
+
 def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return ternary.quantize_rows(x)
 

@@ -65,7 +65,7 @@ def test_llama(tied: bool) -> None:
     assert report.left == {"lm_head": "output head"}
     assert report.share == pytest.approx(2 * (64 * (64 + 32 + 32 + 64) + 3 * 64 * 128) / total)
     assert report.bytes_after < report.bytes_before
-    assert "14 linears to nf4" in str(report)
+    assert "14 layers to nf4" in str(report)
     assert "1 × output head" in str(report)
     with prove_used(model, report):
         swapped = _logits(model)

@@ -1,0 +1,400 @@
+"""The linears of every scheme, trained and frozen: products, straight-through gradients, what is kept, copies, compiling."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+from quant import (
+    BitLinear,
+    FakeNF4Linear,
+    FakeQuantLinear,
+    NF4Linear,
+    PackedBitLinear,
+    PackedLinear,
+    nf4,
+    ternary,
+    weights_changed,
+)
+
+Layer = type[PackedLinear] | type[FakeQuantLinear]
+FAKE: list[type[FakeQuantLinear]] = [BitLinear, FakeNF4Linear]
+PACKED: list[type[PackedLinear]] = [NF4Linear, PackedBitLinear]
+LAYERS: list[Layer] = [*FAKE, *PACKED]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _linear(in_features: int = 96, out_features: int = 40, *, bias: bool = True, dtype: torch.dtype = torch.float32) -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(in_features, out_features, bias=bias).to(dtype)
+
+
+def _quantized_input(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the scheme makes of an input: itself, or what its int8 codes stand for, straight-through."""
+    if getattr(layer, "scheme", None) is not ternary:
+        return x
+    return x + (ternary.dequantize_rows(*ternary.quantize_rows(x), dtype=x.dtype) - x).detach()
+
+
+def _definition(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The straight-through definition, in torch: y = q(x) · q(W)ᵀ + bias, slope 1 through both roundings."""
+    quantized = nf4.fake_quantize(weight) if layer.scheme is nf4 else ternary.fake_quantize(weight)
+    return F.linear(_quantized_input(layer, x), weight + (quantized - weight).detach(), bias)
+
+
+def _run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    out = layer(x)
+    out.backward(grad.to(out.dtype))
+    assert x.grad is not None
+    return out.detach(), x.grad, *(p.grad.clone() for p in layer.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("features", [(96, 40), (33, 8), (576, 192)], ids=str)
+@pytest.mark.parametrize("lead", [(5,), (2, 3), (), (0,)], ids=str)
+@pytest.mark.parametrize("kind", FAKE)
+def test_equals_the_definition(
+    kind: type[FakeQuantLinear], lead: tuple[int, ...], features: tuple[int, int], bias: bool, dtype: torch.dtype
+) -> None:
+    linear = _linear(*features, bias=bias, dtype=dtype)
+    weight, offset = linear.weight.detach().clone().requires_grad_(), None
+    if linear.bias is not None:
+        offset = linear.bias.detach().clone().requires_grad_()
+    layer = kind.from_linear(linear)
+    x, grad = torch.randn(*lead, features[0]).to(dtype), torch.randn(*lead, features[1]).to(dtype)
+    ours = _run(layer, x, grad)
+    own = x.clone().requires_grad_()
+    out = _definition(layer, own, weight, offset)
+    out.backward(grad)
+    assert own.grad is not None
+    # The integer product is exact, the definition's is rounded in its inputs; gradients come from the very same factors.
+    tolerance: dict[str, float] = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(ours[0], out.detach(), **tolerance)
+    torch.testing.assert_close(ours[1], own.grad, rtol=0, atol=0)
+    assert weight.grad is not None
+    torch.testing.assert_close(ours[2], weight.grad, rtol=0, atol=0)
+    if offset is not None and offset.grad is not None:
+        torch.testing.assert_close(ours[3], offset.grad)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_gradcheck_against_the_straight_through_definition(kind: Layer) -> None:
+    """Around a point, straight-through is the bilinear map with the rounding errors held constant: that can be differenced."""
+    layer = kind.from_linear(_linear(12, 8))
+    floats = torch.get_default_dtype()
+    weight = layer.weight.detach() if isinstance(layer, FakeQuantLinear) else layer.dequantize(floats)
+    x = torch.randn(3, 12)
+    error_x, error_w = (_quantized_input(layer, x) - x).double(), (layer.dequantize(floats) - weight).double()
+    assert layer.bias is not None
+    bias = layer.bias.detach()
+
+    class Surrogate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x64: Tensor, w64: Tensor, b64: Tensor) -> Tensor:
+            ctx.save_for_backward(x64, w64)
+            return F.linear(x64 + error_x, w64 + error_w, b64)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+            with torch.enable_grad():
+                out = _run(layer, x, grad.float())
+            return (
+                out[1].double(),
+                out[2].double() if ctx.needs_input_grad[1] else None,
+                out[3].double() if len(out) > 3 else None,
+            )
+
+    trained = isinstance(layer, FakeQuantLinear)
+    inputs = (x.double().requires_grad_(), weight.double().requires_grad_(trained), bias.double().requires_grad_(trained))
+    assert gradcheck(Surrogate.apply, inputs, eps=1e-4, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_train_and_eval_in_any_order_change_nothing(kind: Layer) -> None:
+    layer = kind.from_linear(_linear())
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    x, grad = torch.randn(4, 96).bfloat16(), torch.randn(4, 40).bfloat16()
+    first = _run(layer, x, grad)
+    for training in (False, True, True, False, False, True):
+        layer.train(training)
+        with torch.no_grad():
+            assert torch.equal(layer(x), first[0])
+        with torch.inference_mode():
+            assert torch.equal(layer(x.clone()), first[0])
+        for now, then in zip(_run(layer, x, grad), first, strict=True):
+            assert torch.equal(now, then)
+        assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_never_twice(kind: Layer) -> None:
+    layer = kind.from_linear(_linear())
+    for other in LAYERS:
+        if isinstance(layer, FakeQuantLinear) and issubclass(other, PackedLinear) and other.scheme is layer.scheme:
+            packed = other.from_linear(layer)  # the end of training, and no second quantization
+            assert torch.equal(packed.dequantize(), layer.dequantize())
+            continue
+        with pytest.raises(ValueError, match="refuse to quantize twice"):
+            other.from_linear(layer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", [BitLinear, PackedBitLinear])
+def test_weights_that_were_ternary_are_refused_as_floats_too(kind: Layer) -> None:
+    plain = PackedBitLinear.from_linear(_linear()).to_linear(torch.bfloat16)
+    with pytest.raises(ValueError, match="ternary already"):
+        kind.from_linear(plain)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_shapes_that_do_not_fit(kind: Layer) -> None:
+    if kind.scheme is ternary:
+        with pytest.raises(ValueError, match="rows in fours"):
+            kind.from_linear(_linear(8, 6))
+    layer = kind.from_linear(_linear())
+    with pytest.raises(ValueError, match="inputs of 96 features"):
+        layer(torch.randn(2, 95))
+    with pytest.raises(TypeError, match="float64"):
+        layer(torch.randn(2, 96).double())
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_copies_casts_and_state(kind: Layer, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    layer = kind.from_linear(_linear())
+    x, grad = torch.randn(4, 96), torch.randn(4, 40)
+    first = _run(layer, x, grad)
+    twin = copy.deepcopy(layer)
+    assert torch.equal(_run(twin, x, grad)[0], first[0])
+    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    other = kind.from_linear(nn.Linear(96, 40))
+    _run(other, x, grad)  # whose codes are now kept, and must go
+    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    for now, then in zip(_run(other, x, grad), first, strict=True):
+        assert torch.equal(now, then)
+    if isinstance(layer, PackedLinear):
+        parts = [p.clone() for p in layer.parts]
+        layer.to(torch.bfloat16).half().float()
+        assert all(torch.equal(a, b) for a, b in zip(layer.parts, parts, strict=True))  # scales are not rounded
+        assert layer.dtype == torch.float32
+    meta = layer.to("meta")
+    assert meta(torch.randn(4, 96, device="meta")).shape == (4, 40)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast(kind: Layer, dtype: torch.dtype) -> None:
+    layer = kind.from_linear(_linear())
+    x = torch.randn(3, 96, requires_grad=True)
+    with torch.autocast("cpu", dtype=dtype):
+        out = layer(x)
+    out.backward(torch.randn(3, 40).to(dtype))
+    assert out.dtype == dtype
+    assert x.grad is not None
+    assert x.grad.dtype == torch.float32
+    torch.testing.assert_close(out.float(), layer(x.detach()).float(), rtol=2e-2, atol=2e-2)
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.parameters())
+
+
+def _kept(run: Any, exclude: nn.Module) -> int:
+    """Bytes of the storages that a forward pass keeps for its backward pass, parameters not counted."""
+    own = {p.untyped_storage().data_ptr() for p in exclude.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(saved.values())
+
+
+def test_bitlinear_keeps_int8_activations_and_two_bits_a_weight() -> None:
+    layer = BitLinear.from_linear(nn.Linear(256, 512, bias=False, dtype=torch.bfloat16))
+    x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
+    assert _kept(lambda: layer(x), layer) == 64 * 256 + 4 * 64
+    assert layer.cached_bytes() == 256 * 512 // 4 + 4
+    assert _kept(lambda: PackedBitLinear.from_linear(layer)(x), layer) == 256 * 512 // 4 + 4  # the packed weight itself
+
+
+def test_an_input_shared_by_three_is_quantized_and_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    import quant.backends
+    from quant.backends import aten
+
+    calls = []
+    plain = aten.quantize_rows
+    monkeypatch.setattr(aten, "quantize_rows", lambda x: (calls.append(x.shape), plain(x))[1])
+    model = nn.ModuleList(BitLinear.from_linear(nn.Linear(128, 64)) for _ in range(3))
+    x = torch.randn(2, 16, 128, requires_grad=True)
+    with quant.backends.use("aten"):
+        assert _kept(lambda: [layer(x) for layer in model], model) == 32 * 128 + 4 * 32
+        assert len(calls) == 1
+        with torch.no_grad():
+            x.mul_(2)  # another input in the same place
+        out = model[0](x)
+        assert len(calls) == 2
+        assert torch.equal(out, copy.deepcopy(model[0])(x.detach().clone()))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiles_without_a_graph_break(kind: Layer) -> None:
+    torch._dynamo.reset()
+    layer = kind.from_linear(_linear())
+    model = nn.Sequential(nn.Linear(96, 96), layer, nn.ReLU())
+    x, grad = torch.randn(2, 4, 96), torch.randn(2, 4, 40)
+    plain = _run(model, x, grad)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for now, then in zip(_run(compiled, x, grad), plain, strict=True):
+        assert torch.equal(now, then)
+    if isinstance(layer, FakeQuantLinear):  # a later step is seen inside the graph, and compiles nothing anew
+        optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+        for _ in range(3):
+            _run(model, x, grad)
+            optimizer.step()
+            with torch._dynamo.config.patch(error_on_recompile=True):
+                assert torch.equal(compiled(x.detach().requires_grad_()), model(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LAYERS)
+def test_compiles_with_inductor(kind: Layer) -> None:
+    torch._dynamo.reset()
+    layer = kind.from_linear(_linear())
+    x, grad = torch.randn(2, 4, 96), torch.randn(2, 4, 40)
+    plain = _run(layer, x, grad)
+    for now, then in zip(_run(torch.compile(layer, fullgraph=True), x, grad), plain, strict=True):
+        torch.testing.assert_close(now, then)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_fake_tensors_pass_through(kind: Layer) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = kind.from_linear(_linear())
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = copy.deepcopy(layer)
+        for name, parameter in list(fake.named_parameters()):
+            setattr(fake, name, nn.Parameter(mode.from_tensor(parameter.detach()), requires_grad=parameter.requires_grad))
+        x = torch.randn(2, 5, 96, requires_grad=True)
+        out = fake(x)
+        out.sum().backward()
+        assert out.shape == (2, 5, 40)
+        assert x.grad is not None
+        assert x.grad.shape == x.shape
+        assert layer.cached_bytes() == 0
+
+
+# ------------------------------------------------------------------------- the codes of a master weight, and their validity
+
+
+def _optimizers() -> list[Any]:
+    adamw = torch.optim.AdamW
+    return [
+        pytest.param(lambda p: adamw(p, lr=0.1), id="adamw"),
+        pytest.param(lambda p: adamw(p, lr=0.1, fused=True), id="fused"),
+        pytest.param(lambda p: adamw(p, lr=0.1, foreach=True), id="foreach"),
+        pytest.param(lambda p: torch.optim.SGD(p, lr=10.0), id="sgd"),
+        pytest.param("AdamW8bit", id="8-bit"),
+        pytest.param("PagedAdamW8bit", id="paged 8-bit"),
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:.*aged:UserWarning")
+@pytest.mark.parametrize("kind", FAKE)
+@pytest.mark.parametrize("make", _optimizers())
+def test_the_next_forward_uses_the_new_weight(kind: type[FakeQuantLinear], make: Any) -> None:
+    layer = kind.from_linear(_linear(256, 64))
+    if isinstance(make, str):
+        bnb = pytest.importorskip("bitsandbytes")
+        optimizer = getattr(bnb.optim, make)(layer.parameters(), lr=0.1)
+    else:
+        optimizer = make(layer.parameters())
+    x, grad = torch.randn(8, 256), torch.randn(8, 64)
+    for _ in range(3):
+        before = _run(layer, x, grad)[0]
+        optimizer.step()
+        after = layer(x).detach()
+        assert not torch.equal(after, before)
+        fresh = kind.from_linear(nn.Linear(256, 64))
+        with torch.no_grad():
+            fresh.weight.copy_(layer.weight)
+            fresh.bias.copy_(layer.bias)
+        assert torch.equal(after, fresh(x).detach())
+
+
+@pytest.mark.parametrize("kind", FAKE)
+def test_a_step_inside_the_backward_pass(kind: type[FakeQuantLinear]) -> None:
+    layer = kind.from_linear(_linear())
+    optimizers = {p: torch.optim.AdamW([p], lr=0.1, fused=True) for p in layer.parameters()}
+
+    def step(parameter: nn.Parameter) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in layer.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    x = torch.randn(8, 96)
+    for _ in range(3):
+        layer(x).pow(2).sum().backward()
+        assert torch.equal(layer(x), copy.deepcopy(layer)(x))
+
+
+@pytest.mark.parametrize("kind", FAKE)
+def test_computed_once_a_step(kind: type[FakeQuantLinear], monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant.ops import ARITHMETIC
+
+    layer = kind.from_linear(_linear())
+    arithmetic, calls = type(ARITHMETIC[layer.arithmetic]), []
+    plain = arithmetic.pack
+    monkeypatch.setattr(arithmetic, "pack", lambda self, w: (calls.append(1), plain(self, w))[1])
+    x, grad = torch.randn(8, 96), torch.randn(8, 40)
+    for _ in range(4):  # micro-steps
+        _run(layer, x, grad)
+    assert len(calls) == 1
+    weights_changed()
+    _run(layer, x, grad)
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("kind", FAKE)
+def test_edits_by_hand_are_seen(kind: type[FakeQuantLinear]) -> None:
+    layer = kind.from_linear(_linear())
+    x = torch.randn(8, 96)
+    first = layer(x).detach()
+    with torch.no_grad():
+        layer.weight.add_(torch.randn_like(layer.weight))
+    second = layer(x).detach()
+    assert not torch.equal(second, first)
+    layer.weight.data = torch.randn_like(layer.weight)
+    third = layer(x).detach()
+    assert not torch.equal(third, second)
+    layer.weight = nn.Parameter(torch.randn_like(layer.weight))
+    assert not torch.equal(layer(x), third)
+
+
+def test_kept_codes_die_with_their_weight() -> None:
+    from quant import derived
+
+    derived._entries.clear()
+    layer = BitLinear.from_linear(_linear())
+    layer(torch.randn(2, 96))
+    assert len(derived._entries) == 1
+    del layer
+    other = BitLinear.from_linear(_linear())
+    other(torch.randn(2, 96))
+    assert len(derived._entries) == 1
+    other.bfloat16()
+    assert other.cached_bytes() == 0
