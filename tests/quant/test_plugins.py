@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import NF4Linear, assert_wrapped, linear_targets, load_peft, prove_used, register_peft, swap
+from quant import PackedLinear, assert_wrapped, linear_targets, load_peft, prove_used, register_peft, swap, ternary
 
 IDS = torch.arange(12).view(2, 6)
 KINDS: dict[str, dict[str, Any]] = {
@@ -20,7 +20,15 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def _base(dtype: torch.dtype = torch.float32, *, packed: bool = True) -> nn.Module:
+class Int8Input(nn.Linear):
+    """A float linear whose input is quantized as a ternary one's is, straight-through."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        codes, scales = ternary.quantize_rows(x)
+        return super().forward(x + (ternary.dequantize_rows(codes, scales, dtype=x.dtype) - x).detach())
+
+
+def _base(dtype: torch.dtype = torch.float32, scheme: str = "nf4", *, packed: bool = True) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -31,7 +39,7 @@ def _base(dtype: torch.dtype = torch.float32, *, packed: bool = True) -> nn.Modu
         if name.endswith("bias"):  # zero as made, which hides a forgotten one
             parameter.data.normal_(std=0.5)
     if packed:
-        swap(model)
+        swap(model, scheme=scheme)
     return model
 
 
@@ -39,7 +47,7 @@ def _adapted(model: nn.Module, *, noise: float = 0.05, **changes: Any) -> Any:
     """`model` under PEFT, the adapters moved away from zero."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=linear_targets(model), **changes)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": linear_targets(model)} | changes)
     register_peft(config)
     torch.manual_seed(1)
     adapted = get_peft_model(model, config)
@@ -71,10 +79,11 @@ def test_the_private_registration_is_there() -> None:
     assert type(adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj")).__name__ == "PackedLora"
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "ternary"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_step_changes_the_adapters_and_nothing_else(kind: str, dropout: float) -> None:
-    adapted = _adapted(_base(), lora_dropout=dropout, **KINDS[kind]).train()
+def test_one_step_changes_the_adapters_and_nothing_else(kind: str, dropout: float, scheme: str) -> None:
+    adapted = _adapted(_base(scheme=scheme), lora_dropout=dropout, **KINDS[kind]).train()
     trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trainable
     assert all("lora_" in name for name in trainable)
@@ -86,16 +95,23 @@ def test_one_step_changes_the_adapters_and_nothing_else(kind: str, dropout: floa
     assert changed == trainable
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "ternary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", [*KINDS, "dora with dropout"])
-def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torch.dtype) -> None:
+def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torch.dtype, scheme: str) -> None:
     """PEFT's own layers over float linears that hold the dequantized weights are the oracle, gradients included."""
-    packed, floats = _base(dtype), _base(dtype)
+    if scheme == "ternary" and kind == "dora with dropout":
+        pytest.skip("PEFT multiplies the dropped input with the weight itself, and quantizes nothing")
+    packed, floats = _base(dtype, scheme), _base(dtype, scheme)
     for name, module in list(floats.named_modules()):
-        if isinstance(module, NF4Linear):
+        if isinstance(module, PackedLinear):
             parent, _, leaf = name.rpartition(".")
-            setattr(floats.get_submodule(parent), leaf, module.to_linear())
+            linear = module.to_linear()
+            if scheme == "ternary":
+                linear.__class__ = Int8Input
+            setattr(floats.get_submodule(parent), leaf, linear)
     changes = {"use_dora": True, "lora_dropout": 0.3} if kind == "dora with dropout" else KINDS[kind]
+    changes = {"target_modules": linear_targets(packed)} | changes
     ours, theirs = _adapted(packed, **changes), _adapted(floats, **changes)
     losses = []
     for model in (ours, theirs):
@@ -111,26 +127,30 @@ def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torc
         torch.testing.assert_close(found[name], gradient, **tolerance)
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "ternary"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_save_and_load(kind: str, tmp_path: Path) -> None:
-    adapted = _adapted(_base(), **KINDS[kind])
+def test_save_and_load(kind: str, scheme: str, tmp_path: Path) -> None:
+    adapted = _adapted(_base(scheme=scheme), **KINDS[kind])
     logits = _logits(adapted)
     adapted.save_pretrained(tmp_path)
-    base = _base()
+    base = _base(scheme=scheme)
     assert not torch.equal(_logits(base), logits)
     loaded = load_peft(base, tmp_path)
     assert torch.equal(_logits(loaded), logits)
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert any(p.requires_grad for p in load_peft(_base(), tmp_path, is_trainable=True).parameters())
+    assert any(p.requires_grad for p in load_peft(_base(scheme=scheme), tmp_path, is_trainable=True).parameters())
 
 
+@pytest.mark.parametrize("scheme", ["nf4", "ternary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
-def test_merge_and_unmerge(kind: str, dtype: torch.dtype) -> None:
-    adapted = _adapted(_base(dtype), **KINDS[kind])
+def test_merge_and_unmerge(kind: str, dtype: torch.dtype, scheme: str) -> None:
+    adapted = _adapted(_base(dtype, scheme), **KINDS[kind])
     before, logits = _snapshot(adapted), _logits(adapted)
-    # One rounding of each weight to the dtype: a few units in the last place of the logits' scale.
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype] * logits.abs().max().item()
+    # One rounding of each weight to the dtype: a few units in the last place of the logits' scale. A ternary base quantizes
+    # its input, and a merged one does not.
+    bound = 3e-2 if scheme == "ternary" else 1e-5
+    tolerance = max(bound, 3e-2 if dtype == torch.bfloat16 else 0) * logits.abs().max().item()
     adapted.merge_adapter()
     assert adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj").base_layer.weight.dtype == dtype
     torch.testing.assert_close(_logits(adapted), logits, rtol=0, atol=tolerance)
