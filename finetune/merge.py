@@ -15,7 +15,7 @@ import torch
 
 from finetune.errors import GateStop
 from finetune.files import atomic_folder
-from quant import NF4Linear
+from quant import PackedLinear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,7 +33,7 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     if hasattr(model, "merge_and_unload"):
         model = model.to("cpu").merge_and_unload()
     for path, module in list(model.named_modules()):
-        if isinstance(module, NF4Linear):  # it had no adapter
+        if isinstance(module, PackedLinear):  # it had no adapter
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.to_linear(dtype))
     model = _as_stored(model.to("cpu", dtype))
@@ -120,7 +120,7 @@ def write_gated(
             what, rows, batch_tokens=batch_tokens, progress=lambda done, total: progress(done, total, f"rows, {name} model")
         ).loss
 
-    parameters = sum(m.in_features * m.out_features if isinstance(m, NF4Linear) else 0 for m in model.modules())
+    parameters = sum(m.in_features * m.out_features if isinstance(m, PackedLinear) else 0 for m in model.modules())
     parameters += sum(p.numel() for p in model.parameters() if p.is_floating_point())
     compute, where = arithmetic(parameters, dtype, device)
     if compute == torch.float32:

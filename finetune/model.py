@@ -19,7 +19,7 @@ from finetune.data.rows import PACKAGE, package_files
 from finetune.errors import Mistake, nearest
 from finetune.recipe import Adapter, Quant, Recipe
 from finetune.screen import Shown, relayed_bars
-from quant.linear import NF4Linear
+from quant.linear import PackedLinear
 from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, reasons_to_leave, swap
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
     for module in model.modules():
-        if isinstance(module, NF4Linear):
+        if isinstance(module, PackedLinear):
             module.dtype = dtype
     return model
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import NF4Linear, prove_used, swap
-from quant.swap import DEFAULT_KEEP
+from quant import BitLinear, NF4Linear, PackedBitLinear, nf4, pack, prove_used, swap, ternary
+from quant.swap import DEFAULT_KEEP, LINEARS, as_linear
 
 
 def _llama(**changes: Any) -> nn.Module:
@@ -198,3 +199,177 @@ def test_meta() -> None:
     assert {k: (v.shape, v.dtype) for k, v in real.state_dict().items()} == {
         k: (v.shape, v.dtype) for k, v in model.state_dict().items()
     }
+
+
+# ------------------------------------------------------------------------------------------------------------- GPT-2's Conv1D
+
+
+def _fake_rows(x: Tensor) -> Tensor:
+    return x + (ternary.dequantize_rows(*ternary.quantize_rows(x)) - x).detach()
+
+
+@pytest.mark.parametrize(("scheme", "trainable"), LINEARS, ids=str)
+def test_gpt2_equals_its_definition(scheme: str, trainable: bool) -> None:
+    """Logits and gradients of a swapped GPT-2 against Conv1D on fake-quantized weights and, in ternary, activations."""
+    from transformers.pytorch_utils import Conv1D
+
+    model = _gpt2()
+    twin = copy.deepcopy(model)
+    for module in twin.modules():
+        if isinstance(module, Conv1D):
+            fake = {"nf4": nf4.fake_quantize, "ternary": ternary.fake_quantize}[scheme]
+            module.weight.data = fake(module.weight.data.t().contiguous()).t()
+            if scheme == "ternary":
+                module.register_forward_pre_hook(lambda _, args: (_fake_rows(args[0]),))
+    report = swap(model, scheme=scheme, trainable=trainable)
+    assert len(report.swapped) == 8
+    outputs = []
+    for each in (model, twin):
+        with torch.enable_grad():
+            each.train()
+            for dropout in (m for m in each.modules() if isinstance(m, nn.Dropout)):
+                dropout.p = 0.0
+            logits = each(input_ids=IDS).logits
+            logits.square().mean().backward()
+        outputs.append(logits)
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
+    if trainable:
+        for path in report.swapped:
+            ours, theirs = model.get_submodule(path), twin.get_submodule(path)
+            assert isinstance(ours.weight, nn.Parameter)
+            for grad, expected in ((ours.weight.grad, theirs.weight.grad.t()), (ours.bias.grad, theirs.bias.grad)):  # type: ignore[union-attr,operator]
+                assert (grad - expected).norm() < 0.03 * expected.norm()  # type: ignore[operator]
+
+
+def test_a_conv1d_becomes_a_linear_with_parameters_of_its_own() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    conv = Conv1D(12, 8)
+    linear = as_linear(conv)
+    assert (linear.in_features, linear.out_features) == (8, 12)
+    assert torch.equal(linear.weight, conv.weight.t())
+    assert linear.weight.is_contiguous()
+    assert linear.weight.requires_grad
+    assert linear.bias is conv.bias
+    layer = BitLinear.from_linear(linear)
+    assert layer.weight is linear.weight
+    assert layer.bias is conv.bias
+    conv.weight.requires_grad_(False)
+    assert not as_linear(conv).weight.requires_grad
+
+    one, two = Conv1D(8, 8), Conv1D(8, 8)
+    two.weight = one.weight
+    report = swap(nn.ModuleDict({"one": one, "two": two, "three": Conv1D(8, 8)}), trainable=True)
+    assert report.swapped == ("three",)
+    assert report.left["one"] == "weight shared with another module"
+
+
+# ------------------------------------------------------------------------------------------------------------------- packing
+
+
+@pytest.mark.parametrize(("scheme", "options"), [("ternary", {}), ("nf4", {}), ("nf4", {"double": False})], ids=str)
+def test_pack_ends_training_with_the_same_logits(scheme: str, options: dict[str, bool]) -> None:
+    model = _llama()
+    swapped = swap(model, scheme=scheme, trainable=True, **options)
+    assert swapped.bytes_after == swapped.bytes_before
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+    trained = _logits(model)
+    seen: list[tuple[int, int]] = []
+    report = pack(model, progress=lambda done, total: seen.append((done, total)))
+    assert torch.equal(_logits(model), trained)
+    assert (report.scheme, report.trainable, report.swapped, report.left) == (scheme, False, swapped.swapped, {})
+    assert report.share == swapped.share
+    assert report.bytes_before == swapped.bytes_after > report.bytes_after
+    assert seen == [(i, 14) for i in range(1, 15)]
+    kinds = {type(m) for m in model.modules() if hasattr(m, "quantized")}
+    assert kinds == {LINEARS[scheme, False]}
+    if scheme == "nf4":
+        assert {m.double_quantized for m in model.modules() if isinstance(m, NF4Linear)} == {options.get("double", True)}
+    with prove_used(model, report):
+        _logits(model)
+    with pytest.raises(ValueError, match="nothing to pack in LlamaForCausalLM"):
+        pack(model)
+    with pytest.raises(ValueError, match="already"):
+        swap(model, scheme=scheme)
+
+
+def test_pack_keeps_shared_modules_shared_and_refuses_what_it_must() -> None:
+    shared = nn.Linear(8, 8)
+    model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(8, 8)})
+    swap(model, scheme="ternary", trainable=True)
+    assert isinstance(model["c"], BitLinear)
+    model["c"].weight.data[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"^c: 1 of 64 weights are not finite"):
+        pack(model)
+    assert model["a"] is model["b"]
+    assert isinstance(model["a"], PackedBitLinear)
+    with pytest.raises(ValueError, match="nothing to pack"):
+        pack(nn.Sequential(nn.Linear(8, 8)))
+
+
+def test_pack_wants_adapters_merged_first() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    model = _llama()
+    swap(model, scheme="nf4", trainable=True)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"q_proj\.base_layer carries an adapter"):
+        pack(adapted)
+    assert not any(isinstance(m, NF4Linear) for m in model.modules())
+    assert len(pack(adapted.merge_and_unload()).swapped) == 14
+
+
+# ------------------------------------------------------------------------------------------------------------------- families
+
+LLAMA: dict[str, Any] = {
+    "vocab_size": 100, "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
+}  # fmt: skip
+RECURRENT: dict[str, Any] = {"vocab_size": 100, "hidden_size": 128, "num_hidden_layers": 2}
+FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {  # the least share of the body; the config
+    "Llama": (0.98, LLAMA),
+    "Mistral": (0.98, LLAMA),
+    "Qwen3": (0.98, LLAMA | {"head_dim": 32}),
+    "Gemma3": (0.98, LLAMA | {"head_dim": 32}),
+    "Phi3": (0.98, LLAMA),
+    "GPTNeoX": (0.98, {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"}),
+    "GPT2": (0.98, {"vocab_size": 100, "n_positions": 32, "n_embd": 128, "n_layer": 2, "n_head": 4}),
+    "BitNet": (0.98, LLAMA),
+    "NanoChat": (0.98, LLAMA),
+    "xLSTM": (0.98, RECURRENT | {"num_heads": 4, "num_blocks": 2, "chunk_size": 16}),
+    "Rwkv": (0.98, RECURRENT | {"rescale_every": 0}),
+    "Mamba": (0.55, RECURRENT | {"state_size": 8}),
+    "Mamba2": (0.55, RECURRENT | {"state_size": 8, "head_dim": 32, "num_heads": 8, "n_groups": 2, "chunk_size": 8}),
+}
+CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Config", "GPT2LMHeadModel")}
+
+
+@pytest.mark.parametrize(("scheme", "trainable"), [("nf4", False), ("ternary", True)], ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(family: str, scheme: str, trainable: bool) -> None:
+    import transformers
+
+    least, config = FAMILIES[family]
+    names = CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
+    torch.manual_seed(0)
+    model = getattr(transformers, names[1])(getattr(transformers, names[0])(**config)).train()
+    outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
+    outside |= {id(p) for p in model.get_output_embeddings().parameters()}
+    floats = copy.deepcopy(model)
+    total, body = (sum(p.numel() for p in model.parameters() if id(p) not in without) for without in (set(), outside))
+    report = swap(model, scheme=scheme, trainable=trainable)
+    assert report.share * total / body >= least
+    with prove_used(model, report):
+        logits = model(input_ids=IDS, use_cache=False).logits
+    assert bool(logits.isfinite().all())
+    if trainable:
+        logits.float().square().mean().backward()
+        floats(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
+        for path in report.swapped:  # xLSTM starts with feed-forward layers that nothing moves, swapped or not
+            ours, theirs = model.get_submodule(path).weight, floats.get_submodule(path).weight
+            assert ours.grad is not None
+            assert bool(ours.grad.any()) == bool(theirs.grad.any())
