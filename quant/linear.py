@@ -16,6 +16,7 @@ input it keeps what the scheme multiplied with: nothing for a frozen layer, int8
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any, ClassVar, Self
@@ -33,36 +34,68 @@ class _Linear(torch.autograd.Function):
 
         y = q(x) · q(W)ᵀ + bias      ∂x = ∂y · q(W)      ∂W = ∂yᵀ · q(x)      (q: quantized and dequantized, slope 1)
 
+    With a norm, x is normalized first: RMSNorm's gradient follows, and x itself is kept for it.
+
     Straight-through: Bengio et al., arXiv 1308.3432; BitNet, arXiv 2310.11453, section 2.2.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, bias: Tensor | None, scheme: str, shape: tuple[int, int], dtype: torch.dtype, *weight: Tensor
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        norm: Tensor | None,
+        eps: float,
+        scheme: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        *weight: Tensor,
     ) -> Tensor:
         frozen = weight[0].dtype == torch.uint8
-        rows = operators.rows(scheme, x) if ARITHMETIC[scheme].integer else (x,)
+        before_norm: tuple[Tensor, ...] = ()
+        if norm is not None:
+            *rows, inverse = operators.norm_rows(scheme, x, norm, eps)
+            before_norm = x, inverse, norm
+        else:
+            rows = operators.rows(scheme, x) if ARITHMETIC[scheme].integer else (x,)
         ctx.scheme, ctx.shape, ctx.frozen, ctx.x_dtype = scheme, shape, frozen, x.dtype
-        ctx.kept = 0 if frozen or not weight[0].requires_grad else len(rows)
-        ctx.save_for_backward(*weight, *rows[: ctx.kept])
+        ctx.parts, ctx.kept = len(weight), 0 if frozen or not weight[0].requires_grad else len(rows)
+        ctx.save_for_backward(*weight, *rows[: ctx.kept], *before_norm)
         return operators.linear(scheme, rows, bias, weight, frozen, *shape, dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        weight, rows = saved[: len(saved) - ctx.kept], saved[len(saved) - ctx.kept :]
-        grad_x = grad_bias = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_x = operators.grad_input(ctx.scheme, grad, weight, ctx.frozen, *ctx.shape).to(ctx.x_dtype)
+        saved, end = ctx.saved_tensors, ctx.parts + ctx.kept
+        weight, rows, before_norm = saved[: ctx.parts], saved[ctx.parts : end], saved[end:]
+        grad_x = grad_bias = grad_norm = grad_weight = None
+        if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
+            grad_x = operators.grad_input(ctx.scheme, grad, weight, ctx.frozen, *ctx.shape)
+            if before_norm:
+                grad_x, grad_norm = _norm_gradients(grad_x, *before_norm)
+            grad_x = grad_x.to(ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = grad.reshape(-1, ctx.shape[0]).sum(0)
         if rows:
             grad_weight = operators.grad_weight(ctx.scheme, grad, rows).to(weight[0].dtype)
-        return grad_x, grad_bias, None, None, None, grad_weight, *[None] * (len(weight) - 1)
+        return grad_x, grad_bias, grad_norm, None, None, None, None, grad_weight, *[None] * (len(weight) - 1)
 
 
-def _multiply(x: Tensor, bias: Tensor | None, scheme: str, shape: tuple[int, int], weight: list[Tensor]) -> Tensor:
-    """x (…, in) → (…, out), in the dtype of x, or in autocast's where that is on."""
+def _norm_gradients(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Of RMSNorm's output → of its input, and of its weight; in fp32."""
+    normed, scaled = x.float() * inverse, grad.float() * weight.float()
+    grad_x = inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return grad_x, (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
+
+
+def _multiply(
+    x: Tensor,
+    bias: Tensor | None,
+    scheme: str,
+    shape: tuple[int, int],
+    weight: list[Tensor],
+    norm: nn.RMSNorm | None = None,
+) -> Tensor:
+    """x (…, in) → (…, out), in the dtype of x, or in autocast's where that is on; normalized before, where there is a norm."""
     dtype, kind = x.dtype, x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # `meta` has no autocast to ask
         dtype = torch.get_autocast_dtype(kind)
@@ -71,7 +104,8 @@ def _multiply(x: Tensor, bias: Tensor | None, scheme: str, shape: tuple[int, int
     if x.shape[-1:] != shape[1:]:
         raise ValueError(f"this linear takes inputs of {shape[1]} features, got shape {tuple(x.shape)}")
     bias = None if bias is None else bias.to(dtype)
-    y: Tensor = _Linear.apply(x, bias, scheme, shape, dtype, *weight)
+    normed = (None, 0.0) if norm is None else (norm.weight, norm.eps)
+    y: Tensor = _Linear.apply(x, bias, *normed, scheme, shape, dtype, *weight)
     return y
 
 
@@ -89,6 +123,10 @@ def _refuse(linear: nn.Module, scheme: ModuleType) -> None:
         raise ValueError("these weights are ternary already: a second quantization would keep the codes and shrink the scale")
 
 
+def _norm(features: int, eps: float | None, device: torch.device, dtype: torch.dtype) -> nn.RMSNorm | None:
+    return None if eps is None else nn.RMSNorm(features, eps=eps, device=device, dtype=dtype)
+
+
 def _frozen(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=False)
 
@@ -103,6 +141,7 @@ class PackedLinear(nn.Module):
 
     scheme: ClassVar[ModuleType]
     quantized: ClassVar[str]
+    rms_norm: nn.RMSNorm | None
     in_features: int
     out_features: int
     bias: nn.Parameter | None
@@ -120,7 +159,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.dtype = dtype or torch.get_default_dtype()
-        self.used = False
+        self.used, self.rms_norm = False, None
         layout = self.scheme.layout(self.shape, **options)
         self.names = tuple(layout)
         for name, shape in layout.items():
@@ -185,7 +224,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
         self.mark_used()
-        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), self.parts)
+        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), self.parts, self.rms_norm)
 
     def mark_used(self) -> None:
         """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
@@ -227,12 +266,31 @@ class NF4Linear(PackedLinear):
 
 
 class PackedBitLinear(PackedLinear):
-    """A frozen linear in ternary, 2 bits a weight; activations are quantized to int8 by token. out_features in fours."""
+    """A frozen linear in ternary, 2 bits a weight; activations are quantized to int8 by token. out_features in fours.
+
+    `rms_norm`: None, or the RMSNorm before it, as in BitLinear.
+    """
 
     scheme: ClassVar[ModuleType] = ternary
     quantized: ClassVar[str] = "ternary"
     weight: nn.Parameter
     weight_scale: nn.Parameter
+
+    def __init__(self, *args: Any, norm_eps: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rms_norm = _norm(self.in_features, norm_eps, self.weight.device, self.dtype)
+        if self.rms_norm is not None:
+            self.rms_norm.requires_grad_(False)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, norm_eps: float | None = None, **kwargs: Any) -> Self:
+        """As PackedLinear.from_linear; the norm is that of a BitLinear that has one, else a new one with `norm_eps`."""
+        packed = super().from_linear(linear, **kwargs)
+        if (norm := getattr(linear, "rms_norm", None)) is not None:
+            packed.rms_norm = copy.deepcopy(norm).requires_grad_(False).to(packed.weight.device)
+        else:
+            packed.rms_norm = _norm(packed.in_features, norm_eps, packed.weight.device, packed.dtype)
+        return packed
 
 
 class FakeQuantLinear(nn.Linear):
@@ -243,6 +301,7 @@ class FakeQuantLinear(nn.Linear):
 
     scheme: ClassVar[ModuleType]
     quantized: ClassVar[str]
+    rms_norm: nn.RMSNorm | None
 
     def __init__(
         self,
@@ -254,7 +313,7 @@ class FakeQuantLinear(nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
-        self.used = False
+        self.used, self.rms_norm = False, None
         if (reason := self.scheme.unfit(self.weight.shape)) is not None:
             raise ValueError(reason)
 
@@ -285,7 +344,7 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
         self.mark_used()
-        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), [self.weight])
+        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), [self.weight], self.rms_norm)
 
     def mark_used(self) -> None:
         """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
@@ -307,12 +366,23 @@ class FakeQuantLinear(nn.Linear):
 class BitLinear(FakeQuantLinear):
     """The linear of BitNet b1.58: ternary weights, int8 activations by token, a float master weight. out_features in fours.
 
-    The Era of 1-bit LLMs, arXiv 2402.17764, section 2. Without the normalization that BitNet puts before it, which is the
-    model's business. The backward pass keeps the int8 activations and their scales, and no float copy of anything.
+    The Era of 1-bit LLMs, arXiv 2402.17764, section 2. The backward pass keeps the int8 activations and their scales, and
+    no float copy of anything. With `norm_eps` the layer has an RMSNorm of its own, `rms_norm`, which is then one pass with
+    the quantization (`use_rms_norm` of transformers' bitnet layers); without, normalizing is the model's business.
     """
 
     scheme: ClassVar[ModuleType] = ternary
     quantized: ClassVar[str] = "ternary"
+
+    def __init__(self, *args: Any, norm_eps: float | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.rms_norm = _norm(self.in_features, norm_eps, self.weight.device, self.weight.dtype)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, *, norm_eps: float | None = None, **kwargs: Any) -> Self:
+        layer = super().from_linear(linear, **kwargs)
+        layer.rms_norm = _norm(layer.in_features, norm_eps, layer.weight.device, layer.weight.dtype)
+        return layer
 
 
 class FakeNF4Linear(FakeQuantLinear):

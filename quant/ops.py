@@ -1,6 +1,7 @@
 """What a quantized linear computes, as torch operators: one set for every scheme, opaque to `torch.compile`.
 
     rows         x → what enters the product and is kept for the backward pass, where that is not x itself: int8 codes, scales
+    norm_rows    the same of RMSNorm(x), in one pass where the backend can, and 1 / root mean square
     linear       rows · Wᵀ + bias → y
     grad_input   grad · W → the gradient of x
     grad_weight  gradᵀ · rows → the gradient of a master weight, straight-through
@@ -42,7 +43,8 @@ class Arithmetic(Protocol):
     integer: bool
     """Whether the product is taken of int8 rows. Otherwise x itself is the one row tensor, and `rows` is not called."""
 
-    def rows(self, x: Tensor) -> list[Tensor]: ...
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+    def norm_rows(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]: ...
     def pack(self, master: Tensor) -> list[Tensor]: ...
     def linear(
         self,
@@ -66,7 +68,10 @@ class NF4Arithmetic:
     double: bool
     integer = False
 
-    def rows(self, x: Tensor) -> list[Tensor]:
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        raise AssertionError("NF4 multiplies with x itself")
+
+    def norm_rows(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         raise AssertionError("NF4 multiplies with x itself")
 
     def pack(self, master: Tensor) -> list[Tensor]:
@@ -147,8 +152,15 @@ class TernaryArithmetic:
 
     integer = True
 
-    def rows(self, x: Tensor) -> list[Tensor]:
-        return list(backends.select(x.device, scheme="ternary").quantize_rows(x))
+    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return backends.select(x.device, scheme="ternary").quantize_rows(x)
+
+    def norm_rows(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        backend = backends.select(x.device, scheme="ternary")
+        if (fused := getattr(backend, "norm_quantize_rows", None)) is not None:
+            return cast(tuple[Tensor, Tensor, Tensor], fused(x, weight, eps))
+        normed, inverse = ternary.rms_norm(x, weight, eps)
+        return *backend.quantize_rows(normed), inverse
 
     def pack(self, master: Tensor) -> list[Tensor]:
         codes, scale = backends.select(master.device, scheme="ternary").quantize_weight(master)
@@ -191,6 +203,7 @@ ARITHMETIC: dict[str, Arithmetic] = {
 
 _LIBRARY = torch.library.Library("quant12g", "DEF")
 _LIBRARY.define("rows(str scheme, Tensor x) -> (Tensor, Tensor)")
+_LIBRARY.define("norm_rows(str scheme, Tensor x, Tensor weight, float eps) -> (Tensor, Tensor, Tensor)")
 _LIBRARY.define(
     "linear(str scheme, Tensor[] rows, Tensor? bias, Tensor[] weight, bool frozen, int out, int inner, ScalarType dtype)"
     " -> Tensor"
@@ -217,6 +230,11 @@ def _rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
 def _quantized_rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = ARITHMETIC[scheme].rows(_matrix(x))
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
+
+
+def _norm_rows(scheme: str, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales, inverse = ARITHMETIC[scheme].norm_rows(_matrix(x), weight, eps)
+    return codes.view(x.shape), scales.view(*x.shape[:-1], 1), inverse.view(*x.shape[:-1], 1)
 
 
 def _matrix(x: Tensor) -> Tensor:
@@ -264,6 +282,11 @@ def _fake_rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=torch.int8), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
 
 
+def _fake_norm_rows(scheme: str, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    codes, scales = _fake_rows(scheme, x)
+    return codes, scales, torch.empty_like(scales)
+
+
 def _fake_linear(
     scheme: str,
     rows: Sequence[Tensor],
@@ -291,6 +314,7 @@ def _fake_dequantize(scheme: str, weight: Sequence[Tensor], frozen: bool, out: i
 
 for _name, _function, _fake in (
     ("rows", _rows, _fake_rows),
+    ("norm_rows", _norm_rows, _fake_norm_rows),
     ("linear", _linear, _fake_linear),
     ("grad_input", _grad_input, _fake_grad_input),
     ("grad_weight", _grad_weight, _fake_grad_weight),

@@ -120,6 +120,15 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * scale).round_().clamp_(-128, 127).to(torch.int8), scale
 
 
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Root mean square normalization (arXiv 1910.07467) of x (…, in), rounded as transformers' LlamaRMSNorm rounds.
+
+    Returns the normalized x times weight (in,), and 1 / root mean square by row, fp32 (…, 1).
+    """
+    inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
+    return weight * (x.float() * inverse).to(x.dtype), inverse
+
+
 def dequantize_rows(codes: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """The activations that `codes` stand for, rounded once from fp32."""
     return (codes / scale).to(dtype)

@@ -119,6 +119,35 @@ def test_gradcheck_against_the_straight_through_definition(kind: Layer) -> None:
     assert gradcheck(Surrogate.apply, inputs, eps=1e-4, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_norm_before_it(dtype: torch.dtype) -> None:
+    """`norm_eps`: RMSNorm and quantization in one pass equal transformers' RMSNorm and then the layer, gradients included."""
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    layer = BitLinear.from_linear(_linear(dtype=dtype), norm_eps=1e-6)
+    plain = BitLinear.from_linear(_linear(dtype=dtype))
+    norm = LlamaRMSNorm(96, eps=1e-6).to(dtype)
+    assert layer.rms_norm is not None
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(96) + 0.5)
+        layer.rms_norm.weight.copy_(norm.weight)
+    x, grad = torch.randn(2, 5, 96).to(dtype), torch.randn(2, 5, 40).to(dtype)
+    assert torch.equal(layer(x), plain(norm(x)))
+    ours, theirs = _run(layer, x, grad), _run(nn.Sequential(norm, plain), x, grad)
+    order = [0, 1, 4, 2, 3]  # _run: output, input, then parameters in the order of the module tree
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
+    for now, then in zip([ours[i] for i in order], theirs, strict=True):
+        torch.testing.assert_close(now, then, rtol=tolerance, atol=tolerance)
+    packed = PackedBitLinear.from_linear(layer)
+    assert torch.equal(packed(x), layer(x))
+    assert not any(p.requires_grad for p in packed.parameters())
+    assert set(packed.state_dict()) == {"weight", "weight_scale", "bias", "rms_norm.weight"}
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for now, then in zip(_run(compiled, x, grad), ours, strict=True):
+        torch.testing.assert_close(now, then, rtol=tolerance, atol=tolerance)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_train_and_eval_in_any_order_change_nothing(kind: Layer) -> None:
     layer = kind.from_linear(_linear())
