@@ -1,0 +1,235 @@
+"""Convolutions in ternary, for U-Nets: a float master weight, quantized in the forward pass, straight-through.
+
+The same arithmetic as the linear's (quant/ternary.py), on what a convolution sums over:
+
+    weights       one scale s a tensor                 t = clip(round(W · s), −1, 1)
+    activations   one scale a an image                 q = clip(round(x · a), −128, 127),   a = 127 / max|x| over (C, H, W)
+    product       y = (q ∗ t) / (a · s)                q ∗ t is exact in integers
+
+BitNet quantizes activations by token because a token's features are what one product sums. A convolution sums over channels
+and over a window of positions, and neighbouring windows overlap: the image is the smallest part with a scale of its own that
+still stands outside of every sum, so the product stays one of integers. (By position it would not; by window the input
+would be quantized once for every weight of the kernel.) Absmax over more than a token is BitNet's own training rule:
+arXiv 2310.11453, section 2.1. Padding with zeros and quantizing commute, since q(0) = 0.
+
+The convolution itself runs in fp32 on the codes: every |sum| up to 2^24, 131,072 products, is exact there, also in TF32,
+whose factors hold 11 bits. The backward pass keeps the int8 codes, one byte an activation, and no float copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any, ClassVar, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.grad import conv2d_input, conv2d_weight
+
+from quant import ternary
+from quant.derived import derived, forget, kept_bytes, weights_changed
+
+FEW_CHANNELS = 4
+"""Convolutions with so few channels on a side touch pixels or latents; they hold next to nothing and are left in floats."""
+
+
+# The operators, opaque to torch.compile as those of quant/ops.py.
+
+_PLACE = "int[] stride, int[] padding, int[] dilation, int groups"
+_LIBRARY = torch.library.Library("quant12g", "FRAGMENT")
+_LIBRARY.define("conv_codes(Tensor x) -> (Tensor, Tensor)")
+_LIBRARY.define(f"conv(Tensor codes, Tensor scale, Tensor? bias, Tensor master, {_PLACE}, ScalarType dtype) -> Tensor")
+_LIBRARY.define(f"conv_grad_input(Tensor grad, Tensor master, SymInt[] shape, {_PLACE}) -> Tensor")
+_LIBRARY.define(f"conv_grad_weight(Tensor grad, Tensor codes, Tensor scale, int[] shape, {_PLACE}) -> Tensor")
+
+Ints = Sequence[int]
+
+
+def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, C, H, W) → int8 codes of that shape, fp32 scales (n, 1, 1, 1)."""
+    x = x.detach().float()
+    scale = 127 / x.abs().amax(dim=(1, 2, 3), keepdim=True).clamp(min=ternary.FLOOR)
+    return (x * scale).round_().clamp_(-128, 127).to(torch.int8), scale
+
+
+def _weight(master: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 codes of the weight and its scale; computed once an optimizer step."""
+    return derived(master, "ternary-conv", ternary.ternarize, frozen=False)
+
+
+def _conv(
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    master: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    t, s = _weight(master)
+    with torch.autocast(codes.device.type, enabled=False):  # it would round the integers
+        y = F.conv2d(codes.float(), t.float(), None, stride, padding, dilation, groups)
+    y = y.div_(scale * s)
+    return (y if bias is None else y.add_(bias.view(-1, 1, 1))).to(dtype)
+
+
+def _grad_input(grad: Tensor, master: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int) -> Tensor:
+    t, s = _weight(master)
+    return conv2d_input(list(shape), (t / s).to(grad.dtype), grad, list(stride), list(padding), list(dilation), groups)
+
+
+def _grad_weight(
+    grad: Tensor, codes: Tensor, scale: Tensor, shape: Ints, stride: Ints, padding: Ints, dilation: Ints, groups: int
+) -> Tensor:
+    x = (codes / scale).to(grad.dtype)
+    return conv2d_weight(x, list(shape), grad, list(stride), list(padding), list(dilation), groups)
+
+
+def _fake_codes(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, dtype=torch.int8), x.new_empty(x.shape[0], 1, 1, 1, dtype=torch.float32)
+
+
+def _fake_conv(
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    master: Tensor,
+    stride: Ints,
+    padding: Ints,
+    dilation: Ints,
+    groups: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    return F.conv2d(codes.float(), master.float(), None, stride, padding, dilation, groups).to(dtype)
+
+
+def _fake_grad_input(grad: Tensor, master: Tensor, shape: Ints, *place: Any) -> Tensor:
+    return grad.new_empty(shape)
+
+
+def _fake_grad_weight(grad: Tensor, codes: Tensor, scale: Tensor, shape: Ints, *place: Any) -> Tensor:
+    return grad.new_empty(shape)
+
+
+for _name, _function, _fake in (
+    ("conv_codes", _codes, _fake_codes),
+    ("conv", _conv, _fake_conv),
+    ("conv_grad_input", _grad_input, _fake_grad_input),
+    ("conv_grad_weight", _grad_weight, _fake_grad_weight),
+):
+    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"quant12g::{_name}", _fake, lib=_LIBRARY)
+
+operators: Any = torch.ops.quant12g
+
+
+class _Conv(torch.autograd.Function):
+    """x (n, C, H, W) ∗ W + bias → y (n, out, H', W') in `dtype`; straight-through as in quant/linear.py."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, bias: Tensor | None, master: Tensor, place: tuple[Ints, Ints, Ints, int], dtype: torch.dtype
+    ) -> Tensor:
+        codes, scale = operators.conv_codes(x)
+        ctx.place, ctx.shape, ctx.x_dtype = place, x.shape, x.dtype
+        ctx.save_for_backward(master, *((codes, scale) if master.requires_grad else ()))
+        return operators.conv(codes, scale, bias, master, *place, dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        master, *kept = ctx.saved_tensors
+        grad_x = grad_bias = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = operators.conv_grad_input(grad, master, ctx.shape, *ctx.place).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.sum((0, 2, 3))
+        if ctx.needs_input_grad[2]:
+            grad_weight = operators.conv_grad_weight(grad, *kept, master.shape, *ctx.place).to(master.dtype)
+        return grad_x, grad_bias, grad_weight, None, None
+
+
+class BitConv2d(nn.Conv2d):
+    """A Conv2d with ternary weights, int8 activations by image and a float master weight; see the head of this file."""
+
+    scheme: ClassVar[ModuleType] = ternary
+    quantized: ClassVar[str] = "ternary"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.used = False
+
+    @classmethod
+    def from_conv(cls, conv: nn.Conv2d, *, device: torch.device | str | None = None) -> Self:
+        """A layer that trains the weight of `conv`, which it takes over (the same Parameters, unless they move to `device`).
+
+        Raises ValueError for a layer that is quantized already, for another dtype, and for weights that are ternary.
+        """
+        if (mark := getattr(conv, "quantized", None)) is not None:
+            raise ValueError(f"this layer is already {mark}: refuse to quantize twice, requantizing loses accuracy")
+        weight = conv.weight
+        if weight.dtype not in ternary.SOURCES:
+            raise ValueError(f"{type(conv).__name__} holds {weight.dtype}, not fp32, bf16 or fp16: is it already quantized?")
+        if not weight.is_meta and ternary.looks_ternary(weight):
+            raise ValueError("these weights are ternary already: a second quantization would keep the codes and shrink the scale")
+        sizes: Any = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+        layer = cls(*sizes, conv.groups, conv.bias is not None, conv.padding_mode, device="meta", dtype=weight.dtype)
+        layer.weight, layer.bias = weight, conv.bias
+        layer.train(conv.training)
+        return layer if device is None else layer.to(device)
+
+    def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight as the forward pass uses it, (out, in / groups, kh, kw), in `dtype` (default: the master's)."""
+        with torch.no_grad():
+            codes, scale = _weight(self.weight)
+            return (codes / scale).to(dtype or self.weight.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (n, C, H, W) or (C, H, W) in fp32, bf16 or fp16 → the same dtype; under autocast in autocast's."""
+        self.mark_used()
+        dtype, kind = x.dtype, x.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            dtype = torch.get_autocast_dtype(kind)
+        if dtype not in ternary.SOURCES or x.dtype not in ternary.SOURCES:
+            raise TypeError(f"a quantized convolution computes in fp32, bf16 or fp16, got an input of {x.dtype}")
+        if x.dim() not in (3, 4) or x.shape[-3] != self.in_channels:
+            raise ValueError(f"this convolution takes (n, {self.in_channels}, H, W), got shape {tuple(x.shape)}")
+        single, padding = x.dim() == 3, self.padding
+        x = x[None] if single else x
+        if isinstance(padding, str) or self.padding_mode != "zeros":
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode), (0, 0)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y = cast(Tensor, _Conv.apply(x, bias, self.weight, (self.stride, padding, self.dilation, self.groups), dtype))
+        return y[0] if single else y
+
+    def mark_used(self) -> None:
+        """Note that the weight took part in a forward pass."""
+        self.used = True
+
+    def cached_bytes(self) -> int:
+        """Bytes of the codes that are kept until the next optimizer step."""
+        return kept_bytes([self.weight])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        forget([self.weight])
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        weights_changed()
+
+
+def reason_to_leave(module: nn.Module, scheme: str, trainable: bool) -> str | None:
+    """Why this convolution (nn.modules.conv._ConvNd) is not to be swapped; None when it is."""
+    if (scheme, trainable) != (BitConv2d.quantized, True):
+        return "convolutions are quantized in ternary and for training only"
+    if type(module) is not nn.Conv2d:
+        return f"{type(module).__name__} is not exactly nn.Conv2d"
+    if min(module.in_channels, module.out_channels) <= FEW_CHANNELS:
+        return f"first or last convolution ({FEW_CHANNELS} channels or fewer on a side)"
+    if module.groups == module.in_channels:
+        return "depthwise convolution"
+    return None

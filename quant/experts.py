@@ -1,0 +1,208 @@
+"""Fused experts of mixture-of-experts models: 3-D parameters become one quantized linear an expert and projection.
+
+transformers 5 keeps all experts of a layer in two parameters, (experts, out, in), that no nn.Linear owns. The classes that
+hold them share one contract, the decorator `use_experts_implementation`: which parameters there are, whether transposed,
+biased or gated, and `_apply_gate` between the two products. So one module can stand for all of them:
+
+    experts.gate_up_proj  (E, 2·inter, hidden)    →    experts.gate_up_proj.0 … E-1    quantized linears
+    experts.down_proj     (E, hidden, inter)      →    experts.down_proj.0 … E-1
+
+Linears rather than a function in `ALL_EXPERTS_FUNCTIONS`, which would reach the same forward pass: codes and scales have a
+home in the module tree, adapters attach to one expert, and each expert has a scale of its own, as a matrix should.
+Gate and up stay one matrix, as the model has them, and so share one ternary scale. Routers are other modules, left in floats.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any, Self, cast
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # torch.compiler.disable, but that it loads the compiler when it is needed
+from torch._subclasses import FakeTensor
+
+from quant.linear import FakeQuantLinear, PackedLinear
+
+CONTRACT = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel", "_apply_gate")
+"""What `use_experts_implementation` puts on a class and its instances (transformers 5.23)."""
+
+
+class QuantizedExperts(nn.Module):
+    """In the place of a fused experts module: forward(hidden_states (n, hidden), top_k_index (n, k), top_k_weights (n, k)).
+
+    Everything else of the original stays: activation, limits, norm, `config`, and its own `_apply_gate`. An expert that no
+    token reached is not computed, and gets no gradient (None): the optimizer leaves it alone in that step, decay included.
+    """
+
+    kind: type[nn.Module]
+    num_experts: int
+    up: str
+    has_gate: bool
+    has_bias: bool
+    is_transposed: bool
+    has_post_expert_norm: bool
+    act_fn: nn.Module
+    down_proj: nn.ModuleList
+    post_expert_norm: nn.Module
+
+    @classmethod
+    def from_experts(
+        cls,
+        experts: nn.Module,
+        linear: type[PackedLinear] | type[FakeQuantLinear],
+        *,
+        device: torch.device | str | None = None,
+        **options: bool,
+    ) -> Self:
+        """Quantized experts of class `linear`; `experts` is left as it was. device, options: as in `linear.from_linear`.
+
+        Master weights are copies: each expert's is a Parameter of its own, which requires a gradient if the fused one did.
+        Raises ValueError for experts that break the contract, and for weights that the scheme refuses, naming the expert.
+        """
+        if (reason := reason_to_leave(experts, linear.scheme)) is not None:
+            raise ValueError(reason)
+        names = projections(experts)
+        self = cls()
+        _carry(experts, self, {name for name in experts._parameters if name.removesuffix("_bias") in names})
+        self.kind, self.up = type(experts), names[0]
+        for name in names:
+            layers = nn.ModuleList()
+            for index in range(len(cast(Tensor, getattr(experts, name)))):
+                try:
+                    layers.append(linear.from_linear(_linear(experts, name, index), device=device, **options))
+                except ValueError as error:
+                    raise ValueError(f"{name}.{index}: {error}") from error
+            self.add_module(name, layers)
+        self.num_experts = len(layers)
+        return self.train(experts.training)
+
+    def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
+        """The fused module in floats again, of the class it was: master weights, or what packed codes stand for.
+
+        For what knows the fused parameters alone, as transformers' save_pretrained does, which renames them on the way.
+        dtype: of the dequantized weights (default: the layers'). Float linears in a layer's place (merged adapters) count.
+        Raises ValueError for an expert that carries an adapter.
+        """
+        experts = self.kind.__new__(self.kind)
+        nn.Module.__init__(experts)
+        names = (self.up, "down_proj")
+        _carry(self, experts, {"kind", "up", *names})
+        for name in names:
+            layers: Any = getattr(self, name)
+            if wrapped := [i for i, m in enumerate(layers) if not isinstance(m, nn.Linear | PackedLinear)]:
+                raise ValueError(f"{name}.{wrapped[0]} carries an adapter: merge or unload it first")
+            floats = [m.to_linear(dtype) if isinstance(m, PackedLinear) else m for m in layers]
+            weight = torch.stack([m.weight.detach().t() if self.is_transposed else m.weight.detach() for m in floats])
+            experts.register_parameter(name, nn.Parameter(weight, layers[0].weight.requires_grad))
+            if self.has_bias:
+                bias = torch.stack([m.bias.detach() for m in floats])
+                experts.register_parameter(f"{name}_bias", nn.Parameter(bias, layers[0].bias.requires_grad))
+        return experts.train(self.training)
+
+    @property
+    def used(self) -> bool:
+        """Whether an expert took part in a forward pass, with both of its projections."""
+        return all(
+            any(m.used for m in getattr(self, name).modules() if isinstance(m, PackedLinear | FakeQuantLinear))
+            for name in (self.up, "down_proj")
+        )
+
+    @_disable_dynamo
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """(n, hidden) → (n, hidden): the weighted sum of the experts that each token chose, summed before it is rounded.
+
+        The same as transformers' default implementations (`grouped_mm`, `batched_mm`), and deterministic with its gradients:
+        rows are permuted, never added at an index. Not compiled: rows by expert are never the same number twice.
+        """
+        n, k = top_k_index.shape
+        chosen = top_k_index.reshape(-1)
+        order = chosen.argsort(stable=True)
+        rows = hidden_states[:, None].expand(-1, k, -1)[order // k, order % k]
+        done = [self._expert(i, part) for i, part in enumerate(rows.split(self._counts(chosen))) if len(part)]
+        if not done:
+            return torch.zeros_like(hidden_states)
+        out = torch.cat(done)[order.argsort()].view(n, k, -1)
+        return (out * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
+
+    def _expert(self, index: int, x: Tensor) -> Tensor:
+        y = getattr(self, self.up)[index](x)
+        y = cast(Any, self.kind)._apply_gate(self, y) if self.has_gate else self.act_fn(y)
+        y = self.down_proj[index](y)
+        return self.post_expert_norm(y) if self.has_post_expert_norm else y
+
+    def _counts(self, chosen: Tensor) -> list[int]:
+        """How many rows each expert gets. Fake and meta tensors do not tell: an even share, which is what a plan assumes."""
+        if chosen.is_meta or isinstance(chosen, FakeTensor):
+            each, rest = divmod(len(chosen), self.num_experts)
+            return [each + (i < rest) for i in range(self.num_experts)]
+        return cast(list[int], torch.bincount(chosen, minlength=self.num_experts).tolist())
+
+    def extra_repr(self) -> str:
+        return f"{self.kind.__name__}, experts={self.num_experts}"
+
+
+def looks_fused(module: nn.Module) -> bool:
+    """Whether `module` holds weights of several experts itself: 3-D parameters, or 2-D ones under the name of experts.
+
+    Convolutions, which have 3-D weights too, and parameters with an axis of one (tokens, positions) do not count.
+    """
+    if isinstance(module, QuantizedExperts | nn.modules.conv._ConvNd):
+        return False
+    deep = 2 if "Expert" in type(module).__name__ else 3
+    return any(p.dim() >= deep and 1 not in p.shape for p in module._parameters.values() if p is not None)
+
+
+def projections(experts: nn.Module) -> tuple[str, str]:
+    """The names of the two fused parameters."""
+    return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def reason_to_leave(experts: nn.Module, scheme: ModuleType) -> str | None:
+    """Why a module that `looks_fused` is not to be swapped; None when it is."""
+    kind = type(experts)
+    if not all(hasattr(experts, name) for name in CONTRACT) or not hasattr(kind.forward, "__wrapped__"):
+        return f"{kind.__name__} holds fused weights and does not keep to transformers' use_experts_implementation"
+    if "forward" in vars(experts):
+        return f"{kind.__name__} has a forward put on it from outside (hooks)"
+    if experts._is_expert_parallel:
+        return f"{kind.__name__} is spread over devices (expert parallel)"
+    names = projections(experts)
+    large = {name for name, p in experts._parameters.items() if p is not None and p.dim() == 3}
+    biases = [experts._parameters.get(f"{name}_bias") for name in names]
+    if large != set(names) or len({len(experts._parameters[name]) for name in names}) != 1:  # type: ignore[arg-type]
+        return f"{kind.__name__} has other fused weights than {' and '.join(names)}, one a projection and expert"
+    if any((bias is None) == bool(experts.has_bias) for bias in biases):
+        return f"{kind.__name__} does not say rightly whether it has biases"
+    for name in names:
+        shape = experts._parameters[name].shape[1:]  # type: ignore[union-attr]
+        if (reason := scheme.unfit(shape[::-1] if experts.is_transposed else shape)) is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _linear(experts: nn.Module, name: str, index: int) -> nn.Linear:
+    """One projection of one expert as an nn.Linear with Parameters of its own."""
+    fused = cast(nn.Parameter, getattr(experts, name))
+    weight = fused.detach()[index]
+    weight = (weight.t() if experts.is_transposed else weight).clone(memory_format=torch.contiguous_format)
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=fused.requires_grad)
+    if experts.has_bias:
+        bias = cast(nn.Parameter, getattr(experts, f"{name}_bias"))
+        linear.bias = nn.Parameter(bias.detach()[index].clone(), requires_grad=bias.requires_grad)
+    return linear.train(experts.training)
+
+
+def _carry(source: nn.Module, target: nn.Module, without: set[str]) -> None:
+    """Give `target` what `source` has, plain attributes, modules, buffers and parameters, except `without`."""
+    for name, value in vars(source).items():
+        if name not in without:
+            vars(target).setdefault(name, value)
+    for kept, mine in (
+        (source._modules, target._modules),
+        (source._buffers, target._buffers),
+        (source._parameters, target._parameters),
+    ):
+        mine.update({name: value for name, value in kept.items() if name not in without})  # type: ignore[misc]
+    target._non_persistent_buffers_set |= source._non_persistent_buffers_set

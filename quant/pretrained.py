@@ -1,0 +1,619 @@
+"""Packed linears at home in transformers: packed while loading, saved as others save, and read from what others saved.
+
+    float checkpoint     ── from_pretrained(…, quantization_config=PackedNF4Config()) ──→  packed, one tensor at a time
+    packed checkpoint    ── load(folder) ──────────────────────────────────────────────→  packed, or trained (online bitnet)
+    packed or swapped    ── attach_quantizer(model).save_pretrained(folder) ───────────→  packed checkpoint
+
+There is no file format here. NF4 is written as bitsandbytes serializes it and ternary as Hugging Face `bitnet`, so whoever
+has transformers and not this package loads the folder with `from_pretrained` alone. Reading is the inverse, into layers
+that can be trained upon (bitsandbytes' Linear4bit cannot, on CPUs with AVX512-BF16) and that keep every scale in fp32.
+
+    NF4        X.weight uint8 (n, 1) · X.weight.absmax · X.weight.quant_map · X.weight.quant_state.bitsandbytes__nf4 (JSON as
+               bytes), and X.weight.nested_absmax · X.weight.nested_quant_map where the scales are quantized again
+    ternary    X.weight uint8 (out/4, in) · X.weight_scale (1,): 1 / mean|W| with `bitlinear`, which divides by it, and
+               mean|W| with `autobitlinear`, which multiplies; in mode `online` X.weight is the float master weight
+
+transformers' quantizer interface does the walking and the reading: `register_quantizer`, transformers ≥ 5.17. While it packs
+it materializes one tensor after the other (of a mixture, one projection of a layer's experts), so memory peaks near the
+packed size: 5.2 GB for a Llama of 6.7 B parameters, 3.9 GB packed.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
+from transformers.utils.quantization_config import BitNetQuantConfig, BitsAndBytesConfig, QuantizationConfigMixin
+
+from quant import nf4, ternary
+from quant.experts import QuantizedExperts, looks_fused, projections
+from quant.linear import BitLinear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
+from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, multiplying, swap
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class PackingError(ValueError):
+    """A model that cannot be packed, or a packed checkpoint that cannot be read, and why, by layer."""
+
+
+MAP_ERROR = 1e-6
+"""How far a stored table of levels may lie from ours: torch builds round linspace differently in the last bit."""
+
+HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
+
+
+# ----------------------------------------------------------------------------------------------------------------- configs
+
+
+@dataclass
+class PackedConfig(QuantizationConfigMixin):
+    """keep: as in `quant.swap`. stored: what config.json says of the packed model, in the words of the standard format."""
+
+    keep: Sequence[str] = DEFAULT_KEEP
+    stored: dict[str, Any] | None = None
+    quant_method: Any = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """What goes into config.json: the standard format once a model is packed."""
+        if self.stored is not None:
+            return copy.deepcopy(self.stored)
+        return {name: value for name, value in copy.deepcopy(self.__dict__).items() if name != "stored"}
+
+
+@register_quantization_config("packed_nf4")
+@dataclass(repr=False)
+class PackedNF4Config(PackedConfig):
+    """`quantization_config` for from_pretrained: pack a float checkpoint into NF4Linear while it is read."""
+
+    double: bool = True
+    quant_method: Any = field(default="packed_nf4")
+
+
+@register_quantization_config("packed_ternary")
+@dataclass(repr=False)
+class PackedTernaryConfig(PackedConfig):
+    """The same into PackedBitLinear: for weights that were trained for it, others are destroyed by it."""
+
+    quant_method: Any = field(default="packed_ternary")
+
+
+def packed_config(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a packed checkpoint's config that makes `from_pretrained(…, config=…)` read it into the layers of this package.
+
+    Raises PackingError for a checkpoint that is not quantized, or quantized to something that these layers cannot hold.
+    """
+    stored = getattr(config, "quantization_config", None)
+    stored = stored or getattr(config.get_text_config(decoder=True), "quantization_config", None)
+    if stored is None:
+        raise PackingError("this checkpoint is not quantized; from_pretrained(…, quantization_config=PackedNF4Config()) packs it")
+    stored = copy.deepcopy(stored) if isinstance(stored, dict) else stored.to_dict()
+    method = getattr(stored["quant_method"], "value", stored["quant_method"])
+    if method == "bitsandbytes":
+        kind = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "int8"
+        if kind != "nf4":
+            raise PackingError(f"this checkpoint is quantized to bitsandbytes {kind}; only nf4 can be read")
+        ours = "packed_nf4"
+    elif method == "bitnet":
+        if stored.get("use_rms_norm"):
+            raise PackingError("this bitnet checkpoint has an RMSNorm inside each linear (use_rms_norm), which cannot be read")
+        ours = "packed_ternary"
+    else:
+        raise PackingError(f"this checkpoint is quantized as {method!r}; bitsandbytes nf4 and bitnet can be read")
+    config = copy.deepcopy(config)
+    config.quantization_config = {"quant_method": ours, "stored": stored}
+    return config
+
+
+# ---------------------------------------------------------------------------------------------------------------- loading
+
+
+def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device_map: Any = None, **options: Any) -> PreTrainedModel:
+    """The causal language model of a packed checkpoint (folder or hub id), with the layers of this package.
+
+    bitsandbytes NF4 becomes NF4Linear, `bitnet` PackedBitLinear, or BitLinear (trainable) in mode `online`. options: those
+    of from_pretrained. `model.hf_quantizer.report` is the SwapReport, `model.save_pretrained` writes the same format.
+
+    Raises PackingError, naming layers, for what cannot be read, and where a tensor is missing.
+    """
+    config = AutoConfig.from_pretrained(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        name, config=packed_config(config), dtype=dtype, device_map=device_map, output_loading_info=True, **options
+    )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        raise PackingError(f"the checkpoint lacks {len(missing)} tensors, which would stay random: {_some(missing)}")
+    return model
+
+
+class _Pack(ConversionOps):
+    """Float weights of layers to be packed → their packed parts; other tensors as they are."""
+
+    def __init__(self, quantizer: PackedQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """{parameter: tensor, or [tensor]} → {parameter: tensor}; fused experts go into the model here and now."""
+        model, out = kwargs["model"], dict[str, Any]()
+        for name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            layer = self.quantizer.layer_of(model, name)
+            if self.quantizer.is_fused(name):
+                if self.quantizer.fill(model, name, weight):
+                    kwargs["missing_keys"].discard(name)
+            elif isinstance(layer, PackedLinear):
+                out |= self.quantizer.packed(name.removesuffix(".weight"), layer, weight)
+            else:
+                out[name] = weight
+        return out
+
+
+class _Unpack(ConversionOps):
+    """A layer's tensors as the checkpoint has them → its packed parts; the weights of other layers as they are."""
+
+    def __init__(self, quantizer: PackedQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Unpack:
+        return self  # transformers copies the operation for each tensor; failures must all come to the one quantizer
+
+    def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """{"weight": …, "weight.absmax": …} of one parameter, `full_layer_name` → {parameter: tensor}."""
+        name: str = kwargs["full_layer_name"]
+        path = name.removesuffix(".weight")
+        tensors = {key: value[0] if isinstance(value, list) else value for key, value in input_dict.items()}
+        layer = self.quantizer.layer_of(kwargs["model"], name)
+        if isinstance(layer, PackedLinear):
+            return self.quantizer.unpacked(path, layer, tensors)
+        if tensors.keys() != {"weight"}:
+            self.quantizer.failures[path] = "it is packed in the checkpoint, but config.json lists it as kept in floats"
+            return {}
+        return {name: tensors["weight"]}
+
+
+# -------------------------------------------------------------------------------------------------------------- quantizers
+
+
+class PackedQuantizer(HfQuantizer):
+    """What transformers calls while it loads and saves; what the two formats have in common.
+
+    report: what was packed and what was left, and why. failures: {layer: why it could not be packed or read}; transformers
+    would swallow an exception on the way, so they are told together when it is done. transposed: layers that are Conv1D in
+    the architecture. mixtures, awaited: experts that are not in the model yet, and the fused tensors that they wait for.
+    """
+
+    quantization_config: Any
+    options: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(copy.deepcopy(quantization_config), **kwargs)
+        self.report: SwapReport | None = None
+        self.failures: dict[str, str] = {}
+        self.transposed: frozenset[str] = frozenset()
+        self.mixtures: dict[str, QuantizedExperts] = {}
+        self.awaited: dict[str, set[str]] = {}
+
+    # what a format says of itself
+
+    @property
+    def linear(self) -> type[PackedLinear] | type[FakeQuantLinear]:
+        """The class that stands for a quantized layer."""
+        raise NotImplementedError
+
+    def skipped(self) -> list[str] | None:
+        """The stored config's list of layers that are kept in floats."""
+        raise NotImplementedError
+
+    def takes(self, module: nn.Module) -> bool:
+        """Whether the format's own program would quantize a module of this kind."""
+        raise NotImplementedError
+
+    def describe(self, model: nn.Module, left: list[str]) -> QuantizationConfigMixin:
+        """The standard config of a model in which all linears but `left` are quantized; ValueError if it has none."""
+        raise NotImplementedError
+
+    def read(self, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> Any:
+        """Stored tensors → the scheme's tensor; ValueError for what is missing or does not fit."""
+        raise NotImplementedError
+
+    def write(self, layer: PackedLinear) -> dict[str, Tensor]:
+        """The inverse: {name after the layer's path: tensor}."""
+        raise NotImplementedError
+
+    # loading
+
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        device_map = kwargs.get("device_map")
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            raise PackingError("packed layers cannot be offloaded to the disk: take it out of device_map")
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        """Replace linears on `meta`: by the rule of `swap`, or those that the checkpoint's config says are quantized."""
+        self.transposed = frozenset(path for path, module in linear_like(model).items() if isinstance(module, Conv1D))
+        config = self.quantization_config
+        options = {name: getattr(config, name) for name in self.options}
+        with _tied(model):
+            try:
+                if self.pre_quantized:
+                    self.report = self._replace(model, options)
+                else:
+                    self._swap(model, options)
+            except ValueError as error:
+                raise PackingError(str(error)) from error
+
+    def _swap(self, model: nn.Module, options: dict[str, Any]) -> None:
+        """Fused experts stay in the skeleton, where transformers looks for a place for their tensors, until these are here."""
+        fused = {path: module for path, module in model.named_modules() if looks_fused(module)}
+        self.report = swap(model, scheme=self.linear.quantized, keep=tuple(self.quantization_config.keep), **options)
+        for path, module in fused.items():
+            mixture = model.get_submodule(path)
+            if isinstance(mixture, QuantizedExperts):
+                names = projections(module)
+                self.mixtures[path] = mixture
+                self.awaited[path] = {
+                    n for n, p in module._parameters.items() if p is not None and n.removesuffix("_bias") in names
+                }
+                model.set_submodule(path, module)
+
+    def _replace(self, model: PreTrainedModel, options: dict[str, Any]) -> SwapReport:
+        bytes_before, total = model.get_memory_footprint(), sum(p.numel() for p in model.parameters())
+        skip = self.get_modules_to_not_convert(model, self.skipped(), list(model._keep_in_fp32_modules or ()))
+        swapped, left, weights = [], {}, 0
+        for path, module in multiplying(model).items():
+            if not self.takes(module) or not should_convert_module(path, skip):
+                left[path] = "kept by the checkpoint"
+                continue
+            try:
+                layer = self.linear.from_linear(as_linear(module), **options)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            model.set_submodule(path, layer)
+            swapped.append(path)
+            weights += layer.in_features * layer.out_features
+        if not swapped:
+            raise ValueError(f"the checkpoint's config leaves no linear of {type(model).__name__} to be quantized")
+        share, scheme = weights / total, self.linear.quantized
+        return SwapReport(scheme, self.is_qat_trainable, tuple(swapped), left, share, bytes_before, model.get_memory_footprint())
+
+    def layer_of(self, model: nn.Module, name: str) -> nn.Module | None:
+        """The quantized layer whose `weight` the parameter `name` is."""
+        path, _, leaf = name.rpartition(".")
+        layer = model.get_submodule(path) if leaf == "weight" else None
+        return layer if isinstance(layer, self.linear) else None
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        return self.is_fused(param_name) or isinstance(self.layer_of(model, param_name), PackedLinear)
+
+    def is_fused(self, name: str) -> bool:
+        """Whether the parameter `name` holds what all experts of a mixture share among them."""
+        path, _, leaf = name.rpartition(".")
+        return leaf in self.awaited.get(path, ())
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Pack(self)
+
+    def get_load_operations(self) -> dict[str, type[ConversionOps]]:
+        return {"deserialize": _Unpack} if issubclass(self.linear, PackedLinear) else {}
+
+    def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+        """Floats that go into a float parameter are cast; codes and scales, which go into uint8 ones, stay what they are."""
+        name = param.get_dtype() if hasattr(param, "get_dtype") else None
+        is_float = name.startswith(("F", "BF")) if name is not None else param.is_floating_point()
+        return dtype if is_float and dtype is not None and dtype.is_floating_point else None
+
+    def packed(self, path: str, layer: PackedLinear, weight: Tensor) -> dict[str, Tensor]:
+        """A float weight (out, in), of a Conv1D (in, out) → {parameter: tensor}, empty on failure."""
+        if self.failures:
+            return {}
+        weight = weight.t().contiguous() if path in self.transposed else weight
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        options = {name: getattr(self.quantization_config, name) for name in self.options}
+        try:
+            if weight.shape != layer.shape:
+                raise ValueError(f"the checkpoint has a weight of {tuple(weight.shape)}, the model of {tuple(layer.shape)}")
+            done = type(layer).from_linear(linear, **options)
+        except ValueError as error:
+            self.failures[path] = str(error)
+            return {}
+        return {f"{path}.{name}": part for name, part in zip(done.names, done.parts, strict=True)}
+
+    def fill(self, model: nn.Module, name: str, fused: Tensor) -> bool:
+        """The experts' weights (experts, out, in), or biases, into the mixture; it enters the model with its last tensor."""
+        path, _, leaf = name.rpartition(".")
+        mixture, original = self.mixtures[path], model.get_submodule(path)
+        if fused.shape != (shape := getattr(original, leaf).shape):
+            self.failures[name] = f"the checkpoint has {tuple(fused.shape)}, the model {tuple(shape)}"
+            return False
+        for index, layer in enumerate(getattr(mixture, leaf.removesuffix("_bias"))):
+            part = fused[index]
+            if leaf.endswith("_bias"):
+                parts: dict[str, Tensor] = {"bias": nn.Parameter(part.clone(), requires_grad=False)}
+            else:
+                part = part.t().contiguous() if original.is_transposed else part
+                parts = self.packed(f"{name}.{index}", layer, part)
+            for key, parameter in parts.items():
+                parameter._is_hf_initialized = True  # type: ignore[attr-defined]
+                setattr(layer, key.rpartition(".")[2], parameter)
+        self.awaited[path].remove(leaf)
+        if not self.awaited[path] and not self.failures:
+            model.set_submodule(path, mixture)
+            del self.mixtures[path], self.awaited[path]
+        return True
+
+    def unpacked(self, path: str, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Stored tensors → {parameter: tensor}, empty on failure."""
+        try:
+            parts = dict(zip(layer.names, self.read(layer, tensors).parts(), strict=True))
+            for name, part in parts.items():
+                if part.shape != (shape := getattr(layer, name).shape):
+                    raise ValueError(f"its {name} is of {tuple(part.shape)}, not {tuple(shape)}: is the checkpoint truncated?")
+        except ValueError as error:
+            self.failures[path] = str(error)
+            return {}
+        return {f"{path}.{name}": part for name, part in parts.items()}
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        model._weight_conversions = [c for c in model._weight_conversions if not _is_ours(c)]  # they have no inverse
+        lost = {path: f"the checkpoint has no {', '.join(sorted(names))} for it" for path, names in self.awaited.items()}
+        failures = dict(self.failures or lost)
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if isinstance(layer, PackedLinear):
+                layer.requires_grad_(False)  # transformers makes every float that it loads trainable, so the bias too
+            if isinstance(layer, self.linear) and not self.failures:
+                random = [name for name, p in layer.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+                if random:
+                    failures[path] = f"the checkpoint has no {', '.join(random)} for it"
+        if failures:
+            raise PackingError(_some([f"{path}: {reason}" for path, reason in failures.items()]))
+        with suppress(ValueError):  # a model that no format can express works all the same; saving it says why it cannot
+            self.refresh(model)
+        return model
+
+    # saving
+
+    def refresh(self, model: Any) -> None:
+        """Make the config say what the model is now. Raises ValueError for what the format cannot express."""
+        layers = {path: module for path, module in model.named_modules() if isinstance(module, self.linear)}
+        if not layers:
+            raise ValueError(
+                "no quantized layer is left in this model, but its config says so; before it is saved as a float model: "
+                "model.hf_quantizer.remove_quantization_config(model)"
+            )
+        if mixtures := [path for path, module in model.named_modules() if isinstance(module, QuantizedExperts)]:
+            raise PackingError(f"no standard format holds quantized experts ({mixtures[0]}): this model cannot be saved packed")
+        if wrapped := [path for path in layers if path.endswith(".base_layer")]:
+            raise ValueError(f"{wrapped[0]} carries an adapter: save the adapter, or merge or unload it first")
+        foreign = [p for p, m in model.named_modules() if isinstance(getattr(m, "quantized", None), str) and p not in layers]
+        if foreign:
+            raise ValueError(
+                f"one checkpoint has one kind of quantized layer, and {foreign[0]} is of another: it cannot be saved"
+            )
+        left = [path for path in linear_like(model) if path not in layers]
+        skip = self.get_modules_to_not_convert(model, left, list(model._keep_in_fp32_modules or ()))
+        if lost := [path for path in layers if not should_convert_module(path, skip)]:
+            raise ValueError(f"{lost[0]} is quantized, but a layer that is not has a name with the same end: it cannot be saved")
+        stored = self.describe(model, left)
+        self.quantization_config.stored = json.loads(stored.to_json_string(use_diff=False))
+        model.config.quantization_config = self.quantization_config
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        self.refresh(model)
+        if not issubclass(self.linear, PackedLinear):
+            return None, {}
+        state = model.state_dict()
+        for path, layer in model.named_modules(remove_duplicate=False):
+            if isinstance(layer, PackedLinear):
+                for name in layer.names:
+                    del state[f"{path}.{name}"]
+                state |= {f"{path}.{name}": tensor for name, tensor in self.write(layer).items()}
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        return issubclass(self.linear, FakeQuantLinear)
+
+
+@register_quantizer("packed_nf4")
+class NF4Quantizer(PackedQuantizer):
+    """NF4 as bitsandbytes 0.50 serializes it (`QuantState.as_dict(packed=True)`): blocks of 64, codes as uint8."""
+
+    STATE = "weight.quant_state.bitsandbytes__nf4"
+    MAP, NESTED_MAP = "weight.quant_map", "weight.nested_quant_map"
+    serialized_names: dict[str, list[str]] = {  # noqa: RUF012
+        "weight": ["weight", "weight.absmax", MAP, "weight.nested_absmax", NESTED_MAP, STATE, STATE.replace("nf4", "fp4")]
+    }
+    options = ("double",)
+
+    def __init__(self, quantization_config: PackedNF4Config, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        if self.pre_quantized and self.quantization_config.stored is not None:
+            self.quantization_config.double = bool(self.quantization_config.stored.get("bnb_4bit_use_double_quant", False))
+
+    @property
+    def linear(self) -> type[PackedLinear]:
+        return NF4Linear
+
+    def skipped(self) -> list[str] | None:
+        return self.quantization_config.stored.get("llm_int8_skip_modules")
+
+    def takes(self, module: nn.Module) -> bool:
+        return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+    def describe(self, model: Any, left: list[str]) -> QuantizationConfigMixin:
+        doubles = {layer.double_quantized for layer in model.modules() if isinstance(layer, NF4Linear)}
+        if len(doubles) > 1:
+            raise ValueError("some layers are double-quantized and some are not: bitsandbytes has one setting for all")
+        return BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=doubles.pop(),
+            bnb_4bit_compute_dtype=model.dtype,
+            llm_int8_skip_modules=left,
+        )
+
+    def read(self, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> nf4.NF4Tensor:
+        if self.STATE.replace("nf4", "fp4") in tensors:
+            raise ValueError("it is stored in fp4; only nf4 can be read")
+        double = self.quantization_config.double
+        names = ("weight", "weight.absmax", self.MAP, self.STATE)
+        _require(tensors, names + (("weight.nested_absmax", self.NESTED_MAP) if double else ()))
+        state = json.loads(bytes(tensors[self.STATE].cpu().tolist()))
+        wanted = {"quant_type": "nf4", "blocksize": nf4.BLOCK, "shape": list(layer.shape)}
+        wanted |= {"nested_blocksize": nf4.NESTED_BLOCK} if double else {}
+        for key, value in wanted.items():
+            if state.get(key) != value:
+                raise ValueError(f"its {key} is {state.get(key)}; only {value} can be read here")
+        for name, levels in ((self.MAP, nf4.LEVELS), (self.NESTED_MAP, nf4.DYNAMIC_LEVELS)):
+            if name in tensors:
+                stored, ours = tensors[name].cpu().float(), torch.tensor(levels)
+                if stored.shape != ours.shape or (stored - ours).abs().max() > MAP_ERROR:
+                    raise ValueError(f"its {name.removeprefix('weight.')} has levels of its own, not those of NF4")
+        codes, absmax = tensors["weight"].view(torch.uint8).view(-1, 1), tensors["weight.absmax"]
+        if absmax.dtype != (torch.uint8 if double else torch.float32):
+            raise ValueError(f"its absmax is {absmax.dtype}: does config.json tell rightly whether scales are double-quantized?")
+        if not double:
+            return nf4.NF4Tensor(codes, absmax, None, None, layer.shape)
+        _require(state, ["nested_offset"])
+        offset = torch.tensor(state["nested_offset"], dtype=torch.float32, device=codes.device)
+        return nf4.NF4Tensor(codes, absmax, tensors["weight.nested_absmax"].float(), offset, layer.shape)
+
+    def write(self, layer: PackedLinear) -> dict[str, Tensor]:
+        packed: nf4.NF4Tensor = layer.packed
+        state: dict[str, Any] = {
+            "quant_type": "nf4",
+            "blocksize": packed.block,
+            "dtype": str(layer.dtype).removeprefix("torch."),
+            "shape": list(layer.shape),
+        }
+        out = {"weight": packed.codes, "weight.absmax": packed.absmax, self.MAP: torch.tensor(nf4.LEVELS)}
+        if packed.nested_absmax is not None and packed.offset is not None:
+            out |= {"weight.nested_absmax": packed.nested_absmax, self.NESTED_MAP: torch.tensor(nf4.DYNAMIC_LEVELS)}
+            state |= {
+                "nested_blocksize": nf4.NESTED_BLOCK,
+                "nested_dtype": "float32",
+                "nested_offset": packed.offset.item(),
+            }
+        out[self.STATE] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+        return {name: tensor.detach() for name, tensor in out.items()}
+
+
+@register_quantizer("packed_ternary")
+class TernaryQuantizer(PackedQuantizer):
+    """Hugging Face `bitnet`. Written as `bitlinear`; a model with master weights as `autobitlinear`, online."""
+
+    serialized_names: dict[str, list[str]] = {"weight": ["weight", "weight_scale"]}  # noqa: RUF012
+
+    @property
+    def linear(self) -> type[PackedLinear] | type[FakeQuantLinear]:
+        return BitLinear if (self.quantization_config.stored or {}).get("quantization_mode") == "online" else PackedBitLinear
+
+    def skipped(self) -> list[str] | None:
+        return self.quantization_config.stored.get("modules_to_not_convert")
+
+    def takes(self, module: nn.Module) -> bool:
+        return isinstance(module, nn.Linear)
+
+    def describe(self, model: nn.Module, left: list[str]) -> QuantizationConfigMixin:
+        if gone := self.transposed - set(left):
+            raise ValueError(f"bitnet knows no Conv1D, and {sorted(gone)[0]} was one: this model cannot be saved as bitnet")
+        if self.is_qat_trainable:
+            return BitNetQuantConfig(left, linear_class="autobitlinear", quantization_mode="online")
+        return BitNetQuantConfig(left, linear_class="bitlinear", quantization_mode="offline")
+
+    def read(self, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> ternary.TernaryTensor:
+        _require(tensors, ("weight", "weight_scale"))
+        codes, scale = tensors["weight"], tensors["weight_scale"].float()
+        if scale.numel() != 1 or not bool((scale > 0) & scale.isfinite()):
+            raise ValueError("its weight_scale is not one positive number")
+        if codes.shape == layer.shape:  # as plain transformers saves an `autobitlinear` model that it loaded
+            if not bool(((codes == 0) | (codes.abs() == 1)).all()):
+                raise ValueError("its weights are neither packed nor −1, 0 and 1")
+            codes = ternary.pack(codes.to(torch.int8))
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"its packed weight is {codes.dtype}, not uint8")
+        if self.quantization_config.stored.get("linear_class", "bitlinear") == "autobitlinear":
+            scale = 1 / scale  # so 1 / scale is the stored number up to the last bit of fp32
+        return ternary.TernaryTensor(codes, scale.view(()), layer.shape)
+
+    def write(self, layer: PackedLinear) -> dict[str, Tensor]:
+        packed: ternary.TernaryTensor = layer.packed
+        return {"weight": packed.codes.detach(), "weight_scale": packed.scale.detach().view(1)}
+
+
+# ----------------------------------------------------------------------------------------------------------------- saving
+
+
+def attach_quantizer(model: Model) -> Model:
+    """Make `model.save_pretrained` write the standard format of its quantized layers; returns `model`.
+
+    For what `quant.swap` made; a model that was packed or read by `from_pretrained` or `load` has its quantizer already.
+    NF4Linear → bitsandbytes, PackedBitLinear → bitnet, BitLinear → bitnet online (float weights). Undone by
+    `model.hf_quantizer.remove_quantization_config(model)`.
+
+    Raises ValueError for a model without such layers, and for what the format cannot express.
+    """
+    kinds = {type(module) for module in model.modules() if isinstance(getattr(module, "quantized", None), str)}
+    quantizer: PackedQuantizer
+    if kinds == {NF4Linear}:
+        quantizer = NF4Quantizer(PackedNF4Config(), pre_quantized=False)
+    elif kinds in ({PackedBitLinear}, {BitLinear}):
+        stored = {"quantization_mode": "online" if BitLinear in kinds else "offline"}
+        quantizer = TernaryQuantizer(PackedTernaryConfig(stored=stored), pre_quantized=False)
+        with torch.device("meta"):
+            plain = type(model)(model.config)
+        quantizer.transposed = frozenset(path for path, module in plain.named_modules() if isinstance(module, Conv1D))
+    else:
+        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
+        raise ValueError(f"a standard format holds NF4Linear, PackedBitLinear or BitLinear layers, of one kind; found: {found}")
+    quantizer.refresh(model)
+    cast(Any, model).hf_quantizer = quantizer
+    return model
+
+
+@contextmanager
+def _tied(model: PreTrainedModel) -> Iterator[None]:
+    """The skeleton with shared weights shared, as it will be once it is loaded; from_pretrained wants them apart until then."""
+    before: list[tuple[nn.Module, str, Any]] = []
+    for target, source in model.all_tied_weights_keys.items():
+        path, _, name = target.rpartition(".")
+        module = model.get_submodule(path)
+        before.append((module, name, getattr(module, name)))
+        setattr(module, name, model.get_parameter(source))
+    try:
+        yield
+    finally:
+        for module, name, parameter in before:
+            setattr(module, name, parameter)
+
+
+def _is_ours(conversion: Any) -> bool:
+    return isinstance(conversion, WeightConverter) and any(isinstance(op, _Unpack) for op in conversion.operations)
+
+
+def _require(tensors: Mapping[str, Any], names: Iterable[str]) -> None:
+    if missing := [name for name in names if name not in tensors]:
+        raise ValueError(f"the checkpoint has no {', '.join(missing)} for it")
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
