@@ -63,9 +63,11 @@ def derived(weight: Tensor, kind: str, make: Callable[[Tensor], T], *, frozen: b
     entry = _entries.get(key)
     if entry is not None and entry.stamp == stamp and not entry.storage.expired():
         return cast(T, entry.value)
-    _entries.pop(key, None)
-    for stale in [k for k, e in _entries.items() if e.storage.expired()]:
-        del _entries[stale]
+    if entry is not None:
+        del _entries[key]  # before the new value takes memory of its own
+    else:  # a weight not met before: the time to drop what is kept for those that died
+        for dead in [k for k, e in _entries.items() if e.storage.expired()]:
+            del _entries[dead]
     value = make(weight)
     _entries[key] = _Entry(StorageWeakRef(storage), stamp, value)
     return value

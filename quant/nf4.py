@@ -14,6 +14,7 @@ Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; the dynamic map: arX
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,6 +27,8 @@ from quant.raw import as_bytes, as_floats
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 64
 NESTED_BLOCK = 256
+SLICE = 4096  # blocks quantized at a time: 1 MB of fp32
+CELLS = 64  # of the grid in which a weight finds its level
 TINY = 1e-38  # bitsandbytes' floor under a scale before it is inverted
 
 LEVELS = (
@@ -133,23 +136,18 @@ def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4T
         raise ValueError(f"NF4 quantizes fp32, bf16 or fp16 weights, got {weight.dtype}")
     if weight.numel() == 0:
         raise ValueError(f"NF4 cannot hold an empty weight of shape {tuple(weight.shape)}")
-    numel, block_count = weight.numel(), sizes(weight.numel(), block=block)[1]
-    whole = numel % block == 0
-    levels = table(LEVELS, weight.device)
-    flat = pad(weight.detach().reshape(-1).float(), (0, block_count * block - numel)).view(block_count, block)
-    absmax = flat.abs().amax(dim=1)
+    numel, flat = weight.numel(), weight.detach().reshape(-1)
+    code_bytes, block_count, _ = sizes(numel, block=block)
+    codes = flat.new_empty(code_bytes, dtype=torch.uint8)
+    absmax = flat.new_empty(block_count, dtype=torch.float32)
+    for start in range(0, numel, SLICE * block):  # whatever the matrix, what is computed on the way is small
+        part, scales = _quantize_blocks(flat[start : start + SLICE * block], block)
+        codes[start // 2 : start // 2 + part.numel()] = part
+        absmax[start // block : start // block + scales.numel()] = scales
     if not bool(absmax.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
         raise ValueError(f"{bad} of {numel} weights are not finite (NaN or infinite): NF4 refuses to quantize them")
-    # Multiplying by the inverse is what bitsandbytes does, and dividing gives other codes. Its last, incomplete block
-    # is divided, though, and that block's scale is stored with the floor.
-    scaled = flat * absmax.clamp(min=TINY).reciprocal()[:, None]
-    if not whole:
-        absmax[-1:].clamp_(min=TINY)
-        scaled[-1] = flat[-1] / absmax[-1]
-    nibbles = torch.bucketize(scaled.clamp_(-1, 1), (levels[:-1] + levels[1:]) / 2, out_int32=True)
-    nibbles = nibbles.view(-1)[: numel + numel % 2].to(torch.uint8)
-    codes = ((nibbles[::2] << 4) | nibbles[1::2]).unsqueeze(1)
+    codes = codes.unsqueeze(1)
     if not double:
         return NF4Tensor(codes, absmax, None, None, weight.shape, block)
     offset = absmax.mean()
@@ -157,6 +155,36 @@ def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4T
         raise ValueError("the mean of the block scales overflows fp32: the weights are too large for double quantization")
     nested_codes, nested_absmax = _quantize_scales(absmax - offset)
     return NF4Tensor(codes, nested_codes, nested_absmax, offset, weight.shape, block)
+
+
+def _quantize_blocks(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Weights (n,) that start with a block → uint8 codes (ceil(n/2),), fp32 absmax (ceil(n/block),)."""
+    numel, block_count = flat.numel(), -(-flat.numel() // block)
+    blocks = pad(flat.float(), (0, block_count * block - numel)).view(block_count, block)
+    absmax = blocks.abs().amax(dim=1)
+    # Multiplying by the inverse is what bitsandbytes does, and dividing gives other codes. Its last, incomplete block
+    # is divided, though, and that block's scale is stored with the floor.
+    scaled = blocks * absmax.clamp(min=TINY).reciprocal()[:, None]
+    if numel % block:
+        absmax[-1:].clamp_(min=TINY)
+        scaled[-1] = blocks[-1] / absmax[-1]
+    # The nearest level is the number of midpoints below. In a cell of the grid there is one midpoint at most.
+    below, midpoint = (table(values, flat.device) for values in _GRID)
+    cell = scaled.clamp_(-1, 1).add(1).mul_(CELLS / 2).clamp_(max=CELLS - 1).nan_to_num_(0).int()
+    nibbles = below[cell].to(torch.uint8) + (scaled > midpoint[cell])
+    nibbles = nibbles.view(-1)[: numel + numel % 2]
+    return (nibbles[::2] << 4) | nibbles[1::2], absmax
+
+
+def _grid() -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """For each of CELLS equal cells of −1 … 1: midpoints between levels below it, and the midpoint inside or infinity."""
+    midpoints = ((torch.tensor(LEVELS[:-1]) + torch.tensor(LEVELS[1:])) / 2).tolist()
+    cells = [int((m + 1) * CELLS / 2) for m in midpoints]
+    inside = dict(zip(cells, midpoints, strict=True))
+    return tuple(float(sum(c < i for c in cells)) for i in range(CELLS)), tuple(inside.get(i, math.inf) for i in range(CELLS))
+
+
+_GRID = _grid()
 
 
 def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,8 @@ to the backend that quant/backends selects, sees matrices.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -312,6 +313,20 @@ def _fake_dequantize(scheme: str, weight: Sequence[Tensor], frozen: bool, out: i
     return weight[0].new_empty(out, inner, dtype=dtype)
 
 
+def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Autocast reaches into operators, and would round the integers of a product: inside it is off."""
+
+    @functools.wraps(function)
+    def plainly(*args: Any) -> Any:
+        kind = next(a for a in (*args, *args[1]) if isinstance(a, Tensor)).device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return function(*args)
+        with torch.autocast(kind, enabled=False):
+            return function(*args)
+
+    return plainly
+
+
 for _name, _function, _fake in (
     ("rows", _rows, _fake_rows),
     ("norm_rows", _norm_rows, _fake_norm_rows),
@@ -320,7 +335,7 @@ for _name, _function, _fake in (
     ("grad_weight", _grad_weight, _fake_grad_weight),
     ("dequantize", _dequantize, _fake_dequantize),
 ):
-    _LIBRARY.impl(_name, _function, "CompositeExplicitAutograd")
+    _LIBRARY.impl(_name, _as_written(_function), "CompositeExplicitAutograd")
     torch.library.register_fake(f"quant12g::{_name}", _fake, lib=_LIBRARY)
 
 operators: Any = torch.ops.quant12g

@@ -66,7 +66,11 @@ class TernaryBackend(Backend, Protocol):
 
 TABLE = {  # best first
     "nf4": {"bitsandbytes": "quant.backends.bnb", "reference": "quant.backends.reference_nf4"},
-    "ternary": {"aten": "quant.backends.aten", "reference": "quant.backends.reference_ternary"},
+    "ternary": {
+        "numba": "quant.backends.numba_cpu",
+        "aten": "quant.backends.aten",
+        "reference": "quant.backends.reference_ternary",
+    },
 }
 
 _forced: str | None = None  # not a context variable: a backward pass may run in autograd's own threads
