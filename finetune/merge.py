@@ -16,6 +16,7 @@ import torch
 from finetune.errors import GateStop
 from finetune.files import atomic_folder
 from quant import PackedLinear
+from quant.experts import QuantizedExperts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -36,6 +37,9 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
         if isinstance(module, PackedLinear):  # it had no adapter
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, module.to_linear(dtype))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantizedExperts):
+            model.set_submodule(path, module.to_experts(dtype))
     model = _as_stored(model.to("cpu", dtype))
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
@@ -63,8 +67,11 @@ def _as_stored(model: PreTrainedModel) -> PreTrainedModel:
 def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What `from_pretrained` loads: weights, config, the tokens at which to stop, and the tokenizer with its template."""
     model.config.use_cache = True
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config  # of the source; the weights are plain now
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)  # the weights are plain now
+    elif hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config  # of the source
     model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
 
@@ -113,16 +120,14 @@ def write_gated(
     from transformers import AutoModelForCausalLM
 
     from eval.perplexity import evaluate_loss
-    from finetune.model import cast
+    from finetune.model import cast, parameters_of
 
     def measured(what: Any, name: str) -> float:
         return evaluate_loss(
             what, rows, batch_tokens=batch_tokens, progress=lambda done, total: progress(done, total, f"rows, {name} model")
         ).loss
 
-    parameters = sum(m.in_features * m.out_features if isinstance(m, PackedLinear) else 0 for m in model.modules())
-    parameters += sum(p.numel() for p in model.parameters() if p.is_floating_point())
-    compute, where = arithmetic(parameters, dtype, device)
+    compute, where = arithmetic(parameters_of(model), dtype, device)
     if compute == torch.float32:
         cast(model, compute)
     trained = measured(model, "trained")

@@ -273,14 +273,26 @@ def adapter_parameters(adapter: Adapter, bones: Skeleton, targets: list[str]) ->
 
 
 def load_weights(
-    source: Source, config: PretrainedConfig, *, dtype: torch.dtype, attention: str, progress: Shown | None = None
+    source: Source,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    quant: Quant | None = None,
+    progress: Shown | None = None,
 ) -> PreTrainedModel:
     """The model on the CPU, in `dtype`, in eval mode. `progress` shows the download and the reading.
 
+    Linears are packed as `quant` says while they are read, so that a 7B never lies in memory in floats (a GGUF is packed
+    afterwards, by `prepare`). A checkpoint that is packed already, as bitsandbytes or bitnet, is read as it is.
+
     Raises:
-        Mistake: the weights are missing, damaged, or not all that the architecture needs.
+        Mistake: the weights are missing, damaged, not all that the architecture needs, cannot be packed, or are packed
+            otherwise than `quant` says.
     """
     from transformers import AutoModelForCausalLM
+
+    from quant.pretrained import PackedNF4Config, PackingError
 
     options = dict(source.options) | ({} if attention == "auto" else {"attn_implementation": attention})
     if source.gguf is not None:
@@ -290,12 +302,9 @@ def load_weights(
     else:
         options |= {"config": config, "use_safetensors": True}
         if getattr(config, "quantization_config", None):
-            raise Mistake(
-                "this model is quantized already, and quantizing twice destroys it",
-                where="model.name",
-                found=f"{source.name}: {_method(config.quantization_config)}",
-                do="give the unquantized original",
-            )
+            options["config"] = _as_packed(source, config, quant)
+        elif quant is not None and quant.scheme == "nf4":
+            options["quantization_config"] = PackedNF4Config(keep=(*DEFAULT_KEEP, *quant.keep), double=quant.double)
     try:
         with relayed_bars(progress) as tqdm_class:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -305,6 +314,8 @@ def load_weights(
         raise Mistake(
             "a package for this model is missing", where="model.attention", found=str(error).strip().splitlines()[0]
         ) from None
+    except PackingError as error:
+        raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
     except FAULTS:
         raise
     except Exception as error:
@@ -326,8 +337,31 @@ def load_weights(
     return model
 
 
-def _method(quantization: Any) -> str:
-    return str(quantization.get("quant_method") if isinstance(quantization, dict) else quantization.quant_method)
+def _as_packed(source: Source, config: PretrainedConfig, quant: Quant | None) -> PretrainedConfig:
+    """The config that reads a checkpoint which is packed already. quant: what a run asks for, None where anything will do."""
+    from quant.pretrained import PackingError, packed_config
+
+    try:
+        packed = packed_config(config)
+    except PackingError as error:
+        raise Mistake(
+            "this model is quantized in a way that cannot be read", where="model.name", found=f"{source.name}: {error}"
+        ) from None
+    found = str(packed.quantization_config["quant_method"]).removeprefix("packed_")
+    if quant is not None and quant.scheme != found:
+        raise Mistake(
+            "this model is quantized already, and quantizing twice destroys it",
+            where="model.name",
+            found=f"{source.name}: {found}",
+            do="quant.scheme=nf4 trains adapters on it as it is" if found == "nf4" else "give the unquantized original",
+        )
+    return packed
+
+
+def parameters_of(model: Any) -> int:
+    """Parameters of the model that packed linears stand for."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    return packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())
 
 
 @dataclass
@@ -353,9 +387,9 @@ def prepare(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Swap linears into packed ones, move the model, attach adapters (or free all weights), set checkpointing."""
-    parameters = sum(p.numel() for p in model.parameters())
-    report = swap_linears(model, quant, device, progress) if quant.scheme != "none" else None
+    """Pack what was not packed while it was read, move the model, attach adapters (or free all weights), set checkpointing."""
+    parameters = parameters_of(model)
+    report = packed(model, quant, progress)
     model.to(device)
     model.config.use_cache = False
     wrapped = model
@@ -369,17 +403,18 @@ def prepare(
     return Prepared(wrapped, report, len(targets), parameters, trainable)
 
 
-def swap_linears(
-    model: Any, quant: Quant, device: torch.device, progress: Callable[[int, int], None] | None = None
-) -> SwapReport:
-    """Pack the linears of the base.
+def packed(model: Any, quant: Quant, progress: Callable[[int, int], None] | None = None) -> SwapReport | None:
+    """What was packed of the base, None where it is in floats; what was not packed while it was read is packed now.
 
     Raises:
         Mistake: a keep pattern matches nothing, nothing can be packed, or weights are not finite.
     """
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None and getattr(quantizer, "report", None) is not None:
+        return quantizer.report
+    if quant.scheme == "none":
+        return None
     try:
-        keep = (*DEFAULT_KEEP, *quant.keep)
-        return swap(model, scheme=quant.scheme, double=quant.double, keep=keep, device=device, progress=progress)
+        return swap(model, scheme=quant.scheme, double=quant.double, keep=(*DEFAULT_KEEP, *quant.keep), progress=progress)
     except ValueError as error:
         raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
 

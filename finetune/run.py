@@ -427,7 +427,12 @@ class _Story:
         with self.screen.phase("weights") as progress:
             self.dtype = models.dtype_of(recipe, self.device.type)
             model = models.load_weights(
-                self.source, self.config, dtype=self.dtype, attention=recipe.model.attention, progress=progress
+                self.source,
+                self.config,
+                dtype=self.dtype,
+                attention=recipe.model.attention,
+                quant=recipe.quant,
+                progress=progress,
             )
         with self.screen.phase("quantize" if recipe.quant.scheme != "none" else "prepare") as progress:
             prepared = models.prepare(

@@ -75,12 +75,17 @@ class _Run:
         self.progress = progress
 
     def base(self) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
-        """(float model on the CPU, tokenizer, source)."""
+        """(model on the CPU, packed if it is not a GGUF; tokenizer; source)."""
         recipe = self.recipe
         source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
         dtype = getattr(torch, self.record["model"]["dtype"])
         model = models.load_weights(
-            source, models.load_config(source), dtype=dtype, attention=recipe.model.attention, progress=self.progress
+            source,
+            models.load_config(source),
+            dtype=dtype,
+            attention=recipe.model.attention,
+            quant=recipe.quant,
+            progress=self.progress,
         )
         tokenizer = models.load_tokenizer(source)
         set_template(tokenizer, recipe.data.template)
@@ -132,8 +137,7 @@ def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device
 
     if run is not None:
         model, tokenizer, _ = run.base()
-        if run.recipe.quant.scheme != "none":
-            models.swap_linears(model, run.recipe.quant, device)
+        models.packed(model, run.recipe.quant)
         _in(dtype, model)
     else:
         base = models.find(models.adapter_base(path), where=str(path / "adapter_config.json"))

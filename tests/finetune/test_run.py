@@ -394,12 +394,53 @@ def test_bad_weights(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_mode
 
 
 def test_a_quantized_model_is_not_quantized_again(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """A folder that bitsandbytes reads as NF4 is trained on as it is; asked for floats, or in fp4, it is refused."""
+    from transformers import AutoModelForCausalLM
+
+    from quant import swap
+    from quant.pretrained import attach_quantizer
+
     packed = tmp_path / "packed"
     shutil.copytree(tiny_model, packed)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    swap(model)
+    attach_quantizer(model).save_pretrained(packed)
     config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    assert config["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert "quantized already" in bad(finetune, recipe, f"model.name={packed}", "quant.scheme=none")
+    (packed / "config.json").write_text(
+        json.dumps(config | {"quantization_config": config["quantization_config"] | {"bnb_4bit_quant_type": "fp4"}})
+    )
+    assert "only nf4 can be read" in bad(finetune, recipe, f"model.name={packed}")
     (packed / "config.json").write_text(json.dumps(config))
-    assert "quantized already" in bad(finetune, recipe, f"model.name={packed}")
+    losses = []
+    for name, source in (("on-packed", packed), ("on-floats", tiny_model)):
+        code, _, err = finetune("run", str(recipe), f"model.name={source}", f"run.dir={tmp_path / name}")
+        assert code == 0, err
+        record = json.loads((tmp_path / name / "run.json").read_text())
+        losses.append([record["eval"][when]["loss"] for when in ("before", "after")])
+        assert (tmp_path / name / "merged" / "config.json").is_file()
+    assert losses[0] == losses[1]
+
+
+def test_a_mixture_of_experts_is_packed_trained_and_merged(
+    finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    config = MixtralConfig(
+        vocab_size=len(tokenizer), num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, dtype="float32", **sizes
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path / "moe")
+    tokenizer.save_pretrained(tmp_path / "moe")
+    code, _, err = finetune("run", str(recipe), f"model.name={tmp_path / 'moe'}", "adapter.rank=2")
+    assert code == 0, err
+    record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
+    assert record["model"]["swap"]["swapped"] == 2 * (4 + 2 * 4)  # attention, and two matrices an expert
+    assert record["merge"]["gate"]["status"] == "pass"
 
 
 def test_bad_rows(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
