@@ -149,6 +149,17 @@ def chat(
     chat_command(models, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, system=system, dtype=_dtype(dtype))
 
 
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="What to measure: quant.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write rows and provenance there.")] = None,
+) -> None:
+    """Measure this program against others on this machine: the same work in one run, medians of pairs."""
+    from finetune.bench import bench_command
+
+    bench_command(name, json_file)
+
+
 def _checked(name: str, overrides: list[str] | None) -> tuple[Path, Recipe]:
     """The recipe, once its keys and what it names are found good."""
     from finetune.recipe import find_recipe, locator, read_recipe

@@ -17,7 +17,7 @@ input it keeps what the scheme multiplied with: nothing for a frozen layer, int8
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Self
 
@@ -51,17 +51,11 @@ class _Linear(torch.autograd.Function):
         dtype: torch.dtype,
         *weight: Tensor,
     ) -> Tensor:
-        frozen = weight[0].dtype == torch.uint8
-        before_norm: tuple[Tensor, ...] = ()
-        if norm is not None:
-            *rows, inverse = operators.norm_rows(scheme, x, norm, eps)
-            before_norm = x, inverse, norm
-        else:
-            rows = operators.rows(scheme, x) if ARITHMETIC[scheme].integer else (x,)
-        ctx.scheme, ctx.shape, ctx.frozen, ctx.x_dtype = scheme, shape, frozen, x.dtype
-        ctx.parts, ctx.kept = len(weight), 0 if frozen or not weight[0].requires_grad else len(rows)
+        y, rows, before_norm = _product(x, bias, norm, eps, scheme, shape, dtype, weight)
+        ctx.scheme, ctx.shape, ctx.frozen, ctx.x_dtype = scheme, shape, _is_packed(weight), x.dtype
+        ctx.parts, ctx.kept = len(weight), 0 if ctx.frozen or not weight[0].requires_grad else len(rows)
         ctx.save_for_backward(*weight, *rows[: ctx.kept], *before_norm)
-        return operators.linear(scheme, rows, bias, weight, frozen, *shape, dtype)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -78,6 +72,31 @@ class _Linear(torch.autograd.Function):
         if rows:
             grad_weight = operators.grad_weight(ctx.scheme, grad, rows).to(weight[0].dtype)
         return grad_x, grad_bias, grad_norm, None, None, None, None, grad_weight, *[None] * (len(weight) - 1)
+
+
+def _is_packed(weight: Sequence[Tensor]) -> bool:
+    return weight[0].dtype == torch.uint8
+
+
+def _product(
+    x: Tensor,
+    bias: Tensor | None,
+    norm: Tensor | None,
+    eps: float,
+    scheme: str,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    weight: Sequence[Tensor],
+) -> tuple[Tensor, Sequence[Tensor], tuple[Tensor, ...]]:
+    """y, what of the input the gradient of the weight needs, and what of it the gradient of the norm needs."""
+    rows: Sequence[Tensor] = (x,)
+    before_norm: tuple[Tensor, ...] = ()
+    if norm is not None:
+        *rows, inverse = operators.norm_rows(scheme, x, norm, eps)
+        before_norm = x, inverse, norm
+    elif ARITHMETIC[scheme].integer:
+        rows = operators.rows(scheme, x)
+    return operators.linear(scheme, rows, bias, weight, _is_packed(weight), *shape, dtype), rows, before_norm
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,8 +123,10 @@ def _multiply(
     if x.shape[-1:] != shape[1:]:
         raise ValueError(f"this linear takes inputs of {shape[1]} features, got shape {tuple(x.shape)}")
     bias = None if bias is None else bias.to(dtype)
-    normed = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-    y: Tensor = _Linear.apply(x, bias, *normed, scheme, shape, dtype, *weight)
+    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps or 0.0)
+    if not torch.is_grad_enabled():  # autograd's bookkeeping costs as much as a small product
+        return _product(x, bias, gain, eps, scheme, shape, dtype, weight)[0]
+    y: Tensor = _Linear.apply(x, bias, gain, eps, scheme, shape, dtype, *weight)
     return y
 
 

@@ -318,7 +318,7 @@ def _as_written(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def plainly(*args: Any) -> Any:
-        kind = next(a for a in (*args, *args[1]) if isinstance(a, Tensor)).device.type
+        kind = (args[1] if isinstance(args[1], Tensor) else args[1][0]).device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return function(*args)
         with torch.autocast(kind, enabled=False):

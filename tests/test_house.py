@@ -16,17 +16,19 @@ RANKS = [
     {"finetune.errors", "finetune.files", "finetune.recipe", "finetune.screen"},
     {"finetune.data", "finetune.model", "finetune.provenance"},
     {"finetune.train", "finetune.use"},
-    {"finetune.merge", "finetune.report", "finetune.check", "finetune.show"},
+    {"finetune.merge", "finetune.report", "finetune.check", "finetune.show", "finetune.bench"},
     {"finetune.run"},
     {"finetune.commands"},
     {"finetune.cli"},
 ]
+BASELINES = "finetune/bench/baselines.py"  # the plain stack to compare with
 # A library that only these may import.
 ONLY_IN = {
-    "bitsandbytes": ("quant/backends/", "finetune/train/optim.py"),
+    "bitsandbytes": ("quant/backends/", "finetune/train/optim.py", BASELINES),
     "triton": ("quant/backends/",),
-    "numba": ("quant/backends/",),
-    "trl": ("finetune/train/preference.py", "finetune/bench/baselines.py"),
+    **dict.fromkeys(("numba", "llvmlite"), ("quant/backends/",)),
+    "trl": ("finetune/train/preference.py", BASELINES),
+    **dict.fromkeys(("libggml", "onebitllms", "torchao"), (BASELINES,)),
 }
 
 

@@ -1,0 +1,164 @@
+"""`finetune bench NAME`: this suite against the plain stack, both sides on the same work in one run, on the user's own machine.
+
+Each device is measured in a process of its own (child.py), which on the CPU has one thread on one core, so that what the
+command itself does is no part of a time. What is measured stands in a module named after the benchmark (quant.py), how in
+measure.py, the opponents in baselines.py; the table and the file are made here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from finetune.errors import Mistake, nearest
+from finetune.files import write_json
+from finetune.screen import Screen
+
+if TYPE_CHECKING:
+    from finetune.bench.measure import Row
+
+NAMES = ("quant",)  # each a module here with SIZES, cases(device, sizes) and backends_here(device)
+
+
+def bench_command(name: str, json_file: Path | None) -> None:
+    """Measure, show the table, and write `json_file` when all is there.
+
+    Raises:
+        Mistake: there is no such benchmark, or the file cannot be written.
+    """
+    if name not in NAMES:
+        close = nearest(name, NAMES)
+        meant = f"did you mean {close}? " if close else ""
+        raise Mistake("there is no such benchmark", where="NAME", found=name, do=f"{meant}there are: {', '.join(NAMES)}")
+    if json_file is not None:
+        _require_writable(json_file)
+    screen = Screen()
+    with screen.phase("libraries"):
+        import torch
+
+        from finetune import provenance
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    rows: list[Row] = []
+    places: dict[str, Any] = {}
+    for device in devices:
+        with screen.phase(f"{name} on {device}") as progress:
+            found, places[device] = _measured(name, device, progress)
+            rows += found
+    _show(rows, screen)
+    for place in places.values():
+        screen.say(place["method"])
+        for what, backend in place["backends"].items():
+            screen.say(f"  {what}: {backend}")
+    if json_file is not None:
+        collected = provenance.collect(torch.device(devices[-1]), 0, " ".join(sys.argv))
+        where = {"device": "; ".join(place["device"] for place in places.values()), "devices": places}
+        write_json(json_file, {"name": name, "rows": rows, "provenance": collected | where})
+        screen.say(f"written to {json_file}")
+
+
+def _require_writable(path: Path) -> None:
+    """Say now what would otherwise be said when all has been measured."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        found = "a folder" if path.is_dir() else f"{folder} is not writable"
+        raise Mistake("the results cannot be written there", where=f"--json {path}", found=found, do="give the name of a file")
+
+
+def _measured(name: str, device: str, progress: Callable[[int, int, str], None]) -> tuple[list[Row], dict[str, Any]]:
+    """The rows of `device`, and what a reader of them must know about it."""
+    sizes = asdict(importlib.import_module(f"finetune.bench.{name}").SIZES)
+    rows: list[Row] = []
+    place: dict[str, Any] = {}
+    with closing(_child(name, device, sizes)) as messages:
+        for message in messages:
+            if "progress" in message:
+                percent, note = message["progress"]
+                progress(percent, 100, note)
+            elif "row" in message:
+                rows.append(message["row"])
+            else:
+                place = message["place"]
+    return rows, place
+
+
+def _child(name: str, device: str, sizes: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
+    """The messages of a process that measures. It ends with this one, however this one ends.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    # -P: what lies in the user's folder is not imported
+    command = [sys.executable, "-P", "-m", "finetune.bench.child", name, device, json.dumps(sizes)]
+    environment = os.environ | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {})
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8", env=environment)
+        assert child.stdout is not None
+        try:
+            for line in child.stdout:
+                yield json.loads(line)
+            code = child.wait()
+        finally:
+            child.kill()
+            child.wait()
+            child.stdout.close()
+        if code:
+            said.seek(0)
+            raise RuntimeError(f"measuring on {device} failed (exit code {code}):\n{said.read()[-4000:]}")
+
+
+def verdict(row: Row) -> str:
+    """Whether the target is met, in words."""
+    if row["ratio"] is None:
+        return "skipped"
+    if row["met"] is None or row["target"] is None:
+        return ""
+    word = "met" if row["met"] else "missed"
+    low, high = row["low"], row["high"]
+    unsure = low is not None and high is not None and min(low, high) < row["target"] < max(low, high)
+    return f"{word}, within the noise" if unsure else word
+
+
+def _show(rows: list[Row], screen: Screen) -> None:
+    """The table, and below it what a row needs said."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    table.add_column("case")
+    for column in ("ours", "theirs"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for column in ("", "ratio [95 %]", "target", ""):
+        table.add_column(column)
+    for row in rows:
+        unit = row["unit"].removeprefix("products").split()[0]
+        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
+        if row["low"] is not None and row["high"] is not None:
+            ratio += f" [{row['low']:.3g}, {row['high']:.3g}]"
+        bound = {"lower": "≤", "higher": "≥"}[row["better"]]
+        target = "" if row["target"] is None else f"{bound} {row['target']:.3g}"
+        case = f"{row['case']}, against {row['against']}"
+        cells = (case, _amount(row["ours"]), _amount(row["baseline"]), unit, ratio, target, verdict(row))
+        table.add_row(*map(Text, cells))
+    screen.console.print(table, soft_wrap=False)
+    notes: dict[str, list[str]] = {}
+    for row in rows:
+        if row["note"]:
+            notes.setdefault(row["note"], []).append(row["case"])
+    for note, cases in notes.items():
+        screen.say(f"{'; '.join(cases)}: {note}")
+
+
+def _amount(value: float | None) -> str:
+    """Four digits: '0.2956', '12.34', '1,928'."""
+    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -1,0 +1,195 @@
+"""The others: programs that do the same work, called as their own users call them. Imported when a case wants one.
+
+Each function raises Skip where the program is not installed, or is not the version that is known here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from finetune.bench.measure import Skip
+
+
+def float_linear(weight: Tensor, *, trained: bool = False) -> nn.Linear:
+    """torch's own linear with `weight` (out, in)."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    linear.weight = nn.Parameter(weight, requires_grad=trained)
+    return linear
+
+
+def _bitsandbytes() -> ModuleType:
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    logger.setLevel(logging.ERROR)  # on import it warns that an optional kernel package is not installed
+    try:
+        import bitsandbytes
+        from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
+    except ImportError as error:
+        raise Skip(f"bitsandbytes is not importable ({error}), pip install bitsandbytes") from error
+    if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
+        raise Skip("bitsandbytes is installed, but its native library did not load")
+    return bitsandbytes
+
+
+def bitsandbytes_functional(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    """x → F.linear(x, dequantize_4bit(…)), the gradient dequantizing again: what its Linear4bit does, as a plain function.
+
+    NF4 with double quantization. Its Linear4bit itself repacks its weight on some CPUs, after which gradients are wrong.
+    """
+    functional = _bitsandbytes().functional
+    codes, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4")
+
+    class Multiply(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return F.linear(x, functional.dequantize_4bit(codes, state))
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad @ functional.dequantize_4bit(codes, state)
+
+    return Multiply.apply
+
+
+def bitsandbytes_linear(weight: Tensor) -> nn.Module:
+    """bitsandbytes' Linear4bit as QLoRA uses it: NF4, double quantization, bf16 arithmetic. For CUDA."""
+    library = _bitsandbytes()
+    out, k = weight.shape
+    linear = library.nn.Linear4bit(k, out, bias=False, compute_dtype=torch.bfloat16, compress_statistics=True, quant_type="nf4")
+    linear.weight = library.nn.Params4bit(weight.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4")
+    return linear.to(weight.device)
+
+
+def onebitllms_linear(weight: Tensor) -> nn.Module:
+    """onebitllms' BitNetLinear with `weight` as its master. For CUDA."""
+    try:
+        from onebitllms import BitNetLinear
+    except ImportError as error:
+        raise Skip(f"onebitllms is not importable ({error}), pip install onebitllms") from error
+    linear = BitNetLinear(weight.shape[1], weight.shape[0])
+    linear.weight = nn.Parameter(weight.clone())
+    return linear
+
+
+def torchao_linear(weight: Tensor) -> nn.Module:
+    """torchao's BitNet training (int8 tensor cores) with `weight` as its master, compiled, as it is meant to be. For CUDA."""
+    try:
+        from torchao import quantize_
+        from torchao.prototype.quantized_training import bitnet_training
+    except ImportError as error:
+        raise Skip(f"torchao's BitNet is not importable ({error}), pip install torchao") from error
+    layer = nn.Sequential(float_linear(weight.clone(), trained=True))
+    quantize_(layer, bitnet_training())
+    layer.compile()
+    return layer
+
+
+# ------------------------------------------------------------------------------------------------------ llama.cpp's kernels
+
+GGML = "0.20."  # the structures below are those of its headers
+F32, TQ2_0 = 0, 35  # ggml_type
+BLOCK, BLOCK_BYTES = 256, 66
+
+
+class _Init(ctypes.Structure):
+    """ggml_init_params."""
+
+    _fields_ = [("size", ctypes.c_size_t), ("buffer", ctypes.c_void_p), ("no_alloc", ctypes.c_bool)]
+
+
+class _Plan(ctypes.Structure):
+    """ggml_cplan."""
+
+    _fields_ = [
+        ("work_size", ctypes.c_size_t), ("work_data", ctypes.c_void_p), ("n_threads", ctypes.c_int),
+        ("threadpool", ctypes.c_void_p), ("abort_callback", ctypes.c_void_p), ("abort_data", ctypes.c_void_p),
+        ("use_ref", ctypes.c_bool),
+    ]  # fmt: skip
+
+
+def _ggml() -> tuple[ctypes.CDLL, ctypes.CDLL]:
+    """(libggml-base, libggml-cpu), with their functions declared."""
+    try:
+        import libggml
+
+        version = importlib.metadata.version("libggml-python")
+    except ImportError as error:
+        raise Skip("llama.cpp's kernels are not installed, pip install libggml-python") from error
+    if not version.startswith(GGML):
+        raise Skip(f"libggml-python {version} has other structures than {GGML}x, pip install 'libggml-python=={GGML}*'")
+    folder = Path(libggml.__file__).parent
+    found = [next(folder.glob(f"lib*/libggml-{name}.so"), None) for name in ("base", "cpu")]
+    if None in found:
+        raise Skip(f"libggml-python {version} has no shared libraries for this system")
+    base, cpu = (ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in found)
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    signatures: dict[str, tuple[Any, list[Any]]] = {
+        "ggml_init": (pointer, [_Init]), "ggml_free": (None, [pointer]),
+        "ggml_new_tensor_2d": (pointer, [pointer, ctypes.c_int, number, number]),
+        "ggml_mul_mat": (pointer, [pointer] * 3), "ggml_new_graph": (pointer, [pointer]), "ggml_get_data": (pointer, [pointer]),
+        "ggml_build_forward_expand": (None, [pointer, pointer]),
+        "ggml_quantize_chunk": (ctypes.c_size_t, [ctypes.c_int, pointer, pointer, number, number, number, pointer]),
+    }  # fmt: skip
+    for name, (result, arguments) in signatures.items():
+        getattr(base, name).restype, getattr(base, name).argtypes = result, arguments
+    cpu.ggml_graph_plan.restype, cpu.ggml_graph_plan.argtypes = _Plan, [pointer, ctypes.c_int, pointer]
+    cpu.ggml_graph_compute.restype, cpu.ggml_graph_compute.argtypes = ctypes.c_int, [pointer, ctypes.POINTER(_Plan)]
+    cpu.ggml_cpu_init()
+    return base, cpu
+
+
+class GGMLMatrix:
+    """A weight (out, k) in TQ2_0, k a multiple of 256, and llama.cpp's own product with a vector, on one thread.
+
+    weight: t / s in floats, so that the largest magnitude of every block of 256 is the scale. The product is a graph of one
+    `ggml_mul_mat`, as llama.cpp runs it, which quantizes the vector to int8 (Q8_K) first. Copies nothing out: the result is
+    the graph's own memory, overwritten by the next product.
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        self._base, self._cpu = _ggml()
+        out, k = weight.shape
+        if k % BLOCK:
+            raise Skip(f"TQ2_0 takes rows of a multiple of {BLOCK} weights, not {k}")
+        base = self._base
+        size = out * k // BLOCK * BLOCK_BYTES + 4 * (out + k) + (8 << 20)
+        self._context = base.ggml_init(_Init(size, None, False))
+        w, x = base.ggml_new_tensor_2d(self._context, TQ2_0, k, out), base.ggml_new_tensor_2d(self._context, F32, k, 1)
+        source = weight.float().contiguous()
+        base.ggml_quantize_chunk(TQ2_0, source.data_ptr(), base.ggml_get_data(w), 0, out, k, None)
+        y = base.ggml_mul_mat(self._context, w, x)
+        self._graph = base.ggml_new_graph(self._context)
+        base.ggml_build_forward_expand(self._graph, y)
+        self._plan = self._cpu.ggml_graph_plan(self._graph, 1, None)
+        self._work = ctypes.create_string_buffer(self._plan.work_size + 64)
+        self._plan.work_data = ctypes.addressof(self._work)
+        self._x, self._y = self._view(x, k), self._view(y, out)
+
+    def _view(self, tensor: int, size: int) -> Tensor:
+        memory = (ctypes.c_float * size).from_address(self._base.ggml_get_data(tensor))
+        return torch.frombuffer(memory, dtype=torch.float32)
+
+    def prepare(self, x: Tensor) -> Callable[[], Tensor]:
+        """x (1, k) → a call that gives fp32 (out,)."""
+        self._x.copy_(x.reshape(-1))
+        compute, graph, plan = self._cpu.ggml_graph_compute, self._graph, ctypes.byref(self._plan)
+
+        def product() -> Tensor:
+            if compute(graph, plan):
+                raise RuntimeError("ggml_graph_compute failed")
+            return self._y
+
+        return product
+
+    def __del__(self) -> None:
+        if getattr(self, "_context", None):
+            self._base.ggml_free(self._context)

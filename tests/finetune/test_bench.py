@@ -1,0 +1,343 @@
+"""`finetune bench`: the statistics, the pairs, the rows, the child process, the file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import finetune.bench as bench
+from finetune import cli
+from finetune.bench import baselines, quant
+from finetune.bench.measure import (
+    WARM_UP,
+    Amounts,
+    Case,
+    CPUClock,
+    Pairing,
+    Row,
+    Skip,
+    Timed,
+    cache_bytes,
+    interval,
+    measure,
+    pairs,
+)
+from finetune.screen import Screen, Shown
+
+TINY = quant.Sizes(nf4=(128, 192), ternary=(128, 64), vector=(256, 64), tokens=16, few_tokens=4, pairs=2, short_pairs=2)
+
+
+class Script:
+    """A clock whose times are what the calls return."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    def evict(self) -> None:
+        self.calls.append("evict")
+
+    def time(self, call: Timed) -> tuple[float, object]:
+        result = call()
+        assert isinstance(result, torch.Tensor)
+        self.calls.append("ours" if result[0] == 1 else "baseline")
+        return float(result[1]), result
+
+
+def scripted(ours: list[float], baseline: list[float], count: int) -> Pairing:
+    """Sides that take these times, one after another (the first call of each is the one that compares)."""
+    times = {1.0: iter([1.0, *ours]), 1.01: iter([1.0, *baseline])}
+
+    def side(mark: float) -> Any:
+        return lambda: lambda: torch.tensor([mark, next(times[mark])])
+
+    return Pairing(tuple, side(1.0), side(1.01), count, "script")
+
+
+def test_the_interval_of_known_data() -> None:
+    values = np.random.default_rng(3).normal(2.0, 0.5, 400)
+    middle, low, high = interval(values.tolist())
+    assert middle == pytest.approx(float(np.median(values)))
+    # The standard error of a normal sample's median is 1.2533 σ / √n, and the interval reaches 1.96 of them to each side.
+    assert high - low == pytest.approx(2 * 1.96 * 1.2533 * 0.5 / 20, rel=0.25)
+    assert low < middle < high
+    assert interval([1.5] * 30) == (1.5, 1.5, 1.5)
+    assert interval(values.tolist()) == (middle, low, high)  # the same every time
+
+
+def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
+    draws = np.random.default_rng(0).lognormal(0.0, 0.3, (120, 31))
+    held = sum(low <= 1.0 <= high for _, low, high in map(interval, draws.tolist()))
+    assert 105 <= held <= 120  # 114 expected
+
+
+def test_pairs_alternate_evict_and_leave_the_first_out() -> None:
+    clock, done = Script(), list[float]()
+    slow = [100.0] * WARM_UP
+    ours, baseline = pairs(scripted([*slow, 2.0, 3.0, 4.0], [*slow, 4.0, 4.0, 4.0], 3), clock, done.append)
+    assert (ours, baseline) == ([2.0, 3.0, 4.0], [4.0, 4.0, 4.0])
+    assert done[-1] == 1.0
+    assert clock.calls[::2] == ["evict"] * 2 * (3 + WARM_UP)
+    called = clock.calls[1::2]
+    assert called[:4] in (["ours", "baseline", "baseline", "ours"], ["baseline", "ours", "ours", "baseline"])
+
+
+def test_what_runs_before_is_not_timed_and_has_inputs_of_its_own() -> None:
+    made, met = list[torch.Tensor](), list[tuple[str, int]]()
+
+    def fresh() -> tuple[torch.Tensor, ...]:
+        made.append(torch.ones(2))
+        return (made[-1],)
+
+    def side(name: str) -> Any:
+        def prepare(x: torch.Tensor) -> Timed:
+            number = next(i for i, one in enumerate(made) if one is x)
+            return lambda: met.append((name, number)) or x  # type: ignore[func-returns-value]
+
+        return prepare
+
+    class Watch(Script):
+        def evict(self) -> None:
+            met.append(("evict", -1))
+
+        def time(self, call: Timed) -> tuple[float, object]:
+            met.append(("time", -1))
+            return 1.0, call()
+
+    pairs(Pairing(fresh, side("a"), side("b"), 1, "", before=(side("a before"), side("b before"))), Watch(), lambda part: None)
+    names = [name for name, _ in met]
+    assert names[:2] == ["b", "a"]  # the comparison
+    assert set(zip(*[iter(names[2:])] * 4, strict=True)) == {
+        ("evict", "a before", "time", "a"),
+        ("evict", "b before", "time", "b"),
+    }
+    used = [number for name, number in met[2:] if name in ("a", "b")]
+    assert used[::2] == used[1::2]  # both sides of a pair get the same…
+    assert len(set(used)) == len(used) // 2  # …and every pair its own
+    before = [number for name, number in met if name.endswith("before")]
+    assert not set(before) & set(used)
+    assert len(set(before)) == len(before)
+
+
+@pytest.mark.parametrize(
+    ("unit", "target", "ratio", "met"),
+    [("ms", 0.8, 0.75, True), ("ms", 0.7, 0.75, False), ("products/s", 1.3, 4 / 3, True), ("products/s", 1.4, 4 / 3, False)],
+)
+def test_a_row_takes_the_median_of_the_ratios_of_pairs(unit: str, target: float, ratio: float, met: bool) -> None:
+    warm = [1.0] * WARM_UP
+    contest = scripted([*warm, 2.0, 3.0, 40.0], [*warm, 4.0, 4.0, 40.0], 3)  # ratios 0.5, 0.75, 1: not that of the medians…
+    row = measure(Case("c", "b", unit, target, lambda: contest), Script(), lambda part: None)
+    assert row["ratio"] == pytest.approx(ratio)
+    assert row["met"] is met
+    assert row["better"] == ("lower" if unit == "ms" else "higher")
+    assert row["ours"] == pytest.approx(3000.0 if unit == "ms" else 1 / 3)  # …which these are
+    assert row["pairs"] == 3
+    assert row["low"] is not None
+    assert row["high"] is not None
+    assert row["low"] <= ratio <= row["high"]
+
+
+def test_sides_that_compute_different_things_are_a_fault() -> None:
+    x = torch.ones(4)
+    wrong = Pairing(lambda: (x,), lambda x: lambda: x, lambda x: lambda: 2 * x, 2, "")
+    with pytest.raises(RuntimeError, match=r"do not compute the same: relative difference 0\.5"):
+        measure(Case("c", "b", "ms", None, lambda: wrong), CPUClock(1 << 10), lambda part: None)
+    nan = Pairing(lambda: (x,), lambda x: lambda: x * float("nan"), lambda x: lambda: x, 2, "")
+    with pytest.raises(RuntimeError, match="do not compute the same"):
+        measure(Case("c", "b", "ms", None, lambda: nan), CPUClock(1 << 10), lambda part: None)
+
+
+def test_what_cannot_be_measured_is_a_row_that_says_why() -> None:
+    def absent() -> Amounts:
+        raise Skip("it is not installed, pip install it")
+
+    row = measure(Case("c", "b", "ms", 1.0, absent), Script(), lambda part: None)
+    assert row.keys() == Row.__annotations__.keys()
+    assert row["note"] == "skipped: it is not installed, pip install it"
+    assert (row["ours"], row["ratio"], row["met"], row["target"]) == (None, None, None, 1.0)
+
+    def broken(x: torch.Tensor) -> Timed:
+        raise OSError("no such symbol")
+
+    contest = Pairing(lambda: (torch.ones(1),), lambda x: lambda: x, broken, 2, "")
+    row = measure(Case("c", "b", "ms", 1.0, lambda: contest), Script(), lambda part: None)
+    assert row["note"] == "skipped: the other side failed with OSError: no such symbol"
+
+
+@pytest.mark.parametrize(
+    ("ratio", "bounds", "words"),
+    [
+        (1.0, (0.9, 1.05), "met"),
+        (1.0, (0.9, 1.2), "met, within the noise"),
+        (1.2, (1.15, 1.3), "missed"),
+        (None, None, "skipped"),
+    ],
+)
+def test_the_verdict_is_in_words(ratio: float | None, bounds: tuple[float, float] | None, words: str) -> None:
+    def contest() -> Amounts:
+        if ratio is None:
+            raise Skip("why")
+        return Amounts(ratio, 1.0, "")
+
+    row = measure(Case("c", "b", "ms", 1.1, contest), Script(), lambda part: None)
+    row["low"], row["high"] = bounds or (None, None)
+    assert bench.verdict(row) == words
+
+
+def test_the_cache_is_read_where_the_system_says_its_size() -> None:
+    size, source = cache_bytes(0)
+    assert size >= 1 << 20
+    assert source.startswith(("/sys/devices/system/cpu/cpu0/cache/", "assumed"))
+    assert cache_bytes(10**6) == (64 << 20, "assumed: the system does not say")
+
+
+def test_kept_for_backward_counts_each_storage_once_and_no_parameter() -> None:
+    x = torch.randn(16, 128, dtype=torch.bfloat16)
+    linear = nn.Linear(128, 64, dtype=torch.bfloat16)
+    assert quant.kept_for_backward(linear, x) == x.nbytes
+    assert quant.kept_for_backward(nn.Sequential(linear, nn.ReLU()), x) == x.nbytes + 16 * 64 * 2
+
+
+def test_bitsandbytes_path_dequantizes_in_both_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight, x = torch.randn(64, 128), torch.randn(4, 128, requires_grad=True)
+    multiply = baselines.bitsandbytes_functional(weight)
+    spy = Mock(wraps=functional.dequantize_4bit)
+    monkeypatch.setattr(functional, "dequantize_4bit", spy)
+    multiply(x).sum().backward()
+    assert spy.call_count == 2
+    assert x.grad is not None
+    assert torch.allclose(x.grad, weight.sum(0).expand(4, -1), atol=5.0)
+
+
+@pytest.mark.parametrize(
+    ("package", "make"),
+    [
+        ("libggml", baselines.GGMLMatrix),
+        ("bitsandbytes", baselines.bitsandbytes_functional),
+        ("onebitllms", baselines.onebitllms_linear),
+        ("torchao", baselines.torchao_linear),
+    ],
+)
+def test_a_missing_package_skips_with_the_way_to_get_it(package: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(Skip, match="pip install " + package):
+        make(torch.zeros(64, 256))
+
+
+def test_cases_are_told_apart_by_name_and_opponent() -> None:
+    for device in ("cpu", "cuda"):
+        cases = quant.cases(device, quant.SIZES)
+        assert len({(case.name, case.against) for case in cases}) == len(cases)
+    assert all(count >= 30 for count in (quant.SIZES.pairs, quant.SIZES.short_pairs))
+
+
+def test_an_unknown_name_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, said in (("qant", "did you mean quant? there are: quant"), ("device", "there are: quant")):
+        monkeypatch.setattr(sys, "argv", ["finetune", "bench", name])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        assert exited.value.code == 2
+        assert said in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "_child", lambda *args: pytest.fail("measured all the same"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "below.json"):
+        monkeypatch.setattr(sys, "argv", ["finetune", "bench", "quant", "--json", str(path)])
+        with pytest.raises(SystemExit) as exited:
+            cli.main()
+        assert exited.value.code == 2
+        assert "the results cannot be written there" in capsys.readouterr().err
+
+
+def test_a_small_one_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(quant, "SIZES", TINY)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    file = tmp_path / "new" / "quant.json"
+    monkeypatch.setattr(sys, "argv", ["finetune", "bench", "quant", "--json", str(file)])
+    with pytest.raises(SystemExit) as exited:
+        cli.main()
+    assert not exited.value.code
+    document = json.loads(file.read_text(encoding="utf-8"))
+    rows = document["rows"]
+    assert [row["case"] for row in rows] == [case.name for case in quant.cases("cpu", TINY)]
+    assert len({row["case"] for row in rows}) == len(rows)
+    for row in rows:
+        assert row.keys() == Row.__annotations__.keys()
+        if row["ratio"] is None:
+            assert row["note"].startswith("skipped: ")
+            continue
+        assert row["backend"]
+        assert row["ratio"] > 0
+        assert (row["met"] is None) == (row["target"] is None)
+        if row["unit"] in ("ms", "products/s"):
+            assert row["pairs"] == 2
+            assert row["low"] <= row["ratio"] <= row["high"]
+    counted = {row["unit"]: row for row in rows if row["pairs"] == 0 and row["ratio"] is not None}
+    assert counted["bits a weight"]["met"] is True
+    assert counted["bits a weight"]["ours"] == 2 + 32 / (128 * 64)
+    assert counted["MiB"]["ours"] == (16 * 128 + 4 * 16) / 2**20  # int8 rows and a scale each
+    assert counted["MiB"]["baseline"] == 2 * 16 * 128 / 2**20
+    place = document["provenance"]["devices"]["cpu"]
+    assert place["threads"] == 1
+    assert "(1 thread)" in place["device"]
+    assert place["evicted_bytes"] == 2 * place["cache_bytes"]
+    assert set(place["backends"]) == {"nf4", "ternary"}
+    assert document["provenance"]["versions"]["torch"]
+    assert document["provenance"]["command"] == f"finetune bench quant --json {file}"
+    shown = capsys.readouterr().out
+    assert "llama.cpp" in shown
+    assert " met" in shown or "missed" in shown
+    assert "pairs in alternating order" in shown
+    assert [path.name for path in file.parent.iterdir()] == ["quant.json"]
+
+
+def test_ctrl_c_leaves_the_old_file_and_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    children = list[subprocess.Popen[str]]()
+
+    class Watched(subprocess.Popen[str]):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            children.append(self)
+
+    monkeypatch.setattr(quant, "SIZES", dataclasses.replace(TINY, pairs=10**6))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(subprocess, "Popen", Watched)
+
+    class Pressed(Screen):
+        @contextlib.contextmanager
+        def phase(self, name: str) -> Iterator[Shown]:
+            def press(done: int, total: int, note: str = "") -> None:
+                raise KeyboardInterrupt
+
+            yield press
+
+    monkeypatch.setattr(bench, "Screen", Pressed)
+    file = tmp_path / "quant.json"
+    file.write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        bench.bench_command("quant", file)
+    assert file.read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["quant.json"]
+    (child,) = children
+    assert child.poll() is not None
+
+
+def test_a_child_that_fails_says_what_it_said() -> None:
+    with pytest.raises(RuntimeError, match="no_such_size"):
+        list(bench._child("quant", "cpu", {"no_such_size": 1}))

@@ -1,0 +1,29 @@
+"""The example of the README, as it stands there, on a tiny model."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+
+def test_the_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.chdir(tmp_path)
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    names = {
+        "AutoModelForCausalLM": AutoModelForCausalLM,
+        "linear": nn.Linear(8, 8),
+        "model": model,
+        "batch": {"input_ids": torch.arange(6)[None]},
+        "name": str(tiny_model),
+    }
+    exec(example, names)
+    assert (tmp_path / "packed" / "model.safetensors").is_file()
+    assert type(names["model"].get_submodule("model.layers.0.mlp.up_proj")).__name__ == "NF4Linear"  # type: ignore[attr-defined]
