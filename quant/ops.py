@@ -89,6 +89,10 @@ class NF4Arithmetic:
         frozen: bool,
     ) -> Tensor:
         x, y = rows[0].to(dtype), None
+        backend = backends.select(x.device)
+        if 0 < x.shape[0] <= getattr(backend, "FEW", 0):
+            y = cast(Any, backend).linear(x, nf4.of_parts(weight, shape))
+            return y if bias is None else y.add_(bias)
         for place, floats in self._slices(weight, shape, dtype, dim=0):
             if place == slice(None):
                 return F.linear(x, floats, bias)
@@ -116,6 +120,8 @@ class NF4Arithmetic:
     def dequantize(self, weight: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor:
         packed = nf4.of_parts(weight, shape)
         backend = backends.select(packed.codes.device)
+        if (fused := getattr(backend, "dequantize_packed", None)) is not None:
+            return cast(Tensor, fused(packed, dtype))
         return backend.dequantize(packed.codes, backend.scales(packed), shape.numel(), packed.block, dtype).view(shape)
 
     def _slices(
@@ -126,14 +132,12 @@ class NF4Arithmetic:
         Cut along the dimension that a product keeps (rows forward, columns backward), every sum stays whole: nothing is
         rounded that was not rounded before.
         """
-        packed = nf4.of_parts(weight, shape)
-        backend = backends.select(packed.codes.device)
-        scales, size = backend.scales(packed), shape.numel() * dtype.itemsize
-        sliced = packed.codes.device.type == "cpu" and size >= SLICE_FROM and shape[1] % packed.block == 0
-        if not sliced:
-            yield slice(None), backend.dequantize(packed.codes, scales, shape.numel(), packed.block, dtype).view(shape)
+        packed, size = nf4.of_parts(weight, shape), shape.numel() * dtype.itemsize
+        if not (packed.codes.device.type == "cpu" and size >= SLICE_FROM and shape[1] % packed.block == 0):
+            yield slice(None), self.dequantize(weight, shape, dtype)
             return
-        codes, scales = packed.codes.view(shape[0], -1), scales.view(shape[0], -1)
+        backend = backends.select(packed.codes.device)
+        codes, scales = packed.codes.view(shape[0], -1), backend.scales(packed).view(shape[0], -1)
         unit = 1 if dim == 0 else packed.block  # columns are cut where blocks end
         step = -(-shape[dim] // unit // -(-size // SLICE_BYTES)) * unit
         for start in range(0, shape[dim], step):

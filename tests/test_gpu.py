@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["reference", "bitsandbytes"])
+@pytest.mark.parametrize("backend", ["reference", "bitsandbytes", "triton"])
 def test_nf4_dequantizes_to_the_same_bits_as_on_the_cpu(dtype: torch.dtype, backend: str) -> None:
     from quant import NF4Linear, backends
 
@@ -25,6 +25,31 @@ def test_nf4_dequantizes_to_the_same_bits_as_on_the_cpu(dtype: torch.dtype, back
         expected = packed.dequantize()
     with backends.use(backend):
         assert torch.equal(packed.to("cuda").dequantize().cpu(), expected)
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-6])
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_bitlinear_steps_as_on_the_cpu(backend: str, norm_eps: float | None) -> None:
+    import copy
+
+    from quant import BitLinear, backends, weights_changed
+
+    torch.manual_seed(0)
+    layer = BitLinear.from_linear(torch.nn.Linear(320, 192), norm_eps=norm_eps)
+    x, grad = torch.randn(40, 320), torch.randn(40, 192)
+
+    def step(layer: BitLinear, device: str) -> list[torch.Tensor]:
+        layer, own = copy.deepcopy(layer).to(device), x.to(device).requires_grad_()
+        weights_changed()
+        out = layer(own)
+        out.backward(grad.to(device))
+        return [t.detach().cpu() for t in (out, own.grad, *(p.grad for p in layer.parameters())) if t is not None]
+
+    with backends.use("reference"):
+        expected = step(layer, "cpu")
+    with backends.use(backend):
+        for found, wanted in zip(step(layer, "cuda"), expected, strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])

@@ -27,6 +27,7 @@ class Backend(Protocol):
     """A module with these functions, and with those of its scheme."""
 
     NAME: str
+    DEVICES: tuple[str, ...]  # types of devices that it is for; empty: all
 
     def unavailable(self, device: torch.device) -> str | None:
         """Why this backend cannot serve `device`; None when it can."""
@@ -43,6 +44,9 @@ class NF4Backend(Backend, Protocol):
 
     def dequantize(self, codes: Tensor, scales: Tensor, numel: int, block: int, dtype: torch.dtype) -> Tensor:
         """(numel,) in `dtype`."""
+
+    # Besides, where it has them: dequantize_packed(packed, dtype), all in one launch; FEW and linear(x (n, in), packed),
+    # which multiplies that many rows without writing a float weight.
 
 
 class TernaryBackend(Backend, Protocol):
@@ -63,12 +67,19 @@ class TernaryBackend(Backend, Protocol):
     def dequantize(self, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """(out, k) in `dtype`, rounded once from fp32."""
 
+    # Besides, where it has it: norm_quantize_rows(x, weight, eps), RMSNorm and quantize_rows in one pass.
+
 
 TABLE = {  # best first
-    "nf4": {"bitsandbytes": "quant.backends.bnb", "reference": "quant.backends.reference_nf4"},
+    "nf4": {
+        "bitsandbytes": "quant.backends.bnb",
+        "triton": "quant.backends.triton_nf4",
+        "reference": "quant.backends.reference_nf4",
+    },
     "ternary": {
         "numba": "quant.backends.numba_cpu",
         "aten": "quant.backends.aten",
+        "triton": "quant.backends.triton",  # after those of the CPU, where it would only be interpreted
         "reference": "quant.backends.reference_ternary",
     },
 }
@@ -128,6 +139,8 @@ def _look(device: torch.device, name: str | None, scheme: str) -> tuple[Backend,
     reasons: list[str] = []
     for row in [name] if name else rows:
         module: Backend = importlib.import_module(rows[row])
+        if name is None and module.DEVICES and device.type not in module.DEVICES:
+            continue
         why = module.unavailable(device)
         if why is None:
             return module, "; ".join(reasons) or ("forced" if name else "")

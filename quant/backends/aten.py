@@ -22,6 +22,7 @@ from quant import ternary
 from quant.derived import derived
 
 NAME = "aten"
+DEVICES = ("cpu",)
 
 FEW = 8  # from this many rows on unpacking beats int4, whose time grows with the rows (measured: 4096 × 11008, Zen 5)
 INT4_GROUP = (256, 128, 64, 32)  # columns to a scale, which the int4 kernel wants and we set to 1; the larger the faster

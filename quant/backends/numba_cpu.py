@@ -30,6 +30,7 @@ from quant import ternary
 from quant.backends import aten
 
 NAME = "numba"
+DEVICES = ("cpu",)
 
 COLUMNS = 64  # what the kernels for rows and weights take at a time, and the widest vector of the product
 SUMMED = 1 << 17  # codes times 64 times 128: as many columns fit into 32 bits

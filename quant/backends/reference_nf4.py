@@ -8,6 +8,7 @@ from torch import Tensor
 from quant import nf4
 
 NAME = "reference"
+DEVICES: tuple[str, ...] = ()
 
 
 def unavailable(device: torch.device) -> str | None:

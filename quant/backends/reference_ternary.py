@@ -8,6 +8,7 @@ from torch import Tensor
 from quant import ternary
 
 NAME = "reference"
+DEVICES: tuple[str, ...] = ()
 EXACT_IN_FP32 = 2**24 // 128  # in_features up to which no partial sum of int8 × ternary leaves fp32's integers
 
 

@@ -150,7 +150,7 @@ CASES = [(n, *shape, dtype) for n in (0, 1, 3, 9, 40) for shape in SHAPES for dt
 
 
 def _backends() -> list[str]:
-    return [name for name in backends.TABLE["ternary"] if name != "reference"]
+    return [name for name in backends.TABLE["ternary"] if name not in ("reference", "triton")]  # triton's table is its own file's
 
 
 @pytest.fixture(params=_backends())
@@ -187,6 +187,24 @@ def test_backend_quantizes_and_multiplies_as_the_reference(backend: backends.Ter
         packed, scale = backend.quantize_weight(_weight((out, inner), kind, dtype))
         assert torch.equal(packed, weight.codes)
         assert torch.equal(scale, weight.scale)
+
+
+def test_backends_are_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "_chosen", {})
+    monkeypatch.delenv(backends.VARIABLE, raising=False)
+    from quant.backends import numba_cpu
+
+    monkeypatch.setattr(numba_cpu, "unavailable", lambda device: "the reason why not")
+    assert backends.select("cpu", scheme="ternary").NAME == "aten"
+    assert backends.describe("cpu", scheme="ternary").endswith(": the reason why not")
+    with pytest.raises(RuntimeError, match="'numba' was asked for and is not available: the reason why not"):
+        backends.select("cpu", "numba", scheme="ternary")
+    monkeypatch.setenv(backends.VARIABLE, "aten")
+    assert backends.describe("cpu", scheme="ternary").endswith(": forced")
+    assert backends.select("cpu", scheme="nf4").NAME != "aten"  # which has none of that name, and chooses for itself
+    for name in ("aten", "numba"):
+        with pytest.raises(RuntimeError, match="asked for and is not available"):
+            backends.select("meta", name, scheme="ternary")
 
 
 def test_what_is_not_finite_stays_so(backend: backends.TernaryBackend) -> None:
