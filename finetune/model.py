@@ -355,6 +355,10 @@ def _as_packed(source: Source, config: PretrainedConfig, quant: Quant | None) ->
             found=f"{source.name}: {found}",
             do="quant.scheme=nf4 trains adapters on it as it is" if found == "nf4" else "give the unquantized original",
         )
+    if quant is not None and quant.keep:
+        raise Mistake(
+            "this model is packed already, so nothing more can be kept in floats", where="quant.keep", found=source.name
+        )
     return packed
 
 

@@ -153,7 +153,7 @@ def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device
         raise Mistake("the adapter does not fit its base model", where=str(path), found=str(error).splitlines()[0]) from None
     wrapped.to(device).eval()
     if run is None:
-        note = "this adapter lies outside its run: its base is opened unquantized, whatever it was trained on"
+        note = "this adapter lies outside its run: its base is opened as it is stored, whatever it was quantized to in training"
         return Opened(wrapped, tokenizer, str(path), note=note)
     return Opened(wrapped, tokenizer, str(path), run.recipe, run.path)
 

@@ -25,6 +25,7 @@ from typing import Any, ClassVar, Self, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from quant import ternary
@@ -139,6 +140,7 @@ class _Conv(torch.autograd.Function):
         return operators.conv(codes, scale, bias, master, *place, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         master, *kept = ctx.saved_tensors
         grad_x = grad_bias = grad_weight = None
@@ -212,6 +214,10 @@ class BitConv2d(nn.Conv2d):
     def cached_bytes(self) -> int:
         """Bytes of the codes that are kept until the next optimizer step."""
         return kept_bytes([self.weight])
+
+    def train(self, mode: bool = True) -> Self:
+        weights_changed()
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         forget([self.weight])

@@ -12,17 +12,21 @@ Nothing here is a special tensor class. Packed parts are frozen uint8 `nn.Parame
 `.to(dtype)`, `.half()` or a model-wide cast cannot change them, and sharding, deepcopy and `meta` treat them like any
 parameter. A weight exists in floats only while a multiplication runs; the backward pass dequantizes it again, and of the
 input it keeps what the scheme multiplied with: nothing for a frozen layer, int8 codes where the product was taken of them.
+(A layer with a norm of its own keeps the norm's input besides, as any RMSNorm does.)
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import threading
+import weakref
+from collections.abc import Callable
 from types import ModuleType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Self, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from quant import nf4, ternary
 from quant.derived import forget, kept_bytes, weights_changed
@@ -34,7 +38,8 @@ class _Linear(torch.autograd.Function):
 
         y = q(x) · q(W)ᵀ + bias      ∂x = ∂y · q(W)      ∂W = ∂yᵀ · q(x)      (q: quantized and dequantized, slope 1)
 
-    With a norm, x is normalized first: RMSNorm's gradient follows, and x itself is kept for it.
+    rows: what stands for x in the product, where that is not x itself. With a norm, x was normalized before: RMSNorm's
+    gradient follows, for which x and `inverse`, 1 / root mean square, are kept. weight: a master weight, or packed parts.
 
     Straight-through: Bengio et al., arXiv 1308.3432; BitNet, arXiv 2310.11453, section 2.2.
     """
@@ -43,60 +48,39 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        bias: Tensor | None,
+        rows: tuple[Tensor, ...],
         norm: Tensor | None,
-        eps: float,
+        inverse: Tensor | None,
+        bias: Tensor | None,
         scheme: str,
         shape: tuple[int, int],
         dtype: torch.dtype,
-        *weight: Tensor,
+        master: Tensor | None,
+        parts: tuple[Tensor, ...],
     ) -> Tensor:
-        y, rows, before_norm = _product(x, bias, norm, eps, scheme, shape, dtype, weight)
-        ctx.scheme, ctx.shape, ctx.frozen, ctx.x_dtype = scheme, shape, _is_packed(weight), x.dtype
-        ctx.parts, ctx.kept = len(weight), 0 if ctx.frozen or not weight[0].requires_grad else len(rows)
-        ctx.save_for_backward(*weight, *rows[: ctx.kept], *before_norm)
-        return y
+        weight = parts if master is None else (master,)
+        kept = rows if master is not None and master.requires_grad else ()
+        ctx.scheme, ctx.shape, ctx.frozen, ctx.x_dtype = scheme, shape, master is None, x.dtype
+        ctx.ends = len(weight), len(weight) + len(kept)
+        ctx.save_for_backward(*weight, *kept, *(() if norm is None else (x, inverse, norm)))
+        return operators.linear(scheme, rows, bias, weight, ctx.frozen, *shape, dtype)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved, end = ctx.saved_tensors, ctx.parts + ctx.kept
-        weight, rows, before_norm = saved[: ctx.parts], saved[ctx.parts : end], saved[end:]
+        saved, (first, second) = ctx.saved_tensors, ctx.ends
+        weight, rows, before_norm = saved[:first], saved[first:second], saved[second:]
         grad_x = grad_bias = grad_norm = grad_weight = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
             grad_x = operators.grad_input(ctx.scheme, grad, weight, ctx.frozen, *ctx.shape)
             if before_norm:
                 grad_x, grad_norm = _norm_gradients(grad_x, *before_norm)
             grad_x = grad_x.to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, ctx.shape[0]).sum(0)
         if rows:
             grad_weight = operators.grad_weight(ctx.scheme, grad, rows).to(weight[0].dtype)
-        return grad_x, grad_bias, grad_norm, None, None, None, None, grad_weight, *[None] * (len(weight) - 1)
-
-
-def _is_packed(weight: Sequence[Tensor]) -> bool:
-    return weight[0].dtype == torch.uint8
-
-
-def _product(
-    x: Tensor,
-    bias: Tensor | None,
-    norm: Tensor | None,
-    eps: float,
-    scheme: str,
-    shape: tuple[int, int],
-    dtype: torch.dtype,
-    weight: Sequence[Tensor],
-) -> tuple[Tensor, Sequence[Tensor], tuple[Tensor, ...]]:
-    """y, what of the input the gradient of the weight needs, and what of it the gradient of the norm needs."""
-    rows: Sequence[Tensor] = (x,)
-    before_norm: tuple[Tensor, ...] = ()
-    if norm is not None:
-        *rows, inverse = operators.norm_rows(scheme, x, norm, eps)
-        before_norm = x, inverse, norm
-    elif ARITHMETIC[scheme].integer:
-        rows = operators.rows(scheme, x)
-    return operators.linear(scheme, rows, bias, weight, _is_packed(weight), *shape, dtype), rows, before_norm
+        return grad_x, None, grad_norm, None, grad_bias, None, None, None, grad_weight, None
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -106,15 +90,47 @@ def _norm_gradients(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) ->
     return grad_x, (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
-def _multiply(
-    x: Tensor,
-    bias: Tensor | None,
-    scheme: str,
-    shape: tuple[int, int],
-    weight: list[Tensor],
-    norm: nn.RMSNorm | None = None,
-) -> Tensor:
+class _SharedRows:
+    """The rows of the last input, for q, k and v, or gate and up, which take it one after another: quantized and kept once.
+
+    An input is known by its Python object and `_version`, which a kernel or a collective that writes into it does not raise.
+    So each layer is served once: a layer that comes back brings what is in the buffer now. Compiled graphs do not come
+    here, since they use one buffer for several tensors; they merge equal operations by themselves.
+    """
+
+    def __init__(self) -> None:
+        self.input: weakref.ref[Tensor] | None = None
+        self.stamp: object = None
+        self.rows: tuple[Tensor, ...] = ()
+        self.served: set[int] = set()
+
+    def __call__(self, layer: nn.Module, scheme: str, x: Tensor) -> tuple[Tensor, ...]:
+        if torch.compiler.is_compiling() or x.is_inference() or torch.is_inference_mode_enabled() or type(x) is not Tensor:
+            return tuple(operators.rows(scheme, x.detach()))
+        stamp = (scheme, x._version, x.dtype, x.shape, x.data_ptr() if not x.is_meta else 0)
+        same = self.input is not None and self.input() is x and self.stamp == stamp and id(layer) not in self.served
+        if not same:
+            self.rows = tuple(operators.rows(scheme, x.detach()))
+            self.input, self.stamp, self.served = weakref.ref(x, self._drop), stamp, set()
+        self.served.add(id(layer))
+        return self.rows
+
+    def _drop(self, dead: object) -> None:
+        if self.input is dead:
+            self.input, self.rows = None, ()
+
+
+class _Threads(threading.local):
+    def __init__(self) -> None:
+        self.shared_rows = _SharedRows()
+
+
+_threads = _Threads()
+
+
+def _multiply(layer: Any, x: Tensor, *, master: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
     """x (…, in) → (…, out), in the dtype of x, or in autocast's where that is on; normalized before, where there is a norm."""
+    shape: tuple[int, int] = (layer.out_features, layer.in_features)
     dtype, kind = x.dtype, x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # `meta` has no autocast to ask
         dtype = torch.get_autocast_dtype(kind)
@@ -122,26 +138,36 @@ def _multiply(
         raise TypeError(f"a quantized linear computes in fp32, bf16 or fp16, got an input of {x.dtype}")
     if x.shape[-1:] != shape[1:]:
         raise ValueError(f"this linear takes inputs of {shape[1]} features, got shape {tuple(x.shape)}")
+    scheme, bias, norm = layer.arithmetic, layer.bias, layer.rms_norm
     bias = None if bias is None else bias.to(dtype)
-    gain, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps or 0.0)
+    gain = inverse = None
+    rows: tuple[Tensor, ...] = (x,)
+    if norm is not None:
+        gain = norm.weight
+        *rows_of_norm, inverse = operators.norm_rows(scheme, x.detach(), gain.detach(), norm.eps)
+        rows = tuple(rows_of_norm)
+    elif ARITHMETIC[scheme].integer:
+        rows = _threads.shared_rows(layer, scheme, x)
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs as much as a small product
-        return _product(x, bias, gain, eps, scheme, shape, dtype, weight)[0]
-    y: Tensor = _Linear.apply(x, bias, gain, eps, scheme, shape, dtype, *weight)
-    return y
+        return cast(Tensor, operators.linear(scheme, rows, bias, parts or (master,), master is None, *shape, dtype))
+    return cast(Tensor, _Linear.apply(x, rows, gain, inverse, bias, scheme, shape, dtype, master, parts))
 
 
 def _refuse(linear: nn.Module, scheme: ModuleType) -> None:
     """Raise ValueError for what must not be quantized by `scheme`: what is quantized already, and what does not fit."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
-    if (mark := getattr(linear, "quantized", None)) is not None:
+    if (mark := getattr(linear, "quantized", None) or getattr(weight, "quantized", None)) is not None:
         raise ValueError(f"this layer is already {mark}: refuse to quantize twice, requantizing loses accuracy")
     if weight.dtype not in scheme.SOURCES:
-        raise ValueError(f"{type(linear).__name__} holds {weight.dtype}, not fp32, bf16 or fp16: is it already quantized?")
+        why = "cast it to fp32 first" if weight.is_floating_point() else "is it already quantized?"
+        raise ValueError(f"{type(linear).__name__} holds {weight.dtype}, not fp32, bf16 or fp16: {why}")
     if (reason := scheme.unfit(weight.shape)) is not None:
         raise ValueError(reason)
     if scheme is ternary and not weight.is_meta and ternary.looks_ternary(weight):
-        raise ValueError("these weights are ternary already: a second quantization would keep the codes and shrink the scale")
+        raise ValueError(
+            "these weights are ternary already, −c, 0 and c: a second quantization would keep the codes and shrink the scale"
+        )
 
 
 def _norm(features: int, eps: float | None, device: torch.device, dtype: torch.dtype) -> nn.RMSNorm | None:
@@ -234,10 +260,16 @@ class PackedLinear(nn.Module):
             return operators.dequantize(self.arithmetic, self.parts, True, *self.shape, dtype or self.dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A float `nn.Linear` with the weight that this layer stands for, and its bias."""
+        """A float `nn.Linear` with the weight that this layer stands for, and its bias; refused a second quantization.
+
+        Raises ValueError for a layer that normalizes its input, which a linear alone does not.
+        """
+        if self.rms_norm is not None:
+            raise ValueError("this layer normalizes its input (rms_norm): an nn.Linear cannot stand for it")
         weight = self.dequantize(dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = _frozen(weight)
+        linear.weight.quantized = self.quantized  # type: ignore[attr-defined]
         if self.bias is not None:
             linear.bias = _frozen(self.bias.detach().to(weight.dtype, copy=True))
         return linear.train(self.training)
@@ -245,7 +277,7 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
         self.mark_used()
-        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), self.parts, self.rms_norm)
+        return _multiply(self, x, master=None, parts=tuple(self.parts))
 
     def mark_used(self) -> None:
         """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
@@ -256,6 +288,10 @@ class PackedLinear(nn.Module):
         return kept_bytes(self.parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if fn(torch.empty(0, dtype=torch.uint8)).dtype != torch.uint8:
+            raise TypeError(
+                "packed codes are bytes and cannot be cast: use .to(dtype), which leaves them, instead of .type(dtype)"
+            )
         super()._apply(fn, recurse)
         self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # so that the layer knows its model's dtype after a cast
         return self
@@ -365,7 +401,7 @@ class FakeQuantLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
         self.mark_used()
-        return _multiply(x, self.bias, self.arithmetic, (self.out_features, self.in_features), [self.weight], self.rms_norm)
+        return _multiply(self, x, master=self.weight, parts=())
 
     def mark_used(self) -> None:
         """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
@@ -374,6 +410,10 @@ class FakeQuantLinear(nn.Linear):
     def cached_bytes(self) -> int:
         """Bytes of the codes that are kept until the next optimizer step."""
         return kept_bytes([self.weight])
+
+    def train(self, mode: bool = True) -> Self:
+        weights_changed()  # where weights are put in place for an evaluation (averages, through `.data`), this is called
+        return super().train(mode)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         forget([self.weight])
@@ -388,7 +428,7 @@ class BitLinear(FakeQuantLinear):
     """The linear of BitNet b1.58: ternary weights, int8 activations by token, a float master weight. out_features in fours.
 
     The Era of 1-bit LLMs, arXiv 2402.17764, section 2. The backward pass keeps the int8 activations and their scales, and
-    no float copy of anything. With `norm_eps` the layer has an RMSNorm of its own, `rms_norm`, which is then one pass with
+    no float copy of input or weight. With `norm_eps` the layer has an RMSNorm of its own, `rms_norm`, which is then one pass with
     the quantization (`use_rms_norm` of transformers' bitnet layers); without, normalizing is the model's business.
     """
 

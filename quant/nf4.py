@@ -66,12 +66,12 @@ DYNAMIC_LEVELS = _dynamic_levels()
 
 @functools.lru_cache(maxsize=64)
 def _on_card(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor(levels, device=device)
+    return torch.tensor(levels, dtype=torch.float32, device=device)
 
 
 def table(levels: tuple[float, ...], device: torch.device) -> Tensor:
     """`levels` as fp32 on `device`. On a GPU it is made once: making it waits for the device, and every linear asks for it."""
-    return _on_card(levels, device) if device.type == "cuda" else torch.tensor(levels, device=device)
+    return _on_card(levels, device) if device.type == "cuda" else torch.tensor(levels, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +178,8 @@ def _quantize_blocks(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 def _grid() -> tuple[tuple[float, ...], tuple[float, ...]]:
     """For each of CELLS equal cells of −1 … 1: midpoints between levels below it, and the midpoint inside or infinity."""
-    midpoints = ((torch.tensor(LEVELS[:-1]) + torch.tensor(LEVELS[1:])) / 2).tolist()
+    levels = torch.tensor(LEVELS, dtype=torch.float32)
+    midpoints = ((levels[:-1] + levels[1:]) / 2).tolist()
     cells = [int((m + 1) * CELLS / 2) for m in midpoints]
     inside = dict(zip(cells, midpoints, strict=True))
     return tuple(float(sum(c < i for c in cells)) for i in range(CELLS)), tuple(inside.get(i, math.inf) for i in range(CELLS))

@@ -25,7 +25,6 @@ from typing import Any, Protocol, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from quant import backends, nf4, ternary
 from quant.derived import derived
@@ -217,22 +216,8 @@ _LIBRARY.define("grad_input(str scheme, Tensor grad, Tensor[] weight, bool froze
 _LIBRARY.define("grad_weight(str scheme, Tensor grad, Tensor[] rows) -> Tensor")
 _LIBRARY.define("dequantize(str scheme, Tensor[] weight, bool frozen, int out, int inner, ScalarType dtype) -> Tensor")
 
-_shared: tuple[StorageWeakRef, tuple[object, ...], tuple[Tensor, Tensor]] | None = None
-
 
 def _rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `x`. An input that q, k and v, or gate and up, take one after another is quantized and kept once."""
-    global _shared
-    if x.is_inference():  # does not count its versions
-        return _quantized_rows(scheme, x)
-    stamp = (scheme, cast(int, x.untyped_storage()._cdata), x.storage_offset(), x.shape, x.stride(), x.dtype, x._version)
-    shared = _shared
-    if shared is None or shared[1] != stamp or shared[0].expired():
-        _shared = shared = StorageWeakRef(x.untyped_storage()), stamp, _quantized_rows(scheme, x)
-    return shared[2]
-
-
-def _quantized_rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
     codes, scales = ARITHMETIC[scheme].rows(_matrix(x))
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
 

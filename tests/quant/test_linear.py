@@ -210,7 +210,9 @@ def test_refusals() -> None:
     with pytest.raises(TypeError, match=r"float64"):
         packed(torch.randn(2, 96).double())
     with pytest.raises(ValueError, match=r"float64"):
-        NF4Linear.from_linear(floats.double())
+        NF4Linear.from_linear(nn.Linear(96, 40).double())
+    with pytest.raises(ValueError, match="refuse to quantize twice"):
+        NF4Linear.from_linear(floats)  # what packed.to_linear() gave
 
 
 def test_repr() -> None:
