@@ -18,7 +18,7 @@ whose factors hold 11 bits. The backward pass keeps the int8 codes, one byte an 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, ClassVar, Self, cast
 
@@ -29,7 +29,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from quant import ternary
-from quant.derived import derived, forget, kept_bytes, weights_changed
+from quant.derived import derived
+from quant.linear import MasterWeight
 
 FEW_CHANNELS = 4
 """Convolutions with so few channels on a side touch pixels or latents; they hold next to nothing and are left in floats."""
@@ -153,7 +154,7 @@ class _Conv(torch.autograd.Function):
         return grad_x, grad_bias, grad_weight, None, None
 
 
-class BitConv2d(nn.Conv2d):
+class BitConv2d(MasterWeight, nn.Conv2d):
     """A Conv2d with ternary weights, int8 activations by image and a float master weight; see the head of this file."""
 
     scheme: ClassVar[ModuleType] = ternary
@@ -206,26 +207,6 @@ class BitConv2d(nn.Conv2d):
         bias = None if self.bias is None else self.bias.to(dtype)
         y = cast(Tensor, _Conv.apply(x, bias, self.weight, (self.stride, padding, self.dilation, self.groups), dtype))
         return y[0] if single else y
-
-    def mark_used(self) -> None:
-        """Note that the weight took part in a forward pass."""
-        self.used = True
-
-    def cached_bytes(self) -> int:
-        """Bytes of the codes that are kept until the next optimizer step."""
-        return kept_bytes([self.weight])
-
-    def train(self, mode: bool = True) -> Self:
-        weights_changed()
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        forget([self.weight])
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        weights_changed()
 
 
 def reason_to_leave(module: nn.Module, scheme: str, trainable: bool) -> str | None:

@@ -350,7 +350,35 @@ class PackedBitLinear(PackedLinear):
         return packed
 
 
-class FakeQuantLinear(nn.Linear):
+class MasterWeight(nn.Module):
+    """What layers share that train a float `weight` and keep its codes until it changes (quant/derived.py)."""
+
+    weight: Tensor  # a Parameter
+    used: bool
+
+    def mark_used(self) -> None:
+        """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
+        self.used = True
+
+    def cached_bytes(self) -> int:
+        """Bytes of the codes that are kept until the next optimizer step."""
+        return kept_bytes([self.weight])
+
+    def train(self, mode: bool = True) -> Self:
+        if mode != self.training:  # where averaged weights are put in place for an evaluation (through `.data`), it changes
+            weights_changed()
+        return super().train(mode)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        forget([self.weight])
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        weights_changed()
+
+
+class FakeQuantLinear(MasterWeight, nn.Linear):
     """A linear with a float master weight that is quantized in the forward pass; gradients go straight through.
 
     The codes are computed once an optimizer step and found again by every pass until the next (quant/derived.py).
@@ -402,26 +430,6 @@ class FakeQuantLinear(nn.Linear):
         """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
         self.mark_used()
         return _multiply(self, x, master=self.weight, parts=())
-
-    def mark_used(self) -> None:
-        """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
-        self.used = True
-
-    def cached_bytes(self) -> int:
-        """Bytes of the codes that are kept until the next optimizer step."""
-        return kept_bytes([self.weight])
-
-    def train(self, mode: bool = True) -> Self:
-        weights_changed()  # where weights are put in place for an evaluation (averages, through `.data`), this is called
-        return super().train(mode)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        forget([self.weight])
-        return super()._apply(fn, recurse)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        weights_changed()
 
 
 class BitLinear(FakeQuantLinear):

@@ -10,7 +10,6 @@ libraries print goes to standard error.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 import json
 import os
 import platform
@@ -43,20 +42,11 @@ def flags() -> list[str]:
     return [flag for flag in FLAGS if flag in words]
 
 
-def versions() -> dict[str, str]:
-    found = provenance.versions()
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def place(device: str) -> tuple[Clock, dict[str, Any]]:
     """The clock for `device`, once this process is settled there, and where it is."""
     about: dict[str, Any] = {
-        "device": "", "threads": 1, "versions": versions(), "python": platform.python_version(),
+        "device": "", "threads": 1, "versions": provenance.versions((*provenance.PACKAGES, *PACKAGES)),
+        "python": platform.python_version(),
         "load_average": os.getloadavg() if hasattr(os, "getloadavg") else None,
     }  # fmt: skip
     if device == "cuda":
