@@ -344,10 +344,10 @@ class PackedBitLinear(PackedLinear):
         """As PackedLinear.from_linear; the norm is that of a BitLinear that has one, else a new one with `norm_eps`."""
         packed = super().from_linear(linear, **kwargs)
         if (norm := getattr(linear, "rms_norm", None)) is not None:
-            packed.rms_norm = copy.deepcopy(norm).requires_grad_(False).to(packed.weight.device)
+            packed.rms_norm = copy.deepcopy(norm).to(packed.weight.device)
         else:
             packed.rms_norm = _norm(packed.in_features, norm_eps, packed.weight.device, packed.dtype)
-        return packed
+        return packed.requires_grad_(False)
 
 
 class MasterWeight(nn.Module):

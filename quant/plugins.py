@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -23,7 +23,7 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from quant.linear import PackedLinear
+from quant.linear import FakeQuantLinear, PackedLinear
 from quant.swap import DEFAULT_KEEP, linear_like, plain_path, reasons_to_leave
 
 INITS = (True, False, "gaussian", "orthogonal")  # the others read the base weight as if it were floats
@@ -65,7 +65,8 @@ class PackedDora(DoraLinearVariant):
 class PackedLora(lora.Linear):
     """PEFT's LoRA layer over a packed linear. While merged, `base_layer` is a float nn.Linear in the packed layer's dtype.
 
-    Raises ValueError for what would read the packed codes as weights: other initializations and other variants.
+    Raises ValueError for what would read the packed codes as weights, other initializations and other variants, and for a
+    layer with a norm of its own.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class PackedLora(lora.Linear):
                 f"init_lora_weights={config.init_lora_weights!r} needs a float base weight; on a packed layer use one of "
                 f"{', '.join(map(repr, INITS))}"
             )
+        if self.packed.rms_norm is not None:
+            raise ValueError("this layer normalizes its input itself (rms_norm), and an adapter would see it as it was before")
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _delta(self, adapter: str) -> Tensor:
@@ -133,6 +136,7 @@ class PackedLora(lora.Linear):
             if self.lora_bias[name]:
                 addition = cast(Tensor, self.lora_B[name].bias).detach().float() * self.scaling[name]
                 linear.bias = nn.Parameter(addition if linear.bias is None else linear.bias + addition, False)
+        vars(linear.weight).pop("quantized", None)  # the mark of dequantized codes, which this is no longer
         if not bool(linear.weight.isfinite().all()):
             raise ValueError(f"the merged weight is not finite: adapter {', '.join(names)} seems to be broken")
         self._aside = (packed,)
@@ -140,15 +144,26 @@ class PackedLora(lora.Linear):
         self.merged_adapters = names
 
     def unmerge(self) -> None:
-        """Put the packed layer back, bit for bit."""
+        """Put the packed layer back, bit for bit, in the device and dtype that the merged one has been moved to."""
         if self._aside:
-            self.base_layer = self._aside[0].to(cast(Tensor, self.base_layer.weight).device)
+            weight = cast(Tensor, self.base_layer.weight)
+            self.base_layer = self._aside[0].to(weight.device, weight.dtype)
         self._aside, self.merged_adapters = (), []
 
 
+def _refuse_trained(target: nn.Module, adapter_name: str, *, target_name: str = "", **kwargs: Any) -> NoReturn:
+    """In the place of PEFT's own layer, which would merge into the master weight behind autograd's back, to be quantized."""
+    where = target_name or type(target).__name__
+    raise ValueError(f"{where} is still being trained, and adapters go on packed linears: quant.pack(model) first")
+
+
 def register_peft(config: LoraConfig) -> None:
-    """Make PEFT wrap packed linears where `config` targets them; before `get_peft_model` and before every load."""
-    config._register_custom_module({PackedLinear: PackedLora})  # matched by isinstance: it covers every scheme
+    """Make PEFT wrap packed linears where `config` targets them; before `get_peft_model` and before every load.
+
+    PEFT then raises ValueError for fake-quantized linears.
+    """
+    mapping: dict[Any, Any] = {PackedLinear: PackedLora, FakeQuantLinear: _refuse_trained}
+    config._register_custom_module(mapping)  # matched by isinstance: it covers every scheme
 
 
 def load_peft(model: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
@@ -172,7 +187,7 @@ def linear_targets(model: nn.Module, keep: Sequence[str] = DEFAULT_KEEP) -> list
 def assert_wrapped(model: nn.Module, expected: Iterable[str]) -> None:
     """Raise RuntimeError, naming the difference, unless the modules with adapters are exactly `expected` (paths)."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    wrapped, asked = {plain_path(name) for name, _ in layers}, set(expected)
+    wrapped, asked = {plain_path(name) for name, _ in layers}, {plain_path(path) for path in expected}
     if wrapped != asked:
         missing, surplus = sorted(asked - wrapped), sorted(wrapped - asked)
         raise RuntimeError(

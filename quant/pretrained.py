@@ -11,7 +11,8 @@ that can be trained upon (bitsandbytes' Linear4bit cannot, on CPUs with AVX512-B
     NF4        X.weight uint8 (n, 1) · X.weight.absmax · X.weight.quant_map · X.weight.quant_state.bitsandbytes__nf4 (JSON as
                bytes), and X.weight.nested_absmax · X.weight.nested_quant_map where the scales are quantized again
     ternary    X.weight uint8 (out/4, in) · X.weight_scale (1,): 1 / mean|W| with `bitlinear`, which divides by it, and
-               mean|W| with `autobitlinear`, which multiplies; in mode `online` X.weight is the float master weight
+               mean|W| with `autobitlinear`, which multiplies; in mode `online` X.weight is the float master weight; with
+               `use_rms_norm` X.rms_norm.weight (in,), a float
 
 transformers' quantizer interface does the walking and the reading: `register_quantizer`, transformers ≥ 5.17. While it packs
 it materializes one tensor after the other (of a mixture, one projection of a layer's experts), so memory peaks near the
@@ -26,7 +27,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +52,9 @@ class PackingError(ValueError):
 
 MAP_ERROR = 1e-6
 """How far a stored table of levels may lie from ours: torch builds round linspace differently in the last bit."""
+
+RMS_NORM_EPS = 1e-6
+"""Of BitNetQuantConfig, where config.json does not give it."""
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
@@ -100,15 +104,18 @@ def packed_config(config: PretrainedConfig) -> PretrainedConfig:
     if stored is None:
         raise PackingError("this checkpoint is not quantized; from_pretrained(…, quantization_config=PackedNF4Config()) packs it")
     stored = copy.deepcopy(stored) if isinstance(stored, dict) else stored.to_dict()
-    method = getattr(stored["quant_method"], "value", stored["quant_method"])
+    method = stored.get("quant_method")
+    method = getattr(method, "value", method)
+    if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):  # as bitsandbytes' first configs were
+        method = "bitsandbytes"
+    if method is None:
+        raise PackingError("this checkpoint's quantization_config has no quant_method: what it is quantized to is not known")
     if method == "bitsandbytes":
         kind = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "int8"
         if kind != "nf4":
             raise PackingError(f"this checkpoint is quantized to bitsandbytes {kind}; only nf4 can be read")
         ours = "packed_nf4"
     elif method == "bitnet":
-        if stored.get("use_rms_norm"):
-            raise PackingError("this bitnet checkpoint has an RMSNorm inside each linear (use_rms_norm), which cannot be read")
         ours = "packed_ternary"
     else:
         raise PackingError(f"this checkpoint is quantized as {method!r}; bitsandbytes nf4 and bitnet can be read")
@@ -195,7 +202,6 @@ class PackedQuantizer(HfQuantizer):
     """
 
     quantization_config: Any
-    options: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
@@ -210,6 +216,11 @@ class PackedQuantizer(HfQuantizer):
     @property
     def linear(self) -> type[PackedLinear] | type[FakeQuantLinear]:
         """The class that stands for a quantized layer."""
+        raise NotImplementedError
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What a layer of that class is made with."""
         raise NotImplementedError
 
     def skipped(self) -> list[str] | None:
@@ -242,21 +253,19 @@ class PackedQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Replace linears on `meta`: by the rule of `swap`, or those that the checkpoint's config says are quantized."""
         self.transposed = frozenset(path for path, module in linear_like(model).items() if isinstance(module, Conv1D))
-        config = self.quantization_config
-        options = {name: getattr(config, name) for name in self.options}
         with _tied(model):
             try:
                 if self.pre_quantized:
-                    self.report = self._replace(model, options)
+                    self.report = self._replace(model)
                 else:
-                    self._swap(model, options)
+                    self._swap(model)
             except ValueError as error:
                 raise PackingError(str(error)) from error
 
-    def _swap(self, model: nn.Module, options: dict[str, Any]) -> None:
+    def _swap(self, model: nn.Module) -> None:
         """Fused experts stay in the skeleton, where transformers looks for a place for their tensors, until these are here."""
         fused = {path: module for path, module in model.named_modules() if looks_fused(module)}
-        self.report = swap(model, scheme=self.linear.quantized, keep=tuple(self.quantization_config.keep), **options)
+        self.report = swap(model, scheme=self.linear.quantized, keep=self.quantization_config.keep, **self.options)
         for path, module in fused.items():
             mixture = model.get_submodule(path)
             if isinstance(mixture, QuantizedExperts):
@@ -267,7 +276,7 @@ class PackedQuantizer(HfQuantizer):
                 }
                 model.set_submodule(path, module)
 
-    def _replace(self, model: PreTrainedModel, options: dict[str, Any]) -> SwapReport:
+    def _replace(self, model: PreTrainedModel) -> SwapReport:
         bytes_before, total = model.get_memory_footprint(), sum(p.numel() for p in model.parameters())
         skip = self.get_modules_to_not_convert(model, self.skipped(), list(model._keep_in_fp32_modules or ()))
         swapped, left, weights = [], {}, 0
@@ -276,7 +285,7 @@ class PackedQuantizer(HfQuantizer):
                 left[path] = "kept by the checkpoint"
                 continue
             try:
-                layer = self.linear.from_linear(as_linear(module), **options)
+                layer = self.linear.from_linear(as_linear(module), **self.options)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from error
             model.set_submodule(path, layer)
@@ -320,11 +329,10 @@ class PackedQuantizer(HfQuantizer):
         weight = weight.t().contiguous() if path in self.transposed else weight
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        options = {name: getattr(self.quantization_config, name) for name in self.options}
         try:
             if weight.shape != layer.shape:
                 raise ValueError(f"the checkpoint has a weight of {tuple(weight.shape)}, the model of {tuple(layer.shape)}")
-            done = type(layer).from_linear(linear, **options)
+            done = type(layer).from_linear(linear, **self.options)
         except ValueError as error:
             self.failures[path] = str(error)
             return {}
@@ -387,6 +395,9 @@ class PackedQuantizer(HfQuantizer):
     def refresh(self, model: Any) -> None:
         """Make the config say what the model is now. Raises ValueError for what the format cannot express."""
         layers = {path: module for path, module in model.named_modules() if isinstance(module, self.linear)}
+        foreign = [p for p, m in model.named_modules() if isinstance(getattr(m, "quantized", None), str) and p not in layers]
+        if foreign and not layers:
+            raise ValueError(f"{foreign[0]} is quantized otherwise than this model's config says: call attach_quantizer(model)")
         if not layers:
             raise ValueError(
                 "no quantized layer is left in this model, but its config says so; before it is saved as a float model: "
@@ -396,7 +407,6 @@ class PackedQuantizer(HfQuantizer):
             raise PackingError(f"no standard format holds quantized experts ({mixtures[0]}): this model cannot be saved packed")
         if wrapped := [path for path in layers if path.endswith(".base_layer")]:
             raise ValueError(f"{wrapped[0]} carries an adapter: save the adapter, or merge or unload it first")
-        foreign = [p for p, m in model.named_modules() if isinstance(getattr(m, "quantized", None), str) and p not in layers]
         if foreign:
             raise ValueError(
                 f"one checkpoint has one kind of quantized layer, and {foreign[0]} is of another: it cannot be saved"
@@ -442,7 +452,6 @@ class NF4Quantizer(PackedQuantizer):
     serialized_names: dict[str, list[str]] = {  # noqa: RUF012
         "weight": ["weight", "weight.absmax", MAP, "weight.nested_absmax", NESTED_MAP, STATE, STATE.replace("nf4", "fp4")]
     }
-    options = ("double",)
 
     def __init__(self, quantization_config: PackedNF4Config, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -452,6 +461,10 @@ class NF4Quantizer(PackedQuantizer):
     @property
     def linear(self) -> type[PackedLinear]:
         return NF4Linear
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"double": self.quantization_config.double}
 
     def skipped(self) -> list[str] | None:
         return self.quantization_config.stored.get("llm_int8_skip_modules")
@@ -485,7 +498,7 @@ class NF4Quantizer(PackedQuantizer):
                 raise ValueError(f"its {key} is {state.get(key)}; only {value} can be read here")
         for name, levels in ((self.MAP, nf4.LEVELS), (self.NESTED_MAP, nf4.DYNAMIC_LEVELS)):
             if name in tensors:
-                stored, ours = tensors[name].cpu().float(), torch.tensor(levels)
+                stored, ours = tensors[name].cpu().float(), _table(levels)
                 if stored.shape != ours.shape or (stored - ours).abs().max() > MAP_ERROR:
                     raise ValueError(f"its {name.removeprefix('weight.')} has levels of its own, not those of NF4")
         codes, absmax = tensors["weight"].view(torch.uint8).view(-1, 1), tensors["weight.absmax"]
@@ -505,9 +518,9 @@ class NF4Quantizer(PackedQuantizer):
             "dtype": str(layer.dtype).removeprefix("torch."),
             "shape": list(layer.shape),
         }
-        out = {"weight": packed.codes, "weight.absmax": packed.absmax, self.MAP: torch.tensor(nf4.LEVELS)}
+        out = {"weight": packed.codes, "weight.absmax": packed.absmax, self.MAP: _table(nf4.LEVELS)}
         if packed.nested_absmax is not None and packed.offset is not None:
-            out |= {"weight.nested_absmax": packed.nested_absmax, self.NESTED_MAP: torch.tensor(nf4.DYNAMIC_LEVELS)}
+            out |= {"weight.nested_absmax": packed.nested_absmax, self.NESTED_MAP: _table(nf4.DYNAMIC_LEVELS)}
             state |= {
                 "nested_blocksize": nf4.NESTED_BLOCK,
                 "nested_dtype": "float32",
@@ -527,6 +540,11 @@ class TernaryQuantizer(PackedQuantizer):
     def linear(self) -> type[PackedLinear] | type[FakeQuantLinear]:
         return BitLinear if (self.quantization_config.stored or {}).get("quantization_mode") == "online" else PackedBitLinear
 
+    @property
+    def options(self) -> dict[str, Any]:
+        stored = self.quantization_config.stored or {}
+        return {"norm_eps": stored.get("rms_norm_eps", RMS_NORM_EPS)} if stored.get("use_rms_norm") else {}
+
     def skipped(self) -> list[str] | None:
         return self.quantization_config.stored.get("modules_to_not_convert")
 
@@ -536,9 +554,21 @@ class TernaryQuantizer(PackedQuantizer):
     def describe(self, model: nn.Module, left: list[str]) -> QuantizationConfigMixin:
         if gone := self.transposed - set(left):
             raise ValueError(f"bitnet knows no Conv1D, and {sorted(gone)[0]} was one: this model cannot be saved as bitnet")
+        found: list[Any] = [layer.rms_norm for layer in model.modules() if isinstance(layer, BitLinear | PackedBitLinear)]
+        norms = {None if norm is None else norm.eps or 0.0 for norm in found}
+        if len(norms) > 1:
+            raise ValueError("layers differ in the eps of their own RMSNorm, or in having one: bitnet has one setting for all")
+        norm: dict[str, Any] = {} if norms == {None} else {"use_rms_norm": True, "rms_norm_eps": norms.pop()}
         if self.is_qat_trainable:
-            return BitNetQuantConfig(left, linear_class="autobitlinear", quantization_mode="online")
-        return BitNetQuantConfig(left, linear_class="bitlinear", quantization_mode="offline")
+            return BitNetQuantConfig(left, linear_class="autobitlinear", quantization_mode="online", **norm)
+        return BitNetQuantConfig(left, linear_class="bitlinear", quantization_mode="offline", **norm)
+
+    def refresh(self, model: Any) -> None:
+        kinds = {type(module) for module in model.modules() if isinstance(module, BitLinear | PackedBitLinear)}
+        if kinds == {PackedBitLinear if self.is_qat_trainable else BitLinear}:  # `pack` has ended the training since
+            mode = "offline" if self.is_qat_trainable else "online"
+            self.quantization_config.stored = (self.quantization_config.stored or {}) | {"quantization_mode": mode}
+        super().refresh(model)
 
     def read(self, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> ternary.TernaryTensor:
         _require(tensors, ("weight", "weight_scale"))
@@ -577,8 +607,7 @@ def attach_quantizer(model: Model) -> Model:
     if kinds == {NF4Linear}:
         quantizer = NF4Quantizer(PackedNF4Config(), pre_quantized=False)
     elif kinds in ({PackedBitLinear}, {BitLinear}):
-        stored = {"quantization_mode": "online" if BitLinear in kinds else "offline"}
-        quantizer = TernaryQuantizer(PackedTernaryConfig(stored=stored), pre_quantized=False)
+        quantizer = TernaryQuantizer(PackedTernaryConfig(), pre_quantized=False)
         with torch.device("meta"):
             plain = type(model)(model.config)
         quantizer.transposed = frozenset(path for path, module in plain.named_modules() if isinstance(module, Conv1D))
@@ -604,6 +633,10 @@ def _tied(model: PreTrainedModel) -> Iterator[None]:
     finally:
         for module, name, parameter in before:
             setattr(module, name, parameter)
+
+
+def _table(levels: Sequence[float]) -> Tensor:
+    return torch.tensor(levels, dtype=torch.float32)  # whatever torch's default dtype is
 
 
 def _is_ours(conversion: Any) -> bool:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,8 @@ LINEARS: dict[tuple[str, bool], type[PackedLinear] | type[FakeQuantLinear]] = { 
     ("ternary", True): BitLinear,
 }
 SCHEMES = tuple(dict.fromkeys(scheme for scheme, _ in LINEARS))
+OPTIONS = {"nf4": ("double",), "ternary": ("norm_eps",)}  # what the linears of a scheme are told beside their weight
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 Quantized = PackedLinear | FakeQuantLinear | BitConv2d
 
 
@@ -80,7 +83,7 @@ def swap(
     keep: Sequence[str] = DEFAULT_KEEP,
     device: torch.device | str | None = None,
     progress: Callable[[int, int], None] | None = None,
-    **options: bool,
+    **options: Any,
 ) -> SwapReport:
     """Replace what multiplies in `model` by quantized layers, in place and one module at a time.
 
@@ -88,28 +91,42 @@ def swap(
     keep: shell patterns (`fnmatch`); a module is kept when one matches its whole dotted path or one of the path's
     components, so `gate` keeps `…mlp.gate` and not `gate_proj`. A given tuple replaces the default: add to DEFAULT_KEEP.
     device: where quantized modules go; everything else stays where it is. progress: called with (modules done, in all).
-    options: of the scheme's linear: `double` for nf4.
+    options: of the scheme's linear: `double` for nf4, `norm_eps` for ternary.
 
-    Raises ValueError for an unknown scheme, a pattern of one's own that matches no module, a model that is swapped
-    already, weights that the scheme refuses, and when there is nothing to swap.
+    Raises ValueError for an unknown scheme or option, a pattern of one's own that matches no module, a model that is swapped
+    already or carries adapters, weights that the scheme refuses, and when there is nothing to swap.
     """
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
+    if unknown := sorted(options.keys() - set(OPTIONS[scheme])):
+        raise ValueError(f"{scheme} takes no option {unknown[0]!r}; it takes: {', '.join(OPTIONS[scheme])}")
     kind = LINEARS[scheme, trainable]
+    _refuse_text(keep)
     names = [name for name, _ in model.named_modules()]
     for pattern in set(keep) - set(DEFAULT_KEEP):
         if not any(matches(name, [pattern]) for name in names):
             raise ValueError(f"keep pattern {pattern!r} matches no module of {type(model).__name__}")
     for name, module in model.named_modules():
         if (mark := getattr(module, "quantized", None)) is not None and isinstance(mark, str):
-            raise ValueError(f"{name} is already {mark}: refuse to quantize twice")
+            raise ValueError(f"{name or type(model).__name__} is already {mark}: refuse to quantize twice")
+    if adapted := [name for name, module in model.named_modules() if hasattr(module, "adapter_layer_names")]:  # PEFT's mark
+        raise ValueError(f"this model carries adapters: swap it first, then attach them ({adapted[0] or type(model).__name__})")
 
     bytes_before, total = _bytes(model), sum(p.numel() for p in model.parameters())
     left = reasons_to_leave(model, keep, scheme, trainable)
     places = _places(model, [path for path in multiplying(model) if path not in left])
+    if not places and isinstance(model, nn.Linear | nn.Conv2d):
+        one = f"{kind.__name__}.from_linear" if isinstance(model, nn.Linear) else "BitConv2d.from_conv"
+        raise ValueError(f"the model itself is a {type(model).__name__}, and a swap replaces modules inside a model: use {one}")
     if not places:
-        found = "; ".join(f"{name}: {reason}" for name, reason in left.items()) or "no linear-like module at all"
+        found = (
+            "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in left.items())
+            or "no linear-like module at all"
+        )
         raise ValueError(f"nothing to swap in {type(model).__name__} ({found})")
+    convolutions = [same[0] for same in places if isinstance(model.get_submodule(same[0]), nn.Conv2d)]
+    if convolutions and options.get("norm_eps") is not None:
+        raise ValueError(f"{convolutions[0]}: convolutions take no option 'norm_eps'")
     weights, swapped = 0, []
     for done, same in enumerate(places, 1):
         module = model.get_submodule(same[0])
@@ -117,13 +134,13 @@ def swap(
         try:
             quantized: nn.Module
             if isinstance(module, nn.Conv2d):
-                quantized = BitConv2d.from_conv(module, device=device, **options)
+                quantized = BitConv2d.from_conv(module, device=device)
             elif experts.looks_fused(module):
                 quantized = QuantizedExperts.from_experts(module, kind, device=device, **options)
             else:
                 quantized = kind.from_linear(as_linear(module), device=device, **options)
         except ValueError as error:
-            raise ValueError(f"{same[0]}: {error}") from error
+            raise ValueError(f"{same[0]}: {error}{_halfway(done, 'swapped')}") from error
         del module  # before the next one: its floats are free
         _replace(model, same, quantized)
         swapped += [f"{path}.{name}" if name else path for path in same for name in _quantized_in(quantized)]
@@ -159,7 +176,7 @@ def pack(model: nn.Module, *, progress: Callable[[int, int], None] | None = None
         try:
             packed = kind.from_linear(layer, device=None, **options)
         except ValueError as error:
-            raise ValueError(f"{same[0]}: {error}") from error
+            raise ValueError(f"{same[0]}: {error}{_halfway(done, 'packed')}") from error
         del layer
         _replace(model, same, packed)
         if progress is not None:
@@ -172,19 +189,19 @@ def pack(model: nn.Module, *, progress: Callable[[int, int], None] | None = None
 def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
     """Run a forward pass of `model` inside; raises RuntimeError on leaving when a swapped module took no part in it.
 
-    Wrapping by PEFT does not matter: it is the quantized layers themselves that note their use. Experts are proven by
-    their module: once one of them ran, tokens are routed into it, and which experts they reach is the router's choice.
+    Wrapping (PEFT, DDP, torch.compile) does not matter: it is the quantized layers themselves that note their use. Experts
+    are proven by their module: once one ran, tokens are routed into it, and which experts they reach is the router's choice.
     """
-    layers = {plain_path(name): module for name, module in model.named_modules() if isinstance(module, Quantized)}
-    if gone := set(report.swapped) - _all_paths(model):
+    layers = {module: name for name, module in model.named_modules() if isinstance(module, Quantized)}
+    if gone := {plain_path(path) for path in report.swapped} - _all_paths(model):
         raise RuntimeError(f"swapped modules are no longer in the model: {_some(gone)}")
-    for layer in layers.values():
+    for layer in layers:
         layer.used = False
-    mixtures = {plain_path(name): module for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
-    inside = {module for mixture in mixtures.values() for module in mixture.modules()}
-    proven = {name: module for name, module in layers.items() if module not in inside} | mixtures
+    mixtures = {module: name for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
+    inside = {module for mixture in mixtures for module in mixture.modules()}
+    proven = {module: name for module, name in layers.items() if module not in inside} | mixtures
     yield
-    if unused := {name for name, module in proven.items() if not module.used}:
+    if unused := {plain_path(name) for module, name in proven.items() if not module.used}:
         raise RuntimeError(
             f"{len(unused)} of {len(proven)} swapped modules took no part in the forward pass: {_some(unused)}. "
             "The model reads their weight without calling them, or never reaches them: add them to `keep`."
@@ -194,17 +211,20 @@ def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
 def reasons_to_leave(model: nn.Module, keep: Sequence[str], scheme: str | None = None, trainable: bool = False) -> dict[str, str]:
     """{path: reason} of the modules that are not to be swapped; without a `scheme`, of the linears that are not to be adapted.
 
-    Reasons against both are the same, but that a scheme cannot hold every shape, and that experts and convolutions are
-    looked at for a swap only.
+    Reasons against both are the same, but that a scheme cannot hold every shape, that an adapter keeps the module with all
+    that hangs on it, and that experts and convolutions are looked at for a swap only.
     """
+    _refuse_text(keep)
     get_head = getattr(model, "get_output_embeddings", None)
     head = get_head() if callable(get_head) else None
     holders = Counter(id(p) for m in set(model.modules()) for p in m._parameters.values() if p is not None)
     rescaled = getattr(getattr(model, "config", None), "rescale_every", 0) > 0
+    candidates = linear_like(model) if scheme is None else multiplying(model)
+    in_fp32 = _kept_in_fp32(model, candidates)
     left: dict[str, str] = {}
-    for path, module in (linear_like(model) if scheme is None else multiplying(model)).items():
-        parent = model.get_submodule(path.rpartition(".")[0])
-        leaf = path.rpartition(".")[2]
+    for path, module in candidates.items():
+        above, _, leaf = path.rpartition(".")
+        parent, grandparent = model.get_submodule(above), model.get_submodule(above.rpartition(".")[0])
         if not path:
             left[path] = "the model itself"
         elif module is head:
@@ -215,6 +235,10 @@ def reasons_to_leave(model: nn.Module, keep: Sequence[str], scheme: str | None =
             left[path] = "kept by pattern"
         elif hasattr(parent, "A_log") and leaf in ("dt_proj", "x_proj", "out_proj"):
             left[path] = "state-space mixers read this weight without calling the module"
+        elif isinstance(parent, nn.TransformerEncoderLayer) or isinstance(grandparent, nn.TransformerEncoderLayer):
+            left[path] = "nn.TransformerEncoderLayer reads this weight without calling the module"
+        elif path in in_fp32:
+            left[path] = "the model keeps it in fp32"
         elif rescaled and path.endswith((".attention.output", ".feed_forward.value")):
             left[path] = "RWKV divides this weight in place (config.rescale_every)"
         elif (reason := _unfit(module, scheme, trainable)) is not None:
@@ -260,23 +284,63 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def plain_path(path: str) -> str:
-    """A module's path as it is without PEFT's wrappers."""
-    return path.removeprefix("base_model.model.").removesuffix(".base_layer")
+    """A module's path as it is without the wrappers of torch.compile, DistributedDataParallel and PEFT."""
+    path = ".".join(part for part in path.split(".") if part != "_orig_mod")
+    return path.removeprefix("module.").removeprefix("base_model.model.").removesuffix(".base_layer")
 
 
 def _unfit(module: nn.Module, scheme: str | None, trainable: bool) -> str | None:
-    """Why a module of this kind, or with a weight of this shape, cannot be swapped."""
+    """Why a module of this kind, with a weight of this shape, or with this hung on it, cannot be swapped."""
     if isinstance(module, _ConvNd):
         assert scheme is not None
-        return conv.reason_to_leave(module, scheme, trainable)
+        return conv.reason_to_leave(module, scheme, trainable) or _dressed(module)
     if not isinstance(module, nn.Linear) and not _is_conv1d(module):
         assert scheme is not None
-        return experts.reason_to_leave(module, LINEARS[scheme, trainable].scheme)
+        return experts.reason_to_leave(module, LINEARS[scheme, trainable].scheme) or _dressed(module)
     if not (type(module) is nn.Linear or _is_conv1d(module)):
         return f"{type(module).__name__} is not exactly nn.Linear"
     assert isinstance(module.weight, Tensor)
     shape = module.weight.shape[::-1] if _is_conv1d(module) else module.weight.shape
-    return None if scheme is None else LINEARS[scheme, trainable].scheme.unfit(torch.Size(shape))
+    return None if scheme is None else LINEARS[scheme, trainable].scheme.unfit(torch.Size(shape)) or _dressed(module)
+
+
+def _dressed(module: nn.Module) -> str | None:
+    """What has been put on a module from outside, and would be gone with it."""
+    if any(getattr(module, hooks) for hooks in HOOKS):
+        return f"this {type(module).__name__} has hooks on it"
+    if "forward" in vars(module):
+        return f"this {type(module).__name__} has a forward put on it from outside (hooks)"
+    if hasattr(module, "weight") and module._parameters.get("weight") is None:
+        return f"this {type(module).__name__} computes its weight (a parametrization or a norm)"
+    return None
+
+
+def _kept_in_fp32(model: nn.Module, paths: Iterable[str]) -> set[str]:
+    """Those of `paths` that transformers' models name in `_keep_in_fp32_modules`: T5 reads the dtype of such a weight.
+
+    A name stands for one component of a path or several in a row, anywhere inside the model that says so.
+    """
+    said = [
+        (f"{path}." if path else "", f"*.{pattern}.*")
+        for path, module in model.named_modules()
+        for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+        for pattern in getattr(module, attribute, None) or ()
+    ]
+    return {
+        path
+        for path in paths
+        for inside, pattern in said
+        if path.startswith(inside) and fnmatchcase(f".{path.removeprefix(inside)}.weight.", pattern)
+    }
+
+
+def _refuse_text(keep: Sequence[str]) -> None:
+    if isinstance(keep, str):
+        raise ValueError(f"keep is a list of patterns: give [{keep!r}] instead of {keep!r}")
+
+
+def _halfway(done: int, what: str) -> str:
+    return f" (the model is partly {what} now: it has to be loaded again)" if done > 1 else ""
 
 
 def _matrices(module: nn.Module) -> list[nn.Parameter]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import PackedLinear, assert_wrapped, linear_targets, load_peft, prove_used, register_peft, swap, ternary
+from quant import PackedLinear, assert_wrapped, linear_targets, load_peft, pack, prove_used, register_peft, swap, ternary
 
 IDS = torch.arange(12).view(2, 6)
 KINDS: dict[str, dict[str, Any]] = {
@@ -216,6 +216,56 @@ def test_broken_adapters_do_not_merge() -> None:
 def test_initializations_from_the_base_weight_are_refused(init: str) -> None:
     with pytest.raises(ValueError, match="needs a float base weight"):
         _adapted(_base(), init_lora_weights=init)
+
+
+def test_adapters_on_what_is_still_trained_are_refused() -> None:
+    model = _base(packed=False)
+    targets = linear_targets(model)
+    swap(model, scheme="ternary", trainable=True)
+    with pytest.raises(ValueError, match=r"layers\.0\.\S+ is still being trained.*quant\.pack\(model\) first"):
+        _adapted(model, target_modules=targets)
+    pack(model)
+    assert_wrapped(_adapted(model), targets)
+
+
+def test_a_layer_with_a_norm_of_its_own_takes_no_adapter() -> None:
+    model = _base(packed=False)
+    swap(model, scheme="ternary", norm_eps=1e-6)
+    with pytest.raises(ValueError, match=r"normalizes its input itself \(rms_norm\)"):
+        _adapted(model)
+
+
+def test_casts_while_merged_reach_the_packed_layer() -> None:
+    adapted, expected = _adapted(_base()), _adapted(_base()).to(torch.bfloat16)
+    adapted.merge_adapter()
+    adapted.to(torch.bfloat16)
+    adapted.unmerge_adapter()
+    layer = adapted.get_submodule("base_model.model.model.layers.0.self_attn.q_proj").base_layer
+    assert isinstance(layer, PackedLinear)
+    assert layer.dtype == layer.bias.dtype == torch.bfloat16  # type: ignore[union-attr]
+    for name, value in expected.state_dict().items():
+        assert torch.equal(adapted.state_dict()[name], value)
+
+
+def test_a_merged_weight_may_be_quantized_again() -> None:
+    """What was dequantized bears a mark that refuses it; W + ΔW is another matrix."""
+    merged = _adapted(_base()).merge_and_unload()
+    assert len(swap(merged).swapped) == 14
+
+
+def test_experts_are_targets() -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = MixtralForCausalLM(MixtralConfig(vocab_size=100, num_key_value_heads=2, num_local_experts=4, **shape))
+    report = swap(model)
+    assert sum(".experts." in path for path in report.swapped) == 8
+    targets = linear_targets(model)
+    assert set(targets) == set(report.swapped)
+    adapted = _adapted(model)
+    assert_wrapped(adapted, targets)
+    with prove_used(adapted, report):
+        _logits(adapted)
 
 
 def test_targets_and_what_was_wrapped() -> None:

@@ -32,11 +32,24 @@ from transformers import (
     MambaForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
     core_model_loading,
 )
 
-from quant import BitLinear, NF4Linear, PackedBitLinear, PackedLinear, assert_wrapped, prove_used, register_peft, swap, ternary
-from quant.pretrained import PackedNF4Config, PackedTernaryConfig, attach_quantizer, load, packed_config
+from quant import (
+    BitLinear,
+    NF4Linear,
+    PackedBitLinear,
+    PackedLinear,
+    assert_wrapped,
+    pack,
+    prove_used,
+    register_peft,
+    swap,
+    ternary,
+)
+from quant.pretrained import PackedNF4Config, PackedTernaryConfig, PackingError, attach_quantizer, load, packed_config
 from quant.swap import DEFAULT_KEEP
 
 IDS = torch.arange(24).view(2, 12)
@@ -223,6 +236,34 @@ def test_quantized_experts_have_no_standard_format(tmp_path: Path) -> None:
     assert not (tmp_path / "packed/config.json").exists()
 
 
+def test_t5_whose_outputs_it_keeps_in_fp32(tmp_path: Path) -> None:
+    config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
+    folder = saved(T5ForConditionalGeneration(config), tmp_path)
+    ours: Any = T5ForConditionalGeneration.from_pretrained(folder, quantization_config=PackedNF4Config(), dtype=BF16)
+    theirs = T5ForConditionalGeneration.from_pretrained(folder, dtype=BF16)
+    report = swap(theirs)
+    assert_same(ours, theirs)
+    assert ours.hf_quantizer.report == report
+    with prove_used(ours, report), torch.no_grad():
+        assert bool(ours(input_ids=IDS, decoder_input_ids=IDS).logits.isfinite().all())
+
+
+@pytest.mark.parametrize("default", [BF16, torch.float64], ids=str)
+def test_default_dtype_does_not_matter(tmp_path: Path, default: torch.dtype) -> None:
+    packed = packed_model(llama(tmp_path / "float"))
+    packed.save_pretrained(tmp_path / "plain")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        packed.save_pretrained(tmp_path / "other")
+        again = load(tmp_path / "plain")
+    finally:
+        torch.set_default_dtype(before)
+    for path in (tmp_path / "plain").iterdir():
+        assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
+    assert_same(again, packed)
+
+
 def test_device_map(tmp_path: Path) -> None:
     folder = llama(tmp_path)
     plain = packed_model(folder)
@@ -362,6 +403,22 @@ def test_refuses_what_is_not_packed_or_packed_otherwise(tmp_path: Path) -> None:
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
     with pytest.raises(ValueError, match="quantized as 'gptq'"):
         packed_config(config)
+    config.quantization_config = {"bits": 4}
+    with pytest.raises(PackingError, match="no quant_method"):
+        packed_config(config)
+    config.quantization_config = {"load_in_8bit": True}
+    with pytest.raises(PackingError, match="bitsandbytes int8"):
+        packed_config(config)
+
+
+def test_reads_bitsandbytes_configs_without_a_method(tmp_path: Path) -> None:
+    packed = packed_model(llama(tmp_path / "float"))
+    packed.save_pretrained(tmp_path / "nf4")
+    file = tmp_path / "nf4/config.json"
+    config = json.loads(file.read_text())
+    del config["quantization_config"]["quant_method"]
+    file.write_text(json.dumps(config))
+    assert_same(load(tmp_path / "nf4"), packed)
 
 
 # -------------------------------------------------------------------------------------------------------------- bitnet
@@ -400,13 +457,13 @@ def test_reads_a_checkpoint_like_microsofts(tmp_path: Path) -> None:
     folder = saved(BitNetForCausalLM(config), tmp_path)
     plain = packed_model(folder, "ternary")
 
-    def pack(tensors: dict[str, Tensor]) -> None:
+    def put_packed(tensors: dict[str, Tensor]) -> None:
         for path in plain.hf_quantizer.report.swapped:
             packed = plain.get_submodule(path).packed
             tensors[f"{path}.weight"] = packed.codes.data
             tensors[f"{path}.weight_scale"] = (1 / packed.scale).to(BF16).view(1)
 
-    edit(folder, pack)
+    edit(folder, put_packed)
     file = folder / "config.json"
     quantization = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
@@ -441,8 +498,67 @@ def test_bitnet_is_refused_where_it_cannot_say_it(tmp_path: Path) -> None:
         packed.save_pretrained(tmp_path / "out")
     folder = llama(tmp_path / "float")
     packed_model(folder, "ternary").save_pretrained(tmp_path / "ternary")
-    with pytest.raises(ValueError, match="use_rms_norm"):
+    with pytest.raises(ValueError, match=r"q_proj: the checkpoint has no rms_norm\.weight for it"):
         load(edit_config(tmp_path / "ternary", use_rms_norm=True))
+
+
+def normed(folder: Path, *, trainable: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """A Llama in ternary, each layer with a norm of its own that does something."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    swap(model, scheme="ternary", trainable=True, norm_eps=1e-3)
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if "rms_norm" in name:
+            nn.init.uniform_(parameter, 0.5, 2)
+    if not trainable:
+        pack(model)
+    return attach_quantizer(model)
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
+@pytest.mark.parametrize("trainable", [True, False])
+def test_layers_with_a_norm_of_their_own(tmp_path: Path, trainable: bool, dtype: torch.dtype) -> None:
+    model = normed(llama(tmp_path / "float", dtype), trainable=trainable, dtype=dtype)
+    model.save_pretrained(tmp_path / "once")
+    stored = json.loads((tmp_path / "once/config.json").read_text())["quantization_config"]
+    assert (stored["use_rms_norm"], stored["rms_norm_eps"]) == (True, 1e-3)
+    once: Any = load(tmp_path / "once")
+    assert_same(once, model)
+    assert once.get_submodule(LAYER).rms_norm.eps == 1e-3
+    assert torch.equal(logits(once), logits(model))
+    once.save_pretrained(tmp_path / "twice")
+    for path in (tmp_path / "once").iterdir():
+        assert path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes()
+    if trainable:
+        once(IDS, labels=IDS).loss.backward()
+        assert once.get_submodule(LAYER).rms_norm.weight.grad.abs().sum() > 0
+    name = f"{LAYER}.rms_norm.weight"
+    with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint has no rms_norm\.weight for it"):
+        load(edit(tmp_path / "once", drop(name)))
+    for other in (None, nn.RMSNorm(64, eps=1e-5)):
+        model.get_submodule(LAYER).rms_norm = other
+        with pytest.raises(ValueError, match="one setting for all"):
+            model.save_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_online_checkpoint_that_was_packed_since(tmp_path: Path, norm: bool) -> None:
+    folder = llama(tmp_path / "float", torch.float32)
+    if norm:
+        online = normed(folder, trainable=True)
+    else:
+        online = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        swap(online, scheme="ternary", trainable=True)
+        attach_quantizer(online)
+    online.save_pretrained(tmp_path / "online")
+    model: Any = load(tmp_path / "online")
+    pack(model)
+    model.save_pretrained(tmp_path / "packed")
+    stored = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
+    assert (stored["linear_class"], stored["quantization_mode"], stored["use_rms_norm"]) == ("bitlinear", "offline", norm)
+    again = load(tmp_path / "packed")
+    assert {type(m) for m in again.modules() if hasattr(m, "quantized")} == {PackedBitLinear}
+    assert torch.equal(logits(again), logits(online))
 
 
 # ---------------------------------------------------------------------------------------------------- saving and reading
@@ -509,6 +625,11 @@ def test_model_that_is_packed_no_more(tmp_path: Path) -> None:
             model.set_submodule(path, module.to_linear())
     with pytest.raises(ValueError, match="remove_quantization_config"):
         model.save_pretrained(tmp_path / "out")
+    mlp = model.model.layers[0].mlp
+    floats, mlp.up_proj = mlp.up_proj, PackedBitLinear(64, 100)
+    with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj is quantized otherwise .* call attach_quantizer"):
+        model.save_pretrained(tmp_path / "out")
+    mlp.up_proj = floats
     model.hf_quantizer.remove_quantization_config(model)
     model.save_pretrained(tmp_path / "out")
     assert_same(
@@ -595,12 +716,16 @@ def test_plain_transformers_loads_what_was_saved(tmp_path: Path) -> None:
     swap(online, scheme="ternary", trainable=True)
     models["online"] = attach_quantizer(online)
     models["online"].save_pretrained(tmp_path / "online")
+    for name, trainable in (("ternary-norm", False), ("online-norm", True)):
+        models[name] = normed(folder, trainable=trainable)
+        models[name].save_pretrained(tmp_path / name)
     command = [sys.executable, "-c", PLAIN, "out.safetensors", *models]
     environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # its BitLinear wants a C++ compiler otherwise
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     theirs = load_file(tmp_path / "out.safetensors")
     kinds = {"nf4-double": "Linear4bit", "nf4": "Linear4bit", "ternary": "BitLinear", "online": "AutoBitLinear"}
+    kinds |= {"ternary-norm": "BitLinear", "online-norm": "AutoBitLinear"}
     for name, model in models.items():
         torch.testing.assert_close(theirs[f"{name}:{kinds[name]}"], logits(model), rtol=1e-4, atol=1e-4)
         if f"{name}:weight" in theirs:

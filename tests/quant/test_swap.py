@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import re
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import BitLinear, NF4Linear, PackedBitLinear, nf4, pack, prove_used, swap, ternary
+from quant import BitLinear, NF4Linear, PackedBitLinear, linear_targets, nf4, pack, prove_used, swap, ternary
 from quant.swap import DEFAULT_KEEP, LINEARS, as_linear
 
 
@@ -169,6 +170,102 @@ def test_shared_and_special_linears() -> None:
     assert report.left["attention.out_proj"] == "NonDynamicallyQuantizableLinear is not exactly nn.Linear"
 
 
+def test_transformer_encoder_layers_whose_weights_are_read_are_left() -> None:
+    """In eval their fast path takes linear1.weight and linear2.weight as they are: codes would be read as floats."""
+    torch.manual_seed(0)
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2, enable_nested_tensor=False)
+    model = nn.ModuleDict({"encoder": encoder, "out": nn.Linear(64, 64)}).eval()
+    x = torch.randn(2, 5, 64)
+    with torch.no_grad():
+        before = model["encoder"](x)
+        report = swap(model)
+        assert torch.equal(model["encoder"](x), before)
+    assert report.swapped == ("out",)
+    assert len(report.left) == 6
+    assert set(report.left.values()) == {"nn.TransformerEncoderLayer reads this weight without calling the module"}
+
+
+def _with_hook(name: str) -> nn.Module:
+    def hook(*_: Any) -> None:
+        return None
+
+    linear = nn.Linear(16, 16)
+    getattr(linear, f"register_{name}")(hook)
+    return linear
+
+
+def _with_forward() -> nn.Module:
+    linear = nn.Linear(16, 16)
+    linear.forward = lambda x: 2 * x  # type: ignore[method-assign,assignment]  # as accelerate does
+    return linear
+
+
+DRESSED = {
+    "forward hook": lambda: _with_hook("forward_hook"),
+    "forward pre-hook": lambda: _with_hook("forward_pre_hook"),
+    "backward hook": lambda: _with_hook("full_backward_hook"),
+    "backward pre-hook": lambda: _with_hook("full_backward_pre_hook"),
+    "forward": _with_forward,
+    "spectral norm": lambda: nn.utils.spectral_norm(nn.Linear(16, 16)),
+    "parametrization": lambda: nn.utils.parametrizations.orthogonal(nn.Linear(16, 16)),
+    "convolution": lambda: nn.utils.spectral_norm(nn.Conv2d(16, 16, 3)),
+}
+
+
+@pytest.mark.parametrize("what", DRESSED)
+def test_what_something_was_hung_on_is_left(what: str) -> None:
+    from quant.swap import reasons_to_leave
+
+    model = nn.ModuleDict({"dressed": DRESSED[what](), "plain": nn.Linear(16, 16)})
+    before = model["dressed"]
+    report = swap(model, scheme="ternary", trainable=True)
+    assert report.swapped == ("plain",)
+    assert model["dressed"] is before
+    words = {"forward": "a forward put on it", "parametrization": "not exactly nn.Linear"}
+    expected = words.get(what, "hooks on it" if "hook" in what else r"hooks on it|computes its weight")
+    assert re.search(expected, report.left["dressed"])
+    if "hook" in what or what == "forward":
+        assert reasons_to_leave(nn.ModuleDict({"dressed": before}), ()) == {}  # an adapter wraps it, hooks and all
+
+
+def test_conv1d_with_a_hook_is_left() -> None:
+    model = _gpt2()
+    model.get_submodule("transformer.h.0.mlp.c_fc").register_forward_hook(lambda *_: None)
+    assert swap(model).left["transformer.h.0.mlp.c_fc"] == "this Conv1D has hooks on it"
+
+
+def _t5(**changes: Any) -> Any:
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 100, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    return T5ForConditionalGeneration(T5Config(**shape, **changes)).eval()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_what_a_model_keeps_in_fp32_is_left(gated: bool) -> None:
+    model = _t5(feed_forward_proj="gated-gelu" if gated else "relu")
+    report = swap(model)
+    kept = [name for name, reason in report.left.items() if reason == "the model keeps it in fp32"]
+    assert len(kept) == 4
+    assert all(name.endswith(".wo") for name in kept)
+    with prove_used(model, report), torch.no_grad():
+        logits = model(input_ids=IDS, decoder_input_ids=IDS).logits
+    assert bool(logits.isfinite().all())
+
+
+@pytest.mark.parametrize("said", [["up"], {"up"}, ["body.up.weight"], ["body.u*"], None], ids=str)
+@pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
+def test_names_of_what_is_kept_in_fp32(attribute: str, said: Any) -> None:
+    inner = nn.ModuleDict({"body": nn.ModuleDict({"up": nn.Linear(8, 8), "up_proj": nn.Linear(8, 8), "o": nn.Linear(8, 8)})})
+    setattr(inner, attribute, said)
+    other = nn.ModuleDict({"body": nn.ModuleDict({"up": nn.Linear(8, 8)})})
+    report = swap(nn.ModuleDict({"inner": inner, "inner2": other, "up": nn.Linear(8, 8)}))
+    both = {"inner.body.up", "inner.body.up_proj"}
+    assert set(report.left) == (both if said == ["body.u*"] else set() if said is None else {"inner.body.up"})
+    assert {"up", "inner2.body.up"} <= set(report.swapped)  # not inside the model that says so
+
+
 def test_nothing_to_swap_and_swapping_twice() -> None:
     with pytest.raises(ValueError, match=r"nothing to swap in ModuleDict \(lm_head: kept by pattern\)"):
         swap(nn.ModuleDict({"lm_head": nn.Linear(8, 8)}))
@@ -182,11 +279,87 @@ def test_nothing_to_swap_and_swapping_twice() -> None:
         swap(model, scheme="fp3")
 
 
+def test_adapters_come_after_the_swap() -> None:
+    from peft import LoraConfig, get_peft_model
+
+    adapted: Any = get_peft_model(_llama(), LoraConfig(target_modules=["q_proj"]))
+    before = [type(m) for m in adapted.modules()]
+    with pytest.raises(ValueError, match=r"carries adapters: swap it first, then attach them \(.*layers\.0\.self_attn\.q_proj\)"):
+        swap(adapted)
+    with pytest.raises(ValueError, match="carries adapters"):
+        swap(adapted.base_model.model, scheme="ternary", trainable=True)
+    assert [type(m) for m in adapted.modules()] == before
+
+
+@pytest.mark.parametrize(("scheme", "option"), [("ternary", "double"), ("nf4", "norm_eps"), ("nf4", "dubble")])
+@pytest.mark.parametrize("trainable", [False, True])
+def test_unknown_options(scheme: str, option: str, trainable: bool) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(ValueError, match=f"{scheme} takes no option '{option}'"):
+        swap(model, scheme=scheme, trainable=trainable, **{option: True})
+    assert type(model[0]) is nn.Linear
+
+
+def test_norm_eps_reaches_the_linears_and_no_convolution() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    swap(model, scheme="ternary", trainable=True, norm_eps=1e-5)
+    assert model[0].rms_norm.eps == 1e-5  # type: ignore[union-attr]
+    model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(16, 16, 3))
+    with pytest.raises(ValueError, match="1: convolutions take no option 'norm_eps'"):
+        swap(model, scheme="ternary", trainable=True, norm_eps=1e-5)
+    assert type(model[0]) is nn.Linear
+
+
+def test_keep_is_no_text() -> None:
+    model = _llama()
+    for call in (swap, linear_targets):
+        with pytest.raises(ValueError, match=r"keep is a list of patterns: give \['lm_head'\]"):
+            call(model, keep="lm_head")
+
+
+def test_a_single_layer_is_no_model() -> None:
+    with pytest.raises(ValueError, match=r"the model itself is a Linear.*use PackedBitLinear\.from_linear"):
+        swap(nn.Linear(8, 8), scheme="ternary")
+    with pytest.raises(ValueError, match=r"the model itself is a Conv2d.*use BitConv2d\.from_conv"):
+        swap(nn.Conv2d(8, 8, 3), scheme="ternary", trainable=True)
+    with pytest.raises(ValueError, match=r"^NF4Linear is already nf4"):
+        swap(NF4Linear(8, 8))
+
+
+def test_proof_sees_through_wrappers() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
+    report = swap(model)
+    ddp: Any = nn.Module()  # DistributedDataParallel, but for the processes
+    ddp.module = model
+    ddp.forward = lambda x: ddp.module(x)
+    x = torch.randn(2, 64)
+    for wrapped in (torch.compile(model, backend="eager"), ddp, torch.compile(ddp, backend="eager")):
+        with prove_used(wrapped, report):  # type: ignore[arg-type]
+            wrapped(x)
+        with pytest.raises(RuntimeError, match=r"2 of 2 .*: 0, 2\."), prove_used(wrapped, report):  # type: ignore[arg-type]
+            pass
+    model[2] = torch.compile(model[2], backend="eager")  # type: ignore[assignment]
+    with prove_used(model, report):
+        model(x)
+
+
+def test_a_path_of_its_own_called_module() -> None:
+    model = nn.ModuleDict({"module": nn.ModuleDict({"fc": nn.Linear(64, 64)}), "fc": nn.Linear(64, 64)})
+    report = swap(model)
+    assert report.swapped == ("module.fc", "fc")
+    with pytest.raises(RuntimeError, match="1 of 2 swapped modules"), prove_used(model, report):
+        model["fc"](torch.randn(2, 64))
+
+
 def test_bad_weights_are_named() -> None:
-    second = nn.Linear(8, 8)
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     second.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="1: 1 of 64 weights are not finite"):
-        swap(nn.Sequential(nn.Linear(8, 8), second))
+    match = r"1: 1 of 64 weights are not finite.*\(the model is partly swapped now: it has to be loaded again\)$"
+    with pytest.raises(ValueError, match=match):
+        swap(nn.Sequential(first, second))
+    with pytest.raises(ValueError, match="0: 1 of 64 weights are not finite") as error:
+        swap(nn.Sequential(second, first))
+    assert "partly" not in str(error.value)  # nothing was changed
 
 
 def test_meta() -> None:
@@ -303,7 +476,7 @@ def test_pack_keeps_shared_modules_shared_and_refuses_what_it_must() -> None:
     swap(model, scheme="ternary", trainable=True)
     assert isinstance(model["c"], BitLinear)
     model["c"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"^c: 1 of 64 weights are not finite"):
+    with pytest.raises(ValueError, match=r"^c: 1 of 64 weights are not finite.*partly packed now: it has to be loaded again"):
         pack(model)
     assert model["a"] is model["b"]
     assert isinstance(model["a"], PackedBitLinear)
