@@ -151,7 +151,7 @@ def chat(
 
 @app.command()
 def bench(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What to measure: quant.")],
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="What to measure: quant.", show_default=False)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write rows and provenance there.")] = None,
 ) -> None:
     """Measure this program against others on this machine: the same work in one run, medians of pairs."""
@@ -185,6 +185,11 @@ def main() -> None:
     except Stop as stop:
         print(f"error: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
+    except ValueError as error:
+        if type(error).__name__ != "BackendError":  # of quant.backends, which --help does not load
+            raise
+        print(f"error: {Mistake('this backend cannot be used', where='QUANT_BACKEND', found=str(error))}", file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)

@@ -15,8 +15,7 @@ import torch
 
 from finetune.errors import GateStop
 from finetune.files import atomic_folder
-from quant import PackedLinear
-from quant.experts import QuantizedExperts
+from quant import to_float
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -33,44 +32,18 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     """
     if hasattr(model, "merge_and_unload"):
         model = model.to("cpu").merge_and_unload()
-    for path, module in list(model.named_modules()):
-        if isinstance(module, PackedLinear):  # it had no adapter
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, module.to_linear(dtype))
-    for path, module in list(model.named_modules()):
-        if isinstance(module, QuantizedExperts):
-            model.set_submodule(path, module.to_experts(dtype))
-    model = _as_stored(model.to("cpu", dtype))
+    to_float(model, dtype)  # what had no adapter
+    model = model.to("cpu", dtype)
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
             raise GateStop("a merged weight is not finite; nothing was written", where=name)
     return model
 
 
-def _as_stored(model: PreTrainedModel) -> PreTrainedModel:
-    """Linears that stand where the architecture has GPT-2's Conv1D (weight (in, out)) become that again."""
-    from transformers.pytorch_utils import Conv1D
-
-    with torch.device("meta"):
-        plain = type(model)(model.config)
-    for path, original in plain.named_modules():
-        linear = model.get_submodule(path)
-        if isinstance(original, Conv1D) and isinstance(linear, torch.nn.Linear):
-            back = Conv1D(linear.out_features, linear.in_features)
-            back.weight = torch.nn.Parameter(linear.weight.detach().t().contiguous())
-            back.bias = linear.bias
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, back)
-    return model
-
-
 def write_folder(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """What `from_pretrained` loads: weights, config, the tokens at which to stop, and the tokenizer with its template."""
     model.config.use_cache = True
-    quantizer: Any = getattr(model, "hf_quantizer", None)
-    if quantizer is not None:
-        quantizer.remove_quantization_config(model)  # the weights are plain now
-    elif hasattr(model.config, "quantization_config"):
+    if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config  # of the source
     model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)

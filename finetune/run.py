@@ -460,7 +460,8 @@ class _Story:
             }
             self.screen.say(
                 f"  {len(self.swap.swapped)} linears in {self.swap.scheme} ({self.swap.share:.0%} of the parameters): "
-                f"{human_bytes(self.swap.bytes_before)} → {human_bytes(self.swap.bytes_after)}; {swapped['backend']}"
+                f"{human_bytes(self.swap.bytes_before)} → {human_bytes(self.swap.bytes_after)}; {swapped['backend']}\n"
+                f"  left in floats: {self.swap.left_in_words}"
             )
         models.set_stops(self.model, self.stops | self.ends)
         self.record["model"] = {

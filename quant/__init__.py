@@ -13,10 +13,12 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from quant import nf4, ternary
 from quant.derived import weights_changed
 from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
-from quant.swap import SwapReport, pack, prove_used, swap
+from quant.swap import SwapReport, pack, prove_used, swap, to_float
 
 if TYPE_CHECKING:
     from quant.plugins import assert_wrapped, linear_targets, load_peft, register_peft
@@ -38,6 +40,7 @@ __all__ = [
     "register_peft",
     "swap",
     "ternary",
+    "to_float",
     "weights_changed",
 ]
 
@@ -46,5 +49,8 @@ _PLUGINS = {"assert_wrapped", "linear_targets", "load_peft", "register_peft"}
 
 def __getattr__(name: str) -> Any:
     if name in _PLUGINS:
+        from quant.backends import bnb
+
+        bnb.unavailable(torch.device("cpu"))  # imports bitsandbytes, as peft would, without its word on optional kernels
         return getattr(importlib.import_module("quant.plugins"), name)
     raise AttributeError(f"module 'quant' has no attribute {name!r}")

@@ -155,8 +155,8 @@ def _multiply(layer: Any, x: Tensor, *, master: Tensor | None, parts: tuple[Tens
 
 def _refuse(linear: nn.Module, scheme: ModuleType) -> None:
     """Raise ValueError for what must not be quantized by `scheme`: what is quantized already, and what does not fit."""
-    weight = linear.weight
-    assert isinstance(weight, Tensor)
+    if not isinstance(linear, nn.Module) or not isinstance(weight := getattr(linear, "weight", None), Tensor):
+        raise TypeError(f"from_linear takes an nn.Linear, not {linear!r}")
     if (mark := getattr(linear, "quantized", None) or getattr(weight, "quantized", None)) is not None:
         raise ValueError(f"this layer is already {mark}: refuse to quantize twice, requantizing loses accuracy")
     if weight.dtype not in scheme.SOURCES:
@@ -183,7 +183,7 @@ class PackedLinear(nn.Module):
 
     Its parameters are the scheme's parts, all uint8 (`layout` of quant/nf4.py and quant/ternary.py), and the bias, a frozen
     float. `dtype`: the float dtype that stands for this layer in its model (the source's; follows `.to(dtype)`), used for
-    the bias and when the layer is turned back into floats. Uninitialised until `from_linear` or `load_state_dict`.
+    the bias and when the layer is turned back into floats. Gives NaN until `from_linear` or `load_state_dict`.
     """
 
     scheme: ClassVar[ModuleType]
@@ -210,7 +210,8 @@ class PackedLinear(nn.Module):
         layout = self.scheme.layout(self.shape, **options)
         self.names = tuple(layout)
         for name, shape in layout.items():
-            self.register_parameter(name, _frozen(torch.empty(shape, dtype=torch.uint8, device=device)))
+            # Scales of these bytes are NaN: a layer that was given no weights does not pass for one that was.
+            self.register_parameter(name, _frozen(torch.full(shape, 255, dtype=torch.uint8, device=device)))
         self.bias = _frozen(torch.empty(out_features, device=device, dtype=self.dtype)) if bias else None
 
     @classmethod

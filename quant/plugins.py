@@ -179,6 +179,8 @@ def linear_targets(model: nn.Module, keep: Sequence[str] = DEFAULT_KEEP) -> list
     Left out are those that `swap` with the same `keep` leaves for a reason: the head, routers, layers whose module is
     never called. Call it before `get_peft_model`; PEFT's own `all-linear` does not find packed layers.
     """
+    if trained := [name for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]:
+        raise ValueError(f"{trained[0]} trains a master weight; adapters go on packed linears: quant.pack(model) first")
     left = reasons_to_leave(model, keep)
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     return sorted({*packed, *(name for name in linear_like(model) if name not in left)})

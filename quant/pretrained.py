@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -40,7 +41,7 @@ from transformers.utils.quantization_config import BitNetQuantConfig, BitsAndByt
 
 from quant import nf4, ternary
 from quant.experts import QuantizedExperts, looks_fused, projections
-from quant.linear import BitLinear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
+from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
 from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, multiplying, swap
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -135,10 +136,15 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device_map: Any
 
     Raises PackingError, naming layers, for what cannot be read, and where a tensor is missing.
     """
+    if (str(name).startswith((".", "/", "~")) or isinstance(name, Path)) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"there is no folder {name}")
     config = AutoConfig.from_pretrained(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        name, config=packed_config(config), dtype=dtype, device_map=device_map, output_loading_info=True, **options
-    )
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            name, config=packed_config(config), dtype=dtype, device_map=device_map, output_loading_info=True, **options
+        )
+    except SafetensorError as error:
+        raise PackingError(f"a weight file of {name} is damaged or cut short: {error}; fetch or save it again") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         raise PackingError(f"the checkpoint lacks {len(missing)} tensors, which would stay random: {_some(missing)}")
@@ -394,6 +400,8 @@ class PackedQuantizer(HfQuantizer):
 
     def refresh(self, model: Any) -> None:
         """Make the config say what the model is now. Raises ValueError for what the format cannot express."""
+        if masters := [path for path, module in model.named_modules() if isinstance(module, FakeNF4Linear)]:
+            raise PackingError(f"no standard format holds the NF4 master weight of {masters[0]}: quant.pack(model) first")
         layers = {path: module for path, module in model.named_modules() if isinstance(module, self.linear)}
         foreign = [p for p, m in model.named_modules() if isinstance(getattr(m, "quantized", None), str) and p not in layers]
         if foreign and not layers:
@@ -401,10 +409,15 @@ class PackedQuantizer(HfQuantizer):
         if not layers:
             raise ValueError(
                 "no quantized layer is left in this model, but its config says so; before it is saved as a float model: "
-                "model.hf_quantizer.remove_quantization_config(model)"
+                "quant.to_float(model)"
             )
         if mixtures := [path for path, module in model.named_modules() if isinstance(module, QuantizedExperts)]:
-            raise PackingError(f"no standard format holds quantized experts ({mixtures[0]}): this model cannot be saved packed")
+            raise PackingError(
+                f"no standard format holds quantized experts ({mixtures[0]}): this model cannot be saved packed. Save the "
+                "adapter, the state dict, or a float model after quant.to_float(model)"
+            )
+        if turned := [path for path, m in model.named_modules() if path in self.transposed and type(m) is nn.Linear]:
+            raise ValueError(f"{turned[0]} was a Conv1D, and was merged: save a float model, after quant.to_float(model)")
         if wrapped := [path for path in layers if path.endswith(".base_layer")]:
             raise ValueError(f"{wrapped[0]} carries an adapter: save the adapter, or merge or unload it first")
         if foreign:
@@ -596,27 +609,34 @@ class TernaryQuantizer(PackedQuantizer):
 def attach_quantizer(model: Model) -> Model:
     """Make `model.save_pretrained` write the standard format of its quantized layers; returns `model`.
 
-    For what `quant.swap` made; a model that was packed or read by `from_pretrained` or `load` has its quantizer already.
+    `quant.swap` does so by itself, and a model that was packed or read by `from_pretrained` or `load` has its quantizer
+    already: this is for layers put in place by hand, and says at once what could not be saved.
     NF4Linear → bitsandbytes, PackedBitLinear → bitnet, BitLinear → bitnet online (float weights). Undone by
     `model.hf_quantizer.remove_quantization_config(model)`.
 
     Raises ValueError for a model without such layers, and for what the format cannot express.
     """
     kinds = {type(module) for module in model.modules() if isinstance(getattr(module, "quantized", None), str)}
-    quantizer: PackedQuantizer
-    if kinds == {NF4Linear}:
-        quantizer = NF4Quantizer(PackedNF4Config(), pre_quantized=False)
-    elif kinds in ({PackedBitLinear}, {BitLinear}):
-        quantizer = TernaryQuantizer(PackedTernaryConfig(), pre_quantized=False)
-        with torch.device("meta"):
-            plain = type(model)(model.config)
-        quantizer.transposed = frozenset(path for path, module in plain.named_modules() if isinstance(module, Conv1D))
-    else:
-        found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "none"
-        raise ValueError(f"a standard format holds NF4Linear, PackedBitLinear or BitLinear layers, of one kind; found: {found}")
+    if not kinds:
+        raise ValueError("this model has no quantized layers: quant.swap makes them")
+    quantizer = quantizer_for(model)
     quantizer.refresh(model)
     cast(Any, model).hf_quantizer = quantizer
     return model
+
+
+def quantizer_for(model: PreTrainedModel) -> PackedQuantizer:
+    """The quantizer that saves the quantized layers of `model`; what it cannot express it says when it is to save them."""
+    ternary_layers = any(isinstance(module, BitLinear | PackedBitLinear) for module in model.modules())
+    quantizer: PackedQuantizer
+    if ternary_layers:
+        quantizer = TernaryQuantizer(PackedTernaryConfig(), pre_quantized=False)
+    else:
+        quantizer = NF4Quantizer(PackedNF4Config(), pre_quantized=False)
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    quantizer.transposed = frozenset(path for path, module in plain.named_modules() if isinstance(module, Conv1D))
+    return quantizer
 
 
 @contextmanager

@@ -67,12 +67,15 @@ class SwapReport:
     bytes_before: int
     bytes_after: int
 
+    @property
+    def left_in_words(self) -> str:
+        """What was left in floats, counted by reason."""
+        return "; ".join(f"{count} × {reason}" for reason, count in Counter(self.left.values()).items()) or "none"
+
     def __str__(self) -> str:
-        reasons = Counter(self.left.values())
-        left = "; ".join(f"{count} × {reason}" for reason, count in reasons.items()) or "none"
         size = f"{self.bytes_before / 2**20:.1f} → {self.bytes_after / 2**20:.1f} MiB"
         what = f"{self.scheme}, trainable" if self.trainable else self.scheme
-        return f"{len(self.swapped)} layers to {what}, {self.share:.1%} of all parameters, {size}\nleft: {left}"
+        return f"{len(self.swapped)} layers to {what}, {self.share:.1%} of all parameters, {size}\nleft: {self.left_in_words}"
 
 
 def swap(
@@ -96,6 +99,8 @@ def swap(
     Raises ValueError for an unknown scheme or option, a pattern of one's own that matches no module, a model that is swapped
     already or carries adapters, weights that the scheme refuses, and when there is nothing to swap.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"swap takes a model, an nn.Module, not {model!r}")
     if scheme not in SCHEMES:
         raise ValueError(f"unknown scheme {scheme!r}; known: {', '.join(SCHEMES)}")
     if unknown := sorted(options.keys() - set(OPTIONS[scheme])):
@@ -146,7 +151,17 @@ def swap(
         swapped += [f"{path}.{name}" if name else path for path in same for name in _quantized_in(quantized)]
         if progress is not None:
             progress(done, len(places))
+    _make_savable(model)
     return SwapReport(scheme, trainable, tuple(swapped), left, weights / total, bytes_before, _bytes(model))
+
+
+def _make_savable(model: nn.Module) -> None:
+    """A model of transformers then saves its quantized layers in their standard format, or says why it cannot."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is not None and isinstance(model, modeling.PreTrainedModel) and getattr(model, "hf_quantizer", None) is None:
+        from quant.pretrained import quantizer_for
+
+        model.hf_quantizer = quantizer_for(model)
 
 
 def pack(model: nn.Module, *, progress: Callable[[int, int], None] | None = None) -> SwapReport:
@@ -185,6 +200,39 @@ def pack(model: nn.Module, *, progress: Callable[[int, int], None] | None = None
     return SwapReport(" and ".join(sorted(schemes)), False, paths, left, weights / total, bytes_before, _bytes(model))
 
 
+def to_float(model: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Make packed layers plain ones again, in place, as the architecture has them: nn.Linear, GPT-2's Conv1D, fused experts.
+
+    The weights are those that the codes stand for, in `dtype` (default: each layer's). For a model that is to be saved as
+    a float model, as after PEFT's merge_and_unload.
+
+    Raises ValueError where there are master weights, which `pack` ends, or a layer normalizes its input.
+    """
+    if trained := [name for name, module in model.named_modules() if _is_trained(module)]:
+        raise ValueError(f"{trained[0]} trains a master weight: pack(model) first")
+    for path, module in list(model.named_modules()):
+        if isinstance(module, PackedLinear):
+            _replace(model, [path], module.to_linear(dtype))
+    for path, module in list(model.named_modules()):
+        if isinstance(module, QuantizedExperts):
+            _replace(model, [path], module.to_experts(dtype))
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is not None:
+        quantizer.remove_quantization_config(model)
+    pytorch_utils: Any = sys.modules.get("transformers.pytorch_utils")
+    if pytorch_utils is None or not hasattr(model, "config"):
+        return
+    with torch.device("meta"):
+        plain = type(model)(model.config)
+    for path, original in plain.named_modules():
+        linear = model.get_submodule(path)
+        if isinstance(original, pytorch_utils.Conv1D) and isinstance(linear, nn.Linear):
+            back = pytorch_utils.Conv1D(linear.out_features, linear.in_features)
+            back.weight = nn.Parameter(linear.weight.detach().t().contiguous())
+            back.bias = linear.bias
+            _replace(model, [path], back)
+
+
 @contextmanager
 def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
     """Run a forward pass of `model` inside; raises RuntimeError on leaving when a swapped module took no part in it.
@@ -194,14 +242,17 @@ def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
     """
     layers = {module: name for name, module in model.named_modules() if isinstance(module, Quantized)}
     if gone := {plain_path(path) for path in report.swapped} - _all_paths(model):
-        raise RuntimeError(f"swapped modules are no longer in the model: {_some(gone)}")
+        raise RuntimeError(f"swapped modules are no longer in the model: {_some(gone)}. Is it the model that was swapped?")
     for layer in layers:
         layer.used = False
     mixtures = {module: name for name, module in model.named_modules() if isinstance(module, QuantizedExperts)}
     inside = {module for mixture in mixtures for module in mixture.modules()}
     proven = {module: name for module, name in layers.items() if module not in inside} | mixtures
     yield
-    if unused := {plain_path(name) for module, name in proven.items() if not module.used}:
+    unused = {plain_path(name) for module, name in proven.items() if not module.used}
+    if unused and len(unused) == len(proven):
+        raise RuntimeError("no swapped module took part in a forward pass: call the model inside of prove_used")
+    if unused:
         raise RuntimeError(
             f"{len(unused)} of {len(proven)} swapped modules took no part in the forward pass: {_some(unused)}. "
             "The model reads their weight without calling them, or never reaches them: add them to `keep`."

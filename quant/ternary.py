@@ -56,7 +56,8 @@ def layout(shape: torch.Size) -> dict[str, tuple[int, ...]]:
 def unfit(shape: torch.Size) -> str | None:
     """Why the layout cannot hold a matrix (out, in) of this shape; None when it can."""
     if len(shape) != 2 or shape[0] % ROWS_A_BYTE or 0 in shape:
-        return f"the packed ternary layout needs a matrix with rows in fours, not {tuple(shape)}"
+        what = "a matrix" if len(shape) != 2 else "rows in fours (out_features), and not empty"
+        return f"the packed ternary layout needs {what}: got a weight of shape {tuple(shape)}"
     return None
 
 

@@ -23,6 +23,10 @@ from quant.nf4 import NF4Tensor
 VARIABLE = "QUANT_BACKEND"
 
 
+class BackendError(ValueError):
+    """A backend that was asked for does not exist, or cannot serve here."""
+
+
 class Backend(Protocol):
     """A module with these functions, and with those of its scheme."""
 
@@ -95,8 +99,8 @@ def select(device: torch.device | str, backend: str | None = None, *, scheme: Li
 def select(device: torch.device | str, backend: str | None = None, *, scheme: str = "nf4") -> Any:
     """The backend for `scheme` on `device`: `backend`, else `use(…)`, else `QUANT_BACKEND`, else the best that works.
 
-    Raises ValueError for a name that no scheme has (for `backend`: that this scheme does not have), RuntimeError when a
-    named backend is not available.
+    Raises BackendError for a name that no scheme has (for `backend`: that this scheme does not have), and for a named
+    backend that is not available.
     """
     return _choose(torch.device(device), backend, scheme)[0]
 
@@ -124,7 +128,7 @@ def _choose(device: torch.device, backend: str | None, scheme: str) -> tuple[Bac
     if name is None and (forced := _forced or os.environ.get(VARIABLE)):
         if not any(forced in rows for rows in TABLE.values()):
             known = sorted({name for rows in TABLE.values() for name in rows})
-            raise ValueError(f"no scheme has a backend {forced!r}; there are {', '.join(known)}")
+            raise BackendError(f"no scheme has a backend {forced!r}; {VARIABLE} may be {', '.join(known)}")
         name = forced if forced in TABLE[scheme] else None
     key = (scheme, device, name)
     if key not in _chosen:
@@ -135,7 +139,7 @@ def _choose(device: torch.device, backend: str | None, scheme: str) -> tuple[Bac
 def _look(device: torch.device, name: str | None, scheme: str) -> tuple[Backend, str]:
     rows = TABLE[scheme]
     if name is not None and name not in rows:
-        raise ValueError(f"{scheme} has no backend {name!r}; it has {', '.join(rows)}")
+        raise BackendError(f"{scheme} has no backend {name!r}; it has {', '.join(rows)}")
     reasons: list[str] = []
     for row in [name] if name else rows:
         module: Backend = importlib.import_module(rows[row])
@@ -145,6 +149,6 @@ def _look(device: torch.device, name: str | None, scheme: str) -> tuple[Backend,
         if why is None:
             return module, "; ".join(reasons) or ("forced" if name else "")
         if name:
-            raise RuntimeError(f"backend {name!r} was asked for and is not available: {why}")
+            raise BackendError(f"backend {name!r} was asked for and is not available: {why}")
         reasons.append(why)
     raise RuntimeError(f"no backend for {scheme} on {device}: {'; '.join(reasons)}")

@@ -289,7 +289,7 @@ def test_runs_are_used_from_anywhere_and_in_another_dtype(
     assert torch.equal(low.model.get_buffer(frequencies), plain.model.get_buffer(frequencies))
     shutil.copytree(tmp_path / "r" / "adapter", tmp_path / "alone")
     alone = open_model(str(tmp_path / "alone"))
-    assert "unquantized" in (alone.note or "")
+    assert "as it is stored" in (alone.note or "")
 
 
 def test_resume_takes_the_run_of_that_name(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:

@@ -165,7 +165,7 @@ def test_forced_backends_do_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(backends, "_chosen", {})
     monkeypatch.setattr(bnb, "_functional", lambda: "bitsandbytes is not importable (no module)")
     assert backends.describe("cpu").endswith("reference (cpu): bitsandbytes is not importable (no module)")
-    with pytest.raises(RuntimeError, match="not available: bitsandbytes is not importable"):
+    with pytest.raises(backends.BackendError, match="not available: bitsandbytes is not importable"):
         backends.select("cpu", "bitsandbytes")
     monkeypatch.setenv(backends.VARIABLE, "tritton")
     with pytest.raises(ValueError, match="tritton"):

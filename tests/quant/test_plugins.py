@@ -47,7 +47,9 @@ def _adapted(model: nn.Module, *, noise: float = 0.05, **changes: Any) -> Any:
     """`model` under PEFT, the adapters moved away from zero."""
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": linear_targets(model)} | changes)
+    if "target_modules" not in changes:
+        changes["target_modules"] = linear_targets(model)
+    config = LoraConfig(r=4, lora_alpha=8, **changes)
     register_peft(config)
     torch.manual_seed(1)
     adapted = get_peft_model(model, config)

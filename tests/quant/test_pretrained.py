@@ -48,6 +48,7 @@ from quant import (
     register_peft,
     swap,
     ternary,
+    to_float,
 )
 from quant.pretrained import PackedNF4Config, PackedTernaryConfig, PackingError, attach_quantizer, load, packed_config
 from quant.swap import DEFAULT_KEEP
@@ -605,12 +606,12 @@ def test_swapped_model_saves_the_same(tmp_path: Path, scheme: str) -> None:
 
 def test_attach_refuses(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(llama(tmp_path), dtype=BF16)
-    with pytest.raises(ValueError, match="found: none"):
+    with pytest.raises(ValueError, match="no quantized layers"):
         attach_quantizer(model)
     mlp = model.model.layers[0].mlp
     mlp.up_proj = NF4Linear.from_linear(mlp.up_proj)
     mlp.down_proj = PackedBitLinear.from_linear(mlp.down_proj)
-    with pytest.raises(ValueError, match="NF4Linear, PackedBitLinear"):
+    with pytest.raises(ValueError, match="one kind of quantized layer"):
         attach_quantizer(model)
     mlp.down_proj = NF4Linear.from_linear(mlp.gate_proj, double=False)
     with pytest.raises(ValueError, match="one setting for all"):
@@ -623,14 +624,14 @@ def test_model_that_is_packed_no_more(tmp_path: Path) -> None:
     for path, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
             model.set_submodule(path, module.to_linear())
-    with pytest.raises(ValueError, match="remove_quantization_config"):
+    with pytest.raises(ValueError, match=r"quant\.to_float"):
         model.save_pretrained(tmp_path / "out")
     mlp = model.model.layers[0].mlp
     floats, mlp.up_proj = mlp.up_proj, PackedBitLinear(64, 100)
     with pytest.raises(ValueError, match=r"layers\.0\.mlp\.up_proj is quantized otherwise .* call attach_quantizer"):
         model.save_pretrained(tmp_path / "out")
     mlp.up_proj = floats
-    model.hf_quantizer.remove_quantization_config(model)
+    to_float(model)
     model.save_pretrained(tmp_path / "out")
     assert_same(
         AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=BF16).requires_grad_(False), model.requires_grad_(False)
@@ -816,3 +817,71 @@ def write_7b(folder: Path) -> None:
     save_file(parts[0], folder / "model-00001.safetensors", metadata={"format": "pt"})
     index |= dict.fromkeys(parts[0], "model-00001.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+@pytest.mark.parametrize("scheme", ["nf4", "ternary"])
+def test_a_swapped_model_saves_the_standard_format_unasked(tmp_path: Path, scheme: str) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "float"), dtype=BF16)
+    swap(model, scheme=scheme)
+    model.save_pretrained(tmp_path / "out")
+    assert_same(load(tmp_path / "out"), model)
+    trained: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=BF16)
+    swap(trained, scheme=scheme, trainable=True)
+    if scheme == "nf4":  # no format for its master weights; as floats they would be another model without a word
+        with pytest.raises(PackingError, match=r"quant\.pack\(model\) first"):
+            trained.save_pretrained(tmp_path / "trained")
+        assert not list((tmp_path / "trained").glob("*.safetensors"))
+    else:
+        trained.save_pretrained(tmp_path / "trained")
+        assert isinstance(load(tmp_path / "trained").model.layers[0].mlp.up_proj, BitLinear)
+    pack(trained)
+    trained.save_pretrained(tmp_path / "packed")
+    assert_same(load(tmp_path / "packed"), trained)
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
+def test_merged_it_is_a_float_model_again(tmp_path: Path, kind: str) -> None:
+    """Experts fused, Conv1D transposed back: what plain transformers loads is what was merged."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 64}
+    if kind == "gpt2":
+        plain: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, **sizes))
+    else:
+        sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        plain = MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes))
+    plain.save_pretrained(tmp_path / "float")
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "float", dtype=torch.float32, quantization_config=PackedNF4Config()
+    )
+    target = "c_attn" if kind == "gpt2" else "q_proj"
+    config = LoraConfig(r=4, target_modules=[target], init_lora_weights=False)
+    register_peft(config)
+    merged: Any = get_peft_model(model, config).merge_and_unload()
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        expected = merged.eval()(input_ids=ids).logits
+    with pytest.raises(ValueError, match=r"quant\.to_float"):
+        merged.save_pretrained(tmp_path / "out")
+    to_float(merged)
+    merged.save_pretrained(tmp_path / "out")
+    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    with torch.no_grad():
+        torch.testing.assert_close(again.eval()(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_there_or_cut_short(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load(tmp_path / "nothing")
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load("./nothing")
+    model = packed_model(llama(tmp_path / "float"))
+    model.save_pretrained(tmp_path / "out")
+    weights = tmp_path / "out" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(PackingError, match="damaged or cut short"):
+        load(tmp_path / "out")

@@ -17,7 +17,10 @@ def test_the_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: 
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    peft = pytest.importorskip("peft")
     names = {
+        "LoraConfig": peft.LoraConfig,
+        "get_peft_model": peft.get_peft_model,
         "AutoModelForCausalLM": AutoModelForCausalLM,
         "linear": nn.Linear(8, 8),
         "model": model,
@@ -26,4 +29,6 @@ def test_the_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: 
     }
     exec(example, names)
     assert (tmp_path / "packed" / "model.safetensors").is_file()
-    assert type(names["model"].get_submodule("model.layers.0.mlp.up_proj")).__name__ == "NF4Linear"  # type: ignore[attr-defined]
+    assert (tmp_path / "ternary" / "model.safetensors").is_file()
+    layer = names["model"].get_submodule("base_model.model.model.layers.0.mlp.up_proj")  # type: ignore[attr-defined]
+    assert type(layer).__name__ == "PackedLora"

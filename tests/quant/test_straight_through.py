@@ -558,3 +558,10 @@ def test_threads() -> None:
 
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(work, range(4)))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_layer_without_weights_gives_nan(kind: type[PackedLinear]) -> None:
+    assert kind(64, 64)(torch.randn(2, 64)).isnan().all()
+    with pytest.raises(TypeError, match=r"takes an nn\.Linear"):
+        kind.from_linear(nn.Linear)  # type: ignore[arg-type]

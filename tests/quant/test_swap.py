@@ -336,7 +336,7 @@ def test_proof_sees_through_wrappers() -> None:
     for wrapped in (torch.compile(model, backend="eager"), ddp, torch.compile(ddp, backend="eager")):
         with prove_used(wrapped, report):  # type: ignore[arg-type]
             wrapped(x)
-        with pytest.raises(RuntimeError, match=r"2 of 2 .*: 0, 2\."), prove_used(wrapped, report):  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="no swapped module took part"), prove_used(wrapped, report):  # type: ignore[arg-type]
             pass
     model[2] = torch.compile(model[2], backend="eager")  # type: ignore[assignment]
     with prove_used(model, report):
