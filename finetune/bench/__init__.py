@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -26,15 +27,20 @@ from finetune.screen import Screen
 if TYPE_CHECKING:
     from finetune.bench.measure import Row
 
-NAMES = ("quant",)  # each a module here with SIZES, cases(device, sizes) and backends_here(device)
+# Each a module here with SIZES, cases(device, sizes) and backends_here(device).
+NAMES = {"quant": "the quantized linears against bf16 linears, bitsandbytes, llama.cpp and others"}
+TARGETS = "targets: goals of this project; missing one is no failure of your machine"
 
 
-def bench_command(name: str, json_file: Path | None) -> None:
+def bench_command(name: str | None, json_file: Path | None) -> None:
     """Measure, show the table, and write `json_file` when all is there.
 
     Raises:
         Mistake: there is no such benchmark, or the file cannot be written.
     """
+    if name is None:
+        there = "; ".join(f"finetune bench {known}: {about}" for known, about in NAMES.items())
+        raise Mistake("which benchmark?", where="NAME", found="nothing", do=there)
     if name not in NAMES:
         close = nearest(name, NAMES)
         meant = f"did you mean {close}? " if close else ""
@@ -54,6 +60,7 @@ def bench_command(name: str, json_file: Path | None) -> None:
             found, places[device] = _measured(name, device, progress)
             rows += found
     _show(rows, screen)
+    screen.say(TARGETS)
     for place in places.values():
         screen.say(place["method"])
         for what, backend in place["backends"].items():
@@ -67,12 +74,20 @@ def bench_command(name: str, json_file: Path | None) -> None:
 
 def _require_writable(path: Path) -> None:
     """Say now what would otherwise be said when all has been measured."""
-    folder = path.absolute().parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        found = "a folder" if path.is_dir() else f"{folder} is not writable"
-        raise Mistake("the results cannot be written there", where=f"--json {path}", found=found, do="give the name of a file")
+    what, where, folder = "the results cannot be written there", f"--json {path}", path.absolute().parent
+    if path.exists() and not path.is_file():
+        found = "a folder" if path.is_dir() else "no ordinary file"
+        raise Mistake(what, where=where, found=found, do="give the name of a file")
+    if not folder.is_dir():
+        if folder.exists():
+            raise Mistake(what, where=where, found=f"{folder} is no folder", do="give the name of a file in a folder")
+        raise Mistake(what, where=where, found=f"no folder {folder}", do=f"make the folder: mkdir -p {shlex.quote(str(folder))}")
+    try:  # permissions do not tell: root has all of them, and still cannot write everywhere
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".finetune-try", dir=folder):
+            pass
+    except OSError as error:
+        found = f"{folder} takes no file: {error.strerror or error}"
+        raise Mistake(what, where=where, found=found, do="give the name of a file in a folder that can be written to") from None
 
 
 def _measured(name: str, device: str, progress: Callable[[int, int, str], None]) -> tuple[list[Row], dict[str, Any]]:
@@ -118,47 +133,47 @@ def _child(name: str, device: str, sizes: dict[str, Any]) -> Generator[dict[str,
 
 
 def verdict(row: Row) -> str:
-    """Whether the target is met, in words."""
+    """What of the target, in words; the other lines of the table say why."""
     if row["ratio"] is None:
         return "skipped"
-    if row["met"] is None or row["target"] is None:
-        return ""
-    word = "met" if row["met"] else "missed"
+    if row["target"] is None:
+        return "for context only"
+    bound = {"lower": "≤", "higher": "≥"}[row["better"]]
     low, high = row["low"], row["high"]
     unsure = low is not None and high is not None and min(low, high) < row["target"] < max(low, high)
-    return f"{word}, within the noise" if unsure else word
+    return f"{bound} {row['target']:.3g}: {'met' if row['met'] else 'missed'}{', unsure' if unsure else ''}"
 
 
 def _show(rows: list[Row], screen: Screen) -> None:
-    """The table, and below it what a row needs said."""
+    """The table, two lines a row, in 80 columns; below it, by the rows' numbers, what was measured, and what else needs said."""
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False)
-    table.add_column("case")
-    for column in ("ours", "theirs"):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ("", "ratio [95 %]", "target", ""):
-        table.add_column(column)
-    for row in rows:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("#", justify="right")
+    table.add_column("case\nagainst")
+    table.add_column("ours\ntheirs", justify="right", no_wrap=True)
+    for column in ("ours/theirs\n[95 %]", "better ratio\ntarget"):
+        table.add_column(column, no_wrap=True)
+    for number, row in enumerate(rows, 1):
         unit = row["unit"].removeprefix("products").split()[0]
-        ratio = "" if row["ratio"] is None else f"{row['ratio']:.3g}"
+        amounts = ("–" if value is None else f"{_amount(value)} {unit}" for value in (row["ours"], row["baseline"]))
+        ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3g}"
         if row["low"] is not None and row["high"] is not None:
-            ratio += f" [{row['low']:.3g}, {row['high']:.3g}]"
-        bound = {"lower": "≤", "higher": "≥"}[row["better"]]
-        target = "" if row["target"] is None else f"{bound} {row['target']:.3g}"
-        case = f"{row['case']}, against {row['against']}"
-        cells = (case, _amount(row["ours"]), _amount(row["baseline"]), unit, ratio, target, verdict(row))
+            ratio += f"\n[{row['low']:.3g}, {row['high']:.3g}]"
+        cells = (str(number), f"{row['case']}\n{row['against']}", "\n".join(amounts), ratio, f"{row['better']}\n{verdict(row)}")
         table.add_row(*map(Text, cells))
     screen.console.print(table, soft_wrap=False)
     notes: dict[str, list[str]] = {}
-    for row in rows:
+    for number, row in enumerate(rows, 1):
         if row["note"]:
-            notes.setdefault(row["note"], []).append(row["case"])
-    for note, cases in notes.items():
-        screen.say(f"{'; '.join(cases)}: {note}")
+            notes.setdefault(row["note"], []).append(str(number))
+    for note, numbers in notes.items():
+        screen.say(f"{', '.join(numbers)}: {note}")
+    if any(verdict(row).endswith("unsure") for row in rows):
+        screen.say("unsure: the target lies within the interval")
 
 
-def _amount(value: float | None) -> str:
+def _amount(value: float) -> str:
     """Four digits: '0.2956', '12.34', '1,928'."""
-    return "–" if value is None else f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import platform
 import sys
@@ -30,6 +31,7 @@ FLAGS = (
     "asimddp", "i8mm", "bf16", "sve", "rvv",
 )  # fmt: skip
 EVERY_S = 0.2
+NOISE = "medians; [95 %] is the noise within this run: another run, or a busy machine, can lie outside it"
 
 
 def flags() -> list[str]:
@@ -51,7 +53,7 @@ def place(device: str) -> tuple[Clock, dict[str, Any]]:
     }  # fmt: skip
     if device == "cuda":
         about["device"] = provenance.device_name(torch.device(device))
-        about["method"] = f"{about['device']}; events, L2 filled before each call, pairs in alternating order"
+        about["method"] = f"{about['device']}; events, L2 filled before each call, pairs in alternating order, {NOISE}"
         return CUDAClock(), about
     core = pin()
     torch.set_num_threads(1)
@@ -64,9 +66,49 @@ def place(device: str) -> tuple[Clock, dict[str, Any]]:
     about["method"] = (
         f"{about['device']}, {'core ' + str(core) if core is not None else 'not pinned to a core'}; caches cold "
         f"({COLD * cache >> 20} MiB read before each call; last level {cache >> 20} MiB, {source}), "
-        "processor time, pairs in alternating order, medians"
+        f"processor time, pairs in alternating order, {NOISE}"
     )
     return CPUClock(cache), about
+
+
+class Progress:
+    """How much of the time is over, by what the cases took; their shares stand for those that are still to come.
+
+    So a case that is slower here than its share says moves the figure back once, instead of holding it where it is.
+    """
+
+    def __init__(self, shares: list[float], now: Callable[[], float] = time.monotonic) -> None:
+        self._ahead, self._now, self._start = sum(shares), now, now()
+        self._seconds = self._shares = 0.0  # of the cases that ran
+
+    def begin(self, share: float) -> None:
+        self._share, self._began = share, self._now()
+        self._first: tuple[float, float] | None = None  # when, and the part: building before it is no measure of pairs
+        self._ahead -= share
+
+    def end(self, ran: bool) -> None:
+        """ran: not skipped; what was skipped says nothing about the others."""
+        if ran:
+            self._seconds += self._now() - self._began
+            self._shares += self._share
+
+    def percent(self, part: float) -> int:
+        """With `part` (0 to 1) of the case done; 0 as long as nothing can be said."""
+        now = self._now()
+        here = now - self._began
+        if self._first and part > self._first[1]:
+            left = (now - self._first[0]) / (part - self._first[1]) * (1 - part)
+            rate = (self._seconds + here + left) / (self._shares + self._share)
+        elif self._shares:
+            rate = self._seconds / self._shares
+            left = max(self._share * rate - here, 0.0)
+        else:
+            rate = left = math.inf
+        if part and not self._first:
+            self._first = now, part
+        gone = now - self._start
+        whole = gone + left + (self._ahead * rate if self._ahead > 0 else 0.0)
+        return round(100 * gone / whole) if whole else 0
 
 
 def main(out: int, name: str, device: str, sizes: str) -> None:
@@ -79,21 +121,24 @@ def main(out: int, name: str, device: str, sizes: str) -> None:
     say(place=about | {"backends": bench.backends_here(device)})
     torch.manual_seed(0)
     cases = bench.cases(device, type(bench.SIZES)(**json.loads(sizes)))
-    whole, before = sum(case.share for case in cases), 0.0
-    spoke = 0.0
+    progress, spoke = Progress([case.share for case in cases]), 0.0
 
     def ticker(case: Any) -> Callable[[float], None]:
         def tick(part: float) -> None:
             nonlocal spoke
+            percent = progress.percent(part)
             if time.monotonic() - spoke >= EVERY_S:
                 spoke = time.monotonic()
-                say(progress=[round(100 * (before + part * case.share) / whole), case.name])
+                say(progress=[percent, case.name])
 
         return tick
 
     for case in cases:
-        say(row=measure(case, clock, ticker(case)))
-        before += case.share
+        progress.begin(case.share)
+        say(progress=[progress.percent(0.0), case.name])
+        row = measure(case, clock, ticker(case))
+        progress.end(row["ratio"] is not None)
+        say(row=row)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,8 @@ class Amounts:
 class Case:
     """`build` makes what is needed (weights, layers), or raises Skip. unit: "ms", "products/s", or one of amounts.
 
-    share: about how long a pair takes, in any unit that all cases of a benchmark have in common; for the time left alone.
+    name, against: 23 letters at most, so that the table has room at 80 columns; shapes and what is counted go into `note`.
+    share: about how long the case takes, building included, against the others of its device; for the time left alone.
     """
 
     name: str

@@ -183,12 +183,13 @@ def _vector_kernel(sizes: Sizes, name: str) -> Pairing:
     by = _backend("cpu", "ternary", name)
     kernel = backends.select("cpu", name, scheme="ternary")
     weights = [ternary.quantize(_weight("cpu", sizes.vector)) for _ in range(2)]
+    stored = [nn.Parameter(weight.codes, requires_grad=False) for weight in weights]  # as in a layer: else no layout is kept
     theirs, theirs_before = (baselines.GGMLMatrix(ternary.dequantize(weight)).prepare for weight in weights)
 
-    def side(weight: ternary.TernaryTensor) -> Side:
-        return lambda x: lambda: kernel.linear(*kernel.quantize_rows(x), weight.codes, weight.scale, x.dtype, frozen=True)
+    def side(codes: Tensor, scale: Tensor) -> Side:
+        return lambda x: lambda: kernel.linear(*kernel.quantize_rows(x), codes, scale, x.dtype, frozen=True)
 
-    ours, ours_before = map(side, weights)
+    ours, ours_before = (side(codes, weight.scale) for codes, weight in zip(stored, weights, strict=True))
     fresh = _fresh_vector("cpu", sizes)
     return Pairing(fresh, ours, theirs, sizes.short_pairs, by, torch.no_grad, (ours_before, theirs_before))
 
@@ -200,79 +201,76 @@ def _shape(shape: tuple[int, int]) -> str:
 def _cpu_cases(sizes: Sizes) -> list[Case]:
     s, codes, bf16 = sizes, sizes.ternary[0] * sizes.ternary[1], "bf16 nn.Linear"
     nf4, bit, vector = (_shape(shape) for shape in (s.nf4, s.ternary, s.vector))
-    bit_step = "forward and all gradients"
-    there = f"{bit_step}; the weight's codes are there, as in every pass but the first after an optimizer step"
-    kernels = "quantizing the activations included on both sides; ours bf16 in and out, theirs fp32"
+    bit_step = f"BitLinear {bit}, {s.tokens} tokens, forward and all gradients"
+    layer = f"ternary layer {vector}, one token, bf16 in and out, as in generation"
+    kernels = f"ternary {vector} times a vector, quantizing it included on both sides; ours bf16 in and out, theirs fp32"
     return [
         Case(
-            f"NF4 forward + input gradient, {nf4}, {s.tokens} tokens", bf16, "ms", 1.08,
-            lambda: _nf4_step("cpu", s, s.tokens, baselines.float_linear), 26,
+            f"NF4 step, {s.tokens} tokens", bf16, "ms", 1.08,
+            lambda: _nf4_step("cpu", s, s.tokens, baselines.float_linear), 18, _nf4_note(nf4),
         ),
         Case(
-            f"NF4 forward + input gradient, {nf4}, {s.few_tokens} tokens", "bitsandbytes (functional)", "ms", 0.5,
-            lambda: _nf4_step("cpu", s, s.few_tokens, baselines.bitsandbytes_functional), 4,
+            f"NF4 step, {s.few_tokens} tokens", "bitsandbytes functions", "ms", 0.5,
+            lambda: _nf4_step("cpu", s, s.few_tokens, baselines.bitsandbytes_functional), 4, _nf4_note(nf4),
         ),
         Case(
-            f"BitLinear step, {bit}, {s.tokens} tokens", bf16, "ms", 1.15,
-            lambda: _bitlinear_step("cpu", s, _float_twin), 24, there,
+            "BitLinear step", bf16, "ms", 1.15, lambda: _bitlinear_step("cpu", s, _float_twin), 14,
+            f"{bit_step}; the weight's codes are there, as in every pass but the first after an optimizer step",
         ),
         Case(
-            f"BitLinear step, weight quantized in it, {bit}, {s.tokens} tokens", bf16, "ms", None,
-            lambda: _bitlinear_step("cpu", s, _float_twin, new_weights=True), 25, bit_step,
+            "BitLinear 1st step", bf16, "ms", None, lambda: _bitlinear_step("cpu", s, _float_twin, new_weights=True), 14,
+            f"{bit_step}; the first pass after an optimizer step, which quantizes the weight",
         ),
         Case(
-            f"BitLinear, kept for backward, {bit}, {s.tokens} tokens", bf16, "MiB", 0.625,
-            lambda: _kept("cpu", s), 0.5, "activations, without parameters",
+            "kept for backward", bf16, "MiB", 0.625, lambda: _kept("cpu", s), 0.2,
+            f"BitLinear {bit}, {s.tokens} tokens: activations, without parameters",
         ),
         Case(
-            f"BitLinear, kept codes, {bit}", "bf16 weight", "bits a weight", (2 + 32 / codes) / 16,
-            lambda: _cached("cpu", s), 0.5, "the target is 2 bits a weight, and one fp32 scale",
+            "kept codes", "bf16 weight", "bits a weight", (2 + 32 / codes) / 16, lambda: _cached("cpu", s), 0.1,
+            f"BitLinear {bit}: bits a weight; the target is 2, and one fp32 scale",
         ),
         Case(
-            f"ternary matrix-vector, {vector}, torch alone", bf16, "products/s", 4.5,
-            lambda: _vector("cpu", s, "aten"), 5, "backend aten, the best without numba; layer against layer, bf16 in and out",
+            "one token, torch alone", bf16, "products/s", 4.5, lambda: _vector("cpu", s, "aten"), 5,
+            f"{layer}; backend aten, the best without numba",
         ),
+        Case("one token, numba", bf16, "products/s", 10.0, lambda: _vector("cpu", s, "numba"), 4, layer),
         Case(
-            f"ternary matrix-vector, {vector}, with numba", bf16, "products/s", 10.0,
-            lambda: _vector("cpu", s, "numba"), 5, "layer against layer, bf16 in and out",
+            "kernel, torch alone", "llama.cpp TQ2_0", "products/s", None, lambda: _vector_kernel(s, "aten"), 4, kernels,
         ),
-        Case(
-            f"ternary matrix-vector kernel, {vector}, torch alone", "llama.cpp TQ2_0", "products/s", None,
-            lambda: _vector_kernel(s, "aten"), 4, kernels,
-        ),
-        Case(
-            f"ternary matrix-vector kernel, {vector}, with numba", "llama.cpp TQ2_0", "products/s", 1.2,
-            lambda: _vector_kernel(s, "numba"), 4, kernels,
-        ),
+        Case("kernel, numba", "llama.cpp TQ2_0", "products/s", 1.2, lambda: _vector_kernel(s, "numba"), 4, kernels),
     ]  # fmt: skip
+
+
+def _nf4_note(shape: str) -> str:
+    return f"NF4Linear {shape}, frozen: forward and input gradient"
 
 
 def _cuda_cases(sizes: Sizes) -> list[Case]:
     s, device = sizes, "cuda"
     nf4, bit, vector = (_shape(shape) for shape in (s.nf4, s.ternary, s.vector))
-    quantized = f"BitLinear step, weight quantized in it, {bit}, {s.tokens} tokens, CUDA"
-    both = "forward and all gradients; quantizing the weight included on both sides"
+    bit_step = f"BitLinear {bit}, {s.tokens} tokens, forward and all gradients"
+    first, both = "CUDA BitLinear 1st step", f"{bit_step}; quantizing the weight included on both sides"
     return [
         Case(
-            f"BitLinear step, {bit}, {s.tokens} tokens, CUDA", "bf16 nn.Linear", "ms", 1.0,
-            lambda: _bitlinear_step(device, s, _float_twin), note="forward and all gradients; the weight's codes are there",
+            "CUDA BitLinear step", "bf16 nn.Linear", "ms", 1.0,
+            lambda: _bitlinear_step(device, s, _float_twin), note=f"{bit_step}; the weight's codes are there",
         ),
         Case(
-            quantized, "onebitllms", "ms", None,
+            first, "onebitllms", "ms", None,
             lambda: _bitlinear_step(device, s, lambda bit: baselines.onebitllms_linear(bit.weight.detach()), new_weights=True),
             note=both,
         ),
         Case(
-            quantized, "torchao BitNet", "ms", None,
+            first, "torchao BitNet", "ms", None,
             lambda: _bitlinear_step(device, s, lambda bit: baselines.torchao_linear(bit.weight.detach()), new_weights=True),
             note=both,
         ),
         Case(
-            f"ternary matrix-vector, {vector}, CUDA", "bf16 nn.Linear", "products/s", 4.0,
-            lambda: _vector(device, s, None), note="layer against layer, bf16 in and out",
+            "CUDA one token", "bf16 nn.Linear", "products/s", 4.0,
+            lambda: _vector(device, s, None), note=f"ternary layer {vector}, one token, bf16 in and out, as in generation",
         ),
         Case(
-            f"NF4 forward + input gradient, {nf4}, {s.tokens} tokens, CUDA", "bitsandbytes Linear4bit", "ms", None,
-            lambda: _nf4_step(device, s, s.tokens, baselines.bitsandbytes_linear),
+            "CUDA NF4 step", "bitsandbytes Linear4bit", "ms", None,
+            lambda: _nf4_step(device, s, s.tokens, baselines.bitsandbytes_linear), note=f"{_nf4_note(nf4)}, {s.tokens} tokens",
         ),
     ]  # fmt: skip
