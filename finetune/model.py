@@ -315,6 +315,8 @@ def load_weights(
             "a package for this model is missing", where="model.attention", found=str(error).strip().splitlines()[0]
         ) from None
     except PackingError as error:
+        if "the checkpoint has no" in str(error):
+            raise _incomplete(source, str(error)) from None
         raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
     except FAULTS:
         raise
@@ -327,14 +329,15 @@ def load_weights(
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
-        raise Mistake(
-            "weights are missing: these would stay random",
-            where=source.folder,
-            found=f"{len(missing)}, such as {missing[0]}",
-            do="fetch or save the model again",
-        )
+        raise _incomplete(source, f"{len(missing)}, such as {missing[0]}")
     model.eval()
     return model
+
+
+def _incomplete(source: Source, found: str) -> Mistake:
+    return Mistake(
+        "weights are missing: these would stay random", where=source.folder, found=found, do="fetch or save the model again"
+    )
 
 
 def _as_packed(source: Source, config: PretrainedConfig, quant: Quant | None) -> PretrainedConfig:

@@ -47,9 +47,14 @@ def _after_step(optimizer: object, args: object, kwargs: object) -> None:
 register_optimizer_step_post_hook(_after_step)
 
 
+def keepable(weight: Tensor) -> bool:
+    """Whether what is derived from `weight` is kept: it is a Parameter, with numbers in it, that counts its versions."""
+    return type(weight) is nn.Parameter and not weight.is_meta and not weight.is_inference()
+
+
 def derived(weight: Tensor, kind: str, make: Callable[[Tensor], T], *, frozen: bool) -> T:
     """`make(weight)`, or what it gave the last time if that still holds; one value for each weight and `kind`."""
-    if type(weight) is not nn.Parameter or weight.is_meta or weight.is_inference():
+    if not keepable(weight):
         return make(weight)
     storage = weight.untyped_storage()
     place = (storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)

@@ -388,6 +388,8 @@ class PackedQuantizer(HfQuantizer):
                 layer.requires_grad_(False)  # transformers makes every float that it loads trainable, so the bias too
             if isinstance(layer, self.linear) and not self.failures:
                 random = [name for name, p in layer.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
+                if not self.pre_quantized and isinstance(layer, PackedLinear):  # what a float checkpoint lacks has one name
+                    random = sorted({"weight" if name in layer.names else name for name in random})
                 if random:
                     failures[path] = f"the checkpoint has no {', '.join(random)} for it"
         if failures:

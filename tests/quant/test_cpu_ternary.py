@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant import derived
 from quant.backends import aten, numba_cpu
@@ -180,6 +180,7 @@ def _exactly(q: Tensor, a: Tensor, packed: Tensor, s: Tensor, dtype: torch.dtype
 
 def test_frozen_is_exact_but_for_few_rows_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     codes, packed = _weights(256, 64)
+    packed = nn.Parameter(packed, requires_grad=False)
     s = torch.tensor(5.0)
     made: list[str] = []
     real = aten.derived
@@ -206,6 +207,7 @@ def test_frozen_is_exact_but_for_few_rows_in_bf16(monkeypatch: pytest.MonkeyPatc
 def test_shapes_that_int4_does_not_take_go_the_exact_way(k: int, out: int, group: int | None) -> None:
     codes, packed = _weights(k, out)
     assert aten.int4_group(packed) == group
+    packed = nn.Parameter(packed, requires_grad=False)
     q, a = _activations(1, k)
     s = torch.tensor(5.0)
     found = aten.linear(q, a, packed, s, torch.bfloat16, frozen=True)
@@ -216,6 +218,7 @@ def test_shapes_that_int4_does_not_take_go_the_exact_way(k: int, out: int, group
 
 def test_int4_copy_is_dropped_when_the_codes_change_and_costs_what_it_says() -> None:
     codes, packed = _weights(256, 64)
+    packed = nn.Parameter(packed, requires_grad=False)
     other, repacked = _weights(256, 64, seed=2)
     q, one = _activations(1, 256)[0], torch.ones(1, 1)
     for now in (codes, codes, other):
@@ -230,7 +233,8 @@ def test_int4_copy_is_dropped_when_the_codes_change_and_costs_what_it_says() -> 
 
 
 def test_int4_copy_of_frozen_codes_outlives_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    packed, (q, a) = _weights(256, 64)[1], _activations(1, 256)
+    packed, (q, a) = nn.Parameter(_weights(256, 64)[1], requires_grad=False), _activations(1, 256)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))])
     made: list[Tensor] = []
     real = aten._int4pack
 
@@ -241,7 +245,9 @@ def test_int4_copy_of_frozen_codes_outlives_optimizer_steps(monkeypatch: pytest.
     monkeypatch.setattr(aten, "_int4pack", counting)
     for _ in range(2):
         aten.linear(q, a, packed, torch.tensor(1.0), torch.bfloat16, frozen=True)
-        derived.weights_changed()
+        optimizer.step()
+    assert len(made) == 1
+    aten.linear(q, a, packed.detach(), torch.tensor(1.0), torch.bfloat16, frozen=True)  # no Parameter: nothing could be kept
     assert len(made) == 1
 
 

@@ -217,7 +217,7 @@ def test_weight_of_another_shape(tmp_path: Path) -> None:
 
 def test_missing_weight(tmp_path: Path) -> None:
     folder = edit(llama(tmp_path), drop(LAYER + ".weight"))
-    with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint has no weight, absmax, nested_absmax, offset for it"):
+    with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint has no weight for it"):
         packed_model(folder)
 
 

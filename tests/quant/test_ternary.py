@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from quant import backends, ternary
 
@@ -174,7 +174,8 @@ def test_backend_quantizes_and_multiplies_as_the_reference(backend: backends.Ter
         exact = (codes.double() @ ternary.unpack(weight.codes).double().t()).float() / (scales * weight.scale)
         assert torch.equal(reference.linear(codes, scales, weight.codes, weight.scale, dtype, frozen=False), exact.to(dtype))
         for frozen in (False, True):
-            y = backend.linear(codes, scales, weight.codes, weight.scale, dtype, frozen=frozen)
+            packed = nn.Parameter(weight.codes, requires_grad=False) if frozen else weight.codes
+            y = backend.linear(codes, scales, packed, weight.scale, dtype, frozen=frozen)
             assert y.shape == (n, out)
             assert y.dtype == dtype
             bound = getattr(backend, "INT4_BOUND", 0.0) if frozen and dtype == torch.bfloat16 else 0.0
