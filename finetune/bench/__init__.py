@@ -52,6 +52,10 @@ def bench_command(name: str | None, json_file: Path | None) -> None:
         import torch
 
         from finetune import provenance
+        from quant import backends
+
+        for scheme in backends.TABLE:
+            backends.describe("cpu", scheme=scheme)  # a QUANT_BACKEND that cannot be used is told here, not by the child
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows: list[Row] = []
     places: dict[str, Any] = {}

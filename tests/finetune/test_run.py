@@ -443,6 +443,16 @@ def test_a_mixture_of_experts_is_packed_trained_and_merged(
     assert record["merge"]["gate"]["status"] == "pass"
 
 
+def test_a_backend_that_cannot_be_used(finetune: Terminal, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("QUANT_BACKEND", "numbba")
+    for words in (("run", str(recipe)), ("bench", "quant")):
+        code, _, err = finetune(*words)
+        assert code == 2
+        assert err.startswith("error: this backend cannot be used")
+        assert "numba" in err
+        assert "Traceback" not in err
+
+
 def test_bad_rows(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     good = rows.read_text()
