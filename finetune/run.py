@@ -434,7 +434,7 @@ class _Story:
                 quant=recipe.quant,
                 progress=progress,
             )
-        with self.screen.phase("quantize" if recipe.quant.scheme != "none" else "prepare") as progress:
+        with self.screen.phase("prepare") as progress:
             prepared = models.prepare(
                 model,
                 quant=recipe.quant,

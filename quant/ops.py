@@ -41,10 +41,8 @@ class Arithmetic(Protocol):
     """A scheme's side of the operators; `weight` is packed parts, in the order in which a packed linear stores them."""
 
     integer: bool
-    """Whether the product is taken of int8 rows. Otherwise x itself is the one row tensor, and `rows` is not called."""
+    """Whether the product is taken of int8 rows: then it has `rows` and `norm_rows` too. Otherwise x itself is the one row."""
 
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-    def norm_rows(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]: ...
     def pack(self, master: Tensor) -> list[Tensor]: ...
     def linear(
         self,
@@ -68,12 +66,6 @@ class NF4Arithmetic:
     double: bool
     integer = False
 
-    def rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        raise AssertionError("NF4 multiplies with x itself")
-
-    def norm_rows(self, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        raise AssertionError("NF4 multiplies with x itself")
-
     def pack(self, master: Tensor) -> list[Tensor]:
         return nf4.quantize(master, double=self.double).parts()
 
@@ -89,7 +81,7 @@ class NF4Arithmetic:
     ) -> Tensor:
         x, y = rows[0].to(dtype), None
         backend = backends.select(x.device)
-        if 0 < x.shape[0] <= getattr(backend, "FEW", 0):
+        if 0 < x.shape[0] <= getattr(backend, "FEW", 0) and shape[1] % nf4.BLOCK == 0:
             y = cast(Any, backend).linear(x, nf4.of_parts(weight, shape))
             return y if bias is None else y.add_(bias)
         for place, floats in self._slices(weight, shape, dtype, dim=0):
@@ -217,13 +209,17 @@ _LIBRARY.define("grad_weight(str scheme, Tensor grad, Tensor[] rows) -> Tensor")
 _LIBRARY.define("dequantize(str scheme, Tensor[] weight, bool frozen, int out, int inner, ScalarType dtype) -> Tensor")
 
 
+def _integer(scheme: str) -> TernaryArithmetic:
+    return cast(TernaryArithmetic, ARITHMETIC[scheme])
+
+
 def _rows(scheme: str, x: Tensor) -> tuple[Tensor, Tensor]:
-    codes, scales = ARITHMETIC[scheme].rows(_matrix(x))
+    codes, scales = _integer(scheme).rows(_matrix(x))
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1)
 
 
 def _norm_rows(scheme: str, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    codes, scales, inverse = ARITHMETIC[scheme].norm_rows(_matrix(x), weight, eps)
+    codes, scales, inverse = _integer(scheme).norm_rows(_matrix(x), weight, eps)
     return codes.view(x.shape), scales.view(*x.shape[:-1], 1), inverse.view(*x.shape[:-1], 1)
 
 

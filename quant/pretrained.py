@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import copy
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -220,34 +221,34 @@ class PackedQuantizer(HfQuantizer):
     # what a format says of itself
 
     @property
+    @abstractmethod
     def linear(self) -> type[PackedLinear] | type[FakeQuantLinear]:
         """The class that stands for a quantized layer."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def options(self) -> dict[str, Any]:
         """What a layer of that class is made with."""
-        raise NotImplementedError
 
+    @abstractmethod
     def skipped(self) -> list[str] | None:
         """The stored config's list of layers that are kept in floats."""
-        raise NotImplementedError
 
+    @abstractmethod
     def takes(self, module: nn.Module) -> bool:
         """Whether the format's own program would quantize a module of this kind."""
-        raise NotImplementedError
 
+    @abstractmethod
     def describe(self, model: nn.Module, left: list[str]) -> QuantizationConfigMixin:
         """The standard config of a model in which all linears but `left` are quantized; ValueError if it has none."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> Any:
         """Stored tensors → the scheme's tensor; ValueError for what is missing or does not fit."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write(self, layer: PackedLinear) -> dict[str, Tensor]:
         """The inverse: {name after the layer's path: tensor}."""
-        raise NotImplementedError
 
     # loading
 

@@ -50,7 +50,7 @@ class NF4Backend(Backend, Protocol):
         """(numel,) in `dtype`."""
 
     # Besides, where it has them: dequantize_packed(packed, dtype), all in one launch; FEW and linear(x (n, in), packed),
-    # which multiplies that many rows without writing a float weight.
+    # which multiplies that many rows of whole blocks without writing a float weight.
 
 
 class TernaryBackend(Backend, Protocol):

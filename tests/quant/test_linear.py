@@ -217,3 +217,23 @@ def test_refusals() -> None:
 
 def test_repr() -> None:
     assert repr(_pair()[1]) == "NF4Linear(in_features=96, out_features=40, bias=True, double=True)"
+
+
+def test_only_few_rows_of_whole_blocks_go_to_a_fused_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    from quant import nf4
+    from quant.backends import reference_nf4
+
+    taken: list[torch.Size] = []
+
+    def linear(x: Tensor, packed: nf4.NF4Tensor) -> Tensor:
+        taken.append(x.shape)
+        return x @ nf4.dequantize(packed).t()
+
+    monkeypatch.setattr(reference_nf4, "FEW", 4, raising=False)
+    monkeypatch.setattr(reference_nf4, "linear", linear, raising=False)
+    with backends.use("reference"):
+        for features, rows in ((128, 3), (96, 3), (128, 5), (128, 0)):
+            floats, packed = _pair(features, 40)
+            x = torch.randn(rows, features)
+            torch.testing.assert_close(packed(x), floats(x))
+    assert taken == [torch.Size((3, 128))]
