@@ -18,6 +18,7 @@ from torch import nn
 from eval._common import adds_bos, device_of, evaluating, randomness_kept
 
 Message = dict[str, Any]  # role, content, …: what the tokenizer's chat template takes
+Prompt = Sequence[Message] | str  # a conversation, or a text that the model goes on with
 Progress = Callable[[int, int], None]  # (done, total)
 
 
@@ -37,8 +38,11 @@ def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(int(token) for token in found if token is not None))
 
 
-def _prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
+def _prompt(tokenizer: Any, messages: Prompt) -> list[int]:
     """Token ids up to where the answer begins, with one BOS where the tokenizer wants one: the template's or our own."""
+    if isinstance(messages, str):
+        ids = list(tokenizer(messages, add_special_tokens=False, verbose=False)["input_ids"])
+        return [tokenizer.bos_token_id, *ids] if adds_bos(tokenizer) else ids or [tokenizer.eos_token_id]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, so there is no way to write a conversation for this model")
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
@@ -86,7 +90,7 @@ def _seed(seed: int | None) -> None:
 def generate(
     model: nn.Module,
     tokenizer: Any,
-    messages_list: Sequence[Sequence[Message]],
+    messages_list: Sequence[Prompt],
     *,
     max_new_tokens: int = 96,
     temperature: float = 0.0,
@@ -94,7 +98,8 @@ def generate(
     seed: int | None = None,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """The model's answer to each conversation, written with the tokenizer's chat template; greedy by default.
+    """The model's answer to each conversation, written with the tokenizer's chat template, or how it goes on with each text;
+    greedy by default.
 
     Args:
         seed: of the sampling, set anew for each conversation, so that an answer does not depend on the others; None draws one.
@@ -124,7 +129,7 @@ def generate(
 def stream(
     model: nn.Module,
     tokenizer: Any,
-    messages: Sequence[Message],
+    messages: Prompt,
     *,
     max_new_tokens: int = 512,
     temperature: float = 0.0,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.data.rows import PACKAGE, READABLE, no_such_file, package_files
 from finetune.errors import Mistake, Mistakes
-from finetune.model import find
+from finetune.model import find, find_tokenizer
 from finetune.recipe import Recipe
 
 
@@ -30,6 +30,10 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
         return found if found.endswith(key) else f"{found}, {key}"
 
     def data_file(key: str, path: Path) -> None:
+        if recipe.kind == "pretrain":
+            if not path.exists():
+                raise no_such_file(path, place(key))
+            return  # what is in it is looked at when it is opened
         if not path.is_file():
             raise no_such_file(path, place(key))
         if path.suffix.lower() not in READABLE:
@@ -43,7 +47,12 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
         look(lambda: package_files(str(data.name), place("data.name")))
     if data.heldout_path is not None:
         look(lambda: data_file("data.heldout_path", Path(str(data.heldout_path))))
-    look(lambda: find(model.name, revision=model.revision, where=place("model.name")))
+    if model.name is not None:
+        look(lambda: find(str(model.name), revision=model.revision, where=place("model.name")))
+    if recipe.tokenizer.name is not None:
+        look(lambda: find_tokenizer(str(recipe.tokenizer.name), where=place("tokenizer.name")))
+    if recipe.distill.teacher is not None:
+        look(lambda: find(str(recipe.distill.teacher), where=place("distill.teacher")))
     tasks = recipe.eval.include_path
     if tasks is not None and not Path(tasks).is_dir():
         mistakes.append(Mistake("there is no such folder", where=place("eval.include_path"), found=tasks))

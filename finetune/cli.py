@@ -36,7 +36,7 @@ def run(
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     force: Force = False,
 ) -> None:
-    """Execute a recipe: check, preflight, load, measure, train, measure, merge, report."""
+    """Execute a recipe: check, preflight, load, measure, train, measure, merge, export, report."""
     path, resolved = _checked(recipe, overrides)
     from finetune.run import run as story
 
@@ -111,6 +111,18 @@ def merge(
     from finetune.commands import merge_command
 
     merge_command(model, out, _dtype(dtype))
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a model folder, a hub id.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="bitnet, gguf-tq2_0, gguf-tq1_0 or gguf-f16.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder or the .gguf file to make.")],
+) -> None:
+    """Write a model for another program; kept only if what runs there is the same model."""
+    from finetune.commands import export_command
+
+    export_command(model, to, out)
 
 
 @app.command("eval")

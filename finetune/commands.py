@@ -1,4 +1,4 @@
-"""What `finetune merge`, `eval` and `chat` do, once their arguments are read."""
+"""What `finetune merge`, `export`, `eval` and `chat` do, once their arguments are read."""
 
 from __future__ import annotations
 
@@ -51,15 +51,16 @@ def _rows_of_run(opened: Opened) -> list[tuple[list[int], list[int]]]:
     from finetune import model as models
     from finetune.data.preflight import Limits
     from finetune.files import read_run
-    from finetune.run import load_data, same_data
+    from finetune.material import gather
+    from finetune.run import same_data
 
     assert opened.recipe is not None
     assert opened.run is not None
     recipe = opened.recipe
-    source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
-    rows, prepared, _, _, _ = load_data(recipe, opened.tokenizer, models.stop_ids(source, opened.tokenizer), limits=Limits())
-    same_data(read_run(opened.run), rows.sha256, opened.run)
-    return [(list(sample.input_ids), list(sample.labels)) for sample in prepared.heldout]
+    stops = models.stop_ids(models.source_of(recipe.model), opened.tokenizer)
+    material = gather(recipe, opened.tokenizer, stops, limits=Limits())
+    same_data(read_run(opened.run), material.digest, opened.run)
+    return material.held_out()
 
 
 def merge_command(name: str, out: Path, dtype: str) -> None:
@@ -112,6 +113,47 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
         f"on {gate['rows']} rows, both in {gate['arithmetic']}"
     )
     screen.say(f"next     finetune chat {out}")
+
+
+def export_command(name: str, to: str, out: Path) -> None:
+    """Write a model for another program, compared with it by the gate.
+
+    Raises:
+        Mistake: nothing to export, what the format cannot express, or `out` is in the way. GateStop: it is another model there.
+    """
+    from finetune.export import check, export, known
+
+    known(to)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise Mistake("there is something already", where="--out", found=str(out), do="give a new name, or remove it")
+    screen = Screen()
+    _libraries(screen)
+    from eval.perplexity import text_rows
+    from finetune.run import in_words
+
+    opened = open_one(name, "auto", screen)
+    if hasattr(opened.model, "merge_and_unload"):
+        do = f"finetune merge {name} --out DIR, then export that"
+        raise Mistake("an adapter cannot be exported", where="MODEL", found=opened.what, do=do)
+    check(opened.model, to)
+    rows = None
+    if opened.recipe is not None:
+        try:
+            rows = _rows_of_run(opened)
+        except Mistake as mistake:
+            screen.warn(f"the run's held-out rows cannot be had ({mistake.what}); the gate reads a passage of prose instead")
+    device = next(opened.model.parameters()).device
+    with screen.phase(f"export {to}") as progress:
+        figures = export(
+            opened.model,
+            opened.tokenizer,
+            out,
+            format=to,
+            rows=rows or text_rows(opened.tokenizer, PASSAGE, length=1024),
+            device=device,
+            progress=progress,
+        )
+    screen.say(in_words(figures))
 
 
 def _merged_dtype(opened: Opened, dtype: str) -> Any:
@@ -248,6 +290,9 @@ def chat_command(
             history[:] = [{"role": "system", "content": told}] if told else []
 
     begin_again()
+    for opened, _ in talks:
+        if not opened.tokenizer.chat_template:
+            screen.say(f"{opened.what} was trained on plain text: it goes on with what you type, and remembers nothing")
     screen.say("/new begins again, /quit leaves")
     while True:
         try:
@@ -278,7 +323,8 @@ def _answer(
     if named:
         print(f"[{opened.what}] ", end="", flush=True)
     said = ""
-    pieces = stream(opened.model, opened.tokenizer, history, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
+    prompt = history if opened.tokenizer.chat_template else line  # a model of plain text goes on with the line
+    pieces = stream(opened.model, opened.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p)
     try:
         for piece in pieces:
             said += piece

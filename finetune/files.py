@@ -5,7 +5,9 @@ folder is a contract (scripts rely on it):
 
     recipe.yaml     the resolved recipe          adapter/   what PEFT loads
     run.json        state, provenance, results   merged/    what plain transformers loads
-    metrics.jsonl   one line a step              eval/  samples/  checkpoints/step-000100/  report.html
+    metrics.jsonl   one line a step              export/    what other programs load
+    tokenizer/      one that the run trained     twin/      the run of the float twin
+    eval/  samples/  checkpoints/step-000100/  report.html
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 from finetune.errors import Mistake
 
 MARK = "run.json"
+TOKENIZER = "tokenizer"  # the folder in a run of one that it trained on its text
 
 
 def sync_folder(folder: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from finetune.errors import GateStop
 from finetune.files import atomic_folder
 from quant import to_float
+from quant.ternary import unpack
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,6 +67,54 @@ def arithmetic(parameters: int, dtype: torch.dtype, device: torch.device) -> tup
             return dtype, device
         device = torch.device("cpu")  # a merged 7B is larger than the card it was trained on
     return (torch.float32 if free > 3 * 4 * parameters else dtype), device
+
+
+def write_ternary(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    out: Path,
+    *,
+    rows: Rows,
+    batch_tokens: int,
+    device: torch.device,
+    progress: Callable[[int, int, str], None],
+) -> dict[str, Any]:
+    """Merge adapters on a packed ternary base and make the sum ternary again; `model` is consumed, `out` a bitnet folder.
+
+    Rounding to three values undoes most of a small update, so this is measured, not gated: loss with the adapter, without it,
+    merged in floats (whose inputs are not int8 any more), and ternary again; and the share of codes that are others than the
+    base's.
+
+    Raises:
+        GateStop: plain transformers computes something else from what was written.
+    """
+    from eval.perplexity import evaluate_loss
+    from finetune.export import export
+    from quant import PackedBitLinear
+
+    def measured(name: str) -> float:
+        return evaluate_loss(
+            model, rows, batch_tokens=batch_tokens, progress=lambda done, total: progress(done, total, f"rows, {name}")
+        ).loss
+
+    before = {path: layer for path, layer in model.get_base_model().named_modules() if isinstance(layer, PackedBitLinear)}
+    before = {path.removesuffix(".base_layer"): layer for path, layer in before.items()}
+    figures: dict[str, Any] = {"adapter_loss": measured("with the adapter"), "rows": len(rows)}
+    with model.disable_adapter():
+        figures["base_loss"] = measured("the base")
+    model = model.merge_and_unload()
+    figures["float_loss"] = measured("merged in floats")
+    flipped = 0
+    for path, layer in before.items():
+        linear = model.get_submodule(path)
+        if isinstance(linear, torch.nn.Linear):
+            moved = not torch.equal(linear.weight, layer.dequantize(linear.weight.dtype))
+            again = PackedBitLinear.from_linear(linear) if moved else layer
+            flipped += int((unpack(again.weight) != unpack(layer.weight)).sum())
+            model.set_submodule(path, again)
+    figures["flips"] = flipped / sum(layer.in_features * layer.out_features for layer in before.values())
+    figures["merged_loss"] = measured("ternary again")
+    return figures | export(model, tokenizer, out, format="bitnet", rows=list(rows)[:8], device=device, progress=progress)
 
 
 def write_gated(

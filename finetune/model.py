@@ -1,4 +1,4 @@
-"""Where weights come from, and how a model is made ready: source → skeleton → weights → swap → adapters.
+"""Where weights come from, and how a model is made ready: source → config → skeleton → weights → swap → adapters.
 
 The skeleton is the model on `meta`, from its config alone: it tells parameters, linear layers and bytes before anything is
 downloaded or loaded.
@@ -17,7 +17,7 @@ import torch
 from finetune.data.preflight import Limits
 from finetune.data.rows import PACKAGE, package_files
 from finetune.errors import Mistake, nearest
-from finetune.recipe import Adapter, Quant, Recipe
+from finetune.recipe import Adapter, Model, Quant, Recipe
 from finetune.screen import Shown, relayed_bars
 from quant.linear import PackedLinear
 from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, reasons_to_leave, swap
@@ -31,13 +31,17 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 @dataclass(frozen=True)
 class Source:
-    """A model's place: `folder` is a local folder or a hub id; `gguf` the file in it, if it is one."""
+    """A model's place: `folder` is a local folder or a hub id; `gguf` the file in it, if it is one.
+
+    `scratch`: there is no place; the model begins with random weights of this configuration.
+    """
 
     name: str
     folder: str
     gguf: str | None = None
     revision: str | None = None
     trust_remote_code: bool = False
+    scratch: dict[str, Any] | None = None
 
     @property
     def local(self) -> bool:
@@ -48,6 +52,18 @@ class Source:
         """Arguments for every from_pretrained."""
         options: dict[str, Any] = {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
         return options | ({"gguf_file": self.gguf} if self.gguf else {})
+
+
+def source_of(model: Model) -> Source:
+    """The place that a recipe's model section means.
+
+    Raises:
+        Mistake: as `find`.
+    """
+    if model.config is not None:
+        return Source(f"from scratch ({model.config['model_type']})", "", scratch=model.config)
+    assert model.name is not None
+    return find(model.name, revision=model.revision, trust_remote_code=model.trust_remote_code)
 
 
 def find(name: str, *, revision: str | None = None, trust_remote_code: bool = False, where: str = "model.name") -> Source:
@@ -96,6 +112,16 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
     return Source(name, name, revision=revision, trust_remote_code=trust_remote_code)
 
 
+def find_tokenizer(name: str, *, where: str = "tokenizer.name") -> Source:
+    """The place of a tokenizer: a model's, or a folder that holds nothing else.
+
+    Raises:
+        Mistake: as `find`.
+    """
+    path = Path(name).expanduser()
+    return Source(name, str(path)) if (path / "tokenizer.json").is_file() else find(name, where=where)
+
+
 def _unavailable(source: Source, error: Exception) -> Mistake:
     if "trust_remote_code" in str(error):
         do = "read that code; if you trust it: model.trust_remote_code=true"
@@ -116,15 +142,58 @@ def _unavailable(source: Source, error: Exception) -> Mistake:
     )
 
 
-def load_config(source: Source) -> PretrainedConfig:
+def load_config(source: Source, tokenizer: PreTrainedTokenizerBase | None = None) -> PretrainedConfig:
+    """The model's configuration; from scratch its vocabulary and end token are those of `tokenizer`, unless it says others.
+
+    Raises:
+        Mistake: it cannot be read, or a key of model.config is none of that configuration class.
+    """
     from transformers import AutoConfig
 
+    if source.scratch is not None:
+        return _new_config(source.scratch, tokenizer)
     try:
         return AutoConfig.from_pretrained(source.folder, **source.options)
     except FAULTS:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: this is no readable model
         raise _unavailable(source, error) from None
+
+
+def _new_config(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
+    """transformers takes any key into a configuration, a misspelt one too: here it is an error."""
+    import dataclasses
+
+    from transformers import CONFIG_MAPPING
+
+    keys = dict(given)
+    kind = keys.pop("model_type")
+    if kind not in CONFIG_MAPPING:
+        near = nearest(kind, list(CONFIG_MAPPING.keys()))
+        raise Mistake(
+            "transformers knows no such model_type",
+            where="model.config.model_type",
+            found=kind,
+            do=f"did you mean {near}?" if near else "such as bitnet, llama, gpt2",
+        )
+    configuration = CONFIG_MAPPING[kind]
+    known = {field.name for field in dataclasses.fields(configuration)} | set(configuration.attribute_map)
+    if unknown := sorted(keys.keys() - known):
+        near = nearest(unknown[0], sorted(known))
+        raise Mistake(
+            f"{configuration.__name__} has no key of this name",
+            where=f"model.config.{unknown[0]}",
+            found=repr(keys[unknown[0]]),
+            do=f"did you mean {near}?" if near else "see this class in the documentation of transformers",
+        )
+    if tokenizer is not None:
+        ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
+        keys = {"vocab_size": len(tokenizer), **ends, "pad_token_id": None, **keys}
+    try:
+        return configuration(**keys)
+    except Exception as error:  # validators of transformers raise many kinds; each means: these values do not go together
+        said = str(error).strip().splitlines()[0]
+        raise Mistake(f"{configuration.__name__} refuses these values", where="model.config", found=said) from None
 
 
 def limits(config: PretrainedConfig) -> Limits:
@@ -147,7 +216,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
 def stop_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens at which the model stops when it generates: the tokenizer's end token and those of its generation config."""
     ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
-    if source.gguf is None:
+    if source.gguf is None and source.scratch is None:
         from transformers import GenerationConfig
 
         try:
@@ -279,9 +348,12 @@ def load_weights(
     dtype: torch.dtype,
     attention: str,
     quant: Quant | None = None,
+    frozen: bool = True,
+    seed: int = 0,
     progress: Shown | None = None,
 ) -> PreTrainedModel:
-    """The model on the CPU, in `dtype`, in eval mode. `progress` shows the download and the reading.
+    """The model on the CPU, in `dtype`, in eval mode. `progress` shows the download and the reading; `seed` is that of a model
+    from scratch; `frozen`: the base carries adapters, or nothing is trained.
 
     Linears are packed as `quant` says while they are read, so that a 7B never lies in memory in floats (a GGUF is packed
     afterwards, by `prepare`). A checkpoint that is packed already, as bitsandbytes or bitnet, is read as it is.
@@ -294,7 +366,15 @@ def load_weights(
 
     from quant.pretrained import PackedNF4Config, PackingError
 
-    options = dict(source.options) | ({} if attention == "auto" else {"attn_implementation": attention})
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    if source.scratch is not None:
+        torch.manual_seed(seed)
+        try:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen).eval()
+        except (ImportError, ValueError) as error:
+            found = str(error).strip().splitlines()[0]
+            raise Mistake("this model has no such attention", where="model.attention", found=found) from None
+    options = dict(source.options) | chosen
     if source.gguf is not None:
         from transformers import GgufConfig
 
@@ -302,7 +382,7 @@ def load_weights(
     else:
         options |= {"config": config, "use_safetensors": True}
         if getattr(config, "quantization_config", None):
-            options["config"] = _as_packed(source, config, quant)
+            options["config"] = as_packed(source, config, quant, frozen=frozen)
         elif quant is not None and quant.scheme == "nf4":
             options["quantization_config"] = PackedNF4Config(keep=(*DEFAULT_KEEP, *quant.keep), double=quant.double)
     try:
@@ -340,7 +420,20 @@ def _incomplete(source: Source, found: str) -> Mistake:
     )
 
 
-def _as_packed(source: Source, config: PretrainedConfig, quant: Quant | None) -> PretrainedConfig:
+def check_scheme(source: Source, config: PretrainedConfig, quant: Quant, *, frozen: bool) -> None:
+    """Raise Mistake when what the run asks for cannot be had from this checkpoint: before anything is read or trained."""
+    if getattr(config, "quantization_config", None):
+        as_packed(source, config, quant, frozen=frozen)
+    elif quant.scheme == "ternary" and frozen:
+        raise Mistake(
+            "adapters on a ternary base need a model that was trained to be ternary; rounding this one would destroy it",
+            where="quant.scheme",
+            found=f"ternary, and {source.name} is in floats",
+            do="quant.scheme=nf4; or train its weights: adapter.kind=none, quant.warmup=0.5, quant.sub_norms=true",
+        )
+
+
+def as_packed(source: Source, config: PretrainedConfig, quant: Quant | None, *, frozen: bool = True) -> PretrainedConfig:
     """The config that reads a checkpoint which is packed already. quant: what a run asks for, None where anything will do."""
     from quant.pretrained import PackingError, packed_config
 
@@ -356,7 +449,20 @@ def _as_packed(source: Source, config: PretrainedConfig, quant: Quant | None) ->
             "this model is quantized already, and quantizing twice destroys it",
             where="model.name",
             found=f"{source.name}: {found}",
-            do="quant.scheme=nf4 trains adapters on it as it is" if found == "nf4" else "give the unquantized original",
+            do=f"quant.scheme={found} trains adapters on it as it is",
+        )
+    masters = packed.quantization_config["stored"].get("quantization_mode") == "online"
+    if quant is not None and found == "ternary" and masters == frozen:
+        raise Mistake(
+            "this model holds float master weights of ternary layers, which are trained, not adapted"
+            if masters
+            else "this model is ternary already: its master weights are gone, and a second quantization would shrink its scales",
+            where="model.name",
+            found=source.name,
+            do=f"adapter.kind=none; or pack it first: finetune export {source.name} --to bitnet --out DIR"
+            if masters
+            else "adapter.kind=lora trains adapters on it; to train its weights, give a checkpoint that has them "
+            "(finetune export RUN --to bitnet-online)",
         )
     if quant is not None and quant.keep:
         raise Mistake(
@@ -373,7 +479,7 @@ def parameters_of(model: Any) -> int:
 
 @dataclass
 class Prepared:
-    """A model ready to train, and what was done to it."""
+    """A model ready to train, and what was done to it. `swap`: of what is frozen or trained in codes, None in floats."""
 
     model: Any  # PreTrainedModel or PeftModel
     swap: SwapReport | None
@@ -394,9 +500,12 @@ def prepare(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Pack what was not packed while it was read, move the model, attach adapters (or free all weights), set checkpointing."""
+    """Pack what was not packed while it was read, move the model, attach adapters (or free all weights), set checkpointing.
+
+    Without adapters a scheme's linears train their master weights.
+    """
     parameters = parameters_of(model)
-    report = packed(model, quant, progress)
+    report = packed(model, quant, progress) if adapter.kind == "lora" else _trainable(model, quant, progress)
     model.to(device)
     model.config.use_cache = False
     wrapped = model
@@ -404,6 +513,8 @@ def prepare(
         wrapped = attach(model, adapter, targets, source, seed)
     else:
         model.requires_grad_(True)
+        if quant.rms_norm:
+            fix_norms(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
@@ -424,6 +535,49 @@ def packed(model: Any, quant: Quant, progress: Callable[[int, int], None] | None
         return swap(model, scheme=quant.scheme, double=quant.double, keep=(*DEFAULT_KEEP, *quant.keep), progress=progress)
     except ValueError as error:
         raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
+
+
+def _trainable(model: Any, quant: Quant, progress: Callable[[int, int], None] | None = None) -> SwapReport | None:
+    """What of the model trains master weights in a scheme, None where all of it is in floats.
+
+    Raises:
+        Mistake: a keep pattern matches nothing, a shape does not fit the format, or weights are ternary already.
+    """
+    if quant.scheme == "none":
+        return None
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # read from a checkpoint of master weights
+        return quantizer.report
+    if quant.rms_norm and any(name.endswith("_sub_norm") for name, _ in model.named_modules()):
+        found = f"rms_norm, and {type(model).__name__} has sub-norms of its own"
+        raise Mistake(
+            "these are two layouts of one idea", where="quant.rms_norm", found=found, do="model_type: llama, or rms_norm off"
+        )
+    eps = getattr(model.config, "rms_norm_eps", 1e-6)
+    options: dict[str, Any] = {"norm_eps": eps} if quant.rms_norm else {}
+    try:
+        return swap(model, scheme=quant.scheme, trainable=True, keep=(*DEFAULT_KEEP, *quant.keep), progress=progress, **options)
+    except ValueError as error:
+        raise Mistake("this model cannot be trained in ternary", where="quant", found=str(error)) from None
+
+
+def fix_norms(model: Any) -> None:
+    """Fix the norms before linears that normalize by themselves at one, untrained: RMSNorm of RMSNorm(x) is RMSNorm(x) but for ε.
+
+    So the layout of BitNet's training tips, which removes them, keeps the shape of the architecture that plain transformers
+    loads. The last norm, before the head, stays.
+
+    Raises:
+        Mistake: the blocks have other norms than Llama's two.
+    """
+    layers: Any = next((m for m in model.get_decoder().children() if isinstance(m, torch.nn.ModuleList)), [])
+    for layer in layers:
+        norms: dict[str, Any] = {n: child for n, child in layer.named_children() if "norm" in type(child).__name__.lower()}
+        if norms.keys() != {"input_layernorm", "post_attention_layernorm"}:
+            found = f"{type(layer).__name__} with {', '.join(norms) or 'no norm'}"
+            raise Mistake("it is not known which norms of these blocks stand before linears", where="quant.rms_norm", found=found)
+        for norm in norms.values():
+            torch.nn.init.ones_(norm.weight)
+            norm.requires_grad_(False)
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source: Source, seed: int) -> Any:

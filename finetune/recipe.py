@@ -50,7 +50,16 @@ ELSEWHERE_CALLED = {
     "optim": "train.optimizer",
     "output_dir": "run.dir",
     "seed": "run.seed",
+    "block_size": "data.max_length",
+    "vocab_size": "tokenizer.train",
+    "text_column": "data.text_key",
+    "lambda": "quant.warmup",
 }
+
+# BitNet b1.58 trains with about twice the learning rate of its float twin ("The Era of 1-bit LLMs: Training Tips, Code and FAQ",
+# table 1: 1.5e-3 at 700M); tuned here on two sizes (finetune/bench/MEASURED.md).
+TERNARY_LR = 2.0
+FLOAT_LR = {"sft": 2e-4, "pretrain": 6e-4}  # peaks: of adapters, and of GPT-2 124M from scratch
 
 
 class Section(BaseModel):
@@ -58,10 +67,16 @@ class Section(BaseModel):
 
 
 class Model(Section):
-    name: str = Field(
+    name: str | None = Field(
+        None,
         min_length=1,
         description="Where the weights come from: hub id, local folder, a .gguf file, or package:NAME (an installed package that "
         "carries one .gguf).",
+    )
+    config: dict[str, Any] | None = Field(
+        None,
+        description="Begin with random weights, in place of model.name: model_type (bitnet, llama, gpt2, …) and the keys of that "
+        "configuration class of transformers, such as hidden_size. The vocabulary follows the tokenizer.",
     )
     revision: str | None = Field(None, description="Hub branch, tag or commit of the model; null takes the default branch.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
@@ -78,16 +93,54 @@ class Model(Section):
         False, description="Run Python code that a hub model brings along. Off unless you read that code."
     )
 
+    @model_validator(mode="after")
+    def _has_source(self) -> Model:
+        if (self.name is None) == (self.config is None):
+            raise ValueError("give model.name (weights that exist) or model.config (random ones), one of them")
+        if self.config is not None and not isinstance(self.config.get("model_type"), str):
+            raise ValueError("model.config needs a model_type, such as bitnet, llama or gpt2")
+        return self
+
+
+class Tokenizer(Section):
+    name: str | None = Field(
+        None, description="Whose tokenizer a model from scratch gets: hub id, folder or package:NAME. null: one is trained."
+    )
+    train: Positive = Field(
+        4096, description="Vocabulary of the byte-level BPE tokenizer that is trained on the beginning of the data."
+    )
+
 
 class Quant(Section):
-    scheme: Literal["none", "nf4"] = Field(
-        "none", description="Number format of the frozen base's linear layers; nf4 is QLoRA's 4 bits."
+    scheme: Literal["none", "nf4", "ternary"] = Field(
+        "none",
+        description="Number format of the linear layers. Under adapters the base is packed in it and frozen: nf4 is QLoRA's 4 "
+        "bits. With adapter.kind: none, ternary trains BitNet b1.58: float master weights, quantized in every forward pass.",
     )
     double: bool = Field(True, description="Quantize the NF4 block scales too: 4.127 instead of 4.5 bits a weight.")
     keep: list[str] = Field(
         [],
         description="Further module paths (shell patterns such as *.o_proj) to leave unquantized; heads, embeddings, norms "
         "and routers always are.",
+    )
+    rms_norm: bool = Field(
+        False,
+        description="An RMSNorm inside each ternary linear, the block's own norms before it fixed at one: the layout of BitNet "
+        "b1.58's training tips. Off, the model normalizes: use model_type bitnet, the layout of 2B4T, for its sub-norms.",
+    )
+    sub_norms: bool = Field(
+        False,
+        description="Turn a pretrained Llama-like model into the layout of BitNet b1.58 2B4T: sub-norms before o_proj and "
+        "down_proj (BitDistill, arXiv 2510.13998, section 3.1).",
+    )
+    warmup: float = Field(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the steps in which λ of w + λ(q(w) − w) rises from 0 to 1; for ternary from a pretrained model.",
+    )
+    warmup_shape: Literal["linear", "cosine", "exponential"] = Field(
+        "linear", description="How λ rises: evenly, slowly at both ends, or fast at first (1 − e^(−5t), scaled to end at 1)."
     )
 
 
@@ -106,11 +159,31 @@ class Adapter(Section):
     dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353): often better at low rank, slower.")
 
 
+class Distill(Section):
+    teacher: str | None = Field(
+        None, description="A float model to learn from besides the data, with the same tokenizer: as model.name. null: none."
+    )
+    logits: float = Field(
+        1.0, ge=0, description="Weight of the KL divergence from the teacher's logits, beside the data's loss."
+    )
+    temperature: float = Field(5.0, gt=0, description="Temperature of both sides in that divergence.")
+    relations: float = Field(
+        1e3, ge=0, description="Weight of the attention relations' divergence (MiniLM's, of Q, K and V of one layer); 0: none."
+    )
+    layer: int | None = Field(
+        None, description="The layer whose relations are compared; negative counts from the end. null: seven eighths up."
+    )
+
+
 class Data(Section):
     name: str | None = Field(
         None, description="Where rows come from: hub dataset id, or package:NAME (an installed package's files)."
     )
-    path: str | None = Field(None, description="Where rows come from: a local .json, .jsonl or .txt file. Wins over data.name.")
+    path: str | None = Field(
+        None,
+        description="Where rows come from: a local .json, .jsonl or .txt file; for pretrain .txt, .jsonl, .parquet or a folder "
+        "of them. Wins over data.name.",
+    )
     files: list[str] = Field(
         [], description="Only these files (shell patterns, such as */english/trivia.yml) of a package or hub dataset."
     )
@@ -120,6 +193,7 @@ class Data(Section):
         description="What a row looks like: alpaca (instruction, input, output), messages (role and content, or ShareGPT's from "
         "and value), dialogue (a list of alternating turns), text. auto looks at the rows and says what it found.",
     )
+    text_key: str = Field("text", description="pretrain: the key (or column) of a row that holds its text.")
     template: Literal["auto", "chatml", "alpaca"] = Field(
         "auto", description="Chat template. auto: the tokenizer's own, or alpaca where a base model has none."
     )
@@ -137,7 +211,8 @@ class Data(Section):
     heldout: int | float = Field(
         64,
         ge=0,
-        description="Rows kept out of training to measure it: a count, or a share when below 1. 0 measures nothing.",
+        description="Rows kept out of training to measure it: a count, or a share when below 1. 0 measures nothing. For pretrain "
+        "a count of packed rows of max_length tokens.",
     )
     heldout_path: str | None = Field(None, description="A local file of held-out rows instead of splitting them off.")
     packing: bool = Field(
@@ -153,15 +228,27 @@ class Data(Section):
 
 
 class Train(Section):
-    epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    epochs: float = Field(1.0, gt=0, description="Passes over the training rows; pretrain counts tokens or steps instead.")
     max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever train.epochs says.")
+    max_tokens: int | float | None = Field(
+        None, gt=0, description="pretrain: stop after so many tokens, such as 2.5e9; the text begins again where it ends."
+    )
     micro_batch: Positive = Field(
         1, description="Rows (packed or single) that go through the model at once. Memory grows with it."
     )
     accumulation: Positive = Field(1, description="Micro-batches whose gradients are summed before an optimizer step.")
-    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    schedule: Literal["cosine", "linear", "constant"] = Field(
-        "cosine", description="How the learning rate falls after the warm-up."
+    lr: float = Field(
+        2e-4,
+        gt=0,
+        description="Peak learning rate. Not given: 2e-4, for pretrain 6e-4, and twice that where ternary weights are trained.",
+    )
+    twin_lr: float | None = Field(
+        None, gt=0, description="Peak learning rate of the float twin; null: half of train.lr, which is a ternary one."
+    )
+    schedule: Literal["cosine", "linear", "constant", "two_stage"] = Field(
+        "cosine",
+        description="How the learning rate falls after the warm-up. two_stage, of BitNet b1.58: linearly to 8/15 of the peak at "
+        "half of the steps, then from 1/3 of it to min_lr, without weight decay.",
     )
     warmup: float = Field(0.03, ge=0, lt=1, description="Share of all steps in which the learning rate rises from 0.")
     min_lr: float = Field(0.1, ge=0, le=1, description="Where the schedule ends, as a share of the peak learning rate.")
@@ -173,13 +260,31 @@ class Train(Section):
     betas: tuple[float, float] = Field((0.9, 0.999), description="Adam's decay rates of the first and second moment.")
     eps: float = Field(1e-8, gt=0, description="Adam's ε, added to the root of the second moment.")
     max_grad_norm: float = Field(1.0, ge=0, description="Gradients are scaled down to this global norm; 0 never clips.")
+    stochastic_rounding: bool = Field(
+        False,
+        description="All weights trained in bf16, without an fp32 copy: 2 instead of 4 bytes a weight. Updates are rounded "
+        "stochastically, or small ones would vanish (arXiv 2010.06192).",
+    )
+    step_in_backward: bool = Field(
+        False,
+        description="Each weight takes its step as soon as its gradient is known, and frees it: gradients of one layer at a "
+        "time. Needs accumulation 1 and max_grad_norm 0; a bad step goes back to the last checkpoint.",
+    )
+    loss_chunk: int = Field(
+        1024,
+        ge=0,
+        description="pretrain: tokens whose logits exist at once, by linear and cross-entropy fused in chunks; 0: all of them.",
+    )
+    health_steps: Positive = Field(
+        5, description="Optimizer steps between two looks at ternary weights: codes that flip, zeros, scales."
+    )
     checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: far less memory, about a third slower."
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Arithmetic of the matrix products. auto follows model.dtype; bf16 over fp32 weights is mixed "
-        "precision; fp32 makes the unquantized weights fp32 too.",
+        description="Arithmetic of the matrix products. auto follows model.dtype, and for pretrain is bf16 where the device has "
+        "it; bf16 over fp32 weights is mixed precision; fp32 makes the unquantized weights fp32 too.",
     )
     save_steps: Positive | None = Field(None, description="Optimizer steps between checkpoints; null saves at the end only.")
     keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
@@ -202,6 +307,15 @@ class Eval(Section):
     limit: Positive | None = Field(None, description="Documents of each task to score; null takes all.")
 
 
+class Export(Section):
+    formats: list[Literal["bitnet", "gguf-tq2_0", "gguf-tq1_0", "gguf-f16"]] = Field(
+        [], description="Write the trained model for other programs too, each compared with it by the equivalence gate."
+    )
+    gate_tokens: Positive = Field(
+        1024, description="Tokens of held-out rows on which an export is compared with the trained model."
+    )
+
+
 class Run(Section):
     dir: str | None = Field(None, description="The run's folder. null: runs/NAME of the recipe, numbered when taken.")
     seed: int = Field(17, ge=0, description="Seed of the split, the order, the adapters' start and dropout.")
@@ -216,25 +330,154 @@ class Run(Section):
 
 
 class Recipe(Section):
-    kind: Literal["sft"] = Field("sft", description="What is trained: sft, supervised fine-tuning.")
+    kind: Literal["sft", "pretrain"] = Field(
+        "sft", description="What is trained: sft, supervised fine-tuning on conversations; pretrain, on streamed text."
+    )
     about: str = Field("", description="One sentence for `finetune recipes` and the report.")
     model: Model = Field(description="The model to start from.")
-    quant: Quant = Field(Quant(), description="How the frozen base is stored.")
-    adapter: Adapter = Field(Adapter(), description="What is trained on top of it.")
+    tokenizer: Tokenizer = Field(Tokenizer(), description="The tokenizer of a model from scratch.")
+    quant: Quant = Field(Quant(), description="How linear layers are stored, or trained.")
+    adapter: Adapter = Field(
+        Adapter(), description="What is trained on top of it. pretrain trains all weights unless this says lora."
+    )
+    distill: Distill = Field(Distill(), description="A teacher, for ternary from a pretrained model.")
     data: Data = Field(description="What is learnt.")
     train: Train = Field(Train(), description="How it is learnt.")
+    twin: bool = Field(
+        False, description="Then train the float twin of a ternary model too, on equal tokens in equal order, and report the gap."
+    )
     eval: Eval = Field(Eval(), description="How it is measured.")
+    export: Export = Field(Export(), description="For which other programs it is written.")
     run: Run = Field(Run(), description="Where it happens and what it leaves.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_of_its_kind(cls, value: Any) -> Any:
+        """Defaults that depend on other keys, put in before anything reads them, so that the resolved recipe shows them."""
+        sections = ("adapter", "train", "quant")
+        if not isinstance(value, dict) or not all(isinstance(value.get(name, {}), dict) for name in sections):
+            return value  # whoever reads the keys says what is wrong
+        adapter, train = dict(value.get("adapter", {})), dict(value.get("train", {}))
+        if value.get("kind") == "pretrain":
+            adapter.setdefault("kind", "none")
+        trained = value.get("quant", {}).get("scheme") == "ternary" and adapter.get("kind") == "none"
+        if (base := FLOAT_LR.get(value.get("kind", "sft"))) is not None:
+            train.setdefault("lr", base * (TERNARY_LR if trained else 1))
+        return {**value, "adapter": adapter, "train": train}
+
+    @property
+    def trains_ternary(self) -> bool:
+        """Ternary weights are trained, not only frozen under adapters."""
+        return self.quant.scheme == "ternary" and self.adapter.kind == "none"
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if self.adapter.kind == "none" and self.quant.scheme != "none":
-            raise ValueError(
-                f"quant.scheme: {self.quant.scheme} freezes the base and adapter.kind: none trains nothing else; "
-                "use adapter.kind: lora, or quant.scheme: none for full fine-tuning"
+        train, quant = self.train, self.quant
+        wrong = [
+            said
+            for when, said in (
+                (
+                    self.adapter.kind == "none" and quant.scheme == "nf4",
+                    "quant.scheme: nf4 freezes the base and adapter.kind: none trains nothing else; "
+                    "use adapter.kind: lora, or quant.scheme: none for full fine-tuning",
+                ),
+                (
+                    self.model.dtype == "fp16" and (self.adapter.kind == "none" or train.precision == "bf16"),
+                    "model.dtype: fp16 goes with adapters and train.precision: auto or fp32 only; use bf16 or fp32",
+                ),
+                (
+                    self.model.config is not None and (self.kind != "pretrain" or self.adapter.kind != "none"),
+                    "model.config begins with random weights: that takes kind: pretrain and adapter.kind: none",
+                ),
+                (
+                    self.tokenizer != Tokenizer() and self.model.config is None,
+                    "tokenizer is for a model from scratch (model.config); a model that exists brings its own",
+                ),
+                (
+                    self.kind == "pretrain" and train.max_steps is None and train.max_tokens is None,
+                    "kind: pretrain streams its text and cannot count epochs: give train.max_tokens or train.max_steps",
+                ),
+                (
+                    self.kind == "pretrain" and train.epochs != 1.0,
+                    "train.epochs is for sft; pretrain takes train.max_tokens or train.max_steps",
+                ),
+                (
+                    self.kind == "pretrain" and 0 < self.data.heldout < 1,
+                    "data.heldout: a stream has no end to take a share of; give a count of rows of data.max_length tokens",
+                ),
+                *(
+                    (
+                        self.kind == "pretrain" and getattr(self.data, key) != Data.model_fields[key].default,
+                        f"data.{key} is for sft; pretrain trains every token of its text, packed",
+                    )
+                    for key in ("format", "template", "system", "learn", "max_rows", "too_long", "dedupe", "packing")
+                ),
+                (self.kind == "sft" and self.data.text_key != "text", "data.text_key is for pretrain; sft looks at its rows"),
+                (
+                    self.kind == "sft" and train.max_tokens is not None,
+                    "train.max_tokens is for pretrain; sft takes train.epochs or train.max_steps",
+                ),
+                (
+                    not self.trains_ternary and (quant.rms_norm or quant.sub_norms or quant.warmup > 0),
+                    "quant.rms_norm, sub_norms and warmup are for training ternary weights: quant.scheme: ternary with "
+                    "adapter.kind: none",
+                ),
+                (
+                    quant.sub_norms and (self.model.config is not None or quant.rms_norm),
+                    "quant.sub_norms turns a pretrained model (model.name) into another layout, which has no rms_norm inside its "
+                    "linears; from scratch use model_type: bitnet",
+                ),
+                (
+                    quant.rms_norm and any(name.startswith("gguf") for name in self.export.formats),
+                    "export.formats: GGUF knows no norm inside a linear (quant.rms_norm); model_type: bitnet has sub-norms, "
+                    "which it knows",
+                ),
+                (
+                    quant.warmup > 0 and self.model.config is not None,
+                    "quant.warmup leads a pretrained model to ternary; random weights have nothing to keep",
+                ),
+                (
+                    self.twin and not self.trains_ternary,
+                    "twin: true trains the float counterpart of ternary weights: quant.scheme: ternary with adapter.kind: none",
+                ),
+                (
+                    self.twin and (quant.warmup > 0 or quant.sub_norms or self.distill.teacher is not None),
+                    "twin: true compares two trainings from the same start; from a pretrained model the float model itself is "
+                    "the baseline, and is measured",
+                ),
+                (train.twin_lr is not None and not self.twin, "train.twin_lr is of the twin: twin: true"),
+                (
+                    self.distill.teacher is not None and (self.kind != "pretrain" or self.adapter.kind != "none"),
+                    "distill.teacher goes with kind: pretrain and adapter.kind: none",
+                ),
+                (
+                    train.step_in_backward and train.accumulation != 1,
+                    "train.step_in_backward: a gradient is gone before the next micro-batch could be added to it: "
+                    "train.accumulation=1, and a larger train.micro_batch with train.checkpointing",
+                ),
+                (
+                    train.step_in_backward and train.max_grad_norm != 0,
+                    "train.step_in_backward: the global norm is known when all steps are taken, so nothing can be clipped to it: "
+                    "train.max_grad_norm=0",
+                ),
+                (
+                    (train.step_in_backward or train.stochastic_rounding) and self.adapter.kind != "none",
+                    "train.step_in_backward and stochastic_rounding are for training all weights (adapter.kind: none); adapters "
+                    "are small",
+                ),
+                (
+                    train.stochastic_rounding and (self.model.dtype != "bf16" or train.precision == "fp32"),
+                    "train.stochastic_rounding is for weights in bf16: model.dtype: bf16, train.precision: auto",
+                ),
+                (
+                    bool(self.export.formats) and self.adapter.kind == "lora" and not self.run.merge,
+                    "export.formats needs the merged model: run.merge: true",
+                ),
             )
-        if self.model.dtype == "fp16" and (self.adapter.kind == "none" or self.train.precision == "bf16"):
-            raise ValueError("model.dtype: fp16 goes with adapters and train.precision: auto or fp32 only; use bf16 or fp32")
+            if when
+        ]
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
 

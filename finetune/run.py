@@ -1,4 +1,4 @@
-"""The story of a run, top to bottom: check → preflight → load → measure → train → measure → merge → report.
+"""The story of a run, top to bottom: check → preflight → load → measure → train → measure → merge → export → twin → report.
 
 Nothing is written before the preflight has passed. From then on everything lies in the run folder, complete or absent, and
 `resume` goes on from the newest whole checkpoint to the same weights as if nothing had happened.
@@ -6,7 +6,6 @@ Nothing is written before the preflight has passed. From then on everything lies
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -15,26 +14,24 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateStop, Interruption, Mistake
-from finetune.files import RunFolder, human_bytes, require_space, write_atomic, write_json
-from finetune.recipe import Recipe, differences, dump_recipe, read_recipe
+from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, human_bytes, require_space, write_atomic, write_json
+from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, differences, dump_recipe, read_recipe
 from finetune.screen import Screen, clock, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from eval.perplexity import LossResult
-    from finetune.data.preflight import Limits, Preflight, Prepared
-    from finetune.data.rows import Row, Rows
+    from finetune.material import HeldOut, Material
     from finetune.model import Skeleton, Source
 
 # A resumed run may differ from what was begun in these alone: they do not touch the weights.
-MAY_CHANGE = ("eval.", "run.", "about", "train.save_steps", "train.keep_checkpoints")
+MAY_CHANGE = ("eval.", "run.", "export.", "about", "twin", "train.twin_lr", "train.save_steps", "train.keep_checkpoints")
 MUST_STAY = ("run.seed",)
 UNBEGUN = {
     ".lock",
@@ -109,6 +106,8 @@ def absolute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"name": full(recipe.model.name)}),
+            "tokenizer": recipe.tokenizer.model_copy(update={"name": full(recipe.tokenizer.name)}),
+            "distill": recipe.distill.model_copy(update={"teacher": full(recipe.distill.teacher)}),
             "data": recipe.data.model_copy(
                 update={key: full(getattr(recipe.data, key)) for key in ("name", "path", "heldout_path")}
             ),
@@ -124,7 +123,7 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
     changed = {
         key: values
         for key, values in differences(begun, recipe).items()
-        if key in MUST_STAY or not (key.startswith(MAY_CHANGE[:2]) or key in MAY_CHANGE)
+        if key in MUST_STAY or not (key.startswith(MAY_CHANGE[:3]) or key in MAY_CHANGE)
     }
     if changed:
         shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
@@ -137,56 +136,6 @@ def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
 
 
 # ------------------------------------------------------------------------------------------------------------ preparation
-
-
-def load_data(
-    recipe: Recipe,
-    tokenizer: PreTrainedTokenizerBase,
-    stops: frozenset[int],
-    *,
-    limits: Limits,
-    progress: Callable[[int, int], None] | None = None,
-) -> tuple[Rows, Prepared, Preflight, str, frozenset[int]]:
-    """(rows of the source, samples, preflight, the template's name, end tokens that the answers have).
-
-    Raises:
-        Mistake: the data cannot be read, fits no format, or the template refuses it.
-    """
-    from finetune.data.preflight import inspect, prepare
-    from finetune.data.rows import load_rows
-    from finetune.data.samples import Encoder, set_template
-
-    data = recipe.data
-    template = set_template(tokenizer, data.template)
-    rows = load_rows(
-        name=data.name,
-        path=data.path,
-        files=data.files,
-        split=data.split,
-        format_=data.format,
-        max_rows=data.max_rows,
-        skip_bad=data.bad_rows == "skip",
-    )
-    apart: list[Row] | None = None
-    if data.heldout_path is not None:
-        loaded = load_rows(name=None, path=data.heldout_path, format_=data.format, skip_bad=data.bad_rows == "skip")
-        apart, both = loaded.rows, hashlib.sha256(f"{rows.sha256} {loaded.sha256}".encode()).hexdigest()
-        rows = replace(rows, sha256=both)
-    encoder = Encoder(
-        tokenizer,
-        max_length=data.max_length,
-        stop_ids=stops,
-        system=data.system,
-        learn=data.learn,
-        too_long=data.too_long,
-    )
-    prepared = prepare(
-        rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress
-    )
-    if not prepared.train_rows:
-        do = f"take fewer of the {len(prepared.heldout_rows)}: data.heldout=0.1"
-        raise Mistake("the held-out rows are all there are", where="data.heldout", found=f"{data.heldout}", do=do)
-    return rows, prepared, inspect(prepared, encoder, limits), template, frozenset(encoder.ends)
 
 
 def same_data(record: dict[str, Any], digest: str, folder: Path) -> None:
@@ -266,7 +215,9 @@ class _Story:
 
             from finetune import model as models
             from finetune import provenance
-            from finetune.use import pick_device
+            from finetune.export import check as check_export
+            from finetune.material import gather, open_stream
+            from finetune.use import pick_device, tokenizer_of
         _require_trackers(recipe.run.trackers)
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
@@ -274,29 +225,30 @@ class _Story:
         screen.say(f"  {provenance.device_name(self.device)}")
         if self.device.type == "cpu" and recipe.run.device == "auto" and Path("/proc/driver/nvidia").exists():
             screen.warn(f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it (CUDA 13.0 needs 580 or newer)")
-        with screen.phase("tokenizer"):
-            self.source: Source = models.find(
-                recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code
-            )
-            self.config = models.load_config(self.source)
-            self.tokenizer = models.load_tokenizer(self.source)
+        with screen.phase("tokenizer") as progress:
+            self.source: Source = models.source_of(recipe.model)
+            stream = open_stream(recipe) if recipe.kind == "pretrain" else None
+            self.tokenizer = tokenizer_of(recipe, self.source, self.folder.path, stream, progress)
+            self.config = models.load_config(self.source, self.tokenizer)
+            models.check_scheme(self.source, self.config, recipe.quant, frozen=recipe.adapter.kind == "lora")
+            for name in [*(["bitnet"] if recipe.trains_ternary else []), *recipe.export.formats]:
+                check_export(self.config, name)
             self.stops = models.stop_ids(self.source, self.tokenizer)
         with screen.phase("data") as progress:
-            self.rows, self.data, self.preflight, self.template, self.ends = load_data(
+            self.material: Material = gather(
                 recipe,
                 self.tokenizer,
                 self.stops,
                 limits=models.limits(self.config),
+                source=stream,
                 progress=lambda done, total: progress(done, total, "rows"),
             )
-        screen.say(
-            f"  {self.rows.source}: {len(self.rows.rows)} rows, format {self.rows.format} ({self.rows.reason}); "
-            f"chat template: {self.template}"
-        )
-        if self.rows.skipped:
-            screen.warn(
-                f"{len(self.rows.skipped)} rows fit no format and are skipped (data.bad_rows), such as {self.rows.skipped[0]}"
-            )
+            self.preflight, self.ends = self.material.preflight, self.material.ends
+            self.held_out: HeldOut = self.material.held_out()
+        for line in self.material.lines():
+            screen.say(f"  {line}")
+        for line in self.material.warnings():
+            screen.warn(line)
         screen.preflight(self.preflight.checks, self.preflight.examples)
         self.forced = self._gate_preflight()
         with screen.phase("skeleton"):
@@ -329,7 +281,7 @@ class _Story:
             return reasons
         raise (Mistake if nothing else GateStop)(
             "there is nothing to train on" if nothing else "the preflight of labels refuses this data",
-            where=self.rows.source,
+            where=self.material.source,
             found=reasons,
             do="mend the data or the template"
             + ("; --force trains anyway and records why it should not have" if self.preflight.supervised_tokens else ""),
@@ -343,7 +295,7 @@ class _Story:
         recipe, screen, folder = self.recipe, self.screen, self.folder
         if resume:
             begun = folder.read()
-            same_data(begun, self.rows.sha256, folder.path)  # before the record is ours: a refusal leaves it as it was
+            same_data(begun, self.material.digest, folder.path)  # before the record is ours: a refusal leaves it as it was
             self.record = begun | {"state": "running", "error": None}
         else:
             self.record = {
@@ -360,29 +312,23 @@ class _Story:
                 "samples": [],
             }
             write_atomic(folder.path / "recipe.yaml", dump_recipe(recipe))
-        self.record["data"] = {
-            "format": self.rows.format,
-            "format_reason": self.rows.reason,
-            "rows": len(self.rows.rows),
-            "train_rows": len(self.data.train_rows),
-            "heldout_rows": len(self.data.heldout_rows),
-            "rows_skipped": len(self.rows.skipped),
-            "duplicates_removed": self.data.duplicates_removed,
-            "template": self.template,
-        }
+        self.record["data"] = self.material.record()
         self.record["preflight"] = self.preflight.as_dict() | {"forced": self.forced}
         self.record["provenance"]["data"] = {
-            "source": self.rows.source,
-            "sha256": self.rows.sha256,
-            "rows": len(self.rows.rows),
+            "source": self.material.source,
+            "sha256": self.material.digest,
+            "rows": self.record["data"].get("rows"),
         }
+        if recipe.model.config is not None and recipe.tokenizer.name is None:  # it was trained on this data
+            with atomic_folder(folder.path / TOKENIZER) as temporary:
+                self.tokenizer.save_pretrained(temporary)
         self._save()
 
         self._load()
         from accelerate import Accelerator
 
         accelerator = self._accelerator(Accelerator)
-        if "before" not in self.record["eval"] and self.data.heldout:
+        if "before" not in self.record["eval"] and self.held_out:
             self._measure("before")
         if not any("before" in sample for sample in self.record["samples"]):
             self._sample("before")
@@ -390,11 +336,13 @@ class _Story:
 
         self._train(accelerator, resume)
 
-        if self.data.heldout:
+        if self.held_out:
             self._measure("after")
         self._sample("after")
         self._score_tasks("after")
         self._finish_weights()
+        if recipe.twin:
+            self._train_twin(resume)
 
         self.record["state"] = "done"
         self.record["next"] = self._next()
@@ -432,9 +380,17 @@ class _Story:
                 dtype=self.dtype,
                 attention=recipe.model.attention,
                 quant=recipe.quant,
+                frozen=recipe.adapter.kind == "lora",
+                seed=recipe.run.seed,
                 progress=progress,
             )
+        if recipe.trains_ternary and recipe.model.name is not None and self.held_out and "float" not in self.record["eval"]:
+            model.to(self.device)  # type: ignore[arg-type]
+            self.model = model
+            self._measure("float")  # the baseline: what the model was before it is made ternary
         with self.screen.phase("prepare") as progress:
+            if recipe.quant.sub_norms:
+                model = self._with_sub_norms(model)
             prepared = models.prepare(
                 model,
                 quant=recipe.quant,
@@ -456,7 +412,7 @@ class _Story:
                 "share": self.swap.share,
                 "bytes_before": self.swap.bytes_before,
                 "bytes_after": self.swap.bytes_after,
-                "backend": backends.describe(self.device),
+                "backend": backends.describe(self.device, scheme=recipe.quant.scheme),
             }
             self.screen.say(
                 f"  {len(self.swap.swapped)} linears in {self.swap.scheme} ({self.swap.share:.0%} of the parameters): "
@@ -476,6 +432,42 @@ class _Story:
         self.record["provenance"]["model"] = {"source": self.source.name, "parameters": prepared.parameters}
         self._save()
 
+    def _with_sub_norms(self, model: Any) -> Any:
+        """The pretrained model in the layout of 2B4T; what flows through the new norms stays as large as on the first rows."""
+        import torch
+
+        from finetune.convert import insert_sub_norms
+
+        rows = [torch.tensor([ids], device=model.device) for ids, _ in self.material.first_rows(8)]
+        return insert_sub_norms(model, rows)
+
+    def _teacher(self) -> Any:
+        """The float model that the recipe learns from, or None."""
+        recipe = self.recipe
+        if recipe.distill.teacher is None:
+            return None
+        from finetune import model as models
+        from finetune.train.distill import Distillation
+
+        place = models.find(recipe.distill.teacher, where="distill.teacher")
+        with self.screen.phase("teacher") as progress:
+            if models.load_tokenizer(place).get_vocab() != self.tokenizer.get_vocab():
+                raise Mistake("teacher and student read different tokens", where="distill.teacher", found=recipe.distill.teacher)
+            dtype = models.default_dtype(self.device.type) if recipe.model.dtype == "auto" else self.dtype
+            options: dict[str, Any] = {"dtype": dtype, "attention": recipe.model.attention, "progress": progress}
+            teacher = models.load_weights(place, models.load_config(place), **options)
+            said = recipe.distill
+            distillation = Distillation(
+                teacher.to(self.device),  # type: ignore[arg-type]
+                logits=said.logits,
+                relations=said.relations,
+                temperature=said.temperature,
+                layer=said.layer,
+                split_heads=None,
+            )
+            distillation.attach(self.model)
+        return distillation
+
     def _accelerator(self, kind: type) -> Any:
 
         recipe = self.recipe
@@ -490,9 +482,6 @@ class _Story:
 
     # -- measuring
 
-    def _held_out(self) -> list[tuple[list[int], list[int]]]:
-        return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.heldout]
-
     def _loss(self, rows: Any, progress: Callable[[int, int], None] | None = None) -> LossResult:
         from eval.perplexity import evaluate_loss
 
@@ -501,8 +490,9 @@ class _Story:
     def _measure(self, when: str) -> None:
         from eval.perplexity import paired_difference
 
-        with self.screen.phase(f"evaluate {when}") as progress:
-            result = self._loss(self._held_out(), lambda done, total: progress(done, total, "held-out rows"))
+        said = {"float": "evaluate the float model"}.get(when, f"evaluate {when}")
+        with self.screen.phase(said) as progress:
+            result = self._loss(self.held_out, lambda done, total: progress(done, total, "held-out rows"))
         write_json(self.folder.path / "eval" / f"{when}.json", result.as_dict(by_row=True))
         self.record["eval"][when] = result.as_dict()
         self.screen.say(
@@ -515,25 +505,10 @@ class _Story:
             self.record["eval"] |= {"difference": difference, "difference_stderr": error if math.isfinite(error) else None}
         self._save()
 
-    def _prompts(self) -> list[dict[str, Any]]:
-        """The conversations that are answered before and after: held-out ones, then the recipe's own."""
-        asked: list[dict[str, Any]] = []
-        for row in self.data.heldout_rows:
-            last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
-            if last and len(asked) < self.recipe.eval.samples:
-                asked.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
-        for prompt in self.recipe.eval.prompts:
-            asked.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})
-        if self.recipe.data.system:
-            for sample in asked:
-                if sample["prompt"][0]["role"] != "system":
-                    sample["prompt"].insert(0, {"role": "system", "content": self.recipe.data.system})
-        return asked
-
     def _sample(self, when: str) -> None:
         from eval.generation import generate
 
-        samples = self.record["samples"] or self._prompts()
+        samples = self.record["samples"] or self.material.questions()
         if not samples:
             return
         with self.screen.phase(f"answers {when}") as progress:
@@ -542,7 +517,7 @@ class _Story:
                 self.tokenizer,
                 [sample["prompt"] for sample in samples],
                 max_new_tokens=self.recipe.eval.max_new_tokens,
-                progress=lambda done, total: progress(done, total, "questions"),
+                progress=lambda done, total: progress(done, total, "answers"),
             )
         for sample, answer in zip(samples, answers, strict=True):
             sample |= {when: answer.text, f"{when}_ended": answer.ended}
@@ -564,17 +539,14 @@ class _Story:
     # -- training
 
     def _train(self, accelerator: Any, resume: bool) -> None:
-        import torch
         from accelerate.utils import set_seed
 
-        from finetune.data.packing import Batches
         from finetune.train import checkpoint, optim
-        from finetune.train.loop import Interrupted, steps_in, train
-        from finetune.train.sft import SupervisedFineTuning
+        from finetune.train.loop import Interrupted, train
+        from finetune.train.ternary import Ternary
 
-        settings, data = self.recipe.train, self.recipe.data
-        packing = data.packing
-        if (packing or settings.micro_batch > 1) and not self._rows_stay_apart():
+        settings, packing = self.recipe.train, self.recipe.data.packing
+        if self.recipe.kind == "sft" and (packing or settings.micro_batch > 1) and not self._rows_stay_apart():
             packing = False
             settings = settings.model_copy(
                 update={"micro_batch": 1, "accumulation": settings.accumulation * settings.micro_batch}
@@ -583,17 +555,8 @@ class _Story:
                 f"{self.bones.architecture} lets samples in one row see each other: it gets one sample at a time, "
                 f"{settings.accumulation} to a step"
             )
-        kind = SupervisedFineTuning(
-            Batches(
-                self.data.train,
-                micro_batch=settings.micro_batch,
-                max_length=data.max_length,
-                packing=packing,
-                seed=self.recipe.run.seed,
-            ),
-            self.device,
-        )
-        total = steps_in(kind, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
+        kind = self.material.kind(self.model, settings, self.device, packing=packing, teacher=self._teacher())
+        total, limit = self.material.steps(kind, settings)
         optimizer, note = optim.build(
             checkpoint.trained(self.model),
             name=settings.optimizer,
@@ -602,23 +565,27 @@ class _Story:
             eps=settings.eps,
             weight_decay=settings.weight_decay,
             device=self.device.type,
+            stochastic_rounding=settings.stochastic_rounding,
+            in_backward=settings.step_in_backward,
         )
-        if note:
-            self.screen.warn(note)
+        for line in (note, getattr(kind, "why_plain", None)):
+            if line:
+                self.screen.warn(line)
         self._prove_swap(kind)
         progress = checkpoint.Progress()
         set_seed(self.recipe.run.seed)  # of python, numpy and torch
         if resume:
             progress = self._go_back(optimizer)
         model, optimizer = accelerator.prepare(self.model, optimizer)
-        rows = self._held_out()
+        rows, watch = self.held_out, None
+        if self.recipe.trains_ternary:
+            watch = Ternary(self.model, self.recipe, total, self.folder.metrics, self.screen.warn)
 
         def evaluate(step: int) -> dict[str, float]:
             result = self._loss(rows, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows"))
             return {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
 
-        limit = "train.max_steps" if total == settings.max_steps else f"train.epochs={settings.epochs:g}"
-        self.screen.say(f"  {total} steps ({limit}), {len(self.data.train)} samples in {len(kind.epoch(0))} rows an epoch")
+        self.screen.say(f"  {total} steps ({limit})")
         with self.screen.phase("train") as shown:
             try:
                 figures = train(
@@ -630,13 +597,18 @@ class _Story:
                     total_steps=total,
                     folder=self.folder,
                     progress=progress,
-                    autocast=torch.bfloat16 if settings.precision == "bf16" and self.dtype == torch.float32 else None,
+                    autocast=self._autocast(),
                     evaluate=evaluate if rows else None,
+                    before_step=watch.before if watch else None,
+                    after_step=watch.after if watch else None,
                     show=shown,
                 )
             except Interrupted as stop:
                 raise Interruption(str(stop), do=f"finetune resume {self.folder.path}") from None
         accelerator.end_training()
+        if watch is not None:
+            watch.end()
+            self.record["ternary"] = watch.summary()
         # A resumed process knows the speed of its own steps only; one that found training finished knows none.
         if figures["tokens_per_second"] or "train" not in self.record:
             self.record["train"] = figures
@@ -646,6 +618,18 @@ class _Story:
         )
         self._save()
 
+    def _autocast(self) -> Any:
+        """The dtype of the matrix products, where it is not that of the weights."""
+        import torch
+
+        from finetune.model import default_dtype
+
+        precision = self.recipe.train.precision
+        mixed = precision == "bf16" or (precision == "auto" and self.recipe.kind == "pretrain")
+        if self.dtype != torch.float32 or not mixed:
+            return None
+        return torch.bfloat16 if precision == "bf16" or default_dtype(self.device.type) == torch.bfloat16 else None
+
     def _rows_stay_apart(self) -> bool:
         import torch
 
@@ -653,7 +637,7 @@ class _Story:
 
         self.model.eval()
         with torch.no_grad():
-            return rows_stay_apart(self.model, highest_id=max(max(s.input_ids) for s in self.data.train))
+            return rows_stay_apart(self.model, highest_id=self.material.highest_id())
 
     def _prove_swap(self, kind: Any) -> None:
         """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""
@@ -666,7 +650,10 @@ class _Story:
         self.model.eval()  # dropout would draw random numbers, which a resumed run must not draw twice
         try:
             with torch.no_grad(), prove_used(self.model, self.swap):
-                kind.loss(self.model, kind.batch(kind.epoch(0)[0]))
+                keys = kind.keys(0, 0, None)
+                kind.loss(self.model, kind.batch(next(keys)))
+                if (close := getattr(keys, "close", None)) is not None:
+                    close()
         except RuntimeError as error:
             if "took no part" not in str(error):
                 raise
@@ -705,7 +692,14 @@ class _Story:
         if lora and not recipe.run.merge:
             self.record["merge"] = None
             return
-        rows = self._held_out()[: recipe.eval.merge_rows]
+        if recipe.trains_ternary:
+            self._export("bitnet", path / "merged")
+            self._exports()
+            return
+        rows = self.held_out[: recipe.eval.merge_rows]
+        if lora and recipe.quant.scheme == "ternary":
+            self._merge_ternary(rows)
+            return
         if not rows:
             with self.screen.phase("save model"), atomic_folder(path / "merged") as temporary:
                 merge.write_folder(merge.into_float(self.model, self.dtype), self.tokenizer, temporary)
@@ -738,9 +732,104 @@ class _Story:
                 f"{self.record['model']['dtype']}, in which it was trained and measured"
             )
 
+    def _merge_ternary(self, rows: HeldOut) -> None:
+        """Adapters into ternary weights again; what that costs is measured and told, and the adapter stays."""
+        from finetune import merge
+
+        recipe, path = self.recipe, self.folder.path
+        with self.screen.phase("merge") as progress:
+            figures = merge.write_ternary(
+                self.model,
+                self.tokenizer,
+                path / "merged",
+                rows=rows or self.material.first_rows(8),
+                batch_tokens=recipe.eval.batch_tokens,
+                device=self.device,
+                progress=progress,
+            )
+        self.record["merge"] = {"path": "merged", "gate": None, "bytes": figures["bytes"], "reternarized": figures}
+        lost = figures["merged_loss"] - figures["adapter_loss"]
+        self.screen.say(
+            f"  merged and ternary again: loss {figures['merged_loss']:.4f}, {lost:+.4f} nats against the trained model's "
+            f"{figures['adapter_loss']:.4f} (merged in floats {figures['float_loss']:.4f}; the base {figures['base_loss']:.4f}) "
+            f"on {figures['rows']} rows; {figures['flips']:.2%} of the codes changed"
+        )
+        if abs(lost) > recipe.eval.merge_limit:
+            self.screen.warn(
+                "the merged model is not the trained one: three values a weight do not hold what the adapter learned. "
+                f"{path / 'adapter'} on its base is the trained model"
+            )
+        self._exports()
+
+    def _exports(self) -> None:
+        from finetune.export import FORMATS
+
+        for name in self.recipe.export.formats:
+            file = f"{self.name}-{name.removeprefix('gguf-').upper()}{FORMATS[name].suffix}"
+            self._export(name, self.folder.path / "export" / (file if FORMATS[name].suffix else name))
+
+    def _export(self, name: str, out: Path) -> None:
+        """Write the trained model for another program, compared with it by the gate; what that measured is recorded."""
+        from finetune.export import export
+
+        rows = self.held_out or self.material.first_rows(8)
+        with self.screen.phase(f"export {name}") as progress:
+            figures = export(
+                self.model,
+                self.tokenizer,
+                out,
+                format=name,
+                rows=rows,
+                device=self.device,
+                gate_tokens=self.recipe.export.gate_tokens,
+                progress=progress,
+            )
+        figures["path"] = os.path.relpath(figures["path"], self.folder.path)
+        self.record.setdefault("exports", {})[name] = figures
+        if out.name == "merged":
+            self.record["merge"] = {"path": "merged", "gate": None, "bytes": figures["bytes"]}
+        self.screen.say(f"  {in_words(figures)}")
+        self._save()
+
+    def _train_twin(self, resume: bool) -> None:
+        """The same recipe in floats, in a run folder of its own: the baseline by which the ternary model is judged."""
+        from eval.perplexity import paired_difference
+
+        recipe, path = self.recipe, self.folder.path / "twin"
+        lr = recipe.train.twin_lr or recipe.train.lr / TERNARY_LR
+        twin = recipe.model_copy(
+            update={
+                "about": f"the float twin of {self.name}",
+                "quant": Quant(),
+                "twin": False,
+                "train": recipe.train.model_copy(update={"lr": lr, "twin_lr": None}),
+                "export": Export(),
+                "run": recipe.run.model_copy(update={"dir": str(path)}),
+            }
+        )
+        if recipe.model.config is not None and recipe.tokenizer.name is None:
+            own = recipe.tokenizer.model_copy(update={"name": str((self.folder.path / TOKENIZER).absolute())})
+            twin = twin.model_copy(update={"tokenizer": own})
+        del self.model
+        self.screen.say(f"\nthe twin: the same in floats, at a peak learning rate of {lr:g}")
+        record = run(twin, f"{self.name}-twin", resume=(path / MARK).is_file(), screen=Screen(self.screen.console))
+        figures: dict[str, Any] = {"path": "twin", "lr": lr, "seed": recipe.run.seed, "loss": None, "gap": None}
+        if self.held_out:
+            own_result, its = (
+                json.loads((folder / "eval" / "after.json").read_text(encoding="utf-8")) for folder in (self.folder.path, path)
+            )
+            gap, error = paired_difference(_result(its), _result(own_result))
+            figures |= {"loss": its["loss"], "gap": gap, "gap_stderr": error if math.isfinite(error) else None}
+            self.screen.say(
+                f"\nternary {own_result['loss']:.4f}, float twin {its['loss']:.4f}: a gap of {gap:+.4f} ± {number(error)} nats "
+                f"at {record['train']['tokens']} tokens each, seed {recipe.run.seed}"
+            )
+        self.record["twin"] = figures | {"tokens_per_second": record["train"]["tokens_per_second"]}
+        self._save()
+
     def _next(self) -> list[str]:
         path = self.folder.path
-        steps = [f"finetune chat {path}", f"finetune show {path}"]
+        steps = [f"finetune chat {path}{f' {path}/twin' if self.recipe.twin else ''}", f"finetune show {path}"]
         if self.recipe.adapter.kind == "lora" and not self.recipe.run.merge:
             steps.append(f"finetune merge {path} --out {path}/merged")
         return steps
@@ -829,6 +918,18 @@ def score_tasks(
             raise Mistake(str(error), where="eval.tasks", do="pip install -e '.[eval]'") from None
         except UnknownTask as error:
             raise Mistake(str(error), where="eval.tasks") from None
+
+
+def in_words(export: dict[str, Any]) -> str:
+    """An export and what its gate measured, in a line."""
+    gate = export["gate"]
+    correct, good = gate["correct"], gate["good"]
+    return (
+        f"{export['path']}: {human_bytes(export['bytes'])}, {export['bits_per_weight']:.2f} bits a parameter; "
+        f"{gate['program']} "
+        f"computes what it should to {correct['error']:.1e} (allowed {correct['limit']:.1e}); "
+        f"loss {number(good['export_loss'])}, the trained model's {number(good['trained_loss'])}; KL {good['kl']:.1e} nats a token, on {gate['tokens']} tokens"
+    )
 
 
 def farewell(screen: Screen, record: dict[str, Any], path: Path) -> None:

@@ -11,13 +11,15 @@ import torch
 from finetune import model as models
 from finetune.data.samples import set_template
 from finetune.errors import Mistake
-from finetune.files import MARK, read_run
+from finetune.files import MARK, TOKENIZER, read_run
 from finetune.recipe import Recipe, read_recipe
 from finetune.screen import Shown
 from finetune.train import checkpoint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from finetune.data.stream import Source
 
 
 @dataclass
@@ -48,6 +50,35 @@ def pick_device(asked: str) -> torch.device:
     return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
 
 
+def tokenizer_of(
+    recipe: Recipe, source: models.Source, run: Path, stream: Source | None = None, progress: Shown | None = None
+) -> PreTrainedTokenizerBase:
+    """The tokenizer of a recipe: the model's own, or for a model from scratch the one that it names, or one trained on its text.
+
+    run: the run's folder, which has the one that it trained. stream: the recipe's text, where one may have to be trained.
+
+    Raises:
+        Mistake: it is not there, or the text does not give such a vocabulary.
+    """
+    from finetune.data.tokenizer import MAX_BYTES, tokenizer_texts, train_tokenizer
+
+    if recipe.model.config is None:
+        return models.load_tokenizer(source)
+    if recipe.tokenizer.name is not None:
+        return models.load_tokenizer(models.find_tokenizer(recipe.tokenizer.name))
+    own = run / TOKENIZER
+    if (own / "tokenizer.json").is_file():
+        return models.load_tokenizer(models.Source(str(own), str(own)))
+    if stream is None:
+        raise Mistake("this run's tokenizer is gone", where=str(own), found="no tokenizer.json")
+
+    def read(done: int) -> None:
+        if progress is not None:
+            progress(done, MAX_BYTES, "bytes read at most, to learn tokens")
+
+    return train_tokenizer(tokenizer_texts(stream), recipe.tokenizer.train, progress=read)
+
+
 def open_model(
     name: str, *, dtype: str = "auto", device: str = "auto", merged: bool = True, progress: Shown | None = None
 ) -> Opened:
@@ -60,6 +91,8 @@ def open_model(
     if (path / MARK).is_file():
         return _open_run(path, dtype, on, merged, progress)
     parent = path.resolve().parent
+    if path.name == "merged" and path.is_dir() and (parent / MARK).is_file():
+        return _open_run(parent, dtype, on, True, progress)
     if (path / "adapter_config.json").is_file():
         return _open_adapter(path, _Run(parent, progress) if (parent / MARK).is_file() else None, dtype, on, progress)
     if (path / "state.json").is_file() and (parent.parent / MARK).is_file():
@@ -77,18 +110,21 @@ class _Run:
     def base(self) -> tuple[Any, PreTrainedTokenizerBase, models.Source]:
         """(model on the CPU, packed if it is not a GGUF; tokenizer; source)."""
         recipe = self.recipe
-        source = models.find(recipe.model.name, revision=recipe.model.revision, trust_remote_code=recipe.model.trust_remote_code)
+        source = models.source_of(recipe.model)
         dtype = getattr(torch, self.record["model"]["dtype"])
+        tokenizer = tokenizer_of(recipe, source, self.path)
         model = models.load_weights(
             source,
-            models.load_config(source),
+            models.load_config(source, tokenizer),
             dtype=dtype,
             attention=recipe.model.attention,
             quant=recipe.quant,
+            frozen=recipe.adapter.kind == "lora",
+            seed=recipe.run.seed,
             progress=self.progress,
         )
-        tokenizer = models.load_tokenizer(source)
-        set_template(tokenizer, recipe.data.template)
+        if recipe.kind == "sft":
+            set_template(tokenizer, recipe.data.template)
         models.set_stops(model, self.record["model"]["stop_ids"])
         return model, tokenizer, source
 
@@ -99,7 +135,7 @@ def _open_run(path: Path, dtype: str, device: torch.device, merged: bool, progre
     if merged and folder.is_dir():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if device.type == "cpu" or not (path / "adapter").is_dir() or size < 0.9 * torch.cuda.mem_get_info(device)[0]:
-            opened = _open_source(models.find(str(folder)), dtype, device, progress)
+            opened = _open_source(models.find(str(folder)), dtype, device, progress, chats=run.recipe.kind == "sft")
             opened.recipe, opened.run = run.recipe, path
             return opened
         note = "the merged model is larger than the card's free memory: the adapter on its quantized base it is"
@@ -113,14 +149,19 @@ def _open_run(path: Path, dtype: str, device: torch.device, merged: bool, progre
     return _open_checkpoint(newest, run, dtype, device)
 
 
-def _open_source(source: models.Source, dtype: str, device: torch.device, progress: Shown | None) -> Opened:
-    """Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at."""
+def _open_source(
+    source: models.Source, dtype: str, device: torch.device, progress: Shown | None, *, chats: bool = True
+) -> Opened:
+    """Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at.
+
+    chats: it gets a chat template if it has none; a model of plain text goes on with what it is given.
+    """
     config = models.load_config(source)
     stored = torch.float32 if getattr(config, "dtype", None) == torch.float32 else models.default_dtype(device.type)
     model: Any = models.load_weights(source, config, dtype=models.DTYPES.get(dtype, stored), attention="auto", progress=progress)
     tokenizer = models.load_tokenizer(source)
     note = None
-    if not tokenizer.chat_template:
+    if chats and not tokenizer.chat_template:
         note = f"{source.name} has no chat template of its own: {set_template(tokenizer, 'auto')}"
     return Opened(model.to(device), tokenizer, source.name, note=note)
 

@@ -17,7 +17,7 @@ import torch
 
 from quant import nf4, ternary
 from quant.derived import weights_changed
-from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear
+from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear, set_blend
 from quant.swap import SwapReport, pack, prove_used, swap, to_float
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ __all__ = [
     "pack",
     "prove_used",
     "register_peft",
+    "set_blend",
     "swap",
     "ternary",
     "to_float",

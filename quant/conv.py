@@ -30,7 +30,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from quant import ternary
 from quant.derived import derived
-from quant.linear import MasterWeight
+from quant.linear import MasterWeight, between
 
 FEW_CHANNELS = 4
 """Convolutions with so few channels on a side touch pixels or latents; they hold next to nothing and are left in floats."""
@@ -154,6 +154,51 @@ class _Conv(torch.autograd.Function):
         return grad_x, grad_bias, grad_weight, None, None
 
 
+class _Blended(torch.autograd.Function):
+    """The same with x and W part of the way to their codes, as in quant/linear.py; the backward pass keeps x_λ in `dtype`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        bias: Tensor | None,
+        master: Tensor,
+        place: tuple[Ints, Ints, Ints, int],
+        dtype: torch.dtype,
+        blend: float,
+    ) -> Tensor:
+        rows = x.detach().to(dtype)
+        if blend > 0:
+            codes, scale = operators.conv_codes(x)
+            rows = between(x, codes / scale, blend, dtype)
+        ctx.place, ctx.shape, ctx.x_dtype, ctx.blend = place, x.shape, x.dtype, blend
+        ctx.save_for_backward(master, *((rows,) if master.requires_grad else ()))
+        return F.conv2d(rows, _blended_weight(master, blend, dtype), bias, *place)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        master, *rows = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.place
+        place: Any = (list(stride), list(padding), list(dilation), groups)
+        grad_x = grad_bias = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            weight = _blended_weight(master, ctx.blend, grad.dtype)
+            grad_x = conv2d_input(ctx.shape, weight, grad, *place).to(ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = grad.sum((0, 2, 3))
+        if rows:
+            grad_weight = conv2d_weight(rows[0], master.shape, grad, *place).to(master.dtype)
+        return grad_x, grad_bias, grad_weight, None, None, None
+
+
+def _blended_weight(master: Tensor, blend: float, dtype: torch.dtype) -> Tensor:
+    if blend == 0:
+        return master.detach().to(dtype)
+    codes, scale = _weight(master)
+    return between(master, codes / scale, blend, dtype)
+
+
 class BitConv2d(MasterWeight, nn.Conv2d):
     """A Conv2d with ternary weights, int8 activations by image and a float master weight; see the head of this file."""
 
@@ -186,8 +231,17 @@ class BitConv2d(MasterWeight, nn.Conv2d):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         """The weight as the forward pass uses it, (out, in / groups, kh, kw), in `dtype` (default: the master's)."""
         with torch.no_grad():
+            if self.blend != 1:
+                return _blended_weight(self.weight, self.blend, dtype or self.weight.dtype)
             codes, scale = _weight(self.weight)
             return (codes / scale).to(dtype or self.weight.dtype)
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """The codes of the weight as it is now, int8 in {−1, 0, 1} in its shape, and their scale, fp32 (), the s that divides.
+
+        They are those that the forward pass keeps until the next optimizer step, and not to be written to.
+        """
+        return _weight(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (n, C, H, W) or (C, H, W) in fp32, bf16 or fp16 → the same dtype; under autocast in autocast's."""
@@ -205,7 +259,11 @@ class BitConv2d(MasterWeight, nn.Conv2d):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             x, padding = F.pad(x, self._reversed_padding_repeated_twice, mode), (0, 0)
         bias = None if self.bias is None else self.bias.to(dtype)
-        y = cast(Tensor, _Conv.apply(x, bias, self.weight, (self.stride, padding, self.dilation, self.groups), dtype))
+        place = (self.stride, padding, self.dilation, self.groups)
+        if self.blend != 1:
+            y = cast(Tensor, _Blended.apply(x, bias, self.weight, place, dtype, self.blend))
+        else:
+            y = cast(Tensor, _Conv.apply(x, bias, self.weight, place, dtype))
         return y[0] if single else y
 
 

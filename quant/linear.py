@@ -13,6 +13,8 @@ Nothing here is a special tensor class. Packed parts are frozen uint8 `nn.Parame
 parameter. A weight exists in floats only while a multiplication runs; the backward pass dequantizes it again, and of the
 input it keeps what the scheme multiplied with: nothing for a frozen layer, int8 codes where the product was taken of them.
 (A layer with a norm of its own keeps the norm's input besides, as any RMSNorm does.)
+
+A master weight can be led to its codes by and by: `blend`, the λ of w + λ(q(w) − w), is 1 but for a warm-up (`set_blend`).
 """
 
 from __future__ import annotations
@@ -20,7 +22,7 @@ from __future__ import annotations
 import copy
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from types import ModuleType
 from typing import Any, ClassVar, Self, cast
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quant import nf4, ternary
-from quant.derived import forget, kept_bytes, weights_changed
+from quant.derived import derived, forget, kept_bytes, weights_changed
 from quant.ops import ARITHMETIC, operators
 
 
@@ -104,13 +106,16 @@ class _SharedRows:
         self.rows: tuple[Tensor, ...] = ()
         self.served: set[int] = set()
 
-    def __call__(self, layer: nn.Module, scheme: str, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(
+        self, layer: nn.Module, kind: Hashable, x: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        """`make(x)`, or what it gave the layer before that asked for the same `kind` of rows of the same input."""
         if torch.compiler.is_compiling() or x.is_inference() or torch.is_inference_mode_enabled() or type(x) is not Tensor:
-            return tuple(operators.rows(scheme, x.detach()))
-        stamp = (scheme, x._version, x.dtype, x.shape, x.data_ptr() if not x.is_meta else 0)
+            return make(x.detach())
+        stamp = (kind, x._version, x.dtype, x.shape, x.data_ptr() if not x.is_meta else 0)
         same = self.input is not None and self.input() is x and self.stamp == stamp and id(layer) not in self.served
         if not same:
-            self.rows = tuple(operators.rows(scheme, x.detach()))
+            self.rows = make(x.detach())
             self.input, self.stamp, self.served = weakref.ref(x, self._drop), stamp, set()
         self.served.add(id(layer))
         return self.rows
@@ -128,8 +133,8 @@ class _Threads(threading.local):
 _threads = _Threads()
 
 
-def _multiply(layer: Any, x: Tensor, *, master: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
-    """x (…, in) → (…, out), in the dtype of x, or in autocast's where that is on; normalized before, where there is a norm."""
+def _checked(layer: Any, x: Tensor) -> tuple[tuple[int, int], torch.dtype]:
+    """The shape of the weight, and the dtype of the result: that of x, or autocast's where that is on."""
     shape: tuple[int, int] = (layer.out_features, layer.in_features)
     dtype, kind = x.dtype, x.device.type
     if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # `meta` has no autocast to ask
@@ -138,6 +143,12 @@ def _multiply(layer: Any, x: Tensor, *, master: Tensor | None, parts: tuple[Tens
         raise TypeError(f"a quantized linear computes in fp32, bf16 or fp16, got an input of {x.dtype}")
     if x.shape[-1:] != shape[1:]:
         raise ValueError(f"this linear takes inputs of {shape[1]} features, got shape {tuple(x.shape)}")
+    return shape, dtype
+
+
+def _multiply(layer: Any, x: Tensor, *, master: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
+    """x (…, in) → (…, out), in the dtype of x, or in autocast's where that is on; normalized before, where there is a norm."""
+    shape, dtype = _checked(layer, x)
     scheme, bias, norm = layer.arithmetic, layer.bias, layer.rms_norm
     bias = None if bias is None else bias.to(dtype)
     gain = inverse = None
@@ -147,10 +158,100 @@ def _multiply(layer: Any, x: Tensor, *, master: Tensor | None, parts: tuple[Tens
         *rows_of_norm, inverse = operators.norm_rows(scheme, x.detach(), gain.detach(), norm.eps)
         rows = tuple(rows_of_norm)
     elif ARITHMETIC[scheme].integer:
-        rows = _threads.shared_rows(layer, scheme, x)
+        rows = _threads.shared_rows(layer, scheme, x, lambda plain: tuple(operators.rows(scheme, plain)))
     if not torch.is_grad_enabled():  # autograd's bookkeeping costs as much as a small product
         return cast(Tensor, operators.linear(scheme, rows, bias, parts or (master,), master is None, *shape, dtype))
     return cast(Tensor, _Linear.apply(x, rows, gain, inverse, bias, scheme, shape, dtype, master, parts))
+
+
+# --------------------------------------------------------------------------------------------------------- λ, the warm-up
+
+
+def between(plain: Tensor, quantized: Tensor, blend: float, dtype: torch.dtype) -> Tensor:
+    """plain + λ(quantized − plain), computed in fp32 and rounded to `dtype` once; `quantized` is fp32 and given up."""
+    plain = plain.detach().float()
+    return quantized.sub_(plain).mul_(blend).add_(plain).to(dtype)
+
+
+def _blended_weight(scheme: str, master: Tensor, blend: float, dtype: torch.dtype) -> Tensor:
+    """The weight on its way from the master to its codes, (out, in)."""
+    if blend == 0:
+        return master.detach().to(dtype)
+    return between(master, operators.dequantize(scheme, [master], False, *master.shape, torch.float32), blend, dtype)
+
+
+def _blended_rows(scheme: str, x: Tensor, blend: float, dtype: torch.dtype) -> tuple[Tensor]:
+    """The activations on their way to their codes, where the scheme has codes for them."""
+    if blend == 0 or not ARITHMETIC[scheme].integer:
+        return (x.to(dtype),)
+    codes, scales = operators.rows(scheme, x)
+    return (between(x, ternary.dequantize_rows(codes, scales), blend, dtype),)
+
+
+class _Blended(torch.autograd.Function):
+    """x (…, in) · Wᵀ + bias → y (…, out) in `dtype`, with x and W part of the way to their codes; straight-through.
+
+        x_λ = x + λ(q(x) − x)     W_λ = W + λ(q(W) − W)     y = x_λ · W_λᵀ + bias     ∂x = ∂y · W_λ     ∂W = ∂yᵀ · x_λ
+
+    rows: x_λ in `dtype`, which the backward pass keeps, as it does in any float layer; W_λ it computes again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        rows: tuple[Tensor],
+        bias: Tensor | None,
+        scheme: str,
+        blend: float,
+        dtype: torch.dtype,
+        master: Tensor,
+    ) -> Tensor:
+        ctx.scheme, ctx.blend, ctx.x_dtype = scheme, blend, x.dtype
+        ctx.save_for_backward(master, *(rows if master.requires_grad else ()))
+        return nn.functional.linear(rows[0], _blended_weight(scheme, master, blend, dtype), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        master, *rows = ctx.saved_tensors
+        flat, grad_x, grad_bias, grad_weight = grad.reshape(-1, grad.shape[-1]), None, None, None
+        if ctx.needs_input_grad[0]:
+            grad_x = (grad @ _blended_weight(ctx.scheme, master, ctx.blend, grad.dtype)).to(ctx.x_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = flat.sum(0)
+        if rows:
+            grad_weight = (flat.t() @ rows[0].reshape(-1, master.shape[1])).to(master.dtype)
+        return grad_x, None, grad_bias, None, None, None, grad_weight
+
+
+def _multiply_blended(layer: FakeQuantLinear, x: Tensor) -> Tensor:
+    """As `_multiply`, with weight and activations at `layer.blend` of the way to their codes."""
+    _, dtype = _checked(layer, x)
+    scheme, blend = layer.arithmetic, layer.blend
+    bias = None if layer.bias is None else layer.bias.to(dtype)
+    if layer.rms_norm is not None:
+        x, _ = ternary.rms_norm(x, layer.rms_norm.weight, cast(float, layer.rms_norm.eps))
+    rows = _threads.shared_rows(layer, (scheme, blend, dtype), x, lambda plain: _blended_rows(scheme, plain, blend, dtype))
+    return cast(Tensor, _Blended.apply(x, rows, bias, scheme, blend, dtype, layer.weight))
+
+
+def set_blend(model: nn.Module, value: float) -> None:
+    """Set the λ of every fake-quantized layer of `model`: 0 computes with floats, 1 (what they begin with) with codes.
+
+    In between, y = (x + λ(q(x) − x)) · (W + λ(q(W) − W))ᵀ: a pretrained model is led to its codes over many steps instead of
+    being thrown at them (λ warm-up; Fine-tuning LLMs to 1.58bit, Hugging Face 2024). It is no part of the state_dict: who
+    resumes a warm-up sets it again. A compiled model is compiled anew for each value.
+
+    Raises ValueError for a value outside of [0, 1], and for a model without fake-quantized layers.
+    """
+    if not 0 <= value <= 1:
+        raise ValueError(f"blend goes from 0 (floats) to 1 (codes), got {value}")
+    layers = [module for module in model.modules() if isinstance(module, MasterWeight)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no fake-quantized layer whose blend could be set")
+    for layer in layers:
+        layer.blend = float(value)
 
 
 def _refuse(linear: nn.Module, scheme: ModuleType) -> None:
@@ -220,10 +321,16 @@ class PackedLinear(nn.Module):
 
         A fake-quantized linear of the same scheme gives its master weight's codes.
 
-        Raises ValueError for a layer that is packed already, and for weights that the scheme refuses.
+        Raises ValueError for a layer that is packed already, for one in the midst of a warm-up (`blend` below 1), and for
+        weights that the scheme refuses.
         """
         if not (isinstance(linear, FakeQuantLinear) and linear.scheme is cls.scheme):
             _refuse(linear, cls.scheme)
+        elif linear.blend != 1:
+            raise ValueError(
+                f"blend is {linear.blend:g}: this layer computes with weights between floats and codes, and the packed one would "
+                "be another function; end the warm-up first, set_blend(model, 1)"
+            )
         weight, bias = linear.weight, linear.bias
         features = (linear.in_features, linear.out_features)
         packed = cls(*features, bias is not None, device="meta", dtype=weight.dtype, **options)
@@ -356,6 +463,8 @@ class MasterWeight(nn.Module):
 
     weight: Tensor  # a Parameter
     used: bool
+    blend: float = 1.0
+    """λ of the warm-up: how far weight and activations are on their way from floats, 0, to their codes, 1. See `set_blend`."""
 
     def mark_used(self) -> None:
         """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
@@ -425,11 +534,15 @@ class FakeQuantLinear(MasterWeight, nn.Linear):
         """The weight as the forward pass uses it, (out, in), in `dtype` (default: the master's), without a gradient."""
         shape = (self.out_features, self.in_features)
         with torch.no_grad():
+            if self.blend != 1:
+                return _blended_weight(self.arithmetic, self.weight, self.blend, dtype or self.weight.dtype)
             return operators.dequantize(self.arithmetic, [self.weight], False, *shape, dtype or self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (…, in) in fp32, bf16 or fp16 → (…, out) in the same dtype; under autocast in autocast's, as F.linear."""
         self.mark_used()
+        if self.blend != 1:
+            return _multiply_blended(self, x)
         return _multiply(self, x, master=self.weight, parts=())
 
 
@@ -447,6 +560,15 @@ class BitLinear(FakeQuantLinear):
     def __init__(self, *args: Any, norm_eps: float | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.rms_norm = _norm(self.in_features, norm_eps, self.weight.device, self.weight.dtype)
+
+    def codes(self) -> tuple[Tensor, Tensor]:
+        """The packed codes of the weight as it is now, uint8 (out/4, in), and their scale, fp32 (), the s that divides.
+
+        They are those that the forward pass keeps until the next optimizer step, and not to be written to.
+        """
+        parts = derived(self.weight, self.arithmetic, lambda w: tuple(ARITHMETIC[self.arithmetic].pack(w)), frozen=False)
+        packed = ternary.of_parts(parts, self.weight.shape)
+        return packed.codes, packed.scale
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, norm_eps: float | None = None, **kwargs: Any) -> Self:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +84,44 @@ def write_jsonl(path: Path, rows: list[Any]) -> Path:
     return path
 
 
+def story(characters: int, seed: int = 0) -> str:
+    """Sentences of a little grammar: something to learn, and nobody's text."""
+    choose = random.Random(seed).choice
+    who, does = ("miller", "sailor", "widow", "fox", "judge"), ("sees", "fears", "follows", "calls", "sells")
+    lines: list[str] = []
+    while sum(map(len, lines)) < characters:
+        lines.append(f"The {choose(who)} {choose(does)} the {choose(who)}, and the {choose(who)} {choose(does)} nobody.")
+        if len(lines) % 7 == 0:
+            lines.append("")
+    return "\n".join(lines) + "\n"
+
+
 @pytest.fixture
 def rows_file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", alpaca(40))
+
+
+class Terminal:
+    """Types commands: `(exit code, what was printed, what went to stderr)`."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self.folder, self.capsys, self.monkeypatch = folder, capsys, monkeypatch
+        monkeypatch.chdir(folder)
+        monkeypatch.setenv("COLUMNS", "200")
+
+    def __call__(self, *words: str) -> tuple[int, str, str]:
+        self.monkeypatch.setattr(sys, "argv", ["finetune", *words])
+        from finetune import cli
+
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = stop.code if isinstance(stop.code, int) else 0
+        out, err = self.capsys.readouterr()
+        return code, out, err
+
+
+@pytest.fixture
+def finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
+    return Terminal(tmp_path, monkeypatch, capsys)

@@ -14,8 +14,9 @@ from pathlib import Path
 # Rank of each room: a module imports only from rooms of lower rank (or its own). Late imports inside functions count too.
 RANKS = [
     {"finetune.errors", "finetune.files", "finetune.recipe", "finetune.screen"},
-    {"finetune.data", "finetune.model", "finetune.provenance"},
+    {"finetune.data", "finetune.model", "finetune.provenance", "finetune.convert"},
     {"finetune.train", "finetune.use"},
+    {"finetune.material", "finetune.export"},
     {"finetune.merge", "finetune.report", "finetune.check", "finetune.show", "finetune.bench"},
     {"finetune.run"},
     {"finetune.commands"},
@@ -26,6 +27,7 @@ BASELINES = "finetune/bench/baselines.py"  # the plain stack to compare with
 ONLY_IN = {
     "bitsandbytes": ("quant/backends/", "finetune/train/optim.py", BASELINES),
     "triton": ("quant/backends/",),
+    "xllamacpp": ("finetune/export/",),
     **dict.fromkeys(("numba", "llvmlite"), ("quant/backends/",)),
     "trl": ("finetune/train/preference.py", BASELINES),
     **dict.fromkeys(("libggml", "onebitllms", "torchao"), (BASELINES,)),

@@ -442,7 +442,8 @@ def samples_section(record: dict[str, Any]) -> Html:
     shown = []
     for sample in samples:
         prompt = []
-        for message in sample.get("prompt") or []:
+        given = sample.get("prompt") or []
+        for message in [{"role": "text", "content": given}] if isinstance(given, str) else given:
             said = el("div", message.get("content"), class_="text")
             prompt.append(el("div", el("span", message.get("role"), class_="role"), said, class_="turn"))
         reference = el("div", sample["reference"], class_="text") if sample.get("reference") else None

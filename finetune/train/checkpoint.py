@@ -4,8 +4,8 @@
         weights.safetensors     every trained parameter, by its name in the model
         optimizer.safetensors   PARAMETER/STATE, such as …lora_A.default.weight/exp_avg
         rng.safetensors         generators of torch (cpu, cuda:N) and numpy
-        state.json              format, step, epoch, position, token counts, python's generator, the optimizer's scalars,
-                                bytes of metrics.jsonl that belong to it
+        state.json              format, step, epoch, position, place, token counts, python's generator, the optimizer's
+                                scalars, bytes of metrics.jsonl that belong to it
         manifest.json           {file: {bytes, sha256}} of the others
 
 The folder is written beside its place, synced and renamed; the hashes find damage that a disk did later. Format 1 is final: a
@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +34,19 @@ PREFIX = "step-"
 
 @dataclass
 class Progress:
-    """Where a run stands. `epoch` and `position` name the next micro-batch; token counts are of all steps so far."""
+    """Where a run stands. `epoch` and `position` name the next micro-batch; token counts are of all steps so far.
+
+    `place`: where it is found, for a kind whose micro-batches are a stream (JSON). `bad`: (epoch, position) of micro-batches
+    that are left out, because the step with them went wrong when the weights had taken it already.
+    """
 
     step: int = 0
     epoch: int = 0
     position: int = 0
     tokens: int = 0
     supervised: int = 0
+    place: Any = None
+    bad: list[list[int]] = field(default_factory=list)
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -216,7 +222,6 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         loaded.setdefault(index[parameter], {})[key] = tensor
     for parameter, values in state["optimizer"].items():
         loaded.setdefault(index[parameter], {}).update(values)
-    if loaded:
-        optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
+    optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
     _restore_rng(load_file(path / "rng.safetensors"), state["rng"])
-    return Progress(**{f.name: state[f.name] for f in fields(Progress)}), state["metrics_bytes"]
+    return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state}), state["metrics_bytes"]

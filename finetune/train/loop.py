@@ -22,7 +22,7 @@ import torch
 from finetune.errors import GateStop
 from finetune.train import checkpoint
 from finetune.train.checkpoint import Progress
-from finetune.train.optim import learning_rate
+from finetune.train.schedule import decays, learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -32,10 +32,21 @@ if TYPE_CHECKING:
 
 
 class Kind(Protocol):
-    """What a kind of training supplies."""
+    """What a kind of training supplies. `parts`: what the last loss was made of, for the metrics; often nothing."""
 
-    def epoch(self, number: int) -> Sequence[Any]:
-        """Keys of an epoch's micro-batches: a function of the seed and the epoch's number alone."""
+    parts: dict[str, float]
+
+    def keys(self, epoch: int, position: int, place: Any) -> Iterator[Any]:
+        """Keys of an epoch's micro-batches from `position` on: a function of the seed, the epoch and the position alone.
+
+        place: what `place` gave for the last one before it, None at the beginning. Closing the iterator ends its work.
+        """
+
+    def length(self, epoch: int) -> int | None:
+        """Micro-batches of an epoch, or None where nobody knows."""
+
+    def place(self, key: Any) -> Any:
+        """Where the stream goes on behind this micro-batch, as JSON; None for a kind that needs no such thing."""
 
     def batch(self, key: Any) -> Any:
         """The micro-batch behind a key."""
@@ -57,11 +68,41 @@ class Interrupted(Exception):
 def steps_in(kind: Kind, *, epochs: float, accumulation: int, max_steps: int | None) -> int:
     """Optimizer steps of `epochs` passes. An epoch's last, smaller group goes on into the next epoch."""
     whole = int(epochs)
-    micro_batches = sum(len(kind.epoch(number)) for number in range(whole))
+    micro_batches = sum(kind.length(number) or 0 for number in range(whole))
     if epochs > whole:
-        micro_batches += math.ceil((epochs - whole) * len(kind.epoch(whole)))
+        micro_batches += math.ceil((epochs - whole) * (kind.length(whole) or 0))
     steps = max(1, math.ceil(micro_batches / accumulation))
     return min(steps, max_steps) if max_steps is not None else steps
+
+
+class _Keys:
+    """The keys of the micro-batches that come next; moves `progress` on."""
+
+    def __init__(self, kind: Kind, progress: Progress) -> None:
+        self.kind, self.progress = kind, progress
+        self.epoch: Iterator[Any] = kind.keys(progress.epoch, progress.position, progress.place)
+
+    def next(self) -> Any:
+        progress = self.progress
+        while True:
+            try:
+                key = next(self.epoch)
+            except StopIteration:
+                if not progress.position:
+                    raise GateStop(f"epoch {progress.epoch + 1} of the data holds no row to train on", where="data") from None
+                progress.epoch, progress.position, progress.place = progress.epoch + 1, 0, None
+                self.epoch = self.kind.keys(progress.epoch, 0, None)
+                continue
+            here = [progress.epoch, progress.position]
+            progress.position += 1
+            progress.place = self.kind.place(key)
+            if here not in progress.bad:
+                return key
+
+    def close(self) -> None:
+        close = getattr(self.epoch, "close", None)  # a stream reads ahead in a thread
+        if close is not None:
+            close()
 
 
 class Memory:
@@ -116,6 +157,9 @@ def _signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, old)
 
 
+MOST_ROLLBACKS = 3  # in one process; a model that goes wrong more often has a cause that skipping rows does not mend
+
+
 def train(
     model: torch.nn.Module,
     kind: Kind,
@@ -128,12 +172,16 @@ def train(
     progress: Progress,
     autocast: torch.dtype | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    before_step: Callable[[int], None] | None = None,
+    after_step: Callable[[int], dict[str, Any]] | None = None,
     show: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Train from `progress` to `total_steps`; checkpoints and metrics go into `folder`.
 
     `autocast` is the dtype of the matrix products where it is not that of the weights. `evaluate(step)` returns metrics and
-    must leave the model and the random generators as they were.
+    must leave the model and the random generators as they were; so must `before_step(step)`, and `after_step(step)`, whose
+    metrics get a line of their own. An optimizer that steps inside the backward pass (`in_backward`) gives the gradient's norm
+    afterwards; a step that went wrong then has changed the weights, and the run goes back to its last checkpoint.
 
     Returns:
         seconds, tokens_per_second (of this process's steps), peak_bytes, memory_kind, and the totals of `progress`.
@@ -143,108 +191,144 @@ def train(
         Interrupted: a signal came; the step is finished and saved.
     """
     parameters = list(checkpoint.trained(model).values())
+    decay_of_groups = [group["weight_decay"] for group in optimizer.param_groups]
+    inner: Any = getattr(optimizer, "optimizer", optimizer)
+    in_backward = bool(getattr(inner, "in_backward", False))
     memory = Memory(accelerator.device)
     memory.reset()
     model.train()
-    begun, tokens_before, evaluating = time.monotonic(), progress.tokens, 0.0
-    keys = list(kind.epoch(progress.epoch))
-
-    def next_key() -> Any:
-        nonlocal keys
-        while progress.position >= len(keys):
-            progress.epoch, progress.position = progress.epoch + 1, 0
-            keys = list(kind.epoch(progress.epoch))
-        key = keys[progress.position]
-        progress.position += 1
-        return key
+    begun, tokens_before, evaluating, rollbacks = time.monotonic(), progress.tokens, 0.0, 0
+    keys = _Keys(kind, progress)
 
     def save() -> None:
         checkpoint.save(
             folder.path / "checkpoints",
             accelerator.unwrap_model(model),
-            getattr(optimizer, "optimizer", optimizer),
+            inner,
             progress,
             metrics_bytes=folder.metrics_bytes(),
             keep=settings.keep_checkpoints,
         )
 
+    def wrong(step: int, group: list[Any], mean: float, norm: float) -> GateStop:
+        return GateStop(
+            f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite; the step was not taken",
+            where=f"samples {', '.join(str(s) for key in group for s in kind.samples(key))}"[:400],
+            found=f"loss {mean}, gradient norm {norm}",
+            do=f"look at these samples, or begin anew with a lower train.lr (it was {settings.lr:g}); "
+            f"the last checkpoint is step {saved}",
+        )
+
+    def go_back(step: int, places: list[list[int]], stop: GateStop) -> Progress:
+        """The weights have taken a bad step: put back the last checkpoint, and leave the step's micro-batches out."""
+        nonlocal rollbacks
+        rollbacks += 1
+        path, _ = checkpoint.newest(folder.path / "checkpoints")
+        if path is None or rollbacks > MOST_ROLLBACKS:
+            raise stop
+        restored, size = checkpoint.load(path, accelerator.unwrap_model(model), inner)
+        restored.bad += progress.bad + places
+        folder.cut_metrics(size)
+        folder.append({"step": restored.step, "rolled_back": {"from": step, "found": stop.found, "where": stop.where}})
+        if show is not None:
+            show(restored.step, total_steps, f"step {step} went wrong: back to step {restored.step}, without its rows")
+        return restored
+
     saved = progress.step
-    with _signals() as interrupted:
-        while progress.step < total_steps:
-            started = time.monotonic()
-            step = progress.step + 1
-            lr = learning_rate(
-                step,
-                total_steps,
-                peak=settings.lr,
-                schedule=settings.schedule,
-                warmup=settings.warmup,
-                min_lr=settings.min_lr,
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            group_keys = [next_key() for _ in range(settings.accumulation)]
-            loss_sum, count, tokens = torch.zeros((), device=accelerator.device), 0, 0
-            for key in group_keys:
-                batch = kind.batch(key)
-                with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None):
-                    loss, targets = kind.loss(model, batch)
-                if targets:
-                    accelerator.backward(loss)
-                    loss_sum += loss.detach()
-                count += targets
-                tokens += kind.tokens(batch)
-            gradients = [p.grad for p in parameters if p.grad is not None]
-            if count:
-                torch._foreach_div_(gradients, float(count))
-            norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-            mean = float(loss_sum) / max(1, count)
-            if not (math.isfinite(mean) and math.isfinite(norm)):
-                raise GateStop(
-                    f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite; the step was not taken",
-                    where=f"samples {', '.join(str(s) for key in group_keys for s in kind.samples(key))}"[:400],
-                    found=f"loss {mean}, gradient norm {norm}",
-                    do=f"look at these samples, or begin anew with a lower train.lr (it was {settings.lr:g}); "
-                    f"the last checkpoint is step {saved}",
+    if in_backward and not checkpoint.checkpoints(folder.path / "checkpoints"):
+        save()  # something to go back to
+    try:
+        with _signals() as interrupted:
+            while progress.step < total_steps:
+                started = time.monotonic()
+                step = progress.step + 1
+                lr = learning_rate(
+                    step,
+                    total_steps,
+                    peak=settings.lr,
+                    schedule=settings.schedule,
+                    warmup=settings.warmup,
+                    min_lr=settings.min_lr,
                 )
-            if settings.max_grad_norm and norm > settings.max_grad_norm:
-                torch._foreach_mul_(gradients, settings.max_grad_norm / norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            progress.step, progress.tokens, progress.supervised = (
-                step,
-                progress.tokens + tokens,
-                progress.supervised + count,
-            )
-            seconds = time.monotonic() - started
-            metrics: dict[str, Any] = {
-                "step": step,
-                "epoch": round(progress.epoch + progress.position / max(1, len(keys)), 4),
-                "loss": mean,
-                "lr": lr,
-                "grad_norm": norm,
-                "tokens": progress.tokens,
-                "supervised": progress.supervised,
-                "tokens_per_second": round(tokens / seconds, 1),
-                "step_seconds": round(seconds, 4),
-                "memory_bytes": memory.peak(),
-                "time": round(time.time(), 3),
-            }
-            folder.append(metrics)
-            accelerator.log({k: v for k, v in metrics.items() if k not in ("step", "time")}, step=step)
-            if show is not None:
-                show(step, total_steps, f"loss {mean:.3f}  {tokens / seconds:.0f} tok/s")
-            if evaluate is not None and settings.eval_steps and step % settings.eval_steps == 0 and step < total_steps:
-                before = time.monotonic()
-                measured = {"step": step, **evaluate(step)}
-                evaluating += time.monotonic() - before
-                folder.append(measured)
-                accelerator.log({k: v for k, v in measured.items() if k != "step"}, step=step)
-            if (settings.save_steps and step % settings.save_steps == 0) or step == total_steps or interrupted():
-                save()
-                saved = step
-                if interrupted() and step < total_steps:
-                    raise Interrupted(f"stopped after step {step} of {total_steps}")
+                decaying = decays(step, total_steps, schedule=settings.schedule)
+                for group, decay in zip(optimizer.param_groups, decay_of_groups, strict=True):
+                    group["lr"], group["weight_decay"] = lr, decay if decaying else 0.0
+                if before_step is not None:
+                    before_step(step)
+                group_keys, places = [], []
+                loss_sum, count, tokens = torch.zeros((), device=accelerator.device), 0, 0
+                for _ in range(settings.accumulation):
+                    key = keys.next()
+                    group_keys.append(key)
+                    places.append([progress.epoch, progress.position - 1])
+                    batch = kind.batch(key)
+                    with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None):
+                        loss, targets = kind.loss(model, batch)
+                    if targets and not (in_backward and not math.isfinite(float(loss.detach()))):
+                        accelerator.backward(loss / targets if in_backward else loss)
+                    if targets:
+                        loss_sum += loss.detach()
+                    count += targets
+                    tokens += kind.tokens(batch)
+                mean = float(loss_sum) / max(1, count)
+                if in_backward:
+                    norm = inner.grad_norm()
+                    if not (math.isfinite(mean) and inner.finite()):
+                        keys.close()
+                        progress = go_back(step, places, wrong(step, group_keys, mean, norm))
+                        keys = _Keys(kind, progress)
+                        continue
+                else:
+                    gradients = [p.grad for p in parameters if p.grad is not None]
+                    if count:
+                        torch._foreach_div_(gradients, float(count))
+                    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
+                    if not (math.isfinite(mean) and math.isfinite(norm)):
+                        raise wrong(step, group_keys, mean, norm)
+                    if settings.max_grad_norm and norm > settings.max_grad_norm:
+                        torch._foreach_mul_(gradients, settings.max_grad_norm / norm)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                progress.step, progress.tokens, progress.supervised = (
+                    step,
+                    progress.tokens + tokens,
+                    progress.supervised + count,
+                )
+                seconds = time.monotonic() - started
+                length = kind.length(progress.epoch)
+                metrics: dict[str, Any] = {
+                    "step": step,
+                    "epoch": round(progress.epoch + progress.position / length, 4) if length else progress.epoch,
+                    "loss": mean,
+                    **kind.parts,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    "tokens": progress.tokens,
+                    "supervised": progress.supervised,
+                    "tokens_per_second": round(tokens / seconds, 1),
+                    "step_seconds": round(seconds, 4),
+                    "memory_bytes": memory.peak(),
+                    "time": round(time.time(), 3),
+                }
+                folder.append(metrics)
+                accelerator.log({k: v for k, v in metrics.items() if k not in ("step", "time")}, step=step)
+                if after_step is not None and (seen := after_step(step)):
+                    folder.append({"step": step, **seen})
+                if show is not None:
+                    show(step, total_steps, f"loss {mean:.3f}  {tokens / seconds:.0f} tok/s")
+                if evaluate is not None and settings.eval_steps and step % settings.eval_steps == 0 and step < total_steps:
+                    before = time.monotonic()
+                    measured = {"step": step, **evaluate(step)}
+                    evaluating += time.monotonic() - before
+                    folder.append(measured)
+                    accelerator.log({k: v for k, v in measured.items() if k != "step"}, step=step)
+                if (settings.save_steps and step % settings.save_steps == 0) or step == total_steps or interrupted():
+                    save()
+                    saved = step
+                    if interrupted() and step < total_steps:
+                        raise Interrupted(f"stopped after step {step} of {total_steps}")
+    finally:
+        keys.close()
     seconds = time.monotonic() - begun - evaluating
     return {
         "steps": progress.step,
@@ -254,4 +338,5 @@ def train(
         "tokens_per_second": round((progress.tokens - tokens_before) / seconds, 1) if seconds else 0.0,
         "peak_bytes": memory.peak(),
         "memory_kind": memory.kind,
+        **({"rollbacks": len(progress.bad)} if progress.bad else {}),
     }

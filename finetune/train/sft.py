@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 
@@ -16,9 +16,22 @@ class SupervisedFineTuning:
 
     def __init__(self, batches: Batches, device: torch.device) -> None:
         self.batches, self.device = batches, device
+        self.parts: dict[str, float] = {}
+        self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])  # the last one: packing a large epoch takes a while
 
-    def epoch(self, number: int) -> Sequence[tuple[int, ...]]:
-        return self.batches.epoch(number)
+    def keys(self, epoch: int, position: int, place: None) -> Iterator[tuple[int, ...]]:
+        return iter(self._keys(epoch)[position:])
+
+    def length(self, epoch: int) -> int:
+        return len(self._keys(epoch))
+
+    def _keys(self, epoch: int) -> list[tuple[int, ...]]:
+        if self._epoch[0] != epoch:
+            self._epoch = epoch, self.batches.epoch(epoch)
+        return self._epoch[1]
+
+    def place(self, key: tuple[int, ...]) -> None:
+        return None  # the position says it all
 
     def batch(self, key: tuple[int, ...]) -> Batch:
         batch = self.batches.batch(key)

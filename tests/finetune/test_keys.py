@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from finetune.errors import Stop
 from finetune.recipe import known_keys, read_recipe
-from tests.conftest import alpaca, write_jsonl
+from tests.conftest import alpaca, story, write_jsonl
 
 BASE: dict[str, Any] = {
     "model": {"dtype": "fp32"},
@@ -29,14 +29,39 @@ BASE: dict[str, Any] = {
     "run": {"device": "cpu", "merge": False, "threads": 2},
 }
 
+LLAMA = {
+    "model_type": "llama", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "tie_word_embeddings": True,
+}  # fmt: skip
+# Ternary by pretraining on a text: from a model that exists, and from scratch.
+TERNARY: dict[str, Any] = {
+    "kind": "pretrain", "quant.scheme": "ternary", "adapter.kind": "none", "data.path": "STORY", "data.max_length": 32,
+    "data.max_rows": None,
+}  # fmt: skip
+SCRATCH = TERNARY | {"model.name": None, "model.config": LLAMA, "tokenizer.train": 300}
+TAUGHT = TERNARY | {"distill.teacher": "OTHER_MODEL"}
+
 # key → (its other value, what else must be set on both sides for it to matter)
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
+    "kind": ("pretrain", {"data.path": "STORY", "data.max_rows": None, "data.max_length": 300, "adapter.kind": "lora"}),
     "about": ("a sentence", {}),
     "model.name": ("OTHER_MODEL", {}),
     "model.revision": ("v2", {}),
     "model.dtype": ("bf16", {}),
     "model.attention": ("eager", {}),
+    "model.config": (LLAMA | {"intermediate_size": 64}, SCRATCH),
+    "tokenizer.name": ("OTHER_MODEL", SCRATCH),
+    "tokenizer.train": (290, SCRATCH),
     "quant.scheme": ("none", {}),
+    "quant.rms_norm": (True, SCRATCH),
+    "quant.sub_norms": (True, TERNARY),
+    "quant.warmup": (0.6, TERNARY),
+    "quant.warmup_shape": ("cosine", TERNARY | {"quant.warmup": 0.9, "train.max_steps": 4}),
+    "distill.teacher": ("OTHER_MODEL", TERNARY),
+    "distill.logits": (2.0, TAUGHT),
+    "distill.temperature": (2.0, TAUGHT),
+    "distill.relations": (0.0, TAUGHT),
+    "distill.layer": (0, TAUGHT),
     "quant.double": (False, {}),
     "quant.keep": (["*.o_proj"], {}),
     "adapter.kind": ("none", {"quant.scheme": "none"}),
@@ -54,6 +79,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "data.split": ("test", {"data.path": None, "data.name": "HUB"}),
     "data.format": ("text", {}),
+    "data.text_key": ("body", SCRATCH | {"data.path": "TWO_TEXTS"}),
     "data.template": ("alpaca", {}),
     "data.system": ("Be brief.", {}),
     "data.learn": ("everything", {}),
@@ -67,9 +93,11 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "data.packing": (False, {}),
     "train.epochs": (1.5, {"train.max_steps": None, "data.max_rows": 8, "data.packing": False}),
     "train.max_steps": (3, {}),
+    "train.max_tokens": (96, SCRATCH | {"train.max_steps": None, "train.max_tokens": 64}),
     "train.micro_batch": (2, {}),
     "train.accumulation": (2, {}),
     "train.lr": (2e-3, {}),
+    "train.twin_lr": (1e-5, SCRATCH | {"twin": True}),
     "train.schedule": ("constant", {}),
     "train.warmup": (0.9, {}),
     "train.min_lr": (0.5, {}),
@@ -78,11 +106,16 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.betas": ([0.5, 0.9], {}),
     "train.eps": (1e-2, {}),
     "train.max_grad_norm": (1e-4, {"train.eps": 1.0}),
+    "train.stochastic_rounding": (True, SCRATCH | {"model.dtype": "bf16"}),
+    "train.step_in_backward": (True, SCRATCH | {"train.max_grad_norm": 0}),
+    "train.loss_chunk": (7, SCRATCH),
+    "train.health_steps": (1, SCRATCH),
     "train.checkpointing": (True, {}),
     "train.precision": ("bf16", {}),
     "train.save_steps": (1, {}),
     "train.keep_checkpoints": (1, {"train.save_steps": 1}),
     "train.eval_steps": (1, {}),
+    "twin": (True, SCRATCH),
     "eval.samples": (1, {}),
     "eval.prompts": (["Hello?"], {}),
     "eval.max_new_tokens": (2, {"eval.samples": 1}),
@@ -92,6 +125,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "eval.tasks": (["tiny_sums"], {"eval.include_path": "TASKS", "eval.limit": 2}),
     "eval.include_path": (None, {"eval.include_path": "TASKS", "eval.tasks": ["tiny_sums"], "eval.limit": 2}),
     "eval.limit": (1, {"eval.include_path": "TASKS", "eval.tasks": ["tiny_sums"], "eval.limit": 2}),
+    "export.formats": (["bitnet"], SCRATCH),
+    "export.gate_tokens": (20, SCRATCH),
     "run.dir": ("OTHER_DIR", {}),
     "run.seed": (18, {}),
     "run.device": ("cuda", {}),
@@ -99,8 +134,6 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "run.merge": (True, {}),
     "run.trackers": (["tensorboard"], {}),
 }
-# One value only: nothing to change it to.
-SINGLE = {"kind"}
 # Tried on its own, in test_run.py.
 ELSEWHERE = {"model.trust_remote_code"}
 
@@ -117,7 +150,7 @@ def leaves() -> list[str]:
 
 
 def test_the_table_names_every_key() -> None:
-    assert set(leaves()) == set(CHANGES) | SINGLE | ELSEWHERE
+    assert set(leaves()) == set(CHANGES) | ELSEWHERE
 
 
 class Workshop:
@@ -134,6 +167,9 @@ class Workshop:
             "output_type: multiple_choice\ndoc_to_text: '{{question}}'\ndoc_to_choice: ['{{answer}}', '7']\ndoc_to_target: 0\n"
             "metric_list:\n  - metric: acc\n"
         )
+        two = [
+            {"text": a * 8, "body": b * 8} for a, b in zip(story(20_000).split("\n"), story(20_000, 1).split("\n"), strict=False)
+        ]
         hub = folder / "hub"
         hub.mkdir()
         write_jsonl(hub / "train.jsonl", alpaca(20))
@@ -146,6 +182,8 @@ class Workshop:
             "TASKS": str(tasks),
             "HUB": str(hub),
             "OTHER_DIR": str(folder / "elsewhere"),
+            "STORY": str(write_jsonl(folder / "story.jsonl", [{"text": line * 8} for line in story(20_000).split("\n") if line])),
+            "TWO_TEXTS": str(write_jsonl(folder / "two.jsonl", two)),
         }
         rows = write_jsonl(folder / "rows.jsonl", [{"text": f"t {n}", **row} for n, row in enumerate(alpaca(20))])
         self.base = {**BASE, "model": BASE["model"] | {"name": str(model)}, "data": BASE["data"] | {"path": str(rows)}}
@@ -194,7 +232,7 @@ class Workshop:
         for dotted, value in extra.items():
             section, _, leaf = dotted.rpartition(".")
             value = self.names.get(value, value) if isinstance(value, str) else value
-            (recipe[section] if section else top)[leaf] = value
+            (recipe.setdefault(section, {}) if section else top)[leaf] = value
         path = self.folder / "recipe.yaml"
         path.write_text(yaml.safe_dump({**recipe, **top}))
         self.seen = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import cli
 from finetune.recipe import read_recipe
-from tests.conftest import alpaca, write_jsonl
+from tests.conftest import Terminal, alpaca, write_jsonl
 
 RECIPE = """\
 about: "a tiny run"
@@ -28,35 +26,11 @@ run: {{device: cpu}}
 """
 
 
-class Terminal:
-    """Types commands: `(exit code, what was printed, what went to stderr)`."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self.folder, self.capsys, self.monkeypatch = folder, capsys, monkeypatch
-        monkeypatch.chdir(folder)
-        monkeypatch.setenv("COLUMNS", "200")
-
-    def __call__(self, *words: str) -> tuple[int, str, str]:
-        self.monkeypatch.setattr(sys, "argv", ["finetune", *words])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = stop.code if isinstance(stop.code, int) else 0
-        out, err = self.capsys.readouterr()
-        return code, out, err
-
-
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Path:
     path = tmp_path / "tiny.yaml"
     path.write_text(RECIPE.format(model=tiny_model, rows=rows_file))
     return path
-
-
-@pytest.fixture
-def finetune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Terminal:
-    return Terminal(tmp_path, monkeypatch, capsys)
 
 
 def left_behind(folder: Path) -> set[str]:

@@ -20,7 +20,7 @@ from finetune.recipe import Train
 from finetune.train import checkpoint, optim
 from finetune.train.checkpoint import Progress
 from finetune.train.loop import Interrupted, steps_in, train
-from finetune.train.optim import learning_rate
+from finetune.train.schedule import learning_rate
 from finetune.train.sft import SupervisedFineTuning
 
 VOCABULARY = 100
@@ -129,7 +129,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, acce
     for micro_batch, accumulation in ((12, 1), (4, 3), (1, 12)):
         model = llama()
         kind = sft(data, micro_batch, packing)
-        keys = kind.epoch(0)
+        keys = list(kind.keys(0, 0, None))
         model.zero_grad()
         caught: dict[str, torch.Tensor] = {}
 

@@ -1,0 +1,139 @@
+"""What of a model is exported: its linears, as they are or packed; and the model itself as a function, in fp32."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import Mistake
+from quant import BitLinear, PackedBitLinear, weights_changed
+from quant.ternary import ROWS_A_BYTE, looks_ternary
+
+Ternary = BitLinear | PackedBitLinear
+
+
+def ternary_layers(model: nn.Module) -> dict[str, Ternary]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Ternary)}
+
+
+def check_layers(model: nn.Module, *, multiple: int = 1, ternary_to_be: bool = False) -> None:
+    """Refuse layers that no ternary format holds. A model on `meta` is checked by its shapes.
+
+    multiple: in_features of a ternary layer must be one of it. ternary_to_be: every linear but the head counts as ternary.
+
+    Raises:
+        Mistake: naming the layer and its shape.
+    """
+    for name, module in model.named_modules():
+        kind = getattr(module, "quantized", None)
+        if isinstance(kind, str) and not isinstance(module, Ternary):
+            raise Mistake(
+                f"{kind} is no format of this export",
+                where=name,
+                found=type(module).__name__,
+                do="finetune merge makes a float model of it; --to gguf-f16 takes that",
+            )
+        if type(module).__module__.startswith("transformers.integrations"):
+            raise Mistake(
+                "this checkpoint is quantized already, and was loaded by plain transformers",
+                where=name,
+                found=f"{type(module).__module__}.{type(module).__name__}",
+                do="quant.pretrained.load reads its codes as they are; to quantize it again would change it",
+            )
+        head = isinstance(module, nn.Linear) and module is _head(model)
+        if not (isinstance(module, Ternary) or (ternary_to_be and isinstance(module, nn.Linear) and not head)):
+            continue
+        out_features, in_features = module.out_features, module.in_features
+        if out_features % ROWS_A_BYTE:
+            raise Mistake(
+                f"packed ternary needs out_features in fours: {out_features} are not",
+                where=name,
+                found=f"a weight of shape ({out_features}, {in_features})",
+                do=f"model sizes that make it {out_features + -out_features % ROWS_A_BYTE}, or keep this layer in floats",
+            )
+        if in_features % multiple:
+            raise Mistake(
+                f"this format needs in_features to be a multiple of {multiple}: {in_features} is none",
+                where=name,
+                found=f"a weight of shape ({out_features}, {in_features})",
+                do=f"a hidden or intermediate size of {in_features + -in_features % multiple}; or --to bitnet, which takes it",
+            )
+        if isinstance(module, BitLinear) and getattr(module, "blend", 1) != 1:
+            raise Mistake(
+                "this layer is still on its way to ternary",
+                where=name,
+                found=f"λ = {module.blend}",
+                do="export after the warm-up has ended",
+            )
+        weight = module.weight
+        if isinstance(module, nn.Linear) and not weight.is_meta and looks_ternary(weight):
+            raise Mistake(
+                "this checkpoint is ternary already, as floats: a second quantization would keep the codes and shrink the scale",
+                where=name,
+                found="weights −c, 0 and c",
+                do="export the packed checkpoint that it came from; --to gguf-f16 takes plain float layers as they are",
+            )
+
+
+def require_ternary(model: nn.Module, format: str) -> None:  # noqa: A002
+    """Raise Mistake for a model without a ternary layer."""
+    if not ternary_layers(model):
+        raise Mistake(
+            f"{format} is a format of ternary models, and this one has no ternary layer",
+            where=type(model).__name__,
+            do="train with scheme: ternary; a float model goes --to gguf-f16",
+        )
+
+
+def packed_copy(model: nn.Module) -> Any:
+    """A copy on the CPU, in evaluation mode, whose BitLinears are packed; `model` stays as it is. No master weight is copied."""
+    packed: dict[int, Any] = {
+        id(module): PackedBitLinear.from_linear(module, device="cpu")
+        for module in model.modules()
+        if isinstance(module, BitLinear)
+    }
+    return copy.deepcopy(model, packed).to("cpu").eval().requires_grad_(False)
+
+
+@contextmanager
+def computing_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode and its floats are fp32; afterwards it is what it was, to the bit.
+
+    Widening bf16 and fp16 loses nothing, so rounding them back gives the same numbers. It takes the memory of the wide copy.
+    """
+    training = {module: module.training for module in model.modules()}
+    narrow = [(p, p.dtype) for p in model.parameters() if p.is_floating_point() and p.dtype != torch.float32]
+    try:
+        model.eval()
+        for parameter, _ in narrow:
+            parameter.data = parameter.data.float()
+        weights_changed()
+        yield
+    finally:
+        for parameter, dtype in narrow:
+            parameter.data = parameter.data.to(dtype)
+        for module, mode in training.items():
+            module.training = mode
+        weights_changed()
+
+
+def function(model: nn.Module, device: torch.device | None = None) -> Callable[[list[int]], Tensor]:
+    """token ids (n) → logits (n, vocabulary), fp32 on the CPU, of a causal language model of transformers on `device`."""
+    device = device or next(model.parameters()).device
+
+    def logits(ids: list[int]) -> Tensor:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            out: Tensor = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0]
+        return out.float().cpu()
+
+    return logits
+
+
+def _head(model: nn.Module) -> nn.Module | None:
+    found = getattr(model, "get_output_embeddings", lambda: None)()
+    return found if isinstance(found, nn.Module) else None

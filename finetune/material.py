@@ -1,0 +1,356 @@
+"""What a run learns from and is measured on, by its kind: conversations (sft), or a stream of text (pretrain).
+
+Both are gathered before any weight is loaded, and looked at: the preflight is of the user's own data. From then on the story
+asks each the same things: rows held out, questions to put to the model, and the loop's `Kind`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from finetune.data.preflight import FAIL, PASS, Check, Limits, Preflight, Prepared, inspect, prepare
+from finetune.errors import Mistake
+from finetune.recipe import Recipe, Train
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.data.rows import Row, Rows
+    from finetune.data.stream import Corpus, Source
+    from finetune.train.distill import Distillation
+    from finetune.train.loop import Kind
+
+Progress = Callable[[int, int], None]
+HeldOut = list[tuple[list[int], list[int]]]  # input ids, labels at their own positions
+BEGINNING = 48  # tokens of a held-out row from which the model goes on
+
+
+class Material(Protocol):
+    """What the story asks. `source` and `digest` name the data; `ends`: end tokens that were met in it."""
+
+    source: str
+    digest: str
+    preflight: Preflight
+    ends: frozenset[int]
+
+    def lines(self) -> list[str]:
+        """What was found, for the screen."""
+
+    def warnings(self) -> list[str]:
+        """What the user should know of it."""
+
+    def record(self) -> dict[str, Any]:
+        """The same for run.json."""
+
+    def held_out(self) -> HeldOut:
+        """Rows that are never trained."""
+
+    def questions(self) -> list[dict[str, Any]]:
+        """What the model is asked before and after: {"prompt": messages or text, "reference": text or None}."""
+
+    def first_rows(self, most: int) -> HeldOut:
+        """Some of the rows that are trained."""
+
+    def highest_id(self) -> int:
+        """The highest token id in it."""
+
+    def kind(self, model: Any, settings: Train, device: torch.device, *, packing: bool, teacher: Distillation | None) -> Kind:
+        """Batches and a loss for the loop."""
+
+    def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
+        """(optimizer steps, what decides that)."""
+
+
+def gather(
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: frozenset[int],
+    *,
+    limits: Limits,
+    source: Source | None = None,
+    progress: Progress | None = None,
+) -> Material:
+    """The material of a recipe. `source`: a stream that is open already.
+
+    Raises:
+        Mistake: the data cannot be read, fits no format, or the template refuses it.
+    """
+    if recipe.kind == "pretrain":
+        return Text(recipe, tokenizer, source or open_stream(recipe), limits)
+    return Conversations(recipe, tokenizer, stops, limits, progress)
+
+
+def open_stream(recipe: Recipe) -> Source:
+    """The text that a pretraining recipe names; nothing of it is read yet.
+
+    Raises:
+        Mistake: it is not there.
+    """
+    from finetune.data.stream import open_source
+
+    data = recipe.data
+    return open_source(
+        name=data.name,
+        path=data.path,
+        files=data.files,
+        split=data.split,
+        text_key=data.text_key,
+        skip_bad=data.bad_rows == "skip",
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- conversations
+
+
+class Conversations:
+    """Rows of a file, a package or the hub, as samples with labels."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        tokenizer: PreTrainedTokenizerBase,
+        stops: frozenset[int],
+        limits: Limits,
+        progress: Progress | None = None,
+    ) -> None:
+        from finetune.data.rows import load_rows
+        from finetune.data.samples import Encoder, set_template
+
+        self.recipe = recipe
+        data = recipe.data
+        self.template = set_template(tokenizer, data.template)
+        self.rows: Rows = load_rows(
+            name=data.name,
+            path=data.path,
+            files=data.files,
+            split=data.split,
+            format_=data.format,
+            max_rows=data.max_rows,
+            skip_bad=data.bad_rows == "skip",
+        )
+        apart: list[Row] | None = None
+        if data.heldout_path is not None:
+            loaded = load_rows(name=None, path=data.heldout_path, format_=data.format, skip_bad=data.bad_rows == "skip")
+            apart, both = loaded.rows, hashlib.sha256(f"{self.rows.sha256} {loaded.sha256}".encode()).hexdigest()
+            self.rows = replace(self.rows, sha256=both)
+        encoder = Encoder(
+            tokenizer,
+            max_length=data.max_length,
+            stop_ids=stops,
+            system=data.system,
+            learn=data.learn,
+            too_long=data.too_long,
+        )
+        self.data: Prepared = prepare(
+            self.rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress
+        )
+        if not self.data.train_rows:
+            do = f"take fewer of the {len(self.data.heldout_rows)}: data.heldout=0.1"
+            raise Mistake("the held-out rows are all there are", where="data.heldout", found=f"{data.heldout}", do=do)
+        self.preflight, self.ends = inspect(self.data, encoder, limits), frozenset(encoder.ends)
+        self.source, self.digest = self.rows.source, self.rows.sha256
+
+    def lines(self) -> list[str]:
+        rows = self.rows
+        return [f"{rows.source}: {len(rows.rows)} rows, format {rows.format} ({rows.reason}); chat template: {self.template}"]
+
+    def warnings(self) -> list[str]:
+        skipped = self.rows.skipped
+        return [f"{len(skipped)} rows fit no format and are skipped (data.bad_rows), such as {skipped[0]}"] if skipped else []
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "format": self.rows.format,
+            "format_reason": self.rows.reason,
+            "rows": len(self.rows.rows),
+            "train_rows": len(self.data.train_rows),
+            "heldout_rows": len(self.data.heldout_rows),
+            "rows_skipped": len(self.rows.skipped),
+            "duplicates_removed": self.data.duplicates_removed,
+            "template": self.template,
+        }
+
+    def held_out(self) -> HeldOut:
+        return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.heldout]
+
+    def questions(self) -> list[dict[str, Any]]:
+        """Held-out conversations up to their last answer, then the recipe's own questions."""
+        wanted = self.recipe.eval
+        asked: list[dict[str, Any]] = []
+        for row in self.data.heldout_rows:
+            last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
+            if last and len(asked) < wanted.samples:
+                asked.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
+        for prompt in wanted.prompts:
+            asked.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})
+        if self.recipe.data.system:
+            for sample in asked:
+                if sample["prompt"][0]["role"] != "system":
+                    sample["prompt"].insert(0, {"role": "system", "content": self.recipe.data.system})
+        return asked
+
+    def first_rows(self, most: int) -> HeldOut:
+        return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.train[:most]]
+
+    def highest_id(self) -> int:
+        return max(max(s.input_ids) for s in self.data.train)
+
+    def kind(self, model: Any, settings: Train, device: torch.device, *, packing: bool, teacher: Distillation | None) -> Kind:
+        from finetune.data.packing import Batches
+        from finetune.train.sft import SupervisedFineTuning
+
+        data = self.recipe.data
+        return SupervisedFineTuning(
+            Batches(
+                self.data.train,
+                micro_batch=settings.micro_batch,
+                max_length=data.max_length,
+                packing=packing,
+                seed=self.recipe.run.seed,
+            ),
+            device,
+        )
+
+    def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
+        from finetune.train.loop import steps_in
+
+        total = steps_in(kind, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
+        limit = "train.max_steps" if total == settings.max_steps else f"train.epochs={settings.epochs:g}"
+        return total, f"{limit}, {len(self.data.train)} samples in {kind.length(0)} rows an epoch"
+
+
+# ------------------------------------------------------------------------------------------------------------------- text
+
+
+class Text:
+    """A stream of documents, packed into rows of data.max_length tokens."""
+
+    def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source, limits: Limits) -> None:
+        from finetune.data.stream import Corpus, open_source
+        from finetune.data.tokenizer import batch_encoder
+
+        data = recipe.data
+        if tokenizer.eos_token_id is None:
+            raise Mistake(
+                "this tokenizer has no end token to put between documents", where="tokenizer", found=tokenizer.name_or_path
+            )
+        self.recipe, self.tokenizer = recipe, tokenizer
+        self.source, self.digest = source.name, source.digest
+
+        encode = batch_encoder(tokenizer)
+        options: dict[str, Any] = {"length": data.max_length, "end": tokenizer.eos_token_id, "seed": recipe.run.seed}
+        apart = data.heldout_path is not None
+        self.corpus: Corpus = Corpus(source, encode, heldout_rows=0 if apart else int(data.heldout), **options)
+        self.rows_held_out = self.corpus.heldout
+        if data.heldout_path is not None:
+            other = open_source(name=None, path=data.heldout_path, text_key=data.text_key, skip_bad=data.bad_rows == "skip")
+            rows = Corpus(other, encode, heldout_rows=0, **options).rows(0, None)
+            self.rows_held_out = [list(row.ids) for row in rows]
+            self.digest = hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest()
+            if not self.rows_held_out:
+                do = f"give at least {data.max_length} tokens, or a smaller data.max_length"
+                raise Mistake(
+                    "this file is too short to hold out a row", where="data.heldout_path", found=data.heldout_path, do=do
+                )
+        self.ends = frozenset({tokenizer.eos_token_id})
+        self.first = self._first_rows(64)
+        self.preflight = self._inspect(limits)
+
+    def _first_rows(self, most: int) -> list[list[int]]:
+        rows, first = self.corpus.rows(0, None), []
+        for row in rows:
+            first.append(list(row.ids))
+            if len(first) == most:
+                break
+        rows.close()
+        return first
+
+    def _inspect(self, limits: Limits) -> Preflight:
+        data, checks = self.recipe.data, []
+        tokens = sum(map(len, self.first))
+        if not self.first:
+            checks.append(
+                Check("something to learn", FAIL, f"the text gives no row of {data.max_length} tokens: data.max_length")
+            )
+        else:
+            characters = sum(len(self.tokenizer.decode(row)) for row in self.first)
+            said = f"every token is trained; {characters / tokens:.2f} characters a token in the first {len(self.first)} rows"
+            checks.append(Check("something to learn", PASS, said))
+            unknown = self.tokenizer.unk_token_id
+            lost = sum(row.count(unknown) for row in self.first) if unknown is not None else 0
+            if lost > 0.01 * tokens:
+                said = f"{lost} of {tokens} tokens are {self.tokenizer.unk_token}: this tokenizer does not know this text"
+                checks.append(Check("tokenizer", FAIL, said))
+        if limits.positions is not None and data.max_length > limits.positions:
+            said = f"rows of {data.max_length} tokens, the model has {limits.positions} positions: data.max_length"
+            checks.append(Check("the model's length", FAIL, said))
+        highest = max((max(row) for row in [*self.first, *self.rows_held_out]), default=0)
+        if limits.vocabulary is not None and highest >= limits.vocabulary:
+            said = f"token id {highest} of the tokenizer, the model has {limits.vocabulary} embeddings"
+            checks.append(Check("the model's vocabulary", FAIL, said))
+        if self.rows_held_out:
+            said = f"{len(self.rows_held_out)} rows held out, from documents that are never trained"
+            checks.append(Check("train and held-out apart", PASS, said))
+        examples = [[{"text": self.tokenizer.decode(row[:100]), "supervised": True}] for row in self.first[:3]]
+        return Preflight(checks, tokens, tokens, 0, {"edges": [], "counts": []}, examples)
+
+    def lines(self) -> list[str]:
+        name = Path(self.tokenizer.name_or_path).name or "trained on this text"
+        rows = f"rows of {self.recipe.data.max_length} tokens"
+        return [f"{self.source}: text, in {rows}; tokenizer: {len(self.tokenizer)} tokens ({name})"]
+
+    def warnings(self) -> list[str]:
+        count, places = self.corpus.source.bad, self.corpus.source.skipped
+        return [f"{count} rows so far are no text and are skipped (data.bad_rows), such as {places[0]}"] if count else []
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "format": "text",
+            "format_reason": f"packed into rows of {self.recipe.data.max_length} tokens",
+            "heldout_rows": len(self.rows_held_out),
+            "rows_skipped": self.corpus.source.bad,
+            "vocabulary": len(self.tokenizer),
+            "template": None,
+        }
+
+    def held_out(self) -> HeldOut:
+        return [(row, [-100, *row[1:]]) for row in self.rows_held_out]
+
+    def questions(self) -> list[dict[str, Any]]:
+        """Beginnings of held-out rows, then the recipe's own; the model goes on from there."""
+        wanted, length = self.recipe.eval, self.recipe.data.max_length
+        begin = min(BEGINNING, length // 2)
+        asked = [
+            {
+                "prompt": self.tokenizer.decode(row[:begin]),
+                "reference": self.tokenizer.decode(row[begin : begin + wanted.max_new_tokens]),
+            }
+            for row in self.rows_held_out[: wanted.samples]
+        ]
+        return asked + [{"prompt": prompt, "reference": None} for prompt in wanted.prompts]
+
+    def first_rows(self, most: int) -> HeldOut:
+        return [(row, [-100, *row[1:]]) for row in self.first[:most]]
+
+    def highest_id(self) -> int:
+        return max(max(row) for row in self.first)
+
+    def kind(self, model: Any, settings: Train, device: torch.device, *, packing: bool, teacher: Distillation | None) -> Kind:
+        from finetune.train.pretrain import Pretraining
+
+        return Pretraining(
+            self.corpus, model, device, micro_batch=settings.micro_batch, chunk=settings.loss_chunk, teacher=teacher
+        )
+
+    def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
+        each = settings.micro_batch * settings.accumulation * self.recipe.data.max_length
+        by_tokens = math.ceil(settings.max_tokens / each) if settings.max_tokens is not None else math.inf
+        by_steps = settings.max_steps if settings.max_steps is not None else math.inf
+        total = int(min(by_tokens, by_steps))
+        return total, f"{'train.max_steps' if by_steps <= by_tokens else 'train.max_tokens'}, {each} tokens a step"

@@ -1,0 +1,83 @@
+"""Pretraining: rows of equal length from a stream of text, cross-entropy on every next token.
+
+Documents lie one behind the other in a row and see each other, as in GPT-2 and its successors; an end token stands between
+them. All rows are full, so nothing is padded, and attention is the plain causal one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.train import step
+
+if TYPE_CHECKING:
+    from finetune.data.stream import Corpus, Row
+    from finetune.train.distill import Distillation
+
+
+class Pretraining:
+    """The `Kind` of the loop for rows of text. `chunk`: tokens whose logits exist at once; 0: all of them."""
+
+    def __init__(
+        self,
+        corpus: Corpus,
+        model: torch.nn.Module,
+        device: torch.device,
+        *,
+        micro_batch: int,
+        chunk: int,
+        teacher: Distillation | None = None,
+    ) -> None:
+        self.corpus, self.device, self.micro_batch, self.chunk, self.teacher = corpus, device, micro_batch, chunk, teacher
+        self.parts: dict[str, float] = {}
+        self.head: step.Head | None = None
+        self.why_plain: str | None = None  # why the logits exist whole though `chunk` asks otherwise
+        if chunk and teacher is None:
+            self.head, self.why_plain = step.head_of(model)
+
+    def keys(self, epoch: int, position: int, place: Any) -> Iterator[tuple[Row, ...]]:
+        rows = self.corpus.rows(epoch, place)
+        try:
+            group: list[Row] = []
+            for row in rows:
+                group.append(row)
+                if len(group) == self.micro_batch:
+                    yield tuple(group)
+                    group = []
+            if group:
+                yield tuple(group)
+        finally:
+            rows.close()
+
+    def length(self, epoch: int) -> None:
+        return None  # a stream is read once to know it
+
+    def place(self, key: tuple[Row, ...]) -> Any:
+        return key[-1].after
+
+    def batch(self, key: tuple[Row, ...]) -> torch.Tensor:
+        """Token ids (rows, length)."""
+        return torch.stack([torch.as_tensor(row.ids) for row in key]).to(self.device, torch.int64)
+
+    def tokens(self, batch: torch.Tensor) -> int:
+        return batch.numel()
+
+    def samples(self, key: tuple[Row, ...]) -> list[str]:
+        return [row.where for row in key]
+
+    def loss(self, model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
+        """Cross-entropy in fp32, summed over all next tokens (nats), and what a teacher adds to it."""
+        if self.teacher is not None:
+            losses = self.teacher.loss(model, batch)
+            parts = {"ce": losses.ce, "distill_logits": losses.logits, "distill_relations": losses.relations}
+            self.parts = {name: float(value) / losses.count for name, value in parts.items()}
+            return losses.total, losses.count
+        if self.head is not None:
+            return step.loss_sum(model, self.head, batch, chunk=self.chunk)
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
+        targets = batch[:, 1:].reshape(-1)
+        loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")
+        return loss, targets.numel()

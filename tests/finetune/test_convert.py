@@ -1,0 +1,139 @@
+"""Sub-norms into a pretrained Llama: what stays the same, what the norms begin with, and models that it is not for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.convert import insert_sub_norms
+from finetune.errors import Mistake
+from finetune.model import cast
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "tie_word_embeddings": True, "rms_norm_eps": 1e-6, "bos_token_id": 1, "eos_token_id": 2,
+    "pad_token_id": 3, "max_position_embeddings": 64, "rope_parameters": {"rope_type": "default", "rope_theta": 777.0},
+}  # fmt: skip
+
+
+def _llama(**changes: Any) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**(SIZES | changes)))
+
+
+def _batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 90, (1, length), generator=generator) for length in (16, 9)]
+
+
+class Nothing(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"tie_word_embeddings": False}, {"num_key_value_heads": 4, "hidden_act": "gelu"},
+    {"rope_parameters": {"rope_type": "llama3", "rope_theta": 500.0, "factor": 4.0, "low_freq_factor": 1.0,
+                         "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
+])  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_without_its_norms_it_is_the_model_that_it_was(changes: dict[str, Any], dtype: torch.dtype) -> None:
+    model, batches = cast(_llama(**changes), dtype).eval(), _batches()
+    expected = [model(ids).logits for ids in batches]
+    weights = dict(model.named_parameters())
+    converted = insert_sub_norms(model, batches)
+    assert type(converted).__name__ == "BitNetForCausalLM"
+    assert not any(module._forward_pre_hooks for module in model.modules())
+    ours = dict(converted.named_parameters())
+    assert all(ours[name] is weight for name, weight in weights.items())  # taken over, not copied
+    assert len(ours) == len(weights) + 4
+    assert (converted.lm_head.weight is converted.model.embed_tokens.weight) == converted.config.tie_word_embeddings
+    assert {p.dtype for p in ours.values()} == {dtype}
+    assert not any(t.is_meta for t in (*converted.parameters(), *converted.buffers()))
+    changed: Any = converted(batches[0]).logits
+    assert not torch.equal(changed, expected[0])
+    for layer in converted.model.layers:
+        layer.self_attn.attn_sub_norm, layer.mlp.ffn_sub_norm = Nothing(), Nothing()  # type: ignore[assignment]
+    for ids, logits in zip(batches, expected, strict=True):
+        torch.testing.assert_close(converted(ids).logits, logits, rtol=0, atol=0)
+
+
+def test_gains_are_the_medians_of_what_flows_there() -> None:
+    model, batches = _llama(), _batches()
+    model.train()
+    seen: list[Tensor] = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0].pow(2).mean(-1).sqrt()))
+    with torch.no_grad():
+        for ids in batches:
+            model(ids)
+    hook.remove()
+    converted = insert_sub_norms(model, batches)
+    gain = converted.model.layers[1].mlp.ffn_sub_norm.weight
+    torch.testing.assert_close(gain.detach(), torch.cat([s.flatten() for s in seen]).median().expand(48))
+    assert gain.requires_grad
+    assert converted.training
+
+
+def test_it_is_saved_and_read_and_trained(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from quant import swap
+
+    model, (ids, _) = _llama(), _batches()
+    model.generation_config.eos_token_id = [2, 5]
+    converted = insert_sub_norms(model, [ids]).eval()
+    expected = converted(ids).logits
+    assert converted.generation_config.eos_token_id == [2, 5]
+    converted.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(converted)
+    assert (again.config.rms_norm_eps, again.config.hidden_act, again.config.pad_token_id) == (1e-6, "silu", 3)
+    assert again.config.rope_parameters["rope_theta"] == 777.0
+    assert torch.equal(again(ids).logits, expected)
+    report = swap(converted, scheme="ternary", trainable=True)
+    assert len(report.swapped) == 14
+    converted(ids, labels=ids).loss.backward()
+    assert all(p.grad is not None for p in converted.parameters())
+
+
+def test_mistral_is_one_without_its_window() -> None:
+    from transformers import MistralConfig, MistralForCausalLM
+
+    (ids, _) = _batches()
+    model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
+    assert type(insert_sub_norms(model, [ids])).__name__ == "BitNetForCausalLM"
+    with pytest.raises(Mistake, match="sliding window of 8 tokens"):
+        insert_sub_norms(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)), [ids])
+
+
+def test_what_it_is_not_for() -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaModel, Qwen2Config, Qwen2ForCausalLM
+
+    from quant import swap
+
+    (ids, _) = _batches()
+    with pytest.raises(Mistake, match=r"q_proj\.bias|k_proj\.bias"):
+        insert_sub_norms(_llama(attention_bias=True), [ids])
+    with pytest.raises(Mistake, match=r"down_proj\.bias"):
+        insert_sub_norms(_llama(mlp_bias=True), [ids])
+    with pytest.raises(Mistake, match="heads of 16"):
+        insert_sub_norms(_llama(head_dim=16), [ids])
+    with pytest.raises(Mistake, match="Qwen2ForCausalLM"):
+        insert_sub_norms(Qwen2ForCausalLM(Qwen2Config(**SIZES)), [ids])
+    gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1))
+    with pytest.raises(Mistake, match="GPT2LMHeadModel"):
+        insert_sub_norms(gpt2, [ids])
+    with pytest.raises(Mistake, match="a LlamaModel"):
+        insert_sub_norms(LlamaModel(_llama().config), [ids])
+    packed = _llama()
+    swap(packed, scheme="ternary")
+    with pytest.raises(Mistake, match="quantized weights"):
+        insert_sub_norms(packed, [ids])
+    with pytest.raises(Mistake, match="no text"):
+        insert_sub_norms(_llama(), [])
