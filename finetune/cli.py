@@ -116,7 +116,7 @@ def merge(
 @app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a model folder, a hub id.")],
-    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="bitnet, gguf-tq2_0, gguf-tq1_0 or gguf-f16.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="bitnet, bitnet-online, gguf-tq2_0, gguf-tq1_0 or gguf-f16.")],
     out: Annotated[Path, typer.Option("--out", help="The folder or the .gguf file to make.")],
 ) -> None:
     """Write a model for another program; kept only if what runs there is the same model."""
@@ -163,7 +163,7 @@ def chat(
 
 @app.command()
 def bench(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="What to measure: quant.", show_default=False)] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="What to measure: quant, bitnet.", show_default=False)] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write rows and provenance there.")] = None,
 ) -> None:
     """Measure this program against others on this machine: the same work in one run, medians of pairs."""

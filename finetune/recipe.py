@@ -308,7 +308,7 @@ class Eval(Section):
 
 
 class Export(Section):
-    formats: list[Literal["bitnet", "gguf-tq2_0", "gguf-tq1_0", "gguf-f16"]] = Field(
+    formats: list[Literal["bitnet", "bitnet-online", "gguf-tq2_0", "gguf-tq1_0", "gguf-f16"]] = Field(
         [], description="Write the trained model for other programs too, each compared with it by the equivalence gate."
     )
     gate_tokens: Positive = Field(

@@ -158,8 +158,8 @@ def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
     if recipe.adapter.kind == "lora":
         total += 4 * trainable
     if recipe.run.merge or recipe.adapter.kind == "none":
-        total += bones.parameters * stored
-    return total + (16 << 20)
+        total += bones.parameters * stored * (1 + len(recipe.export.formats))
+    return total * (2 if recipe.twin else 1) + (16 << 20)
 
 
 # -------------------------------------------------------------------------------------------------------------- the story
@@ -568,6 +568,10 @@ class _Story:
             stochastic_rounding=settings.stochastic_rounding,
             in_backward=settings.step_in_backward,
         )
+        trained = checkpoint.trained(self.model).values()
+        low = {"stochastic_rounding": settings.stochastic_rounding, "in_backward": settings.step_in_backward}
+        self.record["model"]["bytes"] = sizes = optim.memory_of(trained, name=settings.optimizer, **low)
+        self.screen.say("  trained, without activations: " + ", ".join(f"{k} {human_bytes(v)}" for k, v in sizes.items() if v))
         for line in (note, getattr(kind, "why_plain", None)):
             if line:
                 self.screen.warn(line)

@@ -205,6 +205,10 @@ def _open_checkpoint(path: Path, run: _Run, dtype: str, device: torch.device) ->
         raise Mistake("the checkpoint is damaged", where=str(path), found=wrong)
     model, tokenizer, source = run.base()
     recipe = run.recipe
+    if recipe.quant.sub_norms:
+        from finetune.convert import insert_sub_norms
+
+        model = insert_sub_norms(model, [torch.arange(16)[None]])  # the gains are the checkpoint's
     lora = recipe.adapter.kind == "lora"
     targets = models.adapter_targets(recipe.adapter, models.skeleton(source, model.config)) if lora else []
     prepared = models.prepare(model, quant=recipe.quant, adapter=recipe.adapter, targets=targets, source=source, device=device)

@@ -28,7 +28,10 @@ if TYPE_CHECKING:
     from finetune.bench.measure import Row
 
 # Each a module here with SIZES, cases(device, sizes) and backends_here(device).
-NAMES = {"quant": "the quantized linears against bf16 linears, bitsandbytes, llama.cpp and others"}
+NAMES = {
+    "quant": "the quantized linears against bf16 linears, bitsandbytes, llama.cpp and others",
+    "bitnet": "ternary training against bf16, transformers and the plain formula; the exports against 16 bits",
+}
 TARGETS = "targets: goals of this project; missing one is no failure of your machine"
 
 
@@ -120,7 +123,11 @@ def _child(name: str, device: str, sizes: dict[str, Any]) -> Generator[dict[str,
     # -P: what lies in the user's folder is not imported
     command = [sys.executable, "-P", "-m", "finetune.bench.child", name, device, json.dumps(sizes)]
     environment = os.environ | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {})
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    with (
+        tempfile.TemporaryDirectory(prefix="finetune-bench-", ignore_cleanup_errors=True) as folder,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+    ):
+        environment["TMPDIR"] = folder  # what it and the compilers write ends with it, also when it is stopped
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8", env=environment)
         assert child.stdout is not None
         try:
@@ -160,7 +167,7 @@ def _show(rows: list[Row], screen: Screen) -> None:
     for column in ("ours/theirs\n[95 %]", "better ratio\ntarget"):
         table.add_column(column, no_wrap=True)
     for number, row in enumerate(rows, 1):
-        unit = row["unit"].removeprefix("products").split()[0]
+        unit = row["unit"].removeprefix("products").removeprefix("tokens").split()[0]
         amounts = ("–" if value is None else f"{_amount(value)} {unit}" for value in (row["ours"], row["baseline"]))
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3g}"
         if row["low"] is not None and row["high"] is not None:

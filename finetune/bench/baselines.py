@@ -6,9 +6,11 @@ Each function raises Skip where the program is not installed, or is not the vers
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.metadata
 import logging
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -91,6 +93,81 @@ def torchao_linear(weight: Tensor) -> nn.Module:
     quantize_(layer, bitnet_training())
     layer.compile()
     return layer
+
+
+# ------------------------------------------------------------------------------------------------- ternary models to train
+
+
+class StraightThrough(nn.Linear):
+    """BitNet b1.58 as its definition reads: y = (x + sg(q(x) − x)) · (W + sg(q(W) − W))ᵀ, sg without a gradient.
+
+    The formula of onebitllms' layer and of "Training Tips, Code and FAQ" of BitNet b1.58, in plain torch; q in fp32 (theirs is a
+    Triton kernel, which computes in fp32 too).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + (_rows_as_int8(x) - x).detach()
+        weight = self.weight + (_ternary(self.weight) - self.weight).detach()
+        return F.linear(x, weight, self.bias)
+
+
+def _rows_as_int8(x: Tensor) -> Tensor:
+    scale = 127 / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    return ((x.float() * scale).round().clamp(-128, 127) / scale).to(x.dtype)
+
+
+def _ternary(weight: Tensor) -> Tensor:
+    scale = 1 / weight.float().abs().mean().clamp(min=1e-5)
+    return ((weight.float() * scale).round().clamp(-1, 1) / scale).to(weight.dtype)
+
+
+def straight_through(model: nn.Module) -> None:
+    """Make the linears of a transformers model, all but its head, `StraightThrough`."""
+    for name, linear in _body(model).items():
+        layer = StraightThrough(linear.in_features, linear.out_features, bias=False, device="meta")
+        layer.weight = linear.weight
+        model.set_submodule(name, layer)
+
+
+def onebitllms_model(model: nn.Module) -> None:
+    """Make the linears of a transformers model, all but its head, those of onebitllms. For CUDA."""
+    for name, linear in _body(model).items():
+        model.set_submodule(name, onebitllms_linear(linear.weight.detach()))
+
+
+def auto_bitlinear(model: nn.Module) -> None:
+    """Make the linears of a transformers model, all but its head, transformers' AutoBitLinear, which quantizes online."""
+    from transformers import BitNetQuantConfig
+    from transformers.integrations.bitnet import replace_with_bitnet_linear
+
+    weights = {name: linear.weight for name, linear in _body(model).items()}
+    config = BitNetQuantConfig(linear_class="autobitlinear", quantization_mode="online")
+    replace_with_bitnet_linear(model, modules_to_not_convert=["lm_head"], quantization_config=config)
+    for name, weight in weights.items():
+        model.get_submodule(name).weight = weight
+
+
+def _body(model: nn.Module) -> dict[str, nn.Linear]:
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    return {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not head}
+
+
+@functools.cache
+def compiles(device: str) -> bool:
+    """Whether torch.compile compiles here: it needs a compiler for C++ on the CPU, Triton on CUDA, and can be switched off."""
+
+    def probe(x: Tensor) -> Tensor:
+        return x.exp() + (1.0 if torch.compiler.is_compiling() else 0.0)
+
+    try:
+        return bool((torch.compile(probe)(torch.zeros(64, device=device)) == 2).all())
+    except Exception:  # whatever a compiler says
+        return False
+
+
+def as_compiled(device: str) -> AbstractContextManager[object]:
+    """Within it what asks for torch.compile is compiled where that works, and eager elsewhere."""
+    return nullcontext() if compiles(device) else torch.compiler.set_stance("force_eager")
 
 
 # ------------------------------------------------------------------------------------------------------ llama.cpp's kernels

@@ -5,6 +5,9 @@ libraries print goes to standard error.
 
     {"place": …}   what a reader of the figures must know: cores, caches, flags, backends, versions
     {"progress": [percent, note]}          {"row": …}   one for each case
+
+A benchmark can ask it for the peak memory of one of its sides, of which another process would keep traces: a fourth argument
+names the side, the only message is {"peak": bytes}, and the process ends when its standard input does.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import math
 import os
 import platform
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -141,10 +145,22 @@ def main(out: int, name: str, device: str, sizes: str) -> None:
         say(row=row)
 
 
+def peak(out: int, name: str, device: str, sizes: str, side: str) -> None:
+    def follow() -> None:
+        sys.stdin.read()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    bench = importlib.import_module(f"finetune.bench.{name}")
+    place(device)
+    found = bench.peak(device, type(bench.SIZES)(**json.loads(sizes)), side)
+    os.write(out, json.dumps({"peak": found}).encode())
+
+
 if __name__ == "__main__":
     own = os.dup(1)
     os.dup2(2, 1)
     try:
-        main(own, *sys.argv[1:])
+        (peak if len(sys.argv) > 4 else main)(own, *sys.argv[1:])
     except (KeyboardInterrupt, BrokenPipeError):
         sys.exit(130)

@@ -66,7 +66,10 @@ class Row(TypedDict):
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two sides to time. `within` is entered around all of it; `before`, on other weights and inputs, runs ahead of each call."""
+    """Two sides to time. `within` is entered around all of it; `before`, on other weights and inputs, runs ahead of each call.
+
+    work: what one call does, in what a rate counts ("tokens/s": tokens). note: what is only known once the sides are made.
+    """
 
     fresh: Callable[[], tuple[Tensor, ...]]
     ours: Side
@@ -75,20 +78,23 @@ class Pairing:
     backend: str
     within: Callable[[], AbstractContextManager[object]] = nullcontext
     before: tuple[Side, Side] | None = None
+    work: float = 1.0
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Amounts:
-    """Two numbers that need no clock."""
+    """Two numbers that need no clock of ours. note: as in a Pairing."""
 
     ours: float
     baseline: float
     backend: str
+    note: str = ""
 
 
 @dataclass(frozen=True)
 class Case:
-    """`build` makes what is needed (weights, layers), or raises Skip. unit: "ms", "products/s", or one of amounts.
+    """`build` makes what is needed (weights, layers), or raises Skip. unit: "ms", "products/s", "tokens/s", or one of amounts.
 
     name, against: 23 letters at most, so that the table has room at 80 columns; shapes and what is counted go into `note`.
     share: about how long the case takes, building included, against the others of its device; for the time left alone.
@@ -225,6 +231,7 @@ def measure(case: Case, clock: Clock, tick: Callable[[float], None]) -> Row:
     try:
         contest = case.build()
         row["backend"] = contest.backend
+        row["note"] = "; ".join(filter(None, (case.note, contest.note)))
         if isinstance(contest, Amounts):
             row["ours"], row["baseline"], row["ratio"] = contest.ours, contest.baseline, contest.ours / contest.baseline
         else:
@@ -234,7 +241,7 @@ def measure(case: Case, clock: Clock, tick: Callable[[float], None]) -> Row:
             ratios = [b / a if higher else a / b for a, b in zip(ours, baseline, strict=True)]
             row["ratio"], row["low"], row["high"] = interval(ratios)
             middle = statistics.median(ours), statistics.median(baseline)
-            row["ours"], row["baseline"] = (1 / m if higher else m * 1e3 for m in middle)
+            row["ours"], row["baseline"] = (contest.work / m if higher else m * 1e3 for m in middle)
     except Skip as why:
         row["note"] = f"skipped: {why}"
         return row

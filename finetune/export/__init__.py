@@ -1,6 +1,7 @@
 """A trained model for other programs, and the proof that they run the same model.
 
     bitnet        Hugging Face `bitnet`, a folder that plain transformers loads        bitnet.py
+    bitnet-online the same with the float master weights, to be trained on
     gguf-tq2_0    GGUF for llama.cpp, ternary in 2.06 bits a weight                    gguf.py, vocabulary.py, llama_cpp.py
     gguf-tq1_0    the same in 1.69 bits
     gguf-f16      GGUF in F16, for float models, and to compare ternary ones with
@@ -12,6 +13,7 @@ and goes through the gate (gate.py) before it is put in its place; nothing is ke
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -39,6 +41,9 @@ class Format:
 
 FORMATS = {
     "bitnet": Format("Hugging Face bitnet, packed: a folder that plain transformers loads", ""),
+    "bitnet-online": Format(
+        "Hugging Face bitnet with its float master weights, quantized while it runs: to train it further", ""
+    ),
     "gguf-tq2_0": Format("GGUF TQ2_0 for llama.cpp: ternary, 2.06 bits a weight", ".gguf"),
     "gguf-tq1_0": Format("GGUF TQ1_0 for llama.cpp: ternary, 1.69 bits a weight, slower", ".gguf"),
     "gguf-f16": Format("GGUF F16 for llama.cpp: float models, 16 bits a weight", ".gguf"),
@@ -76,13 +81,17 @@ def check(model_or_config: Any, format: str) -> None:  # noqa: A002
 
         with torch.device("meta"):
             model, to_be = AutoModelForCausalLM.from_config(model_or_config), True
-    if format == "bitnet":
+    if format.startswith("bitnet"):
         from finetune.export import bitnet
 
-        bitnet.check(model, ternary_to_be=to_be)
+        bitnet.check(model, format, ternary_to_be=to_be)
     else:
         from finetune.export import gguf
+        from finetune.export.llama_cpp import WHEEL
 
+        if importlib.util.find_spec(WHEEL.partition("=")[0]) is None:
+            do = f"pip install {WHEEL} (or finetune12g[export])"
+            raise Mistake("GGUF exports are proven by running them in llama.cpp, which is not installed", where=format, do=do)
         gguf.check(model, format, ternary_to_be=to_be)
 
 
@@ -101,7 +110,7 @@ def export(
 
     model: a causal language model of transformers; its linears BitLinear (the codes of the master weights are exported),
         PackedBitLinear, or nn.Linear. It is left as it was, and computes in fp32 while the gate runs. Beside it a packed
-        copy is held on the CPU.
+        copy (bitnet-online: a whole one) is held on the CPU.
     out: a folder, or a file that ends in .gguf; replaced where it exists.
     rows: (input ids, labels) that were not trained on; the first `gate_tokens` tokens of them are run. What was written, and its
         simulation, run on the CPU.
@@ -123,8 +132,8 @@ def export(
         raise Mistake("the export's gate has no rows to run", do="give held-out data (data.eval), or a text")
     parameters = sum(p.numel() for p in model.parameters() if p.dtype.is_floating_point) + _packed_weights(model)
     require_space(out.parent, _size(model, format), f"the export to {format}")
-    if format == "bitnet":
-        verdict, extra = _export_bitnet(model, tokenizer, out, sample, device, progress)
+    if format.startswith("bitnet"):
+        verdict, extra = _export_bitnet(model, tokenizer, out, format, sample, device, progress)
     else:
         verdict, extra = _export_gguf(model, tokenizer, out, format, sample, device, progress)
     size = sum(file.stat().st_size for file in out.rglob("*.safetensors")) if out.is_dir() else out.stat().st_size
@@ -139,23 +148,30 @@ def export(
 
 
 def _export_bitnet(
-    model: Any, tokenizer: Any, out: Path, rows: Rows, device: torch.device | None, progress: Progress
+    model: Any,
+    tokenizer: Any,
+    out: Path,
+    format: str,  # noqa: A002
+    rows: Rows,
+    device: torch.device | None,
+    progress: Progress,
 ) -> tuple[Verdict, dict[str, Any]]:
     from finetune.export import bitnet
     from finetune.export.gate import compare, hold
-    from finetune.export.layers import computing_in_fp32, function, packed_copy
+    from finetune.export.layers import computing_in_fp32, copied, function, packed_copy
 
     progress(0, 1, "packing")
-    packed = packed_copy(model)
+    written = packed_copy(model) if format == "bitnet" else copied(model)
     with atomic_folder(out) as folder:
         progress(0, 1, "writing")
-        bitnet.write(packed, tokenizer, folder)
-        with bitnet.loaded(folder) as target, computing_in_fp32(model):
+        bitnet.write(written, tokenizer, folder)
+        with bitnet.loaded(folder, format) as target, computing_in_fp32(model):
+            exact = format == "bitnet" and (device or model.device).type == "cpu"  # elsewhere sums have another order
+            as_there = None if exact else function(written.float() if format == "bitnet" else bitnet.simulation(written))
             verdict = compare(
                 rows,
                 trained=function(model, device),
-                # Elsewhere than on the CPU sums have another order, and that is no fault of the export
-                simulation=None if (device or model.device).type == "cpu" else function(packed.float()),
+                simulation=as_there,
                 target=target,
                 bounds=bitnet.BOUNDS,
                 progress=_told(progress, "rows, transformers"),
@@ -244,5 +260,11 @@ def _size(model: Any, format: str) -> int:  # noqa: A002
     codes = sum(layer.out_features * layer.in_features for layer in ternary_layers(model).values())
     masters = sum(layer.weight.numel() for layer in ternary_layers(model).values())
     rest = sum(p.numel() for p in model.parameters()) - masters
-    bits = {"bitnet": 2.0, "gguf-tq2_0": 2.0625, "gguf-tq1_0": 1.6875, "gguf-f16": 16.0}[format]
+    bits = {
+        "bitnet": 2.0,
+        "bitnet-online": 8.0 * model.dtype.itemsize,
+        "gguf-tq2_0": 2.0625,
+        "gguf-tq1_0": 1.6875,
+        "gguf-f16": 16.0,
+    }[format]
     return int(codes * bits / 8) + 4 * rest + (1 << 20)

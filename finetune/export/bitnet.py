@@ -1,4 +1,5 @@
-"""Export as Hugging Face `bitnet`: a model folder that plain transformers loads, two bits a weight.
+"""Export as Hugging Face `bitnet`: a model folder that plain transformers loads, two bits a weight; or, `bitnet-online`, with the
+float master weights, which it quantizes while it runs and which can be trained further.
 
 Everything is in the folder: codes and scales, the activation and the norms through config.json, `use_rms_norm` where the norm
 is inside the linears. The gate loads it with plain transformers, whose layers compute what ours do, so the logits are the same
@@ -17,22 +18,27 @@ from torch import Tensor, nn
 
 from finetune.errors import GateStop, Mistake
 from finetune.export.gate import Bounds
-from finetune.export.layers import check_layers, function, require_ternary
+from finetune.export.layers import Ternary, check_layers, function, require_ternary, ternary_layers
+from quant import BitLinear, ternary
 
 SHARD = "2GB"
 BOUNDS = Bounds(factor=0.0, floor=1e-3, ceiling=1e-3, kl=0.02)
-"""On the CPU the error is 0; sums in another order, as on a GPU, cost up to 0.001 nats (untrained models)."""
+"""On the CPU the error is 0: packed, transformers computes as we do; online it multiplies floats where we multiply codes, as
+is simulated. Sums in another order, as on a GPU, cost up to 0.0003 nats (untrained, 16 layers)."""
 
 
-def check(model: nn.Module, *, ternary_to_be: bool = False) -> None:
+def check(model: nn.Module, format: str, *, ternary_to_be: bool = False) -> None:  # noqa: A002
     """Refuse what the format cannot express. Raises Mistake."""
     check_layers(model, ternary_to_be=ternary_to_be)
     if not ternary_to_be:
-        require_ternary(model, "bitnet")
+        require_ternary(model, format)
+    for name, layer in ternary_layers(model).items():
+        if format == "bitnet-online" and not isinstance(layer, BitLinear):
+            raise Mistake("this model is packed: its master weights are gone", where=name, do="--to bitnet keeps its codes")
 
 
-def write(packed: Any, tokenizer: Any, folder: Path) -> None:
-    """Write `packed` (layers.packed_copy) to `folder`, which exists.
+def write(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write `model` (a copy of layers.py: packed, or with its master weights) to `folder`, which exists.
 
     Raises:
         Mistake: a setting that the format has once for all layers differs between them; a layer that it does not know.
@@ -40,16 +46,16 @@ def write(packed: Any, tokenizer: Any, folder: Path) -> None:
     from quant.pretrained import attach_quantizer
 
     try:
-        attach_quantizer(packed)
+        attach_quantizer(model)
     except ValueError as error:
-        raise Mistake("Hugging Face bitnet cannot express this model", where=type(packed).__name__, found=str(error)) from None
-    packed.config.use_cache = True
-    packed.save_pretrained(folder, max_shard_size=SHARD)
+        raise Mistake("Hugging Face bitnet cannot express this model", where=type(model).__name__, found=str(error)) from None
+    model.config.use_cache = True
+    model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
 
 
 @contextmanager
-def loaded(folder: Path) -> Iterator[Callable[[list[int]], Tensor]]:
+def loaded(folder: Path, format: str) -> Iterator[Callable[[list[int]], Tensor]]:  # noqa: A002
     """The folder as plain transformers runs it, in fp32 on the CPU: token ids → logits.
 
     Its layers are compiled by torch, for which a C++ compiler is needed; they are run without. Raises GateStop when it loads
@@ -59,9 +65,30 @@ def loaded(folder: Path) -> Iterator[Callable[[list[int]], Tensor]]:
     from transformers.integrations import bitnet as plain
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    if not any(isinstance(module, plain.BitLinear) for module in model.modules()):
-        raise GateStop("plain transformers found no packed ternary layers in the export", where=str(folder))
+    kind = plain.BitLinear if format == "bitnet" else plain.AutoBitLinear
+    if not any(type(module) is kind for module in model.modules()):
+        raise GateStop("plain transformers found no ternary layers of this format in the export", where=str(folder))
     run = function(model.eval())
     with torch.compiler.set_stance("force_eager"):
         yield run
     model.to("meta")  # frees it, whoever still holds it
+
+
+def simulation(model: Any) -> Any:
+    """`model` (a copy of layers.py, consumed) with the arithmetic of the online format: what the codes stand for, as floats."""
+    model.float()
+    for path, layer in ternary_layers(model).items():
+        model.set_submodule(path, _Floats(layer))
+    return model
+
+
+class _Floats(nn.Module):
+    def __init__(self, layer: Ternary) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer.rms_norm is not None:
+            x = self.layer.rms_norm(x)
+        x = ternary.dequantize_rows(*ternary.quantize_rows(x))
+        return nn.functional.linear(x, self.layer.dequantize(), self.layer.bias)

@@ -100,6 +100,11 @@ def packed_copy(model: nn.Module) -> Any:
     return copy.deepcopy(model, packed).to("cpu").eval().requires_grad_(False)
 
 
+def copied(model: nn.Module) -> Any:
+    """A copy on the CPU, in evaluation mode, master weights and all."""
+    return copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
+
+
 @contextmanager
 def computing_in_fp32(model: nn.Module) -> Iterator[None]:
     """Within it the model is in evaluation mode and its floats are fp32; afterwards it is what it was, to the bit.

@@ -1,8 +1,9 @@
 """The page of a run: one HTML file, readable before anything else is, on a laptop and a phone, by day and by night.
 
-It reads only the run folder (run.json, metrics.jsonl, recipe.yaml) and loads nothing: no network, no script, plots as inline
-SVG; a content policy in the page says so to the browser. Every element is made by `el`, which escapes whatever is not already
-an element, so text out of the data can never become markup. What a run did not make is shown as not made, with the reason.
+It reads only the run folder (run.json, metrics.jsonl, recipe.yaml, and those of its twin) and loads nothing: no network, no
+script, plots as inline SVG; a content policy in the page says so to the browser. Every element is made by `el`, which escapes
+whatever is not already an element, so text out of the data can never become markup. What a run did not make is shown as not
+made, with the reason.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +110,12 @@ def many(value: Any) -> str:
     return count(known)
 
 
+def scientific(value: Any) -> str:
+    """0.0000448 → '4.5e-05'; 0 stays 0."""
+    known = number(value)
+    return DASH if known is None else "0" if known == 0 else f"{known:.3g}" if known >= 1e-3 else f"{known:.1e}"
+
+
 def percent(value: Any) -> str:
     known = number(value)
     return DASH if known is None else f"{100 * known:.{0 if known >= 0.995 else 1}f} %"
@@ -184,22 +192,55 @@ def key(variable: str, text: str) -> Html:
 # ---------------------------------------------------------------------------------------------------------------- metrics
 
 
+@dataclass(frozen=True)
+class Look:
+    """A look at the ternary codes after a step: shares of them; each layer by its path: (flips, zeros, scale)."""
+
+    step: int
+    flips: float
+    zeros: float
+    blend: float | None
+    layers: dict[str, tuple[float, float, float]]
+
+
+def look(entry: dict[str, Any]) -> Look:
+    """A line of metrics as a Look; raises ValueError, KeyError or TypeError where it is none."""
+    seen = entry["ternary"]
+    values = (seen["flips"], seen["zeros"], *(value for layer in seen["layers"].values() for value in layer))
+    if not seen["layers"] or any(number(value) is None for value in values):
+        raise ValueError("not a number")
+    layers = {path: (float(flips), float(zeros), float(scale)) for path, (flips, zeros, scale) in seen["layers"].items()}
+    return Look(int(entry["step"]), float(seen["flips"]), float(seen["zeros"]), number(seen.get("blend")), layers)
+
+
 class Metrics:
-    """metrics.jsonl: training steps and evaluations in order; a step that was written twice counts as it was last."""
+    """metrics.jsonl: training steps, evaluations and looks at ternary codes in order, and rollbacks.
+
+    A step that was written twice counts as it was last.
+    """
 
     def __init__(self, path: Path) -> None:
         steps: dict[int, dict[str, Any]] = {}
         evaluations: dict[int, dict[str, Any]] = {}
+        looks: dict[int, Look] = {}
+        self.rollbacks: list[dict[str, Any]] = []
         self.unreadable = 0  # lines, such as the last one of a process that was killed
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
-                (evaluations if "eval_loss" in entry else steps)[int(entry["step"])] = entry
-            except (ValueError, KeyError, TypeError):
+                step = int(entry["step"])
+                if "ternary" in entry:
+                    looks[step] = look(entry)
+                elif "rolled_back" in entry:
+                    self.rollbacks.append({"step": step, **entry["rolled_back"]})
+                else:
+                    (evaluations if "eval_loss" in entry else steps)[step] = entry
+            except (ValueError, KeyError, TypeError, AttributeError):
                 self.unreadable += bool(line.strip())
         self.steps = [steps[step] for step in sorted(steps)]
         self.evaluations = [evaluations[step] for step in sorted(evaluations)]
+        self.looks = [looks[step] for step in sorted(looks)]
 
     def column(self, name: str) -> list[float]:
         """NaN where a step has no finite value."""
@@ -249,7 +290,35 @@ def held_out(record: dict[str, Any], metrics: Metrics) -> list[tuple[float, floa
     return made
 
 
+@dataclass(frozen=True)
+class Twin:
+    """The float twin's own run folder."""
+
+    record: dict[str, Any]
+    metrics: Metrics
+
+
+def twin_of(run_dir: Path) -> Twin | None:
+    """What the twin has left in the run's folder `twin`; None where there is none (yet)."""
+    folder = run_dir / "twin"
+    return Twin(read_run(folder), Metrics(folder / "metrics.jsonl")) if (folder / "run.json").is_file() else None
+
+
 # --------------------------------------------------------------------------------------------------------------- sections
+
+
+def gap_in_words(record: dict[str, Any]) -> str | None:
+    """The twin's result in a sentence; a gap is one where it is more than two of its standard errors."""
+    gap, error = number(pick(record, "twin.gap")), number(pick(record, "twin.gap_stderr"))
+    if gap is None:
+        return None
+    digits = decimals(error)
+    figure = with_error(gap, error, digits, sign=True)
+    if error is None or abs(gap) <= 2 * error:
+        said = f"no measurable gap ({figure})"
+    else:
+        said = f"a gap of {figure} nats" + (", the ternary model being ahead" if gap < 0 else "")
+    return f"Its float twin, trained on the same tokens, reaches {fixed(pick(record, 'twin.loss'), digits)}: {said}."
 
 
 def verdict(record: dict[str, Any], metrics: Metrics) -> str:
@@ -262,12 +331,16 @@ def verdict(record: dict[str, Any], metrics: Metrics) -> str:
         digits = decimals(number(before.get("stderr")), number(after.get("stderr")), error)
         certain = error is not None and abs(difference) > 2 * error
         verb = "did not change measurably:" if not certain else "fell" if difference < 0 else "rose"
-        return (
+        compared = [gap_in_words(record)]
+        if float_loss := pick(record, "eval.float.loss"):
+            compared.append(f"The float model that it came from has {fixed(float_loss, digits)}.")
+        result = (
             f"Held-out loss {verb} from {with_error(before.get('loss'), before.get('stderr'), digits)} to "
             f"{with_error(after.get('loss'), after.get('stderr'), digits)} nats "
             f"({with_error(difference, error, digits, sign=True)}) over {plural(after.get('rows'), 'row')}; "
             f"perplexity {short(before.get('perplexity'))} → {short(after.get('perplexity'))}; {taken}."
         )
+        return " ".join([result, *filter(None, compared)])
     state = record.get("state")
     steps = len(metrics.steps)
     said = [f"Trained {plural(steps, 'step')}." if steps else None]
@@ -292,6 +365,7 @@ def header(record: dict[str, Any], metrics: Metrics) -> Html:
     error = record.get("error")
     forced = pick(record, "preflight.forced")
     why = "What went wrong" if state == "failed" else "Why it ended"
+    alarms, there = pick(record, "ternary.alarms") or [], el("a", "Ternary health", href="#ternary-health")
     return el(
         "header",
         el("p", " · ".join(filter(None, ("finetune", record.get("kind")))), class_="eyebrow"),
@@ -300,6 +374,9 @@ def header(record: dict[str, Any], metrics: Metrics) -> Html:
         el("p", verdict(record, metrics), class_="verdict"),
         el("div", el("h2", why), el("pre", error), class_="alarm", role="alert") if error else None,
         el("p", el("b", "Trained with --force, against the preflight: "), forced, class_="alarm") if forced else None,
+        el("p", el("b", f"{plural(len(alarms), 'alarm')} of the ternary weights"), ": see ", there, class_="alarm")
+        if alarms
+        else None,
     )
 
 
@@ -316,8 +393,13 @@ def tiles(record: dict[str, Any], metrics: Metrics) -> Html:
                 f"nats per token, {fixed(before.get('loss'), digits)} → {fixed(after.get('loss'), digits)}",
             )
         )
-        perplexities = (short(result.get("perplexity")) for result in (before, after))
-        made.append(("Perplexity", " → ".join(perplexities), "before → after, held out"))
+        gap, gap_error = number(pick(record, "twin.gap")), number(pick(record, "twin.gap_stderr"))
+        if gap is not None:
+            figure = with_error(gap, gap_error, decimals(gap_error), sign=True)
+            made.append(("Gap to the float twin", figure, "nats per token, at equal tokens"))
+        else:
+            perplexities = (short(result.get("perplexity")) for result in (before, after))
+            made.append(("Perplexity", " → ".join(perplexities), "before → after, held out"))
     if model := pick(record, "model"):
         share = (number(model.get("trainable")) or 0) / (number(model.get("parameters")) or math.inf)
         made.append(("Trained parameters", many(model.get("trainable")), f"{percent(share)} of {many(model.get('parameters'))}"))
@@ -338,17 +420,31 @@ def tiles(record: dict[str, Any], metrics: Metrics) -> Html:
     )
 
 
-def loss_section(record: dict[str, Any], metrics: Metrics) -> Html:
+def loss_section(record: dict[str, Any], metrics: Metrics, twin: Twin | None, recipe: dict[str, Any]) -> Html:
     from finetune.report import plots
 
     held = held_out(record, metrics)
-    losses, steps = metrics.column("loss"), metrics.column("step")
-    if not metrics.has("loss") and len(held) < 2:
-        return section("Loss", not_made(record, "no training step was recorded"))
+    # With a teacher the trained loss has parts; the held-out one is the cross-entropy alone.
+    part = "ce" if metrics.has("ce") else "loss"
+    losses, steps = metrics.column(part), metrics.column("step")
+    if not metrics.has(part) and len(held) < 2:
+        return section("Loss", not_made(record, "no training step was recorded"), rollback_part(metrics))
     window = plots.smoothing_window(len(losses))
-    legend = [key("train", "training" + (f" (faint: every step; line: mean over {window} steps)" if window > 1 else ""))]
-    if held:
-        legend.append(key("held", "held-out, ± 1 standard error over rows"))
+    smoothed = f" (faint: every step; line: mean over {window} steps)" if window > 1 else ""
+    other = None
+    if twin is not None:
+        other = (twin.metrics.column("step"), twin.metrics.column("loss"), held_out(twin.record, twin.metrics))
+        legend = [key("train", "ternary"), key("twin", "float twin"), el("em", f"lines: training{smoothed}")]
+        if held:
+            legend.append(el("em", "points: held-out, ± 1 standard error over rows"))
+    else:
+        training = "training, cross-entropy" if part == "ce" else "training"
+        legend = [key("train", training + smoothed)]
+        if held:
+            legend.append(key("held", "held-out, ± 1 standard error over rows"))
+    level = number(pick(record, "eval.float.loss"))
+    if level is not None:
+        legend.append(key("muted", "dashed: the float model that it came from"))
     notes = []
     if broken := sum(not math.isfinite(value) for value in losses):
         notes.append(f"{broken} of {plural(len(losses), 'step')} without a finite loss: a gap in the line.")
@@ -362,26 +458,122 @@ def loss_section(record: dict[str, Any], metrics: Metrics) -> Html:
     return section(
         "Loss",
         el("p", *legend, class_="legend"),
-        figure(plots.loss("loss-wide", plots.WIDE, steps, losses, held), class_="wide"),
-        figure(plots.loss("loss-narrow", plots.NARROW, steps, losses, held), class_="narrow"),
+        figure(plots.loss("loss-wide", plots.WIDE, steps, losses, held, twin=other, level=level), class_="wide"),
+        figure(plots.loss("loss-narrow", plots.NARROW, steps, losses, held, twin=other, level=level), class_="narrow"),
         el("p", " ".join(notes), class_="note") if notes else None,
+        twin_part(record, metrics, twin, recipe) if twin is not None else None,
+        distillation_part(metrics),
+        rollback_part(metrics),
     )
 
 
+def twin_part(record: dict[str, Any], metrics: Metrics, twin: Twin, recipe: dict[str, Any]) -> Html:
+    """Ternary and float at equal tokens: the gap, and under which conditions it was measured."""
+    from finetune.report import plots
+
+    known = pick(record, "twin") or {}
+    if not known:
+        told = not_made(record, "the twin has not come to its end", "The comparison with the twin")
+        return join((el("h3", "The float twin"), told))
+    gap, error = number(known.get("gap")), number(known.get("gap_stderr"))
+    after, its = pick(record, "eval.after") or {}, pick(twin.record, "eval.after") or {}
+    digits = decimals(error, number(after.get("stderr")), number(its.get("stderr")))
+
+    def row(name: str, result: dict[str, Any], lr: Any, train: dict[str, Any]) -> list[Any]:
+        rate = f"{number(lr):g}" if number(lr) is not None else DASH
+        loss = with_error(result.get("loss"), result.get("stderr"), digits)
+        return [name, loss, rate, count(train.get("tokens")), short(train.get("tokens_per_second"))]
+
+    rows = [
+        row("ternary", after, pick(recipe, "train.lr"), pick(record, "train") or {}),
+        row("float twin", its, known.get("lr"), pick(twin.record, "train") or {}),
+        ["gap, paired by row", with_error(gap, error, digits, sign=True), "", "", ""],
+    ]
+    tokens = (number(pick(record, "train.tokens")), number(pick(twin.record, "train.tokens")))
+    equal = f"{count(tokens[0])} tokens each" if tokens[0] == tokens[1] else f"{count(tokens[0])} and {count(tokens[1])} tokens"
+    said = (
+        f"{equal}, the same rows in the same order, seed {known.get('seed')}. A positive gap means that the ternary model "
+        "predicts worse. This is one seed and one learning rate for each: the error is that of the held-out rows alone, and "
+        "another seed or a better rate gives another gap."
+    )
+    ours, theirs = ({step: loss for step, loss, _ in held_out(r, m)} for r, m in ((record, metrics), (twin.record, twin.metrics)))
+    both = sorted(set(ours) & set(theirs) - {0.0})
+    below: Html = el("p", said, class_="note")
+    if len(both) >= 3:
+        gaps = [ours[step] - theirs[step] for step in both]
+        svg = plots.gap("gap", "Held-out loss of the ternary model less that of its twin", both, gaps)
+        below = el("div", figure(svg, "Ternary less twin at each held-out measurement."), below, class_="two")
+    head = ["", "held-out loss, nats per token", "peak learning rate", "tokens", "tokens per second"]
+    return join((el("h3", "The gap to the float twin"), table(head, rows, "numbers eval"), below))
+
+
+PARTS = {
+    "ce": ("cross-entropy of the text", "TRAIN"),
+    "distill_logits": ("divergence from the teacher's next tokens", "HELD"),
+    "distill_relations": ("divergence of attention relations", "THIRD"),
+}
+
+
+def distillation_part(metrics: Metrics) -> Html | None:
+    """What the loss consists of when there is a teacher."""
+    there = {name: metrics.column(name) for name in PARTS if metrics.has(name)}
+    if len(there) < 2:
+        return None
+    from finetune.report import plots
+
+    stretch = max(1, len(metrics.steps) // 10)
+
+    def mean(values: list[float]) -> float | None:
+        known = [value for value in values if math.isfinite(value)]
+        return sum(known) / len(known) if known else None
+
+    rows, groups, legend = [], [], []
+    for name, values in there.items():
+        said, colour = PARTS[name]
+        rows.append([said, *(DASH if v is None else f"{v:.3g}" for v in (mean(values[:stretch]), mean(values[-stretch:])))])
+        positive = [value if math.isfinite(value) and value > 0 else math.nan for value in values]
+        if any(math.isfinite(value) for value in positive):
+            smoothed = plots.smooth(positive, plots.smoothing_window(len(positive))).tolist()
+            groups.append((getattr(plots, colour), [smoothed]))
+            legend.append(key(colour.lower(), said))
+    svg = plots.bundle(
+        "parts", "Parts of the loss by step", metrics.column("step"), groups, y_label="each part, before its weight", log=True
+    )
+    heads = ["part", f"first {plural(stretch, 'step')}", f"last {plural(stretch, 'step')}"]
+    body = el("div", figure(svg), table(heads, rows, "numbers"), class_="two")
+    return join((el("h3", "What the teacher adds"), el("p", *legend, class_="legend"), body))
+
+
+def rollback_part(metrics: Metrics) -> Html | None:
+    """Steps that went wrong in a run whose optimizer steps inside the backward pass, and from where it went on."""
+    if not metrics.rollbacks:
+        return None
+    rows = []
+    for entry in metrics.rollbacks:
+        found, where = (entry.get(name) or DASH for name in ("found", "where"))
+        rows.append([count(entry.get("from")), count(entry.get("step")), found, where])
+    said = f"The run went back to a checkpoint {plural(len(rows), 'time')} and left the rows of the bad step out."
+    head = ["step that went wrong", "back to step", "found", "left out"]
+    return join((el("h3", "Steps taken back"), el("p", said, class_="note"), table(head, rows)))
+
+
 def eval_section(record: dict[str, Any]) -> Html:
-    measured = {name: result for name in ("before", "after", "merged") if (result := pick(record, f"eval.{name}"))}
+    measured = {name: result for name in ("float", "before", "after", "merged") if (result := pick(record, f"eval.{name}"))}
     parts: list[Html] = []
     if measured:
         difference, error = pick(record, "eval.difference"), pick(record, "eval.difference_stderr")
         digits = decimals(number(error), *(number(result.get("stderr")) for result in measured.values()))
         rows: list[list[Any]] = []
+        named = {"before": "before training", "after": "after training", "merged": "merged model"}
+        if "float" in measured:
+            named |= {"float": "the float model", "before": "made ternary, not trained", "after": "ternary, trained"}
         for name, result in measured.items():
             perplexity, spread = number(result.get("perplexity")), number(result.get("stderr"))
             # The error of exp(x) is exp(x) times that of x, while the latter is small.
             around = perplexity * spread if perplexity and spread and spread < 0.5 else None
             rows.append(
                 [
-                    {"before": "before training", "after": "after training", "merged": "merged model"}[name],
+                    named[name],
                     with_error(result.get("loss"), spread, digits),
                     with_error(perplexity, around, digits_of(perplexity)),
                     count(result.get("rows")),
@@ -391,7 +583,8 @@ def eval_section(record: dict[str, Any]) -> Html:
         if number(difference) is not None:
             ratio = math.exp(number(difference) or 0.0) - 1
             change = f"{100 * ratio:+.0f} %".replace("-", MINUS)
-            rows.insert(2, ["difference, paired by row", with_error(difference, error, digits, sign=True), change, "", ""])
+            place = list(measured).index("after") + 1 if "after" in measured else len(rows)
+            rows.insert(place, ["difference, paired by row", with_error(difference, error, digits, sign=True), change, "", ""])
         parts.append(table(["held-out rows", "loss, nats per token", "perplexity", "rows", "tokens"], rows, "numbers eval"))
         if "after" not in measured:
             parts.append(not_made(record, "there is no measurement", "After training"))
@@ -425,50 +618,69 @@ def eval_section(record: dict[str, Any]) -> Html:
     return section("Before and after", *parts, note=note)
 
 
+def trimmed(text: Any) -> str:
+    """Without empty lines before and after: a row of text may begin anywhere, and a young model write a screenful of them."""
+    return re.sub(r"\A\s*\n|\s+\Z", "", str(text))
+
+
 def answer(title: str, text: Any, ended: Any, class_: str) -> Html:
     mark = el("span", "did not end by itself", class_="mark") if ended is False else None
-    said = (
-        el("div", text, class_="text")
-        if text
-        else el("p", "not made" if text is None else "nothing was generated", class_="empty")
-    )
+    if text and str(text).strip():
+        said = el("div", trimmed(text), class_="text")
+    else:
+        blank = f"nothing but {plural(len(str(text)), 'blank')}" if text else "nothing was generated"
+        said = el("p", "not made" if text is None else blank, class_="empty")
     return el("div", el("h4", title, " ", mark), said, class_=class_)
 
 
 def samples_section(record: dict[str, Any]) -> Html:
     samples = record.get("samples") or []
+    plain = record.get("kind") == "pretrain"
+    title = "Text it writes" if plain else "Answers"
     if not samples:
-        return section("Answers", not_made(record, "the recipe asks for no answers"))
+        return section(title, not_made(record, f"the recipe asks for no {'samples' if plain else 'answers'}"))
     shown = []
     for sample in samples:
-        prompt = []
         given = sample.get("prompt") or []
-        for message in [{"role": "text", "content": given}] if isinstance(given, str) else given:
-            said = el("div", message.get("content"), class_="text")
-            prompt.append(el("div", el("span", message.get("role"), class_="role"), said, class_="turn"))
-        reference = el("div", sample["reference"], class_="text") if sample.get("reference") else None
+        text = isinstance(given, str)
+        prompt = []
+        for message in [{"role": "text", "content": given}] if text else given:
+            said = el("div", trimmed(message.get("content")) if text else message.get("content"), class_="text")
+            prompt.append(
+                el("div", el("span", message.get("role"), class_="role"), said, class_="turn passage" if text else "turn")
+            )
+        reference = el("div", trimmed(sample["reference"]), class_="text") if sample.get("reference") else None
+        # A text has no end to come to: only an answer is told that it found none.
+        before, after = (None if text else sample.get(f"{when}_ended") for when in ("before", "after"))
+        goes_on = "goes on, " if text else ""
         shown.append(
             el(
                 "article",
                 *prompt,
                 el(
                     "div",
-                    answer("before", sample.get("before"), sample.get("before_ended"), "before"),
-                    answer("after", sample.get("after"), sample.get("after_ended"), "after"),
+                    answer(f"{goes_on}before", sample.get("before"), before, "before"),
+                    answer(f"{goes_on}after", sample.get("after"), after, "after"),
                     class_="pair",
                 ),
-                el("div", el("h4", "what the data says"), reference, class_="reference") if reference else None,
+                el("div", el("h4", "how the data goes on" if text else "what the data says"), reference, class_="reference")
+                if reference
+                else None,
                 class_="sample",
             )
         )
     note = "The same questions, answered before and after training (greedy decoding)."
-    return section("Answers", *shown, note=note)
+    if plain:
+        note = "How the model goes on with the same beginnings, before and after training (greedy decoding)."
+    return section(title, *shown, note=note)
 
 
 def preflight_section(record: dict[str, Any]) -> Html:
     preflight = record.get("preflight")
+    plain = record.get("kind") == "pretrain"
+    title = "Text it learns from" if plain else "Labels"
     if not preflight:
-        return section("Labels", not_made(record, "there was no preflight"))
+        return section(title, not_made(record, "there was no preflight"))
     from finetune.report import plots
 
     marks = {"pass": "✓", "warn": "!", "fail": "✗"}
@@ -484,7 +696,7 @@ def preflight_section(record: dict[str, Any]) -> Html:
     parts: list[Any] = [el("ul", *checks, class_="checks")]
     charts = []
     share = number(preflight.get("supervised_share"))
-    if share is not None:
+    if share is not None and not (plain and share == 1):
         supervised = f"{count(preflight.get('supervised_tokens'))} of {count(preflight.get('tokens'))} tokens are trained"
         cut = number(preflight.get("rows_truncated"))
         bar = el("i", style=f"width:{100 * min(1.0, share):.2f}%")
@@ -506,15 +718,18 @@ def preflight_section(record: dict[str, Any]) -> Html:
         label = f"Sample lengths from {edges[0]} to {edges[-1] - 1} tokens"
         svg = plots.histogram("lengths", label, edges, counts, x_label="tokens in a sample", y_label="samples")
         charts.append(figure(svg))
-    parts.append(el("div", *charts, class_="two"))
+    if charts:
+        parts.append(el("div", *charts, class_="two"))
     examples = preflight.get("examples") or []
     if examples:
-        parts.append(el("h3", "Your own rows: what is marked is trained"))
+        parts.append(el("h3", "Out of its rows" if plain else "Your own rows: what is marked is trained"))
         for example in examples:
-            pieces = [el("mark" if piece.get("supervised") else "span", piece.get("text")) for piece in example]
+            marked = "span" if plain else "mark"  # of a text every token is trained
+            shown = [(marked if piece.get("supervised") else "span", piece.get("text")) for piece in example]
+            pieces = [el(name, trimmed(text) if plain else text) for name, text in shown]
             parts.append(el("div", *pieces, class_="example text"))
     note = "The gate before training: what the model is asked to learn, measured on the data itself."
-    return section("Labels", *parts, note=note)
+    return section(title, *parts, note=note)
 
 
 def speed_section(record: dict[str, Any], metrics: Metrics) -> Html:
@@ -598,6 +813,15 @@ def merge_section(record: dict[str, Any]) -> Html:
         return section("Merge gate", not_made(record, "the recipe asks for no merged model (run.merge)"))
     written = f"{merge.get('path')}/" + (f", {size(merge['bytes'])}" if merge.get("bytes") is not None else "")
     gate = merge.get("gate")
+    if figures := merge.get("reternarized"):
+        return reternarized_section(figures, written)
+    if not gate and pick(record, "exports.bitnet.path") == merge.get("path"):
+        said = (
+            f"{merge.get('path')}/ is the trained model in the bitnet format: the codes of its master weights, two bits each, "
+            "and the rest in floats. Plain transformers loads it, and finetune chat and eval use it. Nothing had to be merged; "
+            "the gate that compared it with the trained model stands under Exports."
+        )
+        return section("Merged model", el("p", said), facts([("written to", written)]))
     if not gate:
         said = ": the merged model was written but not measured against the trained one, for want of held-out rows."
         return section("Merge gate", el("p", el("b", "Not compared"), said, class_="none"), facts([("written to", written)]))
@@ -623,6 +847,264 @@ def merge_section(record: dict[str, Any]) -> Html:
     )
 
 
+def reternarized_section(figures: dict[str, Any], written: str) -> Html:
+    """Adapters merged into a ternary base: what rounding to three values left of them."""
+    names = {
+        "base_loss": "the base, without the adapter",
+        "adapter_loss": "trained: the adapter on its base",
+        "float_loss": "merged, in floats",
+        "merged_loss": "merged, ternary again",
+    }
+    base, trained, merged = (number(figures.get(name)) for name in ("base_loss", "adapter_loss", "merged_loss"))
+    rows: list[list[Any]] = []
+    for name, said in names.items():
+        loss = number(figures.get(name))
+        apart = loss - trained if loss is not None and trained is not None and name != "adapter_loss" else None
+        rows.append([said, fixed(loss, 4), fixed(apart, 4, sign=True) if apart is not None else ""])
+    told = [f"{percent(figures.get('flips'))} of the ternary codes changed."]
+    if base is not None and trained is not None and merged is not None and base > trained:
+        kept = (base - merged) / (base - trained)
+        left = percent(kept) if kept > 0 else "nothing"
+        told.append(
+            f"The adapter had gained {fixed(base - trained, 4)} nats; after rounding to three values {left} of that is left."
+        )
+    told.append("Three values a weight cannot hold a small update: the adapter on its base stays the trained model.")
+    gate = pick(figures, "gate.status")
+    written_right = "What was written is what was merged: plain transformers computes the same from it."
+    wrong = "Plain transformers computes something else from what was written."
+    return section(
+        "Merged and ternary again",
+        table(["", f"loss, nats per token, {plural(figures.get('rows'), 'row')}", "against the trained model"], rows, "numbers"),
+        el("p", " ".join(told), class_="told"),
+        el("ul", gate_line(gate == "pass", written_right if gate == "pass" else wrong), class_="checks") if gate else None,
+        facts([("written to", written)]),
+        note="The adapter was added to the weights of its ternary base, and the sum was made ternary again.",
+    )
+
+
+def gate_line(passed: bool, said: str) -> Html:
+    status = el("span", "✓" if passed else "✗", class_="badge")
+    return el("li", status, el("div", el("b", said)), class_="pass" if passed else "fail")
+
+
+# ---------------------------------------------------------------------------------------------------------- ternary weights
+
+
+HEALTHY = (
+    "A ternary layer learns by codes that flip: its master weight moves a little with every step, and what it computes changes "
+    "when a weight crosses a boundary. Healthy is a share of flips between a tenth of a percent and a few percent a step, which "
+    "falls with the learning rate; zeros near 31 % (a Gaussian's share; 25 % for a uniform one); and a scale (mean magnitude of "
+    "the master weights) that moves slowly and stays within a few times its beginning. Nothing flips: the learning rate is too "
+    "low. Codes flip to and fro, or the scale runs away: it is too high."
+)
+
+
+def trains_ternary(record: dict[str, Any]) -> bool:
+    return pick(record, "model.swap.scheme") == "ternary" and not pick(record, "model.adapters")
+
+
+def kind_of(path: str) -> str:
+    """'model.layers.3.self_attn.q_proj' → 'q_proj'."""
+    return next((part for part in reversed(path.split(".")) if not part.isdigit()), path)
+
+
+def health_section(record: dict[str, Any], metrics: Metrics) -> Html | None:
+    """The ternary codes over the run; None for a run that trains none."""
+    title, looks = "Ternary health", metrics.looks
+    if not looks:
+        if not trains_ternary(record) and not record.get("ternary"):
+            return None
+        return section(title, not_made(record, "no look was taken at the codes (train.health_steps)"))
+    from finetune.report import plots
+    from quant.health import THRASHING, TURNOVER, WINDOW
+
+    steps = [seen.step for seen in looks]
+    alarms = pick(record, "ternary.alarms") or []
+    parts: list[Any] = [el("p", el("b", "Alarm, "), alarm, class_="alarm") for alarm in alarms]
+    if not alarms:
+        said = (
+            f"Looked for: frozen weights (fewer than {100 * TURNOVER:g} % of the codes would flip in the whole run, in the model "
+            f"or in a single layer) and thrashing ones (more than {100 * THRASHING:g} % flip a step), each over {WINDOW} looks."
+        )
+        if len(looks) < WINDOW:
+            said += f" With {plural(len(looks), 'look')} in this run neither could be told."
+        sign, state = ("✓", "pass") if len(looks) >= WINDOW else ("!", "warn")
+        looked = el("div", el("b", "No alarm."), el("span", said))
+        line = el("li", el("span", sign, class_="badge"), looked, class_=state)
+        parts.append(el("ul", line, class_="checks"))
+
+    def percents(values: Iterable[float]) -> list[float]:
+        return [100 * value for value in values]
+
+    charts = []
+    for index, (name, said, mark) in enumerate(
+        [("flips", "codes that flip in a step (%)", THRASHING), ("zeros", "codes that are 0 (%)", 0.31)]
+    ):
+        layers = [[layer[index] for layer in seen.layers.values()] for seen in looks]
+        svg = plots.spread(
+            name, f"Share of {said[:-4]} over steps, of all codes and from the lowest to the highest layer", steps,
+            percents(seen.flips if name == "flips" else seen.zeros for seen in looks),
+            (percents(min(values) for values in layers), percents(max(values) for values in layers)),
+            y_label=said, log=name == "flips", mark=100 * mark, alarm=name == "flips",
+        )  # fmt: skip
+        dashed = f"Dashed: {100 * mark:g} %, " + ("above which codes thrash." if name == "flips" else "a Gaussian's share.")
+        charts.append(figure(svg, f"Line: all codes; band: lowest to highest layer. {dashed}"))
+    first, last = looks[0], looks[-1]
+    groups: dict[str, list[list[float]]] = {}
+    for path, values in first.layers.items():
+        grown = [seen.layers[path][2] / values[2] if path in seen.layers and values[2] else math.nan for seen in looks]
+        groups.setdefault("attention" if "att" in path else "other", []).append(grown)
+    named = [(name, colour, variable) for name, colour, variable in (
+        ("attention", plots.TRAIN, "train"), ("other", plots.HELD, "held")) if name in groups]  # fmt: skip
+    svg = plots.bundle(
+        "scales", "Scale of each layer by step, relative to the first look", steps,
+        [(colour, groups[name]) for name, colour, _ in named], y_label="scale (first look: 1)",
+    )  # fmt: skip
+    words = {"attention": "attention", "other": "feed-forward and others" if "attention" in groups else "all layers"}
+    legend = el("span", *(key(variable, words[name]) for name, _, variable in named), class_="legend")
+    charts.append(figure(svg, join(("One line a layer. ", legend))))
+    blends = [(seen.step, seen.blend) for seen in looks if seen.blend is not None]
+    if blends:
+        svg = plots.series(
+            "blend", "Share of the ternary weight by step", [float(step) for step, _ in blends], [value for _, value in blends],
+            x_label="step", y_label="λ (0: floats, 1: ternary)", zero=True, raw=True,
+        )  # fmt: skip
+        charts.append(figure(svg, "How far the weights are ternary: w + λ (q(w) − w)."))
+    turnover = number(pick(record, "ternary.turnover"))
+    told = f"At the last look {100 * last.flips:.2g} % of the codes flipped and {percent(last.zeros)} were 0."
+    if turnover is not None:
+        told += f" Over the run about {turnover:.2g} flips a code were counted (each look × the steps between two looks)."
+    spoken = el("div", el("p", told), el("p", still_in_words(looks[-WINDOW:])), class_="told")
+    beside = len(charts) % 2 == 1  # the words fill the place of a chart
+    parts += [el("div", *charts, spoken if beside else None, class_="two"), None if beside else spoken, layer_tables(first, last)]
+    return section(title, *parts, note=HEALTHY)
+
+
+def still_in_words(looks: list[Look]) -> str:
+    """Which layers stopped moving, by the looks given: measured by the model's own mean, which the learning rate moves too."""
+    seen = f"the last {plural(len(looks), 'look')}" if len(looks) > 1 else "the last look"
+    mean = sum(look.flips for look in looks) / len(looks)
+    if mean == 0:
+        return f"In {seen} not one code flipped in any layer."
+    moved = {path: sum(look.layers[path][0] for look in looks if path in look.layers) / len(looks) for path in looks[-1].layers}
+    still = [path for path, flips in moved.items() if flips < mean / 10]
+    if still:
+        return f"Stopped moving in {seen} (less than a tenth of the model's mean): {', '.join(still)}."
+    least = min(moved, key=lambda path: moved[path])
+    return f"No layer stopped moving: the stillest in {seen}, {least}, flipped {moved[least] / mean:.2g} times the model's mean."
+
+
+def layer_tables(first: Look, last: Look) -> Html:
+    """The last look by kind of layer, and each layer on demand."""
+
+    def grown(path: str) -> float:
+        before = first.layers.get(path, last.layers[path])[2]
+        return last.layers[path][2] / before if before else math.nan
+
+    def span(values: list[float], scale: float, digits: int) -> str:
+        low, high = (fixed(scale * value, digits) for value in (min(values), max(values)))
+        return low if low == high else f"{low} … {high}"
+
+    kinds: dict[str, list[str]] = {}
+    for path in last.layers:
+        kinds.setdefault(kind_of(path), []).append(path)
+    rows = [
+        [
+            kind,
+            count(len(paths)),
+            span([last.layers[path][0] for path in paths], 100, 2),
+            span([last.layers[path][1] for path in paths], 100, 1),
+            span([grown(path) for path in paths], 1, 2),
+        ]
+        for kind, paths in kinds.items()
+    ]
+    each = [
+        [path, fixed(100 * flips, 3), fixed(100 * zeros, 1), f"{scale:.4g}", f"× {fixed(grown(path), 2)}"]
+        for path, (flips, zeros, scale) in last.layers.items()
+    ]
+    shares = ["flips, %", "zeros, %"]
+    return join(
+        (
+            table(["last look", "layers", *shares, "scale, first: 1"], rows, "numbers kinds"),
+            el(
+                "details",
+                el("summary", f"Each of {plural(len(each), 'layer')}"),
+                table(["layer", *shares, "scale", "since the first look"], each, "numbers kinds"),
+            ),
+        )
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------------- exports
+
+
+def exports_section(record: dict[str, Any]) -> Html | None:
+    """What was written for other programs, and what the gate measured; None for a run that exports nothing."""
+    exports = record.get("exports") or {}
+    if not exports:
+        return section("Exports", not_made(record, "the recipe asks for none")) if trains_ternary(record) else None
+    head = ["export", "size", "computes what it should", "apart from the trained model", "loss, nats", "perplexity"]
+
+    def cell(label: str, main: Any, below: Any = None) -> Html:
+        return el("td", el("div", main, el("span", below, class_="sub") if below else None), data_label=label)
+
+    rows, commands = [], []
+    for name, figures in exports.items():
+        gate = figures.get("gate") or {}
+        correct, good = gate.get("correct") or {}, gate.get("good") or {}
+        passed = gate.get("status") == "pass"
+        badge = el("span", "✓" if passed else "✗", class_="badge", title=gate.get("status"))
+        path, called = str(figures.get("path")), name.upper() if name.startswith("gguf") else name
+        state = "pass" if passed else "fail"
+        bits = number(figures.get("bits_per_weight"))
+        same = number(good.get("same_top"))
+        losses = [fixed(good.get(f"{whose}_loss"), 4) for whose in ("trained", "export")]
+        perplexities = [short(good.get(f"{whose}_perplexity")) for whose in ("trained", "export")]
+        rows.append(
+            el(
+                "tr",
+                el(
+                    "th",
+                    el("div", badge, el("b", called)),
+                    el("code", path),
+                    scope="row",
+                ),
+                cell(head[1], size(figures.get("bytes")), f"{fixed(bits, 2)} bits a parameter" if bits is not None else None),
+                cell(
+                    head[2],
+                    f"{'within' if passed else 'gate failed,'} {scientific(correct.get('error'))}",
+                    f"allowed {scientific(correct.get('limit'))}; {count(gate.get('tokens'))} tokens",
+                ),
+                cell(
+                    head[3],
+                    f"KL {scientific(good.get('kl'))} nats",
+                    f"same next token {percent(same)}" if same is not None else None,
+                ),
+                cell(head[4], losses[1], f"trained {losses[0]}"),
+                cell(head[5], perplexities[1], f"trained {perplexities[0]}"),
+                class_=state,
+            )
+        )
+        program = gate.get("program") or "its program"
+        if str(figures.get("format", name)).startswith("gguf"):
+            commands.append(f"llama-cli -m {path}    # llama.cpp; checked with {program}")
+        else:
+            commands.append(f'AutoModelForCausalLM.from_pretrained("{path}")    # {program}')
+    top = el("thead", el("tr", *(el("th", title, scope="col") for title in head)))
+    note = (
+        "Each export was loaded by the program that is to run it, and given the same tokens as the trained model. It computes "
+        "what it should if its logits are those of its own arithmetic, to the relative error that is shown; what that arithmetic "
+        "changes is the distance from the trained model (KL divergence of the next token, mean)."
+    )
+    return section(
+        "Exports",
+        el("div", el("table", top, el("tbody", *rows), class_="exports"), class_="scroll"),
+        el("h3", "How to run them, from the run's folder"),
+        el("pre", "\n".join(commands), class_="commands"),
+        note=note,
+    )
+
+
 def provenance_section(record: dict[str, Any]) -> Html:
     def at(path: str) -> Any:
         return pick(record, path)
@@ -639,6 +1121,11 @@ def provenance_section(record: dict[str, Any]) -> Html:
         if at("model")
         else None
     )
+    if swap and trains_ternary(record):
+        quantized = (
+            f"{count(swap.get('swapped'))} linears are trained to be ternary ({percent(swap.get('share'))} of the parameters); "
+            f"{swap.get('backend')}"
+        )
     versions = ", ".join(f"{name} {version}" for name, version in (at("provenance.versions") or {}).items())
     resumptions = at("provenance.resumed") or []
     resumed = "; ".join(f"{moment(entry.get('time'))} from {entry.get('from') or 'the beginning'}" for entry in resumptions)
@@ -646,7 +1133,12 @@ def provenance_section(record: dict[str, Any]) -> Html:
     data = None
     if rows is not None:
         data = f"{plural(rows, 'row')} ({at('data.format')}: {at('data.format_reason')})"
+    elif at("data.format"):
+        data = f"{at('data.format')}, {at('data.format_reason')}"
     split = None
+    if at("data.heldout_rows") is not None and at("data.train_rows") is None:  # a stream: who knows how many rows it has
+        split = f"{plural(at('data.heldout_rows'), 'row')} held out"
+        split += f", {plural(skipped, 'document')} skipped" if (skipped := at("data.rows_skipped")) else ""
     if at("data.train_rows") is not None:
         split = f"{count(at('data.train_rows'))} trained, {count(at('data.heldout_rows'))} held out"
         split += f", {plural(removed, 'duplicate')} removed" if (removed := at("data.duplicates_removed")) else ""
@@ -673,6 +1165,7 @@ def provenance_section(record: dict[str, Any]) -> Html:
                 ("sha-256", code(at("provenance.data.sha256"))),
                 ("rows", data),
                 ("split", split),
+                ("vocabulary", plural(at("data.vocabulary"), "token") if at("data.vocabulary") else None),
                 ("chat template", at("data.template")),
             ],
         ),
@@ -702,6 +1195,17 @@ def recipe_section(record: dict[str, Any], recipe: str | None) -> Html:
     return section("Recipe", el("details", el("summary", "The whole recipe, with every default"), el("pre", recipe)))
 
 
+def settings(recipe: str | None) -> dict[str, Any]:
+    """The recipe's text as it was meant; empty where it cannot be read."""
+    import yaml
+
+    try:
+        read = yaml.safe_load(recipe or "")
+    except yaml.YAMLError:
+        return {}
+    return read if isinstance(read, dict) else {}
+
+
 def next_section(record: dict[str, Any]) -> Html:
     commands = record.get("next") or []
     if not commands:
@@ -718,6 +1222,7 @@ def page(run_dir: Path) -> str:
     metrics = Metrics(run_dir / "metrics.jsonl")
     recipe_file = run_dir / "recipe.yaml"
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.exists() else None
+    twin = twin_of(run_dir)
     head = el(
         "head",
         el("meta", charset="utf-8"),
@@ -734,14 +1239,16 @@ def page(run_dir: Path) -> str:
             "main",
             header(record, metrics),
             tiles(record, metrics),
-            loss_section(record, metrics),
+            loss_section(record, metrics, twin, settings(recipe)),
             eval_section(record),
+            health_section(record, metrics),
             samples_section(record),
             preflight_section(record),
             speed_section(record, metrics),
             optimizer_section(record, metrics),
             time_section(record),
             merge_section(record),
+            exports_section(record),
             provenance_section(record),
             recipe_section(record, recipe),
             next_section(record),

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -22,10 +23,16 @@ Values = Sequence[float]
 
 # Colours that no plot uses by accident, and the CSS variables that they stand for.
 INK, MUTED, RULE, TRAIN, HELD = "#010203", "#010204", "#010205", "#010206", "#010207"
-VARIABLES = {INK: "--ink", MUTED: "--muted", RULE: "--rule", TRAIN: "--train", HELD: "--held"}
+TWIN, THIRD, BAD = "#010208", "#010209", "#01020a"
+VARIABLES = {
+    INK: "--ink", MUTED: "--muted", RULE: "--rule", TRAIN: "--train", HELD: "--held", TWIN: "--twin", THIRD: "--third",
+    BAD: "--bad",
+}  # fmt: skip
+Points = Sequence[tuple[float, float, float]]  # (step, loss, standard error or NaN)
 
 WIDE, NARROW, HALF = (900, 330), (360, 270), (380, 220)  # CSS pixels
 MOST_POINTS = 600  # of one line: more cannot be seen, and would make the file large
+MOST_IN_ALL = 6000  # points of many thin lines together
 FONT_SIZE = 12
 STEPS = [1, 2, 2.5, 5, 10]  # between two numbers of an axis
 
@@ -107,7 +114,8 @@ def draw(name: str, label: str, size: tuple[int, int], *, x: str, y: str, paint:
         paint(axes)
         low, high = axes.get_ylim()
         ticks = axes.yaxis.get_major_locator().tick_values(low, high)
-        axes.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))  # the data lie between two lines of the grid
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))  # the data lie between two lines of the grid
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(text.getvalue(), label)
@@ -146,17 +154,43 @@ def _line(axes: Axes, x: Values, y: Values, *, colour: str = TRAIN) -> None:
         axes.plot(*thin(x, smooth(y, window).tolist()), color=colour, linewidth=2, solid_joinstyle="round")
 
 
-def loss(name: str, size: tuple[int, int], steps: Values, losses: Values, held: Sequence[tuple[float, float, float]]) -> str:
-    """Training loss by step, and held-out points (step, loss, standard error or NaN), in nats per token."""
+def loss(
+    name: str,
+    size: tuple[int, int],
+    steps: Values,
+    losses: Values,
+    held: Points,
+    *,
+    twin: tuple[Values, Values, Points] | None = None,
+    level: float | None = None,
+) -> str:
+    """Training loss by step, and held-out points, in nats per token.
 
-    def paint(axes: Axes) -> None:
-        _line(axes, steps, losses)
+    twin: steps, losses and held-out points of a second model; then a colour stands for a model. level: a loss to compare with.
+    """
+
+    def points(axes: Axes, held: Points, colour: str, marker: str) -> None:
         if held:
             x, y, error = zip(*held, strict=True)
-            axes.plot(x, y, color=HELD, linewidth=1, alpha=0.5, zorder=3)
-            axes.errorbar(x, y, yerr=error, color=HELD, fmt="o", markersize=7, elinewidth=1.5, capsize=3, capthick=1.5, zorder=4)
+            if twin is None:  # four kinds of lines could not be told apart
+                axes.plot(x, y, color=colour, linewidth=1, alpha=0.5, zorder=3)
+            axes.errorbar(
+                x, y, yerr=error, color=colour, fmt=marker, markersize=7, elinewidth=1.5, capsize=3, capthick=1.5, zorder=4
+            )
+
+    def paint(axes: Axes) -> None:
+        if level is not None:
+            axes.axhline(level, color=MUTED, linewidth=1.5, linestyle=(0, (5, 4)))
+        if twin is not None:
+            _line(axes, *twin[:2], colour=TWIN)
+        _line(axes, steps, losses)
+        if twin is not None:
+            points(axes, twin[2], TWIN, "s")
+        points(axes, held, HELD if twin is None else TRAIN, "o")
 
     label = "Training loss by step" + (" with held-out loss and its standard error" if held else "")
+    label += " of the ternary model and of its float twin" if twin is not None else ""
+    label += f"; a dashed line at {level:.3g}" if level is not None else ""
     return draw(name, label, size, x="step", y="loss (nats per token)", paint=paint)
 
 
@@ -184,3 +218,82 @@ def histogram(name: str, label: str, edges: Values, counts: Values, *, x_label: 
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
 
     return draw(name, label, HALF, x=x_label, y=y_label, paint=paint)
+
+
+def gap(name: str, label: str, x: Values, y: Values) -> str:
+    """A difference in nats over steps, and where it would be none."""
+
+    def paint(axes: Axes) -> None:
+        axes.axhline(0, color=MUTED, linewidth=1)
+        axes.plot(*thin(x, y), color=TRAIN, linewidth=2, marker="o" if len(y) < 60 else "", markersize=5)
+        axes.set_xlim(left=0)
+
+    return draw(name, label, HALF, x="step", y="gap (nats per token)", paint=paint)
+
+
+def spread(
+    name: str,
+    label: str,
+    x: Values,
+    y: Values,
+    bounds: tuple[Values, Values],
+    *,
+    y_label: str,
+    log: bool = False,
+    mark: float | None = None,
+    alarm: bool = False,
+) -> str:
+    """One quantity over steps with the range that its parts take. `mark`: a value to compare with, red where it is an `alarm`.
+
+    log: the axis is logarithmic; what is 0 there lies on its lower end.
+    """
+    import numpy as np
+
+    low, high = (np.asarray(values, dtype=float) for values in bounds)
+    main = np.asarray(y, dtype=float)
+
+    def paint(axes: Axes) -> None:
+        least = None
+        if log:
+            positive = np.concatenate([main, low])
+            positive = positive[np.isfinite(positive) & (positive > 0)]
+            least = 10.0 ** math.floor(math.log10(positive.min())) if len(positive) else 1e-4
+        values = [np.where(v > 0, v, least) if least is not None else v for v in (main, low, high)]
+        edge, top = (thin(x, values[i].tolist()) for i in (1, 2))
+        axes.fill(
+            np.concatenate([edge[0], top[0][::-1]]), np.concatenate([edge[1], top[1][::-1]]), color=TRAIN, alpha=0.18, linewidth=0
+        )
+        axes.plot(*thin(x, values[0].tolist()), color=TRAIN, linewidth=2, marker="." if len(main) < 10 else "")
+        if mark is not None:
+            axes.axhline(mark, color=BAD if alarm else MUTED, linewidth=1.5, linestyle=(0, (5, 4)))
+        if least is not None:
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(_tick)
+            ceiling = max(float(np.nanmax(values[2])), mark or 0.0, least)
+            axes.set_ylim(least, 10.0 ** math.ceil(math.log10(ceiling) + 1e-9))
+
+    return draw(name, label, HALF, x="step", y=y_label, paint=paint)
+
+
+def bundle(
+    name: str, label: str, x: Values, groups: Sequence[tuple[str, Sequence[Values]]], *, y_label: str, log: bool = False
+) -> str:
+    """Thin lines, one for each part, in a colour for each group: (colour, lines)."""
+    every = max(1, math.ceil(len(x) * sum(len(lines) for _, lines in groups) / MOST_IN_ALL))
+    kept = sorted({*range(0, len(x), every), len(x) - 1})  # the last value is shown
+
+    def paint(axes: Axes) -> None:
+        alone = all(len(lines) == 1 for _, lines in groups)
+        for colour, lines in groups:
+            for values in lines:
+                axes.plot(
+                    [x[i] for i in kept], [values[i] for i in kept], color=colour, linewidth=2 if alone else 1,
+                    alpha=1 if alone else 0.6, marker="." if len(kept) < 10 else "",
+                )  # fmt: skip
+        if log:
+            axes.set_yscale("log")
+            axes.minorticks_off()
+            axes.yaxis.set_major_formatter(_tick)
+
+    return draw(name, label, HALF, x="step", y=y_label, paint=paint)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from finetune.recipe import read_recipe
-from tests.conftest import Terminal, alpaca, write_jsonl
+from tests.conftest import Terminal, alpaca, story, write_jsonl
 
 RECIPE = """\
 about: "a tiny run"
@@ -561,12 +561,29 @@ def test_recipes_of_the_shelf_build(tiny_model: Path, tmp_path: Path, finetune: 
     """Each shipped recipe runs its own settings, with its two sources and its size made tiny."""
     from finetune.recipe import shipped_recipes
 
+    text = tmp_path / "story.txt"
+    text.write_text(story(60_000))
     seen = 0
     for path in shipped_recipes():
         seen += 1
+        recipe = read_recipe(path)
+        words = [f"model.name={tiny_model}", f"data.path={rows_file}"]
+        if recipe.kind == "pretrain":
+            tiny = {
+                "hidden_size": 256,
+                "intermediate_size": 256,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+            }
+            words = [*(f"model.config.{key}={value}" for key, value in tiny.items() if recipe.model.config is not None),
+                     f"data.path={text}", "data.max_length=64", "train.accumulation=1", "train.micro_batch=1"]  # fmt: skip
+            if recipe.model.config is not None:
+                words += [f"tokenizer.name={tiny_model}"] if recipe.tokenizer.name else ["tokenizer.train=300"]
+            words += [f"model.name={tiny_model}", f"distill.teacher={tiny_model}"] if recipe.distill.teacher else []
         code, _, err = finetune(
-            "run", str(path), f"model.name={tiny_model}", f"data.path={rows_file}", "data.heldout=4", "train.max_steps=1",
-            "eval.max_new_tokens=2", f"run.dir=shelf/{path.stem}",
+            "run", str(path), *words, "data.heldout=4", "train.max_steps=1", "eval.max_new_tokens=2",
+            f"run.dir=shelf/{path.stem}",
         )  # fmt: skip
         assert code == 0, (path, err)
         assert (tmp_path / "shelf" / path.stem / "merged" / "config.json").exists()

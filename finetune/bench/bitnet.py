@@ -1,0 +1,411 @@
+"""`finetune bench bitnet`: training a ternary model, and what is exported of it, against what else there is.
+
+step        forward, loss, backward and AdamW of a whole model, tokens a second, against
+                bf16             the same model without quantization, its float twin
+                AutoBitLinear    transformers' layers, quantizing online; compiled where there is a compiler
+                formula          the straight-through definition in plain torch, what onebitllms trains (its own kernels on CUDA)
+memory      the peak of such steps, each side in a process of its own
+size        bytes on disk: the packed folder against bf16 safetensors, GGUF TQ2_0 and TQ1_0 against F16
+generation  the TQ2_0 file against the F16 file of the same model, both run by llama.cpp
+
+All sides of a step begin with the same fp32 master weights and get the same batches, under bf16 autocast where the device
+computes in bf16. Before they are timed, those that are ternary must have the same loss and gradients in fp32. How far a ternary
+model is behind its float twin is a matter of recipes (`twin: true`), and not of this.
+"""
+
+from __future__ import annotations
+
+import functools
+import gc
+import importlib.util
+import json
+import math
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from finetune.bench import baselines
+from finetune.bench.measure import Amounts, Case, Pairing, Side, Skip
+from finetune.errors import Mistake
+from finetune.train.loop import Memory
+from quant import backends, swap
+
+MIB = 2**20
+SAME_LOSS = 2e-4
+SAME_GRADIENTS = 4e-3
+"""Relative differences in fp32 beyond which two sides are not the same model; the gradients' of one layer, since an activation
+that is rounded the other way moves those behind it. Measured: 6e-5 and 9e-4; 1.7e-2 without int8 activations."""
+GET_LLAMA = "pip install 'finetune12g[export]'"
+
+
+class Shape(NamedTuple):
+    """Of a BitNetForCausalLM with SiLU, which llama.cpp can run, its head tied; and of a batch."""
+
+    hidden: int
+    intermediate: int
+    layers: int
+    heads: int
+    vocabulary: int
+    rows: int
+    tokens: int
+
+    @property
+    def batch(self) -> int:
+        return self.rows * self.tokens
+
+
+CPU = Shape(512, 1536, 6, 8, 2048, 4, 256)
+CUDA = Shape(768, 2048, 12, 12, 49152, 4, 1024)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """cpu: 21.5 million parameters; cuda: 125 million with the vocabulary of SmolLM2. generated: tokens at a time."""
+
+    cpu: Shape = CPU
+    cuda: Shape = CUDA
+    pairs: int = 11
+    generated: int = 64
+    generations: int = 9
+
+    def shape(self, device: str) -> Shape:
+        return Shape(*(self.cuda if device == "cuda" else self.cpu))
+
+
+SIZES = Sizes()
+
+
+def backends_here(device: str) -> dict[str, str]:
+    """Who computes our side on `device`, and why when it is not the best there is."""
+    return {"ternary": backends.describe(device, scheme="ternary")}
+
+
+# ------------------------------------------------------------------------------------------------------------------- steps
+
+
+def _ours(model: Any) -> None:
+    swap(model, scheme="ternary", trainable=True)
+
+
+SIDES: dict[str, Callable[[Any], None]] = {
+    "ours": _ours,
+    "bf16": lambda model: None,
+    "AutoBitLinear": baselines.auto_bitlinear,
+    "formula": baselines.straight_through,
+    "onebitllms": baselines.onebitllms_model,
+}
+"""What makes a side of the float model, in place."""
+
+
+def made(shape: Shape, device: str, side: str) -> Any:
+    """The model of `side`, on `device`: fp32, and the same weights for every side."""
+    from transformers import BitNetConfig, BitNetForCausalLM
+
+    config = BitNetConfig(
+        vocab_size=shape.vocabulary, hidden_size=shape.hidden, intermediate_size=shape.intermediate,
+        num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.heads, hidden_act="silu",
+        max_position_embeddings=shape.tokens, tie_word_embeddings=True, bos_token_id=None, eos_token_id=0, pad_token_id=None,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model: Any = BitNetForCausalLM(config)
+        model.to(device)
+    SIDES[side](model)
+    return model.train()
+
+
+def batch(shape: Shape, device: str) -> Tensor:
+    """Token ids (rows, tokens)."""
+    return torch.randint(0, shape.vocabulary, (shape.rows, shape.tokens), device=device)
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What products are computed in; None where that is fp32, as the masters are."""
+    from finetune.model import default_dtype
+
+    return None if (dtype := default_dtype(device)) == torch.float32 else dtype
+
+
+def loss_of(model: Any, ids: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Mean cross-entropy of ids (rows, tokens), nats, under autocast to `dtype`."""
+    with torch.autocast(ids.device.type, dtype=dtype, enabled=dtype is not None):
+        logits = model(input_ids=ids, use_cache=False).logits
+    return F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
+
+
+class Steps:
+    """ids → the loss of one training step of `model`, which is taken."""
+
+    def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
+        self.model, self.dtype = model, dtype
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+    def __call__(self, ids: Tensor) -> Tensor:
+        loss = loss_of(self.model, ids, self.dtype)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        return loss.detach()
+
+
+def require_same(ours: Any, theirs: Any, ids: Tensor, same_gradients: float) -> None:
+    """Raise RuntimeError unless both have the same loss and gradients of `ids` in fp32, up to rounding."""
+    found: list[tuple[float, Tensor]] = []
+    for model in (ours, theirs):
+        loss = loss_of(model, ids, None)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        found.append((float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])))
+    (mine, gradient), (other, their_gradient) = found
+    apart = float((gradient - their_gradient).norm() / their_gradient.norm())
+    for what, difference, bound in (("loss", abs(mine - other) / abs(other), SAME_LOSS), ("gradients", apart, same_gradients)):
+        if not difference < bound:
+            raise RuntimeError(f"the two sides do not train the same model: the {what} differ by {difference:.3g} in fp32")
+
+
+def _around(device: str, side: str) -> tuple[Callable[[], AbstractContextManager[object]], str]:
+    """What the steps of `side` run in, and what has to be said of it."""
+    if side != "AutoBitLinear":
+        return nullcontext, ""
+    note = "" if baselines.compiles(device) else "torch.compile does not work here: theirs is eager"
+    return functools.partial(baselines.as_compiled, device), note
+
+
+def _step(device: str, sizes: Sizes, side: str) -> Pairing:
+    shape, dtype = sizes.shape(device), autocast_dtype(device)
+    mine, other = (made(shape, device, name) for name in ("ours", side))
+    within, note = _around(device, side)
+    if side != "bf16":
+        with within():
+            shallow = shape._replace(layers=1)
+            require_same(made(shallow, device, "ours"), made(shallow, device, side), batch(shape, device), SAME_GRADIENTS)
+            require_same(mine, other, batch(shape, device), math.inf)
+    ours, theirs = (_side(Steps(model, dtype)) for model in (mine, other))
+    by = backends.describe(device, scheme="ternary")
+    return Pairing(lambda: (batch(shape, device),), ours, theirs, sizes.pairs, by, within, work=shape.batch, note=note)
+
+
+def _side(steps: Steps) -> Side:
+    return lambda ids: lambda: steps(ids)
+
+
+# ------------------------------------------------------------------------------------------------------------------ memory
+
+
+def peak(device: str, sizes: Sizes, side: str) -> int:
+    """Bytes that steps of `side` take at their peak: what this process then has more than after such steps have ended.
+
+    So libraries and compiled code do not count, and model, gradients and optimizer states do. To be asked in a process of its
+    own (child.py).
+    """
+    shape, dtype = sizes.shape(device), autocast_dtype(device)
+
+    def run() -> None:
+        with _around(device, side)[0]():
+            steps = Steps(made(shape, device, side), dtype)
+            for _ in range(3):
+                steps(batch(shape, device))
+
+    before = threading.Thread(target=run)  # what is kept for a thread ends with it
+    before.start()
+    before.join()
+    gc.collect()
+    memory = Memory(torch.device(device))
+    base = torch.cuda.memory_allocated() if memory.cuda else _resident()
+    memory.reset()
+    run()
+    return memory.peak() - base
+
+
+def _resident() -> int:
+    """Bytes of this process in memory, once what it has freed is given back.
+
+    Raises:
+        Skip: the system does not say.
+    """
+    import ctypes
+
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0]) * 1024
+    except (OSError, AttributeError, IndexError) as error:
+        raise Skip("peak memory is measured on Linux with glibc only") from error
+
+
+class Peaks:
+    """The peak of each side on `device`, asked for once."""
+
+    def __init__(self, device: str, sizes: Sizes) -> None:
+        self.device, self.sizes = device, sizes
+        self._found: dict[str, float] = {}
+
+    def __call__(self, side: str) -> Amounts:
+        """Ours against that of `side`, MiB."""
+        note = _around(self.device, side)[1]
+        ours, theirs = (self._of(name) / MIB for name in ("ours", side))
+        return Amounts(ours, theirs, backends.describe(self.device, scheme="ternary"), note)
+
+    def _of(self, side: str) -> float:
+        if side not in self._found:
+            self._found[side] = in_a_child(self.device, self.sizes, side)
+        return self._found[side]
+
+
+def in_a_child(device: str, sizes: Sizes, side: str) -> int:
+    """`peak` in a process of its own, which ends with this one.
+
+    Raises:
+        Skip: it failed; what it said is on standard error.
+    """
+    if device == "cpu" and not Path("/proc/self/clear_refs").exists():
+        raise Skip("peak memory is measured on Linux only")
+    if side == "onebitllms" and importlib.util.find_spec(side) is None:
+        raise Skip(f"{side} is not installed, pip install {side}")
+    command = [sys.executable, "-P", "-m", "finetune.bench.child", "bitnet", device, json.dumps(asdict(sizes)), side]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
+        try:
+            assert child.stdout is not None
+            said = child.stdout.read()
+            code = child.wait()
+        finally:
+            child.kill()
+    if code:
+        raise Skip(f"the steps of {side} failed in a process of their own (exit code {code})")
+    return int(json.loads(said)["peak"])
+
+
+# ----------------------------------------------------------------------------------------------------------------- exports
+
+
+class Exports:
+    """The ternary model of `shape` in each format, and the float one, in a temporary folder; each is written when asked for.
+
+    Weights that are not ternary are bf16, or what the format makes of that. Each export passes its gate.
+    """
+
+    def __init__(self, shape: Shape) -> None:
+        self.shape = shape
+        self._folder: tempfile.TemporaryDirectory[str] | None = None
+        self._bytes: dict[str, int] = {}
+
+    def path(self, format: str) -> Path:  # noqa: A002
+        if self._folder is None:
+            self._folder = tempfile.TemporaryDirectory(prefix="finetune-bench-")
+        return Path(self._folder.name) / (f"{format}.gguf" if format.startswith("gguf") else format)
+
+    def bytes(self, format: str) -> int:  # noqa: A002
+        """Of weights on disk (*.safetensors, or the whole GGUF). "bf16": the float model.
+
+        Raises:
+            Skip: llama.cpp is not installed.
+        """
+        if format not in self._bytes:
+            self._bytes[format] = self._float() if format == "bf16" else self._exported(format)
+        return self._bytes[format]
+
+    def _float(self) -> int:
+        folder = self.path("bf16")
+        self._model("bf16").save_pretrained(folder)
+        return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+    def _model(self, side: str) -> Any:
+        from finetune.model import cast
+
+        return cast(made(self.shape, "cpu", side), torch.bfloat16).eval()
+
+    def _exported(self, format: str) -> int:  # noqa: A002
+        from finetune.data.tokenizer import SMALLEST, train_tokenizer
+        from finetune.export import export
+
+        if format.startswith("gguf"):
+            require_llama_cpp()
+        words = train_tokenizer([__doc__ or ""], SMALLEST)
+        ids = batch(self.shape, "cpu")[0].tolist()
+        try:
+            return int(export(self._model("ours"), words, self.path(format), format=format, rows=[(ids, ids)])["bytes"])
+        except Mistake as mistake:
+            raise Skip(str(mistake)) from mistake
+
+
+def require_llama_cpp() -> None:
+    """Raise Skip where what writes or runs GGUF files is not installed."""
+    for package in ("gguf", "xllamacpp"):
+        if importlib.util.find_spec(package) is None:
+            raise Skip(f"{package} is not installed, {GET_LLAMA}")
+
+
+def _size(exports: Exports, format: str, against: str) -> Amounts:  # noqa: A002
+    ours, theirs = (exports.bytes(name) / MIB for name in (format, against))
+    return Amounts(ours, theirs, "finetune export")
+
+
+def _generation(exports: Exports, sizes: Sizes) -> Amounts:
+    from finetune.export.llama_cpp import WHEEL, tokens_per_second
+
+    paths = []
+    for name in ("gguf-tq2_0", "gguf-f16"):
+        exports.bytes(name)  # writes it
+        paths.append(exports.path(name))
+    ours, theirs = tokens_per_second(paths, count=sizes.generated, pairs=sizes.generations, threads=1)
+    return Amounts(ours, theirs, WHEEL)
+
+
+# ------------------------------------------------------------------------------------------------------------------- cases
+
+
+def cases(device: str, sizes: Sizes) -> list[Case]:
+    shape, exports, peaks = sizes.shape(device), Exports(sizes.shape(device)), Peaks(device, sizes)
+    prefix = "CUDA " if device == "cuda" else ""
+    what = f"{shape.layers} layers of {shape.hidden}, vocabulary {shape.vocabulary}, {shape.rows} × {shape.tokens} tokens"
+    products = "bf16 autocast, fp32 masters" if autocast_dtype(device) else "fp32: this device does not compute in bf16"
+    step = f"BitNetForCausalLM, {what}: forward, loss, backward, fused AdamW; {products}; weights are quantized in every step"
+    memory = f"the peak of such steps: model, gradients, AdamW and activations, without libraries; {what}"
+    notes = {
+        "bf16": "theirs is the same model without quantization",
+        "AutoBitLinear": "theirs is transformers' BitNet layer, quantizing online",
+        "formula": "theirs is the formula that onebitllms trains, in plain torch, for its kernels are for CUDA",
+        "onebitllms": "theirs is onebitllms' layer",
+    }
+    goals = {"bf16": 0.83, "AutoBitLinear": 1.0, "formula": 1.0, "onebitllms": 1.0}  # onebitllms says 20 % over plain training
+    opponents = [side for side in notes if side != "onebitllms" or device == "cuda"]
+    found = [
+        Case(
+            f"{prefix}ternary step", side, "tokens/s", goals[side], functools.partial(_step, device, sizes, side), 30,
+            f"{step}; {notes[side]}",
+        )
+        for side in opponents
+    ] + [
+        Case(f"{prefix}peak memory", side, "MiB", 1.0, functools.partial(peaks, side), 12, f"{memory}; {notes[side]}")
+        for side in opponents
+    ]  # fmt: skip
+    if device == "cuda":
+        return found
+    table = shape.vocabulary * shape.hidden
+    body = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
+
+    def share(bits: float) -> float:
+        """Of the bytes in 16 bits, with 2 % for names, norms and tokens."""
+        return 1.02 * (body * bits + table * 16) / ((body + table) * 16)
+
+    disk = f"{(body + table) / 1e6:.1f} million weights, of which {table / 1e6:.1f} million, the embedding, stay in 16 bits"
+    return [
+        *found,
+        Case("bitnet folder", "bf16 safetensors", "MiB", share(2), lambda: _size(exports, "bitnet", "bf16"), 5, disk),
+        Case("GGUF TQ2_0", "GGUF F16", "MiB", share(2.0625), lambda: _size(exports, "gguf-tq2_0", "gguf-f16"), 5, disk),
+        Case("GGUF TQ1_0", "GGUF F16", "MiB", share(1.6875), lambda: _size(exports, "gguf-tq1_0", "gguf-f16"), 3, disk),
+        Case(
+            "TQ2_0 generation", "GGUF F16", "tokens/s", None, lambda: _generation(exports, sizes), 8,
+            f"llama.cpp on both sides, one thread, the ternary model of {disk}; {sizes.generated} tokens at a time, wall time, "
+            f"medians of {sizes.generations} in turns",
+        ),
+    ]  # fmt: skip
