@@ -75,8 +75,8 @@ class Sizes:
     cpu: Shape = CPU
     cuda: Shape = CUDA
     pairs: int = 11
-    generated: int = 64
-    generations: int = 9
+    generated: int = 128
+    generations: int = 15
 
     def shape(self, device: str) -> Shape:
         return Shape(*(self.cuda if device == "cuda" else self.cpu))
@@ -212,7 +212,7 @@ def peak(device: str, sizes: Sizes, side: str) -> int:
     def run() -> None:
         with _around(device, side)[0]():
             steps = Steps(made(shape, device, side), dtype)
-            for _ in range(3):
+            for _ in range(2):  # from the second on there are optimizer states
                 steps(batch(shape, device))
 
     before = threading.Thread(target=run)  # what is kept for a thread ends with it
@@ -380,7 +380,7 @@ def cases(device: str, sizes: Sizes) -> list[Case]:
     opponents = [side for side in notes if side != "onebitllms" or device == "cuda"]
     found = [
         Case(
-            f"{prefix}ternary step", side, "tokens/s", goals[side], functools.partial(_step, device, sizes, side), 30,
+            f"{prefix}ternary step", side, "tokens/s", goals[side], functools.partial(_step, device, sizes, side), 28,
             f"{step}; {notes[side]}",
         )
         for side in opponents

@@ -1010,8 +1010,7 @@ def layer_tables(first: Look, last: Look) -> Html:
         kinds.setdefault(kind_of(path), []).append(path)
     rows = [
         [
-            kind,
-            count(len(paths)),
+            f"{kind}, {len(paths)}{TIGHT}×",
             span([last.layers[path][0] for path in paths], 100, 2),
             span([last.layers[path][1] for path in paths], 100, 1),
             span([grown(path) for path in paths], 1, 2),
@@ -1025,7 +1024,7 @@ def layer_tables(first: Look, last: Look) -> Html:
     shares = ["flips, %", "zeros, %"]
     return join(
         (
-            table(["last look", "layers", *shares, "scale, first: 1"], rows, "numbers kinds"),
+            table(["last look", *shares, "scale, first: 1"], rows, "numbers kinds"),
             el(
                 "details",
                 el("summary", f"Each of {plural(len(each), 'layer')}"),
@@ -1052,7 +1051,7 @@ def exports_section(record: dict[str, Any]) -> Html | None:
     for name, figures in exports.items():
         gate = figures.get("gate") or {}
         correct, good = gate.get("correct") or {}, gate.get("good") or {}
-        passed = gate.get("status") == "pass"
+        passed, program = gate.get("status") == "pass", gate.get("program") or "its program"
         badge = el("span", "✓" if passed else "✗", class_="badge", title=gate.get("status"))
         path, called = str(figures.get("path")), name.upper() if name.startswith("gguf") else name
         state = "pass" if passed else "fail"
@@ -1065,27 +1064,27 @@ def exports_section(record: dict[str, Any]) -> Html | None:
                 "tr",
                 el(
                     "th",
-                    el("div", badge, el("b", called)),
+                    el("div", badge, el("b", called), None if passed else ": refused by the gate"),
                     el("code", path),
+                    el("span", f"run by {program}", class_="sub"),
                     scope="row",
                 ),
                 cell(head[1], size(figures.get("bytes")), f"{fixed(bits, 2)} bits a parameter" if bits is not None else None),
                 cell(
                     head[2],
-                    f"{'within' if passed else 'gate failed,'} {scientific(correct.get('error'))}",
-                    f"allowed {scientific(correct.get('limit'))}; {count(gate.get('tokens'))} tokens",
+                    "exactly" if correct.get("error") == 0 else f"error {scientific(correct.get('error'))}",
+                    f"allowed {scientific(correct.get('limit'))}; {plural(gate.get('tokens'), 'token')}",
                 ),
                 cell(
                     head[3],
                     f"KL {scientific(good.get('kl'))} nats",
                     f"same next token {percent(same)}" if same is not None else None,
                 ),
-                cell(head[4], losses[1], f"trained {losses[0]}"),
-                cell(head[5], perplexities[1], f"trained {perplexities[0]}"),
+                cell(head[4], losses[1], f"trained:{TIGHT}{losses[0]}"),
+                cell(head[5], perplexities[1], f"trained:{TIGHT}{perplexities[0]}"),
                 class_=state,
             )
         )
-        program = gate.get("program") or "its program"
         if str(figures.get("format", name)).startswith("gguf"):
             commands.append(f"llama-cli -m {path}    # llama.cpp; checked with {program}")
         else:

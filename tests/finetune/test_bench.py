@@ -9,6 +9,7 @@ import itertools
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 
 import finetune.bench as bench
 from finetune import cli
-from finetune.bench import baselines, quant
+from finetune.bench import baselines, bitnet, quant
 from finetune.bench.child import Progress
 from finetune.bench.measure import (
     WARM_UP,
@@ -41,6 +42,9 @@ from finetune.bench.measure import (
 from finetune.screen import Screen, Shown
 
 TINY = quant.Sizes(nf4=(128, 192), ternary=(128, 64), vector=(256, 64), tokens=16, few_tokens=4, pairs=2, short_pairs=2)
+
+TINY_BITNET = bitnet.Sizes(cpu=bitnet.Shape(256, 256, 2, 4, 320, 2, 32), pairs=2, generated=8, generations=2)
+CASES = [(quant, quant.SIZES), (bitnet, bitnet.SIZES)]
 
 
 class Script:
@@ -241,8 +245,8 @@ def test_a_missing_package_skips_with_the_way_to_get_it(package: str, make: Any,
 
 
 def test_cases_are_told_apart_by_name_and_opponent() -> None:
-    for device in ("cpu", "cuda"):
-        cases = quant.cases(device, quant.SIZES)
+    for (module, sizes), device in itertools.product(CASES, ("cpu", "cuda")):
+        cases = module.cases(device, sizes)
         assert len({(case.name, case.against) for case in cases}) == len(cases)
         assert all(len(word) <= 23 for case in cases for word in (case.name, case.against))
         assert all(case.note for case in cases)  # shapes are told there
@@ -294,7 +298,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
 
 def made_up(case: Case) -> Row:
     """A row with figures as wide as they get."""
-    ratio, timed = case.target or 0.1234, case.unit in ("ms", "products/s")
+    ratio, timed = case.target or 0.1234, case.unit in ("ms", "products/s", "tokens/s")
     return {
         "case": case.name, "ours": 0.12345, "baseline": 12345.0, "ratio": ratio, "unit": case.unit, "target": case.target,
         "better": case.better, "low": 0.9123 * ratio if timed else None, "high": 1.1234 * ratio if timed else None,
@@ -302,9 +306,10 @@ def made_up(case: Case) -> Row:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("bench_module", "sizes"), CASES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_table_fits_into_80_columns(device: str) -> None:
-    rows = [made_up(case) for case in quant.cases(device, quant.SIZES)]
+def test_the_table_fits_into_80_columns(device: str, bench_module: Any, sizes: Any) -> None:
+    rows = [made_up(case) for case in bench_module.cases(device, sizes)]
     file = io.StringIO()
     bench._show(rows, Screen(Console(file=file, width=80, highlight=False, soft_wrap=True)))
     lines = file.getvalue().splitlines()
@@ -439,16 +444,196 @@ def test_ctrl_c_leaves_the_old_file_and_no_process(tmp_path: Path, monkeypatch: 
             yield press
 
     monkeypatch.setattr(bench, "Screen", Pressed)
-    file = tmp_path / "quant.json"
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    (folder := tmp_path / "results").mkdir()
+    file = folder / "quant.json"
     file.write_text("old")
     with pytest.raises(KeyboardInterrupt):
         bench.bench_command("quant", file)
     assert file.read_text() == "old"
-    assert [path.name for path in tmp_path.iterdir()] == ["quant.json"]
+    assert [path.name for path in folder.iterdir()] == ["quant.json"]
     (child,) = children
     assert child.poll() is not None
+    assert not list(temporary.glob("finetune-bench-*"))
 
 
 def test_a_child_that_fails_says_what_it_said() -> None:
     with pytest.raises(RuntimeError, match="no_such_size"):
         list(bench._child("quant", "cpu", {"no_such_size": 1}))
+
+
+def test_a_rate_counts_what_a_call_does() -> None:
+    contest = dataclasses.replace(scripted([*[1.0] * WARM_UP, 2.0], [*[1.0] * WARM_UP, 4.0], 1), work=60.0, note="seen late")
+    row = measure(Case("c", "b", "tokens/s", None, lambda: contest, note="known"), Script(), lambda part: None)
+    assert (row["ours"], row["baseline"], row["ratio"], row["better"]) == (30.0, 15.0, 2.0, "higher")
+    assert row["note"] == "known; seen late"
+
+
+@pytest.fixture
+def eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes longer than these tests."""
+    monkeypatch.setattr(baselines, "compiles", lambda device: False)
+
+
+def bitnet_case(name: str, against: str) -> Case:
+    return next(c for c in bitnet.cases("cpu", TINY_BITNET) if (c.name, c.against) == (name, against))
+
+
+@pytest.mark.usefixtures("eager")
+@pytest.mark.parametrize("side", ["bf16", "AutoBitLinear", "formula"])
+def test_a_ternary_step_is_timed_against_each(side: str) -> None:
+    row = measure(bitnet_case("ternary step", side), CPUClock(1 << 10), lambda part: None)
+    assert row["ratio"] is not None
+    assert 0.01 < row["ratio"] < 100
+    assert row["pairs"] == 2
+    assert row["backend"]
+    assert row["note"].endswith("theirs is eager") == (side == "AutoBitLinear")
+
+
+def test_all_sides_begin_with_the_same_weights_and_train_them() -> None:
+    shape = TINY_BITNET.cpu
+    ids = bitnet.batch(shape, "cpu")
+    models = {side: bitnet.made(shape, "cpu", side) for side in ("ours", "bf16", "AutoBitLinear", "formula")}
+    states = {side: {k: v.clone() for k, v in model.state_dict().items()} for side, model in models.items()}
+    with torch.compiler.set_stance("force_eager"):
+        for side, model in models.items():
+            assert states[side].keys() == states["bf16"].keys()
+            assert all(torch.equal(value, states["bf16"][name]) for name, value in states[side].items())
+            bitnet.Steps(model, torch.bfloat16)(ids)
+            assert all(not torch.equal(value, states[side][name]) for name, value in model.named_parameters()), side
+
+
+def no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_rows_as_int8", lambda x: x)
+
+
+def inverted_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines, "_ternary", lambda w: (w * (scale := 1 / w.abs().mean())).round().clamp(-1, 1) * scale)
+
+
+def a_float_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = baselines._body
+    monkeypatch.setattr(baselines, "_body", lambda m: {k: v for k, v in kept(m).items() if not k.endswith("k_proj")})
+
+
+def half_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:  # the loss is right
+        weight = baselines._ternary(self.weight).detach() + 0.5 * (self.weight - self.weight.detach())
+        return nn.functional.linear(baselines._rows_as_int8(x).detach() + (x - x.detach()), weight)
+
+    monkeypatch.setattr(baselines.StraightThrough, "forward", forward)
+
+
+def another_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(model: Any) -> None:
+        baselines.straight_through(model)
+        with torch.no_grad():
+            model.model.layers[0].mlp.up_proj.weight.neg_()
+
+    monkeypatch.setitem(bitnet.SIDES, "formula", start)
+
+
+@pytest.mark.parametrize("fault", [no_int8, inverted_scale, a_float_layer, half_the_gradient, another_start])
+def test_sides_that_train_different_models_are_a_fault(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    fault(monkeypatch)
+    with pytest.raises(RuntimeError, match=r"the two sides do not train the same model: the (loss|gradients) differ by"):
+        measure(bitnet_case("ternary step", "formula"), CPUClock(1 << 10), lambda part: None)
+
+
+def test_compiled_is_only_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(function: Any) -> Any:
+        raise RuntimeError("no C++ compiler")
+
+    for compile_ in (no_compiler, lambda function: function):  # the second: where it is switched off
+        monkeypatch.setattr(torch, "compile", compile_)
+        baselines.compiles.cache_clear()
+        assert not baselines.compiles("cpu")
+    baselines.compiles.cache_clear()
+
+
+@pytest.mark.usefixtures("eager")
+def test_each_side_is_asked_once_for_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def told(device: str, sizes: Any, side: str) -> int:
+        asked.append(side)
+        return {"ours": 3, "bf16": 4, "AutoBitLinear": 6, "formula": 5}[side] << 20
+
+    monkeypatch.setattr(bitnet, "in_a_child", told)
+    cases = [case for case in bitnet.cases("cpu", TINY_BITNET) if case.name == "peak memory"]
+    rows = [measure(case, CPUClock(1 << 10), lambda part: None) for case in cases]
+    assert [(row["ours"], row["baseline"], row["ratio"], row["met"]) for row in rows] == [
+        (3, 4, 0.75, True), (3, 6, 0.5, True), (3, 5, 0.6, True),
+    ]  # fmt: skip
+    assert sorted(asked) == ["AutoBitLinear", "bf16", "formula", "ours"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+def test_the_peak_holds_what_a_step_needs() -> None:
+    sizes = dataclasses.replace(TINY_BITNET, cpu=TINY_BITNET.cpu._replace(hidden=512, intermediate=1024))
+    parameters = sum(p.numel() for p in bitnet.made(sizes.cpu, "cpu", "bf16").parameters())
+    assert 12 * parameters < bitnet.peak("cpu", sizes, "bf16") < 40 * parameters  # fp32 weights, gradients, two moments; and more
+
+
+def test_onebitllms_is_named_where_its_memory_cannot_be_measured() -> None:
+    with pytest.raises(Skip, match="pip install onebitllms"):
+        bitnet.in_a_child("cuda", TINY_BITNET, "onebitllms")
+
+
+def test_exports_are_weighed_and_run() -> None:
+    pytest.importorskip("xllamacpp")
+    pytest.importorskip("gguf")
+    cases = bitnet.cases("cpu", TINY_BITNET)[6:]
+    rows = [measure(case, CPUClock(1 << 10), lambda part: None) for case in cases]
+    assert [(row["case"], row["against"]) for row in rows] == [
+        ("bitnet folder", "bf16 safetensors"), ("GGUF TQ2_0", "GGUF F16"), ("GGUF TQ1_0", "GGUF F16"),
+        ("TQ2_0 generation", "GGUF F16"),
+    ]  # fmt: skip
+    ratios = [row["ratio"] or 0 for row in rows]
+    assert ratios[2] < ratios[1] < 0.4  # little is ternary in a model as small
+    assert 0.1 < ratios[0] < 0.3
+    assert 0.01 < ratios[3] < 100
+    table, body = 320 * 256, 2 * 7 * 256**2
+    assert (rows[0]["baseline"] or 0) * 2**20 == pytest.approx(2 * (table + body), rel=0.02)
+    assert (rows[0]["ours"] or 0) * 2**20 == pytest.approx(2 * table + body / 4, rel=0.05)
+
+
+def test_without_llama_cpp_a_row_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("GGUF TQ2_0", "TQ2_0 generation"):
+        row = measure(bitnet_case(name, "GGUF F16"), CPUClock(1 << 10), lambda part: None)
+        assert row["ratio"] is None
+        assert row["note"].endswith("is not installed, pip install 'finetune12g[export]'")
+
+
+@pytest.mark.slow
+def test_a_small_bitnet_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bitnet, "SIZES", TINY_BITNET)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    (temporary := tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    file = tmp_path / "bitnet.json"
+    bench.bench_command("bitnet", file)
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    assert [(row["case"], row["against"]) for row in rows] == [
+        (case.name, case.against) for case in bitnet.cases("cpu", TINY_BITNET)
+    ]
+    for row in rows:
+        assert row["ratio"] is not None or "pip install" in row["note"]
+    compiled = [row for row in rows if row["against"] == "AutoBitLinear"]
+    assert all(row["note"].endswith("theirs is eager") for row in compiled)
+    assert not list(temporary.glob("finetune-bench-*"))
+
+
+@pytest.mark.slow
+def test_the_process_that_measures_memory_ends_with_the_one_that_asked() -> None:
+    sizes = json.dumps(dataclasses.asdict(dataclasses.replace(TINY_BITNET, cpu=bitnet.CPU._replace(tokens=4096))))
+    command = [sys.executable, "-P", "-m", "finetune.bench.child", "bitnet", "cpu", sizes, "bf16"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdin is not None
+    child.stdin.close()
+    assert child.wait(60) == 1
+    with pytest.raises(Skip, match=r"the steps of nobody failed in a process of their own \(exit code 1\)"):
+        bitnet.in_a_child("cpu", TINY_BITNET, "nobody")

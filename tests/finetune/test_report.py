@@ -520,3 +520,299 @@ def test_numbers_as_they_are_read() -> None:
     assert [pages.many(n) for n in (7, 9999, 10_000, 134_515_008, 8_030_261_248)] == ["7", "9,999", "10.0 k", "134.5 M", "8.03 B"]
     assert [pages.short(n) for n in (1.234, 12.34, 1234.5, 3.1e9)] == ["1.23", "12.3", "1,234", "3.10e+09"]
     assert pages.with_error(-0.763, 0.0493, pages.decimals(0.0493)).replace(pages.TIGHT, " ") == "−0.76 ± 0.05"
+
+
+# ------------------------------------------------------------------------------------------------- pretraining and ternary
+
+LAYERS = [f"model.layers.{i}.{name}" for i in range(3) for name in ("self_attn.q_proj", "mlp.up_proj")]
+PRETRAIN_SECTIONS = [
+    "Loss", "Before and after", "Ternary health", "Text it writes", "Text it learns from", "Speed and memory",
+    "Learning rate and gradient norm", "Where the time went", "Merged model", "Exports", "Provenance", "Recipe",
+    "What to type next",
+]  # fmt: skip
+
+
+def gate(error: float, kl: float, export_loss: float, program: str) -> dict[str, Any]:
+    return {
+        "status": "pass",
+        "correct": {"error": error, "worst_row": error, "noise": 0.001, "limit": 0.05},
+        "good": {
+            "kl": kl, "worst_token": 2 * kl, "limit": 1.0, "arithmetic_kl": kl, "same_top": 0.998, "trained_loss": 4.5021,
+            "export_loss": export_loss, "trained_perplexity": 90.2, "export_perplexity": math.exp(export_loss),
+        },
+        "rows": 4, "tokens": 1024, "program": program, "device": "cpu",
+    }  # fmt: skip
+
+
+def ternary_record() -> dict[str, Any]:
+    """A run of the tiny ternary recipe, finished, with its twin."""
+    content = record()
+    content |= {
+        "name": "bitnet-tiny",
+        "kind": "pretrain",
+        "model": {
+            "architecture": "BitNetForCausalLM", "parameters": 5645568, "trainable": 5645568, "adapters": 0,
+            "swap": {"scheme": "ternary", "swapped": 6, "share": 0.9054, "bytes_before": 22582528, "bytes_after": 22582528,
+                     "backend": "llvmlite 0.50.0"},
+        },
+        "data": {"format": "text", "format_reason": "packed into rows of 256 tokens", "heldout_rows": 64, "rows_skipped": 0,
+                 "vocabulary": 2048, "template": None},
+        "samples": [{"prompt": "\n\nFirst Citizen:\nBefore we", "reference": "\nproceed any further", "before": "the the the",
+                     "before_ended": False, "after": "\n" * 48, "after_ended": False}],
+        "ternary": {"flips": 0.002, "zeros": 0.31, "turnover": 1.37, "looks": 12, "alarms": []},
+        "merge": {"path": "merged", "gate": None, "bytes": 3424824},
+        "exports": {
+            "bitnet": {"format": "bitnet", "path": "merged", "bytes": 3424824, "parameters": 5645568, "bits_per_weight": 4.853,
+                       "gate": gate(0.0, 0.0, 4.5021, "transformers")},
+            "gguf-tq2_0": {"format": "gguf-tq2_0", "path": "export/bitnet-tiny-TQ2_0.gguf", "bytes": 2467456,
+                           "parameters": 5645568, "bits_per_weight": 3.4965,
+                           "gate": gate(4.48e-5, 1.7e-7, 4.5034, "xllamacpp==1")},
+        },
+        "twin": {"path": "twin", "lr": 0.0015, "seed": 17, "loss": 4.4017, "gap": 0.1004, "gap_stderr": 0.0087,
+                 "tokens_per_second": 1400.0},
+    }  # fmt: skip
+    content["eval"] = {
+        "before": {"loss": 7.65, "stderr": 0.013, "perplexity": 2100.6, "tokens": 16320, "rows": 64},
+        "after": {"loss": 4.5021, "stderr": 0.054, "perplexity": 90.2, "tokens": 16320, "rows": 64},
+        "difference": -3.148, "difference_stderr": 0.052,
+    }  # fmt: skip
+    content["preflight"] = content["preflight"] | {
+        "length_histogram": {"edges": [], "counts": []}, "supervised_tokens": 53012, "supervised_share": 1.0,
+        "examples": [[{"text": "PSA:\nOr thou goest", "supervised": True}]],
+    }  # fmt: skip
+    return content
+
+
+def looks(steps: int = 120, every: int = 10, still: str | None = None) -> list[dict[str, Any]]:
+    lines = []
+    for step in range(every, steps + 1, every):
+        flips = 0.02 * (1 - step / steps) + 0.001
+        layers = {path: [0.0 if path == still else flips, 0.31, 0.02 * (1 + step / steps)] for path in LAYERS}
+        lines.append({"step": step, "ternary": {"flips": flips, "zeros": 0.31, "layers": layers}})
+    return lines
+
+
+def write_ternary(folder: Path, content: dict[str, Any] | None = None, lines: list[dict[str, Any]] | None = None) -> Path:
+    """As a ternary run with its twin leaves its folder."""
+    own = metrics()
+    write_run(folder, ternary_record() if content is None else content, [*own, *looks()] if lines is None else lines)
+    (folder / "recipe.yaml").write_text("train: {lr: 0.003}\n", encoding="utf-8")
+    twin = ternary_record() | {"name": "bitnet-tiny-twin"}
+    twin["eval"] = twin["eval"] | {"after": twin["eval"]["after"] | {"loss": 4.4017}}
+    for name in ("ternary", "twin", "exports"):
+        del twin[name]
+    write_run(folder / "twin", twin, [line | {"loss": line["loss"] - 0.1} if "loss" in line else line for line in own])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ternary(tmp_path_factory: pytest.TempPathFactory) -> Outline:
+    return outline(write_ternary(tmp_path_factory.mktemp("ternary")))
+
+
+def test_a_ternary_run_has_its_sections(ternary: Outline) -> None:
+    assert ternary.headings == PRETRAIN_SECTIONS
+    # loss twice, the gap, flips, zeros, scales, and speed, memory, learning rate, gradient norm
+    assert ternary.count("svg") == 10
+    assert not {"script", "img", "image"} & {tag for tag, _ in ternary.tags}
+    ids = [attributes["id"] for _, attributes in ternary.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+
+
+def test_every_string_of_a_ternary_run_is_escaped(tmp_path: Path) -> None:
+    content = attacked(ternary_record())
+    content["kind"], content["model"]["swap"]["scheme"] = "pretrain", "ternary"
+    content["ternary"]["alarms"] = [ATTACK]
+    lines = [*metrics(), *looks(), {"step": 5, "rolled_back": {"from": 7, "found": ATTACK, "where": ATTACK}}]
+    lines[-2]["ternary"]["layers"][ATTACK] = [0.0, 0.3, 1.0]
+    seen = outline(write_ternary(tmp_path / "run", content, lines))
+    assert not {"script", "img"} & {tag for tag, _ in seen.tags}
+    assert seen.text.count(" ".join(ATTACK.split())) > 20
+
+
+def test_kinds_of_metrics_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    """A look and a rollback carry the number of a step, too."""
+    back = {"step": 1, "rolled_back": {"from": 2, "found": "loss nan", "where": "rows 8 to 15"}}
+    step = {"step": 1, "loss": 3.0}
+    look = looks(1, 1)[0]
+    broken = {"step": 2, "ternary": {"flips": math.nan, "zeros": 0.3, "layers": look["ternary"]["layers"]}}
+    evaluation = {"step": 1, "eval_loss": 2.0}
+    read = pages.Metrics(write_run(tmp_path / "run", None, [step, look, evaluation, back, back, broken]) / "metrics.jsonl")
+    assert read.column("loss") == [3.0]
+    assert read.evaluations == [evaluation]
+    assert [(seen.step, seen.zeros, len(seen.layers)) for seen in read.looks] == [(1, 0.31, 6)]
+    assert read.rollbacks == [{"step": 1, "from": 2, "found": "loss nan", "where": "rows 8 to 15"}] * 2
+    assert read.unreadable == 1
+
+
+def test_the_gap_with_its_conditions(ternary: Outline) -> None:
+    for expected in (
+        "Its float twin, trained on the same tokens, reaches 4.402: a gap of +0.100 ± 0.009 nats.",
+        "Gap to the float twin+0.100 ± 0.009nats per token, at equal tokens",
+        "gap, paired by row+0.100 ± 0.009",
+        "159,036 tokens each, the same rows in the same order, seed 17.",
+        "ternary4.502 ± 0.0540.003159,036",
+        "float twin4.402 ± 0.0540.0015159,036",
+    ):
+        assert expected in ternary.text, expected
+    styles = {(tag, a.get("style") or "") for tag, a in ternary.tags}
+    assert any("var(--twin)" in style for tag, style in styles if tag == "path")  # both curves are drawn
+
+
+@pytest.mark.parametrize(
+    ("gap", "error", "said"),
+    [
+        (0.01, 0.02, "no measurable gap (+0.01 ± 0.02)"),
+        (0.4, None, "no measurable gap (+0.400)"),
+        (-0.07, 0.02, "a gap of −0.07 ± 0.02 nats, the ternary model being ahead."),
+    ],
+)
+def test_a_gap_within_its_error_is_none(tmp_path: Path, gap: float, error: float | None, said: str) -> None:
+    content = ternary_record()
+    content["twin"] |= {"gap": gap, "gap_stderr": error}
+    assert said in outline(write_ternary(tmp_path / "run", content)).text
+
+
+def test_a_twin_on_its_way_is_drawn_and_not_judged(tmp_path: Path) -> None:
+    content = ternary_record() | {"state": "stopped", "error": "interrupted"}
+    del content["twin"]
+    seen = outline(write_ternary(tmp_path / "run", content))
+    assert "The comparison with the twin not made: the run was stopped before it." in seen.text
+    assert "a gap of" not in seen.text
+    assert any("var(--twin)" in (a.get("style") or "") for _, a in seen.tags)
+
+
+def test_health_without_an_alarm_says_what_was_looked_for(ternary: Outline) -> None:
+    assert "No alarm.Looked for: frozen weights (fewer than 10 % of the codes would flip in the whole run" in ternary.text
+    assert "No layer stopped moving" in ternary.text
+    assert "At the last look 0.1 % of the codes flipped and 31.0 % were 0. Over the run about 1.4 flips a code" in ternary.text
+    assert "q_proj, 3 ×0.1031.01.85" in ternary.text  # 3 layers, flips, zeros, scale 2.0 / (1 + 1/12)
+    for label in ("codes that flip in a step (%)", "codes that are 0 (%)", "scale (first look: 1)"):
+        assert label in ternary.text
+    assert "λ" not in ternary.text
+
+
+def test_alarms_are_boxes_and_layers_that_stopped_are_named(tmp_path: Path) -> None:
+    content = ternary_record()
+    content["ternary"]["alarms"] = ["step 60: thrashing: 5.1% of the ternary codes flipped"]
+    lines = [*metrics(), *looks(still=LAYERS[3])]
+    for line in lines:
+        if "ternary" in line:
+            line["ternary"]["blend"] = line["step"] / 120
+    seen = outline(write_ternary(tmp_path / "run", content, lines))
+    assert sum(a.get("class") == "alarm" for _, a in seen.tags) == 2  # one at the top, one in the section
+    assert "1 alarm of the ternary weights" in seen.text
+    assert "Alarm, step 60: thrashing" in seen.text
+    assert "No alarm." not in seen.text
+    assert f"Stopped moving in the last 5 looks (less than a tenth of the model's mean): {LAYERS[3]}." in seen.text
+    assert "λ (0: floats, 1: ternary)" in seen.text
+
+
+def test_few_looks_promise_nothing(tmp_path: Path) -> None:
+    seen = outline(write_ternary(tmp_path / "run", None, [*metrics(), *looks(20)])).text
+    assert "With 2 looks in this run neither could be told." in seen
+    content = ternary_record() | {"state": "failed", "error": "it broke"}
+    none = outline(write_ternary(tmp_path / "none", content, metrics()))
+    assert "Ternary health" in none.headings
+    assert none.text.count("Not made: the run failed before it") >= 1
+
+
+def test_weights_that_never_move_can_be_drawn(tmp_path: Path) -> None:
+    lines = looks()
+    for line in lines:
+        line["ternary"] |= {"flips": 0.0, "layers": {path: [0.0, 0.3, 0.0] for path in LAYERS}}
+    seen = outline(write_ternary(tmp_path / "run", None, [*metrics(), *lines]))
+    assert "not one code flipped in any layer" in seen.text
+    assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
+
+
+def test_many_layers_do_not_make_the_page_large(tmp_path: Path) -> None:
+    layers = {f"model.layers.{i}.mlp.up_proj": [0.01, 0.31, 1.0 + i] for i in range(200)}
+    lines = [{"step": step, "ternary": {"flips": 0.01, "zeros": 0.31, "layers": layers}} for step in range(1, 301)]
+    path = write_report(write_ternary(tmp_path / "run", None, [*metrics(300), *lines]))
+    assert path.stat().st_size < 700_000
+
+
+def test_exports_with_their_gates(tmp_path: Path, ternary: Outline) -> None:
+    for expected in (
+        "export/bitnet-tiny-TQ2_0.gguf", "3.50 bits a parameter", "error 4.5e-05", "allowed 0.05; 1,024 tokens",
+        "KL 1.7e-07 nats", "4.5034trained: 4.5021", "run by xllamacpp==1", "llama-cli -m export/bitnet-tiny-TQ2_0.gguf",
+        'AutoModelForCausalLM.from_pretrained("merged")', "the gate that compared it with the trained model stands under Exports",
+    ):  # fmt: skip
+        assert expected in ternary.text, expected
+    assert sum(tag == "tr" and a.get("class") == "pass" for tag, a in ternary.tags) == 2
+    content = ternary_record()
+    content["exports"]["gguf-tq2_0"]["gate"]["status"] = "fail"
+    seen = outline(write_ternary(tmp_path / "run", content))
+    assert "GGUF-TQ2_0: refused by the gate" in seen.text
+    assert [a.get("class") for tag, a in seen.tags if tag == "tr" and a.get("class")] == ["pass", "fail"]
+
+
+def test_text_is_not_an_answer(ternary: Outline) -> None:
+    assert "did not end by itself" not in ternary.text
+    assert "goes on, before" in ternary.text
+    assert "nothing but 48 blanks" in ternary.text
+    assert "how the data goes on" in ternary.text
+    assert ternary.count("mark") == 0  # all of a text is trained
+    assert "text, packed into rows of 256 tokens" in ternary.text
+    assert "64 rows held out" in ternary.text
+
+
+def test_from_a_float_model_with_a_teacher_and_a_step_taken_back(tmp_path: Path) -> None:
+    content = ternary_record()
+    content["eval"]["float"] = content["eval"]["after"] | {"loss": 3.9, "perplexity": 49.4}
+    lines = [line | {"ce": line["loss"], "distill_logits": 2.5, "distill_relations": 0.0} if "loss" in line else line
+             for line in metrics()]  # fmt: skip
+    lines.append({"step": 40, "rolled_back": {"from": 47, "found": "loss nan", "where": "rows 376 to 383"}})
+    seen = outline(write_ternary(tmp_path / "run", content, lines)).text
+    assert "The float model that it came from has 3.90." in seen
+    assert "the float model3.90 ± 0.05" in seen
+    assert "made ternary, not trained7.65 ± 0.01" in seen
+    assert "divergence from the teacher's next tokens2.52.5" in seen
+    assert "4740loss nanrows 376 to 383" in seen
+    assert "went back to a checkpoint 1 time" in seen
+
+
+@pytest.mark.parametrize(("merged", "left"), [(3.31, "30.0 %"), (3.5, "nothing")])
+def test_adapters_in_a_ternary_base(tmp_path: Path, merged: float, left: str) -> None:
+    content = record()
+    content["model"]["swap"]["scheme"] = "ternary"
+    content["merge"] = {
+        "path": "merged", "gate": None, "bytes": 1000,
+        "reternarized": {"adapter_loss": 3.1, "base_loss": 3.4, "float_loss": 3.12, "merged_loss": merged, "flips": 0.0123,
+                         "rows": 16, "gate": {"status": "pass"}},
+    }  # fmt: skip
+    seen = outline(write_run(tmp_path / "run", content))
+    assert seen.headings == [name if name != "Merge gate" else "Merged and ternary again" for name in SECTIONS]
+    assert f"The adapter had gained 0.3000 nats; after rounding to three values {left} of that is left." in seen.text
+    assert "1.2 % of the ternary codes changed." in seen.text
+    assert f"merged, ternary again{merged:.4f}" in seen.text
+
+
+@pytest.mark.parametrize("missing", ["eval", "twin", "exports", "ternary", "merge", "train", "model", "samples", "preflight"])
+def test_a_ternary_page_stands_without(tmp_path: Path, missing: str) -> None:
+    content = ternary_record()
+    del content[missing]
+    assert "Ternary health" in outline(write_ternary(tmp_path / "run", content, looks())).headings
+    content = ternary_record() | {missing: None}
+    assert "Loss" in outline(write_ternary(tmp_path / "empty", content, [])).headings
+
+
+def test_show_tells_the_gap_the_exports_and_the_alarms(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from finetune.show import show_run
+
+    content = ternary_record()
+    content["eval"]["float"] = content["eval"]["after"] | {"loss": 3.9}
+    content["ternary"]["alarms"] = ["step 60: thrashing"]
+    content["train"]["memory_kind"] = "process RSS"
+    show_run(content, tmp_path)
+    out = capsys.readouterr().out
+    for expected in (
+        "float            3.9000", "float twin       4.4017", "gap      +0.1004 ± 0.0087 nats, ternary less float twin",
+        "0.20% of the codes flipped, 31.0% were 0; 1 alarm\n", "alarm    step 60: thrashing", "gate pass, KL 1.7e-07 nats",
+        "export   export/bitnet-tiny-TQ2_0.gguf: 2.4 MiB, 3.50 bits a parameter",
+    ):  # fmt: skip
+        assert expected in out, expected
+    content["merge"] = {"reternarized": {"adapter_loss": 3.1, "base_loss": 3.4, "merged_loss": 3.31, "flips": 0.0123}}
+    show_run(content, tmp_path)
+    assert "ternary again: loss 3.3100, with the adapter 3.1000, without it 3.4000; 1.23%" in capsys.readouterr().out
