@@ -163,7 +163,9 @@ def chat(
 
 @app.command()
 def bench(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="What to measure: quant, bitnet.", show_default=False)] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="What to measure: quant, bitnet.", show_default=False)
+    ] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write rows and provenance there.")] = None,
 ) -> None:
     """Measure this program against others on this machine: the same work in one run, medians of pairs."""

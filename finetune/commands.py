@@ -52,7 +52,7 @@ def _rows_of_run(opened: Opened) -> list[tuple[list[int], list[int]]]:
     from finetune.data.preflight import Limits
     from finetune.files import read_run
     from finetune.material import gather
-    from finetune.run import same_data
+    from finetune.place import same_data
 
     assert opened.recipe is not None
     assert opened.run is not None
@@ -121,7 +121,7 @@ def export_command(name: str, to: str, out: Path) -> None:
     Raises:
         Mistake: nothing to export, what the format cannot express, or `out` is in the way. GateStop: it is another model there.
     """
-    from finetune.export import check, export, known
+    from finetune.export import check, export, in_words, known
 
     known(to)
     if out.exists() and (out.is_file() or any(out.iterdir())):
@@ -129,7 +129,6 @@ def export_command(name: str, to: str, out: Path) -> None:
     screen = Screen()
     _libraries(screen)
     from eval.perplexity import text_rows
-    from finetune.run import in_words
 
     opened = open_one(name, "auto", screen)
     if hasattr(opened.model, "merge_and_unload"):

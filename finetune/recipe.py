@@ -163,9 +163,7 @@ class Distill(Section):
     teacher: str | None = Field(
         None, description="A float model to learn from besides the data, with the same tokenizer: as model.name. null: none."
     )
-    logits: float = Field(
-        1.0, ge=0, description="Weight of the KL divergence from the teacher's logits, beside the data's loss."
-    )
+    logits: float = Field(1.0, ge=0, description="Weight of the KL divergence from the teacher's logits, beside the data's loss.")
     temperature: float = Field(5.0, gt=0, description="Temperature of both sides in that divergence.")
     relations: float = Field(
         1e3, ge=0, description="Weight of the attention relations' divergence (MiniLM's, of Q, K and V of one layer); 0: none."

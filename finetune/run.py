@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import re
 import shlex
 import shutil
 import sys
@@ -20,7 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateStop, Interruption, Mistake
 from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, human_bytes, require_space, write_atomic, write_json
-from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, differences, dump_recipe, read_recipe
+from finetune.place import absolute, bytes_to_write, check_resumable, choose_folder, same_data
+from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, dump_recipe
 from finetune.screen import Screen, clock, number
 
 if TYPE_CHECKING:
@@ -28,17 +28,8 @@ if TYPE_CHECKING:
 
     from eval.perplexity import LossResult
     from finetune.material import HeldOut, Material
-    from finetune.model import Skeleton, Source
+    from finetune.model import Source
 
-# A resumed run may differ from what was begun in these alone: they do not touch the weights.
-MAY_CHANGE = ("eval.", "run.", "export.", "about", "twin", "train.twin_lr", "train.save_steps", "train.keep_checkpoints")
-MUST_STAY = ("run.seed",)
-UNBEGUN = {
-    ".lock",
-    "recipe.yaml",
-    ".run.json.finetune-new",
-    ".recipe.yaml.finetune-new",
-}  # all that a kill at the start can leave
 FORMAT = 1
 
 
@@ -60,108 +51,6 @@ def quiet_libraries() -> None:
     )
 
 
-# ----------------------------------------------------------------------------------------------------------------- folder
-
-
-def choose_folder(recipe: Recipe, name: str, resume: bool) -> Path:
-    """Where the run lives.
-
-    Raises:
-        Mistake: the folder that the recipe names belongs to another run, or holds other files; nothing to resume.
-    """
-    if recipe.run.dir is not None:
-        path = Path(recipe.run.dir)
-        if path.exists() and not path.is_dir():
-            raise Mistake("run.dir is a file", where="run.dir", found=str(path), do="give a folder")
-        if not resume and path.is_dir() and any(entry.name not in UNBEGUN for entry in path.iterdir()):
-            owner = "belongs to another run" if (path / "run.json").exists() else "is not empty"
-            raise Mistake(
-                f"the output folder {owner}",
-                where="run.dir",
-                found=str(path),
-                do="give another run.dir, remove it, or add --resume",
-            )
-        return path
-    own = re.compile(rf"{re.escape(name)}(-\d+)?")
-    taken = sorted(
-        (path for path in Path("runs").glob(f"{name}*") if own.fullmatch(path.name)), key=lambda path: _number(path, name)
-    )
-    if resume:
-        if not taken:
-            raise Mistake("there is no run to resume", where="runs/", found=f"no {name}", do="leave out --resume")
-        return taken[-1]
-    return Path("runs", f"{name}-{_number(taken[-1], name) + 1}" if taken else name)
-
-
-def _number(path: Path, name: str) -> int:
-    return int(path.name.removeprefix(name).removeprefix("-") or 1)
-
-
-def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with its local paths absolute, so that its run can be resumed, merged and scored from anywhere."""
-
-    def full(text: str | None) -> str | None:
-        return str(Path(text).expanduser().absolute()) if text is not None and Path(text).expanduser().exists() else text
-
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"name": full(recipe.model.name)}),
-            "tokenizer": recipe.tokenizer.model_copy(update={"name": full(recipe.tokenizer.name)}),
-            "distill": recipe.distill.model_copy(update={"teacher": full(recipe.distill.teacher)}),
-            "data": recipe.data.model_copy(
-                update={key: full(getattr(recipe.data, key)) for key in ("name", "path", "heldout_path")}
-            ),
-            "eval": recipe.eval.model_copy(update={"include_path": full(recipe.eval.include_path)}),
-        }
-    )
-
-
-def _check_resumable(folder: RunFolder, recipe: Recipe) -> None:
-    if not folder.exists:
-        raise Mistake("there is no run to resume", where=str(folder.path), found="no run.json", do="leave out --resume")
-    begun = read_recipe(folder.path / "recipe.yaml")
-    changed = {
-        key: values
-        for key, values in differences(begun, recipe).items()
-        if key in MUST_STAY or not (key.startswith(MAY_CHANGE[:3]) or key in MAY_CHANGE)
-    }
-    if changed:
-        shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
-        raise Mistake(
-            "this folder belongs to a run with another recipe",
-            where=str(folder.path / "recipe.yaml"),
-            found=shown,
-            do=f"finetune resume {folder.path}, or another run.dir for a new run",
-        )
-
-
-# ------------------------------------------------------------------------------------------------------------ preparation
-
-
-def same_data(record: dict[str, Any], digest: str, folder: Path) -> None:
-    """Raise Mistake when a run's data is no longer what it was trained on: its split would be another one."""
-    data = record["provenance"].get("data", {"sha256": digest})
-    if data["sha256"] != digest:
-        raise Mistake(
-            "the data has changed since this run began",
-            where=f"{folder}: {data['source']}",
-            found=f"SHA-256 {digest[:12]}…, it was {data['sha256'][:12]}…",
-            do="put the old file back, or begin a new run",
-        )
-
-
-def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
-    """Upper bound of what the run leaves on disk: checkpoints (weights and two fp32 moments), adapter, merged model."""
-    stored = 4 if recipe.model.dtype == "fp32" or recipe.adapter.kind == "none" else 2
-    one = trainable * (4 + 8)
-    total = one * (recipe.train.keep_checkpoints + 1)  # the new one stands beside the kept ones for a moment
-    if recipe.adapter.kind == "lora":
-        total += 4 * trainable
-    if recipe.run.merge or recipe.adapter.kind == "none":
-        total += bones.parameters * stored * (1 + len(recipe.export.formats))
-    return total * (2 if recipe.twin else 1) + (16 << 20)
-
-
 # -------------------------------------------------------------------------------------------------------------- the story
 
 
@@ -175,7 +64,7 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     recipe = absolute(recipe)
     folder = RunFolder(choose_folder(recipe, name, resume))
     if resume:
-        _check_resumable(folder, recipe)
+        check_resumable(folder, recipe)
         if folder.read()["state"] == "done":
             screen.say(f"{folder.path} is done already")
             if not (folder.path / "report.html").exists():
@@ -774,7 +663,7 @@ class _Story:
 
     def _export(self, name: str, out: Path) -> None:
         """Write the trained model for another program, compared with it by the gate; what that measured is recorded."""
-        from finetune.export import export
+        from finetune.export import export, in_words
 
         rows = self.held_out or self.material.first_rows(8)
         with self.screen.phase(f"export {name}") as progress:
@@ -922,18 +811,6 @@ def score_tasks(
             raise Mistake(str(error), where="eval.tasks", do="pip install -e '.[eval]'") from None
         except UnknownTask as error:
             raise Mistake(str(error), where="eval.tasks") from None
-
-
-def in_words(export: dict[str, Any]) -> str:
-    """An export and what its gate measured, in a line."""
-    gate = export["gate"]
-    correct, good = gate["correct"], gate["good"]
-    return (
-        f"{export['path']}: {human_bytes(export['bytes'])}, {export['bits_per_weight']:.2f} bits a parameter; "
-        f"{gate['program']} "
-        f"computes what it should to {correct['error']:.1e} (allowed {correct['limit']:.1e}); "
-        f"loss {number(good['export_loss'])}, the trained model's {number(good['trained_loss'])}; KL {good['kl']:.1e} nats a token, on {gate['tokens']} tokens"
-    )
 
 
 def farewell(screen: Screen, record: dict[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ RANKS = [
     {"finetune.errors", "finetune.files", "finetune.recipe", "finetune.screen"},
     {"finetune.data", "finetune.model", "finetune.provenance", "finetune.convert"},
     {"finetune.train", "finetune.use"},
-    {"finetune.material", "finetune.export"},
+    {"finetune.material", "finetune.export", "finetune.place"},
     {"finetune.merge", "finetune.report", "finetune.check", "finetune.show", "finetune.bench"},
     {"finetune.run"},
     {"finetune.commands"},

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import Mistake, nearest
-from finetune.files import atomic_folder, require_space, sync_folder
+from finetune.files import atomic_folder, human_bytes, require_space, sync_folder
 
 if TYPE_CHECKING:
     import torch
@@ -212,6 +212,17 @@ def _export_gguf(
             )
         hold(verdict, where=str(out))
     return verdict, {"program": WHEEL, "tokens_of_probes": probed}
+
+
+def in_words(figures: dict[str, Any]) -> str:
+    """What `export` returned, in a line."""
+    correct, good, tokens = figures["gate"]["correct"], figures["gate"]["good"], figures["gate"]["tokens"]
+    losses = f"{good['export_loss']:.4f}, the trained model's {good['trained_loss']:.4f}"
+    return (
+        f"{figures['path']}: {human_bytes(figures['bytes'])}, {figures['bits_per_weight']:.2f} bits a parameter; "
+        f"{figures['gate']['program']} computes what it should to {correct['error']:.1e} (allowed {correct['limit']:.1e}); "
+        f"loss {losses}; KL {good['kl']:.1e} nats a token, on {tokens} tokens"
+    )
 
 
 def cut(rows: Rows, most: int) -> Rows:

@@ -541,6 +541,12 @@ def test_sides_that_train_different_models_are_a_fault(fault: Any, monkeypatch: 
         measure(bitnet_case("ternary step", "formula"), CPUClock(1 << 10), lambda part: None)
 
 
+def test_an_opponent_that_fails_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(baselines.StraightThrough, "forward", Mock(side_effect=OSError("no such kernel")))
+    row = measure(bitnet_case("ternary step", "formula"), CPUClock(1 << 10), lambda part: None)
+    assert row["note"] == "skipped: the other side failed with OSError: no such kernel"
+
+
 def test_compiled_is_only_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(function: Any) -> Any:
         raise RuntimeError("no C++ compiler")

@@ -16,8 +16,8 @@ import pytest
 
 from finetune.errors import Mistake
 from finetune.files import finite
-from finetune.report import page as pages
-from finetune.report import plots, write_report
+from finetune.report import elements, page, plots, write_report
+from finetune.report.metrics import Metrics
 
 SECTIONS = [
     "Loss", "Before and after", "Answers", "Labels", "Speed and memory", "Learning rate and gradient norm", "Where the time went",
@@ -273,8 +273,8 @@ def test_nothing_is_loaded_and_nothing_runs(whole: Outline) -> None:
                 assert value.startswith("#"), (tag, value)
     policies = [a["content"] for tag, a in whole.tags if a.get("http-equiv") == "Content-Security-Policy"]
     assert policies == ["default-src 'none'; style-src 'unsafe-inline'"]
-    assert "url(" not in pages.STYLE.read_text(encoding="utf-8")
-    assert "@import" not in pages.STYLE.read_text(encoding="utf-8")
+    assert "url(" not in page.STYLE.read_text(encoding="utf-8")
+    assert "@import" not in page.STYLE.read_text(encoding="utf-8")
 
 
 def test_text_of_the_data_stays_text(whole: Outline) -> None:
@@ -455,7 +455,7 @@ def test_any_number_of_steps(tmp_path: Path, steps: int) -> None:
 
 def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "run", None, [{"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
-    assert pages.Metrics(folder / "metrics.jsonl").column("loss") == [3.0, 2.0]
+    assert Metrics(folder / "metrics.jsonl").column("loss") == [3.0, 2.0]
 
 
 def test_thinning_keeps_every_spike() -> None:
@@ -509,17 +509,23 @@ def test_importing_the_report_imports_nothing_heavy() -> None:
 
 @pytest.mark.parametrize("value", [None, True, "nan", "3", math.nan, math.inf, [1]])
 def test_what_is_no_finite_number(value: Any) -> None:
-    assert pages.number(value) is None
-    assert pages.short(value) == pages.with_error(value, value, 2) == pages.DASH
+    assert elements.number(value) is None
+    assert elements.short(value) == elements.with_error(value, value, 2) == elements.DASH
 
 
 def test_numbers_as_they_are_read() -> None:
-    assert [pages.duration(s) for s in (0.04, 9.96, 59.96, 192.3, 3600, 7384)] == [
-        text.replace(" ", pages.TIGHT) for text in ("0.0 s", "10 s", "1 min 00 s", "3 min 12 s", "1 h 00 min", "2 h 03 min")
+    assert [elements.duration(s) for s in (0.04, 9.96, 59.96, 192.3, 3600, 7384)] == [
+        text.replace(" ", elements.TIGHT) for text in ("0.0 s", "10 s", "1 min 00 s", "3 min 12 s", "1 h 00 min", "2 h 03 min")
     ]
-    assert [pages.many(n) for n in (7, 9999, 10_000, 134_515_008, 8_030_261_248)] == ["7", "9,999", "10.0 k", "134.5 M", "8.03 B"]
-    assert [pages.short(n) for n in (1.234, 12.34, 1234.5, 3.1e9)] == ["1.23", "12.3", "1,234", "3.10e+09"]
-    assert pages.with_error(-0.763, 0.0493, pages.decimals(0.0493)).replace(pages.TIGHT, " ") == "−0.76 ± 0.05"
+    assert [elements.many(n) for n in (7, 9999, 10_000, 134_515_008, 8_030_261_248)] == [
+        "7",
+        "9,999",
+        "10.0 k",
+        "134.5 M",
+        "8.03 B",
+    ]
+    assert [elements.short(n) for n in (1.234, 12.34, 1234.5, 3.1e9)] == ["1.23", "12.3", "1,234", "3.10e+09"]
+    assert elements.with_error(-0.763, 0.0493, elements.decimals(0.0493)).replace(elements.TIGHT, " ") == "−0.76 ± 0.05"
 
 
 # ------------------------------------------------------------------------------------------------- pretraining and ternary
@@ -637,7 +643,7 @@ def test_kinds_of_metrics_do_not_overwrite_each_other(tmp_path: Path) -> None:
     look = looks(1, 1)[0]
     broken = {"step": 2, "ternary": {"flips": math.nan, "zeros": 0.3, "layers": look["ternary"]["layers"]}}
     evaluation = {"step": 1, "eval_loss": 2.0}
-    read = pages.Metrics(write_run(tmp_path / "run", None, [step, look, evaluation, back, back, broken]) / "metrics.jsonl")
+    read = Metrics(write_run(tmp_path / "run", None, [step, look, evaluation, back, back, broken]) / "metrics.jsonl")
     assert read.column("loss") == [3.0]
     assert read.evaluations == [evaluation]
     assert [(seen.step, seen.zeros, len(seen.layers)) for seen in read.looks] == [(1, 0.31, 6)]

@@ -267,7 +267,7 @@ def test_runs_are_used_from_anywhere_and_in_another_dtype(
 
 
 def test_resume_takes_the_run_of_that_name(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    from finetune.run import choose_folder
+    from finetune.place import choose_folder
 
     for name in ("tiny", "tiny-2", "tiny-10", "tiny-long"):
         (tmp_path / "runs" / name).mkdir(parents=True)

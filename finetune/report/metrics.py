@@ -1,0 +1,124 @@
+"""What a run has written down on its way: metrics.jsonl of the run, and of its twin."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.files import read_run
+from finetune.report.elements import number, pick
+
+
+@dataclass(frozen=True)
+class Look:
+    """A look at the ternary codes after a step: shares of them; each layer by its path: (flips, zeros, scale)."""
+
+    step: int
+    flips: float
+    zeros: float
+    blend: float | None
+    layers: dict[str, tuple[float, float, float]]
+
+
+def look(entry: dict[str, Any]) -> Look:
+    """A line of metrics as a Look; raises ValueError, KeyError or TypeError where it is none."""
+    seen = entry["ternary"]
+    values = (seen["flips"], seen["zeros"], *(value for layer in seen["layers"].values() for value in layer))
+    if not seen["layers"] or any(number(value) is None for value in values):
+        raise ValueError("not a number")
+    layers = {path: (float(flips), float(zeros), float(scale)) for path, (flips, zeros, scale) in seen["layers"].items()}
+    return Look(int(entry["step"]), float(seen["flips"]), float(seen["zeros"]), number(seen.get("blend")), layers)
+
+
+class Metrics:
+    """metrics.jsonl: training steps, evaluations and looks at ternary codes in order, and rollbacks.
+
+    A step that was written twice counts as it was last.
+    """
+
+    def __init__(self, path: Path) -> None:
+        steps: dict[int, dict[str, Any]] = {}
+        evaluations: dict[int, dict[str, Any]] = {}
+        looks: dict[int, Look] = {}
+        self.rollbacks: list[dict[str, Any]] = []
+        self.unreadable = 0  # lines, such as the last one of a process that was killed
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines():
+            try:
+                entry = json.loads(line)
+                step = int(entry["step"])
+                if "ternary" in entry:
+                    looks[step] = look(entry)
+                elif "rolled_back" in entry:
+                    self.rollbacks.append({"step": step, **entry["rolled_back"]})
+                else:
+                    (evaluations if "eval_loss" in entry else steps)[step] = entry
+            except (ValueError, KeyError, TypeError, AttributeError):
+                self.unreadable += bool(line.strip())
+        self.steps = [steps[step] for step in sorted(steps)]
+        self.evaluations = [evaluations[step] for step in sorted(evaluations)]
+        self.looks = [looks[step] for step in sorted(looks)]
+
+    def column(self, name: str) -> list[float]:
+        """NaN where a step has no finite value."""
+        return [math.nan if (value := number(entry.get(name))) is None else value for entry in self.steps]
+
+    def has(self, name: str) -> bool:
+        return any(math.isfinite(value) for value in self.column(name))
+
+    def summary(self) -> dict[str, Any] | None:
+        """What `train` in run.json says of a run that ended well, for one that did not."""
+        if not self.steps:
+            return None
+        last, seconds = self.steps[-1], sum(value for value in self.column("step_seconds") if math.isfinite(value))
+        tokens = number(last.get("tokens"))
+        return {
+            "steps": len(self.steps),
+            "tokens": tokens,
+            "supervised_tokens": last.get("supervised"),
+            "tokens_per_second": tokens / seconds if tokens and seconds else None,
+            "peak_bytes": last.get("memory_bytes"),
+        }
+
+    def clock(self) -> tuple[list[float], str]:
+        """Training time after each step (pauses of a resumed run left out), and its unit."""
+        total, times = 0.0, []
+        for seconds in self.column("step_seconds"):
+            total += seconds if math.isfinite(seconds) else 0.0
+            times.append(total)
+        scale, unit = (3600, "h") if total >= 7200 else (60, "min") if total >= 600 else (1, "s")
+        return [time / scale for time in times], unit
+
+
+def held_out(record: dict[str, Any], metrics: Metrics) -> list[tuple[float, float, float]]:
+    """(step, loss, standard error or NaN) of every evaluation: before, during, after."""
+    points = [(entry["step"], entry["eval_loss"], entry.get("eval_stderr")) for entry in metrics.evaluations]
+    if before := pick(record, "eval.before"):
+        points.insert(0, (0, before.get("loss"), before.get("stderr")))
+    last = pick(record, "train.steps")
+    if (after := pick(record, "eval.after")) and last is not None:
+        points = [point for point in points if point[0] != last]
+        points.append((last, after.get("loss"), after.get("stderr")))
+    made = []
+    for step, loss, error in points:
+        value, spread = number(loss), number(error)
+        if value is not None:
+            made.append((float(step), value, math.nan if spread is None else spread))
+    return made
+
+
+@dataclass(frozen=True)
+class Twin:
+    """The float twin's own run folder."""
+
+    record: dict[str, Any]
+    metrics: Metrics
+
+
+def twin_of(run_dir: Path) -> Twin | None:
+    """What the twin has left in the run's folder `twin`; None where there is none (yet)."""
+    folder = run_dir / "twin"
+    return Twin(read_run(folder), Metrics(folder / "metrics.jsonl")) if (folder / "run.json").is_file() else None
