@@ -64,12 +64,13 @@ def _rows_of_run(opened: Opened) -> list[tuple[list[int], list[int]]]:
 
 
 def merge_command(name: str, out: Path, dtype: str) -> None:
-    """Merge an adapter (of a run, a checkpoint or a folder) into `out`, gated.
+    """Merge an adapter (of a run, a checkpoint or a folder) into `out`, gated; on a ternary base it becomes ternary again.
 
     Raises:
         Mistake: nothing to merge, or `out` is in the way. GateStop: the merged model is another.
     """
     from finetune import merge as merging
+    from quant import PackedBitLinear
 
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise Mistake("the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it")
@@ -84,6 +85,10 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
             found=opened.what,
             do="give a run with an adapter, or an adapter folder",
         )
+    ternary = any(isinstance(module, PackedBitLinear) for module in opened.model.modules())
+    if ternary and dtype != "auto":
+        found = f"{dtype}, and the base of {opened.what} is ternary"
+        raise Mistake("what is merged here stays ternary", where="--dtype", found=found, do="leave it out")
     from eval.perplexity import text_rows
 
     rows, limit, batch_tokens = None, 0.02, 2048
@@ -95,14 +100,34 @@ def merge_command(name: str, out: Path, dtype: str) -> None:
             screen.warn(
                 f"the run's held-out rows cannot be had ({mistake.what}); the merge is measured on a passage of prose instead"
             )
+    rows = rows or text_rows(opened.tokenizer, PASSAGE, length=1024)
     device = next(opened.model.parameters()).device
+    if ternary:
+        with screen.phase("merge") as progress:
+            _, figures = merging.write_ternary(
+                opened.model,
+                opened.tokenizer,
+                out,
+                rows=rows,
+                batch_tokens=batch_tokens,
+                device=device,
+                progress=progress,
+            )
+        screen.say(f"{out}: {merging.ternary_in_words(figures)}")
+        if abs(figures["merged_loss"] - figures["adapter_loss"]) > limit:
+            screen.warn(
+                "the merged model is not the trained one: three values a weight do not hold what the adapter learned. "
+                f"{opened.what} on its base is the trained model"
+            )
+        screen.say(f"next     finetune chat {out}")
+        return
     with screen.phase("merge") as progress:
         gate = merging.write_gated(
             opened.model,
             opened.tokenizer,
             out,
             dtype=_merged_dtype(opened, dtype),
-            rows=rows or text_rows(opened.tokenizer, PASSAGE, length=1024),
+            rows=rows,
             limit=limit,
             batch_tokens=batch_tokens,
             device=device,
@@ -130,11 +155,12 @@ def export_command(name: str, to: str, out: Path) -> None:
     _libraries(screen)
     from eval.perplexity import text_rows
 
-    opened = open_one(name, "auto", screen)
+    online = to == "bitnet-online"
+    opened = open_one(name, "auto", screen, merged=not online)  # a run's merged/ is packed, its checkpoint has master weights
     if hasattr(opened.model, "merge_and_unload"):
-        do = f"finetune merge {name} --out DIR, then export that"
+        do = f"finetune merge {name} --out DIR, then export that" + (" --to bitnet: it has no master weights" if online else "")
         raise Mistake("an adapter cannot be exported", where="MODEL", found=opened.what, do=do)
-    check(opened.model, to)
+    check(opened.model, to, tokenizer=opened.tokenizer)
     rows = None
     if opened.recipe is not None:
         try:
@@ -234,10 +260,18 @@ def _file_loss(opened: Opened, file: Path | None, limit: int | None, screen: Scr
             raise Mistake("the file is not UTF-8", where=str(file), found=str(error)) from None
         rows, measured_on = text_rows(opened.tokenizer, text, length=1024), f"{file} in windows of 1024 tokens"
     else:
+        chats = bool(opened.tokenizer.chat_template)
+        loaded = load_rows(name=None, path=str(file), format_="auto" if chats else "text", skip_bad=not chats)
+        if loaded.skipped:
+            raise Mistake(
+                "this model goes on with text and has no chat template, and these rows are no text",
+                where=str(file),
+                found=f"{len(loaded.skipped)} of {len(loaded.rows) + len(loaded.skipped)} rows, the first {loaded.skipped[0]}",
+                do='give a .txt, or rows with "text"',
+            )
         encoder = Encoder(opened.tokenizer, max_length=4096, stop_ids=frozenset(stop_ids(opened.model, opened.tokenizer)))
-        loaded = load_rows(name=None, path=str(file))
         rows = [(list(sample.input_ids), list(sample.labels)) for row in loaded.rows for sample in encoder.encode(row)]
-        measured_on = f"{file}, answers only ({loaded.format})"
+        measured_on = f"{file}, {'texts' if loaded.format == 'text' else f'answers only ({loaded.format})'}"
     with screen.phase("loss") as progress:
         try:
             result = evaluate_loss(opened.model, rows[:limit], progress=lambda d, t: progress(d, t, "rows"))

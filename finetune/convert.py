@@ -49,7 +49,7 @@ def insert_sub_norms(model: Any, batches: Iterable[Tensor]) -> BitNetForCausalLM
     """
     from transformers import BitNetForCausalLM
 
-    config = _config(model)
+    config = converted_config(model)
     with torch.device("meta"):
         converted = BitNetForCausalLM(config)
     weights = dict(model.named_parameters(remove_duplicate=False))
@@ -71,8 +71,12 @@ def insert_sub_norms(model: Any, batches: Iterable[Tensor]) -> BitNetForCausalLM
     return converted.train(model.training)
 
 
-def _config(model: Any) -> Any:
-    """The config of the converted model."""
+def converted_config(model: Any) -> Any:
+    """The BitNetConfig of the converted `model`, which may lie on `meta`.
+
+    Raises:
+        Mistake: as `insert_sub_norms`.
+    """
     from transformers import BitNetConfig
 
     config = model.config

@@ -86,11 +86,11 @@ def gather(
     return Conversations(recipe, tokenizer, stops, limits, progress)
 
 
-def open_stream(recipe: Recipe) -> Source:
-    """The text that a pretraining recipe names; nothing of it is read yet.
+def open_stream(recipe: Recipe, revision: str | None = None) -> Source:
+    """The text that a pretraining recipe names; nothing of it is read yet. `revision`: of a dataset on the hub, its commit.
 
     Raises:
-        Mistake: it is not there.
+        Mistake: it is not there, or has no revisions.
     """
     from finetune.data.stream import open_source
 
@@ -100,6 +100,7 @@ def open_stream(recipe: Recipe) -> Source:
         path=data.path,
         files=data.files,
         split=data.split,
+        revision=revision,
         text_key=data.text_key,
         skip_bad=data.bad_rows == "skip",
     )
@@ -251,7 +252,7 @@ class Text:
         if data.heldout_path is not None:
             other = open_source(name=None, path=data.heldout_path, text_key=data.text_key, skip_bad=data.bad_rows == "skip")
             rows = Corpus(other, encode, heldout_rows=0, **options).rows(0, None)
-            self.rows_held_out = [list(row.ids) for row in rows]
+            self.rows_held_out = [row.ids.tolist() for row in rows]
             self.digest = hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest()
             if not self.rows_held_out:
                 do = f"give at least {data.max_length} tokens, or a smaller data.max_length"
@@ -265,7 +266,7 @@ class Text:
     def _first_rows(self, most: int) -> list[list[int]]:
         rows, first = self.corpus.rows(0, None), []
         for row in rows:
-            first.append(list(row.ids))
+            first.append(row.ids.tolist())
             if len(first) == most:
                 break
         rows.close()
@@ -314,7 +315,8 @@ class Text:
             "format": "text",
             "format_reason": f"packed into rows of {self.recipe.data.max_length} tokens",
             "heldout_rows": len(self.rows_held_out),
-            "rows_skipped": self.corpus.source.bad,
+            "rows_skipped": self.corpus.source.bad,  # so far: it grows while the stream is read
+            "revision": self.corpus.source.revision,
             "vocabulary": len(self.tokenizer),
             "template": None,
         }

@@ -78,12 +78,15 @@ def write_ternary(
     batch_tokens: int,
     device: torch.device,
     progress: Callable[[int, int, str], None],
-) -> dict[str, Any]:
+) -> tuple[PreTrainedModel, dict[str, Any]]:
     """Merge adapters on a packed ternary base and make the sum ternary again; `model` is consumed, `out` a bitnet folder.
 
     Rounding to three values undoes most of a small update, so this is measured, not gated: loss with the adapter, without it,
     merged in floats (whose inputs are not int8 any more), and ternary again; and the share of codes that are others than the
     base's.
+
+    Returns:
+        (the merged model, packed; those figures and the export's).
 
     Raises:
         GateStop: plain transformers computes something else from what was written.
@@ -114,7 +117,18 @@ def write_ternary(
             model.set_submodule(path, again)
     figures["flips"] = flipped / sum(layer.in_features * layer.out_features for layer in before.values())
     figures["merged_loss"] = measured("ternary again")
-    return figures | export(model, tokenizer, out, format="bitnet", rows=list(rows)[:8], device=device, progress=progress)
+    exported = export(model, tokenizer, out, format="bitnet", rows=list(rows)[:8], device=device, progress=progress)
+    return model, figures | exported
+
+
+def ternary_in_words(figures: dict[str, Any]) -> str:
+    """What `write_ternary` measured, in a line."""
+    lost = figures["merged_loss"] - figures["adapter_loss"]
+    return (
+        f"merged and ternary again: loss {figures['merged_loss']:.4f}, {lost:+.4f} nats against the trained model's "
+        f"{figures['adapter_loss']:.4f} (merged in floats {figures['float_loss']:.4f}; the base {figures['base_loss']:.4f}) "
+        f"on {figures['rows']} rows; {figures['flips']:.2%} of the codes changed"
+    )
 
 
 def write_gated(

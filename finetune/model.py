@@ -370,7 +370,13 @@ def load_weights(
     if source.scratch is not None:
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen).eval()
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen).eval()
+            with torch.no_grad():
+                model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
+            return model
+        except RuntimeError as error:
+            found = str(error).strip().splitlines()[0]
+            raise Mistake("a model of this configuration cannot run", where="model.config", found=found) from None
         except (ImportError, ValueError) as error:
             found = str(error).strip().splitlines()[0]
             raise Mistake("this model has no such attention", where="model.attention", found=found) from None
@@ -420,10 +426,24 @@ def _incomplete(source: Source, found: str) -> Mistake:
     )
 
 
-def check_scheme(source: Source, config: PretrainedConfig, quant: Quant, *, frozen: bool) -> None:
+def check_scheme(source: Source, config: PretrainedConfig, quant: Quant, *, frozen: bool, twin: bool = False) -> None:
     """Raise Mistake when what the run asks for cannot be had from this checkpoint: before anything is read or trained."""
     if getattr(config, "quantization_config", None):
-        as_packed(source, config, quant, frozen=frozen)
+        stored = as_packed(source, config, quant, frozen=frozen).quantization_config["stored"]
+        if twin or quant.sub_norms:
+            raise Mistake(
+                "this model is ternary already: it has no float twin, and its layout stays",
+                where="twin" if twin else "quant.sub_norms",
+                found=source.name,
+                do="leave it out",
+            )
+        if frozen and stored.get("use_rms_norm"):
+            raise Mistake(
+                "adapters cannot go on linears that normalize their input themselves",
+                where="adapter.kind",
+                found=f"{source.name}: use_rms_norm",
+                do="a model with sub-norms (model_type bitnet) takes them",
+            )
     elif quant.scheme == "ternary" and frozen:
         raise Mistake(
             "adapters on a ternary base need a model that was trained to be ternary; rounding this one would destroy it",
@@ -513,7 +533,7 @@ def prepare(
         wrapped = attach(model, adapter, targets, source, seed)
     else:
         model.requires_grad_(True)
-        if quant.rms_norm:
+        if any(getattr(module, "rms_norm", None) is not None for module in model.modules()):
             fix_norms(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -186,6 +186,9 @@ class Data(Section):
         [], description="Only these files (shell patterns, such as */english/trivia.yml) of a package or hub dataset."
     )
     split: str = Field("train", description="Split of a hub dataset to read.")
+    revision: str | None = Field(
+        None, description="pretrain: hub branch, tag or commit of the dataset; null: the newest, which the run then keeps to."
+    )
     format: Literal["auto", "alpaca", "messages", "dialogue", "text"] = Field(
         "auto",
         description="What a row looks like: alpaca (instruction, input, output), messages (role and content, or ShareGPT's from "
@@ -229,7 +232,10 @@ class Train(Section):
     epochs: float = Field(1.0, gt=0, description="Passes over the training rows; pretrain counts tokens or steps instead.")
     max_steps: Positive | None = Field(None, description="Stop after so many optimizer steps, whatever train.epochs says.")
     max_tokens: int | float | None = Field(
-        None, gt=0, description="pretrain: stop after so many tokens, such as 2.5e9; the text begins again where it ends."
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="pretrain: stop after so many tokens, such as 2.5e9; the text begins again where it ends.",
     )
     micro_batch: Positive = Field(
         1, description="Rows (packed or single) that go through the model at once. Memory grows with it."
@@ -274,7 +280,9 @@ class Train(Section):
         description="pretrain: tokens whose logits exist at once, by linear and cross-entropy fused in chunks; 0: all of them.",
     )
     health_steps: Positive = Field(
-        5, description="Optimizer steps between two looks at ternary weights: codes that flip, zeros, scales."
+        5,
+        description="Optimizer steps between two looks at ternary weights (codes that flip, zeros, scales); a long run looks "
+        "about a thousand times.",
     )
     checkpointing: bool = Field(
         False, description="Recompute activations in the backward pass: far less memory, about a third slower."
@@ -284,7 +292,9 @@ class Train(Section):
         description="Arithmetic of the matrix products. auto follows model.dtype, and for pretrain is bf16 where the device has "
         "it; bf16 over fp32 weights is mixed precision; fp32 makes the unquantized weights fp32 too.",
     )
-    save_steps: Positive | None = Field(None, description="Optimizer steps between checkpoints; null saves at the end only.")
+    save_steps: Positive | None = Field(
+        None, description="Optimizer steps between checkpoints; null saves at the end only. Not given: 500 for pretrain."
+    )
     keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
     eval_steps: Positive | None = Field(
         None, description="Optimizer steps between held-out evaluations; null: before and after only."
@@ -358,6 +368,7 @@ class Recipe(Section):
         adapter, train = dict(value.get("adapter", {})), dict(value.get("train", {}))
         if value.get("kind") == "pretrain":
             adapter.setdefault("kind", "none")
+            train.setdefault("save_steps", 500)
         trained = value.get("quant", {}).get("scheme") == "ternary" and adapter.get("kind") == "none"
         if (base := FLOAT_LR.get(value.get("kind", "sft"))) is not None:
             train.setdefault("lr", base * (TERNARY_LR if trained else 1))
@@ -410,6 +421,11 @@ class Recipe(Section):
                     )
                     for key in ("format", "template", "system", "learn", "max_rows", "too_long", "dedupe", "packing")
                 ),
+                (
+                    self.data.revision is not None
+                    and (self.kind == "sft" or self.data.path is not None or str(self.data.name).startswith("package:")),
+                    "data.revision is of a hub dataset that is streamed (kind: pretrain, data.name)",
+                ),
                 (self.kind == "sft" and self.data.text_key != "text", "data.text_key is for pretrain; sft looks at its rows"),
                 (
                     self.kind == "sft" and train.max_tokens is not None,
@@ -424,6 +440,11 @@ class Recipe(Section):
                     quant.sub_norms and (self.model.config is not None or quant.rms_norm),
                     "quant.sub_norms turns a pretrained model (model.name) into another layout, which has no rms_norm inside its "
                     "linears; from scratch use model_type: bitnet",
+                ),
+                (
+                    quant.rms_norm and self.model.config is None,
+                    "quant.rms_norm is a layout for a model from scratch (model.config): a model that exists has norms of "
+                    "its own, with gains that it learnt",
                 ),
                 (
                     quant.rms_norm and any(name.startswith("gguf") for name in self.export.formats),
@@ -445,6 +466,38 @@ class Recipe(Section):
                 ),
                 (train.twin_lr is not None and not self.twin, "train.twin_lr is of the twin: twin: true"),
                 (
+                    self.distill != Distill() and self.distill.teacher is None,
+                    "distill: without a teacher its other keys do nothing; give distill.teacher",
+                ),
+                (
+                    quant.warmup_shape != "linear" and quant.warmup == 0,
+                    "quant.warmup_shape: there is no warm-up that it could shape; give quant.warmup",
+                ),
+                (
+                    self.tokenizer.name is not None and self.tokenizer.train != Tokenizer().train,
+                    "tokenizer.train: a tokenizer that is named (tokenizer.name) is not trained",
+                ),
+                (
+                    train.loss_chunk != Train().loss_chunk and (self.kind == "sft" or self.distill.teacher is not None),
+                    "train.loss_chunk is for pretrain without a teacher; the others choose by themselves",
+                ),
+                (
+                    train.health_steps != Train().health_steps and not self.trains_ternary,
+                    "train.health_steps looks at ternary weights that are trained, and there are none",
+                ),
+                (
+                    self.model.config is not None and (self.model.revision is not None or self.model.trust_remote_code),
+                    "model.revision and trust_remote_code are of a model that exists, and model.config begins a new one",
+                ),
+                (
+                    self.adapter.kind == "lora" and "bitnet-online" in self.export.formats,
+                    "export.formats: bitnet-online holds master weights, and under adapters there are none",
+                ),
+                (
+                    quant.scheme != "ternary" and any(f != "gguf-f16" for f in self.export.formats),
+                    "export.formats: bitnet and TQ formats hold ternary models (quant.scheme: ternary); gguf-f16 takes floats",
+                ),
+                (
                     self.distill.teacher is not None and (self.kind != "pretrain" or self.adapter.kind != "none"),
                     "distill.teacher goes with kind: pretrain and adapter.kind: none",
                 ),
@@ -452,6 +505,10 @@ class Recipe(Section):
                     train.step_in_backward and train.accumulation != 1,
                     "train.step_in_backward: a gradient is gone before the next micro-batch could be added to it: "
                     "train.accumulation=1, and a larger train.micro_batch with train.checkpointing",
+                ),
+                (
+                    train.step_in_backward and train.save_steps is None,
+                    "train.step_in_backward goes back to the last checkpoint after a bad step: give train.save_steps",
                 ),
                 (
                     train.step_in_backward and train.max_grad_norm != 0,

@@ -6,6 +6,7 @@ Nothing is written before the preflight has passed. From then on everything lies
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import GateStop, Interruption, Mistake
 from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, human_bytes, require_space, write_atomic, write_json
 from finetune.place import absolute, bytes_to_write, check_resumable, choose_folder, same_data
-from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, dump_recipe
+from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train, dump_recipe
 from finetune.screen import Screen, clock, number
 
 if TYPE_CHECKING:
@@ -104,7 +105,6 @@ class _Story:
 
             from finetune import model as models
             from finetune import provenance
-            from finetune.export import check as check_export
             from finetune.material import gather, open_stream
             from finetune.use import pick_device, tokenizer_of
         _require_trackers(recipe.run.trackers)
@@ -116,12 +116,12 @@ class _Story:
             screen.warn(f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it (CUDA 13.0 needs 580 or newer)")
         with screen.phase("tokenizer") as progress:
             self.source: Source = models.source_of(recipe.model)
-            stream = open_stream(recipe) if recipe.kind == "pretrain" else None
+            begun = self.folder.read().get("data", {}) if self.folder.exists else {}
+            stream = open_stream(recipe, begun.get("revision")) if recipe.kind == "pretrain" else None
             self.tokenizer = tokenizer_of(recipe, self.source, self.folder.path, stream, progress)
             self.config = models.load_config(self.source, self.tokenizer)
-            models.check_scheme(self.source, self.config, recipe.quant, frozen=recipe.adapter.kind == "lora")
-            for name in [*(["bitnet"] if recipe.trains_ternary else []), *recipe.export.formats]:
-                check_export(self.config, name)
+            models.check_scheme(self.source, self.config, recipe.quant, frozen=recipe.adapter.kind == "lora", twin=recipe.twin)
+            self._check_exports()
             self.stops = models.stop_ids(self.source, self.tokenizer)
         with screen.phase("data") as progress:
             self.material: Material = gather(
@@ -152,6 +152,30 @@ class _Story:
             f"  {self.bones.architecture}, {self.bones.parameters / 1e6:.1f} M parameters, {trainable / 1e6:.2f} M trained"
             + (f" in {len(self.targets)} adapters" if self.targets else "")
         )
+
+    def _check_exports(self) -> None:
+        """What the trained model could not be written to is refused before it is trained."""
+        from transformers import AutoModelForCausalLM
+
+        from finetune.convert import converted_config
+        from finetune.export import check
+
+        recipe, config = self.recipe, self.config
+        if recipe.quant.sub_norms:
+            import torch
+
+            with torch.device("meta"):
+                config = converted_config(AutoModelForCausalLM.from_config(config))
+        ternary = recipe.quant.scheme == "ternary"
+        for name in [*(["bitnet"] if ternary else []), *recipe.export.formats]:
+            check(
+                config,
+                name,
+                ternary=ternary,
+                keep=recipe.quant.keep,
+                rms_norm=recipe.quant.rms_norm,
+                tokenizer=self.tokenizer,
+            )
 
     def _gate_preflight(self) -> str | None:
         """The reasons that --force overrode, or None.
@@ -208,10 +232,10 @@ class _Story:
             "sha256": self.material.digest,
             "rows": self.record["data"].get("rows"),
         }
+        self._save()
         if recipe.model.config is not None and recipe.tokenizer.name is None:  # it was trained on this data
             with atomic_folder(folder.path / TOKENIZER) as temporary:
                 self.tokenizer.save_pretrained(temporary)
-        self._save()
 
         self._load()
         from accelerate import Accelerator
@@ -230,6 +254,8 @@ class _Story:
         self._sample("after")
         self._score_tasks("after")
         self._finish_weights()
+        if recipe.export.formats:
+            self._exports()
         if recipe.twin:
             self._train_twin(resume)
 
@@ -273,7 +299,8 @@ class _Story:
                 seed=recipe.run.seed,
                 progress=progress,
             )
-        if recipe.trains_ternary and recipe.model.name is not None and self.held_out and "float" not in self.record["eval"]:
+        was_float = recipe.model.name is not None and getattr(model, "hf_quantizer", None) is None
+        if recipe.trains_ternary and was_float and self.held_out and "float" not in self.record["eval"]:
             model.to(self.device)  # type: ignore[arg-type]
             self.model = model
             self._measure("float")  # the baseline: what the model was before it is made ternary
@@ -476,7 +503,8 @@ class _Story:
 
         def evaluate(step: int) -> dict[str, float]:
             result = self._loss(rows, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows"))
-            return {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
+            measured = {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
+            return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.blend_of(step)) < 1 else {})
 
         self.screen.say(f"  {total} steps ({limit})")
         with self.screen.phase("train") as shown:
@@ -494,6 +522,7 @@ class _Story:
                     evaluate=evaluate if rows else None,
                     before_step=watch.before if watch else None,
                     after_step=watch.after if watch else None,
+                    went_back=watch.rewind if watch else None,
                     show=shown,
                 )
             except Interrupted as stop:
@@ -502,6 +531,10 @@ class _Story:
         if watch is not None:
             watch.end()
             self.record["ternary"] = watch.summary()
+        accelerator.free_memory()  # it would hold model and optimizer until the end, beside a twin's
+        self.record["data"] = self.material.record()  # a stream knows only now what it skipped
+        for line in self.material.warnings():
+            self.screen.warn(line)
         # A resumed process knows the speed of its own steps only; one that found training finished knows none.
         if figures["tokens_per_second"] or "train" not in self.record:
             self.record["train"] = figures
@@ -587,7 +620,6 @@ class _Story:
             return
         if recipe.trains_ternary:
             self._export("bitnet", path / "merged")
-            self._exports()
             return
         rows = self.held_out[: recipe.eval.merge_rows]
         if lora and recipe.quant.scheme == "ternary":
@@ -631,7 +663,7 @@ class _Story:
 
         recipe, path = self.recipe, self.folder.path
         with self.screen.phase("merge") as progress:
-            figures = merge.write_ternary(
+            self.model, figures = merge.write_ternary(
                 self.model,
                 self.tokenizer,
                 path / "merged",
@@ -641,22 +673,22 @@ class _Story:
                 progress=progress,
             )
         self.record["merge"] = {"path": "merged", "gate": None, "bytes": figures["bytes"], "reternarized": figures}
+        self.screen.say(f"  {merge.ternary_in_words(figures)}")
         lost = figures["merged_loss"] - figures["adapter_loss"]
-        self.screen.say(
-            f"  merged and ternary again: loss {figures['merged_loss']:.4f}, {lost:+.4f} nats against the trained model's "
-            f"{figures['adapter_loss']:.4f} (merged in floats {figures['float_loss']:.4f}; the base {figures['base_loss']:.4f}) "
-            f"on {figures['rows']} rows; {figures['flips']:.2%} of the codes changed"
-        )
         if abs(lost) > recipe.eval.merge_limit:
             self.screen.warn(
                 "the merged model is not the trained one: three values a weight do not hold what the adapter learned. "
                 f"{path / 'adapter'} on its base is the trained model"
             )
-        self._exports()
 
     def _exports(self) -> None:
+        from finetune import model as models
         from finetune.export import FORMATS
 
+        if self.recipe.quant.scheme != "ternary":  # the trained model was merged away: what was written, and gated, is it
+            merged = models.find(str(self.folder.path / "merged"))
+            config = models.load_config(merged)
+            self.model = models.load_weights(merged, config, dtype=self.dtype, attention="auto")
         for name in self.recipe.export.formats:
             file = f"{self.name}-{name.removeprefix('gguf-').upper()}{FORMATS[name].suffix}"
             self._export(name, self.folder.path / "export" / (file if FORMATS[name].suffix else name))
@@ -686,6 +718,8 @@ class _Story:
 
     def _train_twin(self, resume: bool) -> None:
         """The same recipe in floats, in a run folder of its own: the baseline by which the ternary model is judged."""
+        import torch
+
         from eval.perplexity import paired_difference
 
         recipe, path = self.recipe, self.folder.path / "twin"
@@ -695,17 +729,26 @@ class _Story:
                 "about": f"the float twin of {self.name}",
                 "quant": Quant(),
                 "twin": False,
-                "train": recipe.train.model_copy(update={"lr": lr, "twin_lr": None}),
+                "train": recipe.train.model_copy(update={"lr": lr, "twin_lr": None, "health_steps": Train().health_steps}),
                 "export": Export(),
                 "run": recipe.run.model_copy(update={"dir": str(path)}),
             }
         )
         if recipe.model.config is not None and recipe.tokenizer.name is None:
-            own = recipe.tokenizer.model_copy(update={"name": str((self.folder.path / TOKENIZER).absolute())})
+            own = Tokenizer(name=str((self.folder.path / TOKENIZER).absolute()))
             twin = twin.model_copy(update={"tokenizer": own})
+        if revision := self.record["data"].get("revision"):
+            twin = twin.model_copy(update={"data": recipe.data.model_copy(update={"revision": revision})})
         del self.model
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
         self.screen.say(f"\nthe twin: the same in floats, at a peak learning rate of {lr:g}")
-        record = run(twin, f"{self.name}-twin", resume=(path / MARK).is_file(), screen=Screen(self.screen.console))
+        begun, force = (path / MARK).is_file(), self.force or bool(self.forced)
+        record = run(twin, f"{self.name}-twin", resume=begun, force=force, screen=Screen(self.screen.console))
+        if record["provenance"]["data"]["sha256"] != self.material.digest:
+            found = f"{self.material.source} has changed since this run began"
+            raise GateStop("the twin has not read the same text, so there is no gap to tell", where=str(path), found=found)
         figures: dict[str, Any] = {"path": "twin", "lr": lr, "seed": recipe.run.seed, "loss": None, "gap": None}
         if self.held_out:
             own_result, its = (

@@ -118,8 +118,9 @@ def _differing(bits: Tensor) -> Tensor:
 def alarms(history: Sequence[Health], rates: Sequence[float], *, peak: float, steps: int) -> list[str]:
     """What is wrong with a training by the health of its steps, in plain words; empty where nothing is.
 
-    history: samples, one step each, from the beginning of the run on, the latest last. rates: the learning rate of each of
-    those steps. peak: the highest of the run's schedule; steps: optimizer steps of the whole run.
+    history: samples, one step each, the latest last; many more than `WINDOW`, but not all: what older ones had to tell, they
+    told when they were the latest. rates: the learning rate of each of those steps. peak: the highest of the run's schedule;
+    steps: optimizer steps of the whole run.
 
     Frozen (the model, or single layers): flips go with the learning rate, so those of the last `WINDOW` samples are brought
     to the peak and multiplied by `steps`. Where that is less than `TURNOVER` of the codes, the run ends with nearly the codes
@@ -139,17 +140,16 @@ def alarms(history: Sequence[Health], rates: Sequence[float], *, peak: float, st
 
     1e-5 is frozen by any measure. From 1e-2 on codes thrash early; then the weights grow away from their boundaries (mean |W|
     3.6, 7 and 13 times as large at the end; 1.7 times at 3e-3) and the flips become those of a good run while the loss stays
-    behind. So the whole history is looked at, and samples have to begin early: one every 5 steps saw it here, every 10 not.
+    behind. So this is to be asked after every sample, and samples have to begin early: one every 5 steps saw it, every 10 not.
     """
     if len(history) != len(rates):
         raise ValueError(f"{len(history)} samples need as many learning rates, got {len(rates)}")
     told: list[str] = []
     means = [sum(health.flips for health in history[i : i + WINDOW]) / WINDOW for i in range(len(history) - WINDOW + 1)]
     if means and max(means) > THRASHING:
-        first = means.index(max(means)) + 1
         told.append(
-            f"thrashing: {max(means):.1%} of the ternary codes flipped a step in samples {first} to {first + WINDOW - 1} of "
-            f"{len(history)} (up to {THRASHING:.0%} is sound): the learning rate is too high"
+            f"thrashing: {max(means):.1%} of the ternary codes flipped a step in {WINDOW} samples in a row "
+            f"(up to {THRASHING:.0%} is sound): the learning rate is too high"
         )
     judged = [(health, peak / rate) for health, rate in zip(history, rates, strict=True) if rate >= peak / 10][-WINDOW:]
     if len(judged) < WINDOW:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import alpaca, write_jsonl
+from tests.conftest import alpaca, story, write_jsonl
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -76,3 +76,46 @@ def test_a_run_on_the_card_and_its_resume(
     monkeypatch.setattr(sys, "argv", ["finetune", "resume", "run"])
     cli.main()
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "done"
+
+
+def test_a_ternary_model_from_scratch_with_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.recipe import read_recipe, shipped_recipes
+    from finetune.run import run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "story.txt").write_text(story(400_000))
+    tiny = next(path for path in shipped_recipes() if path.stem == "bitnet-tiny")
+    words = [
+        "data.path=story.txt",
+        "data.files=[]",
+        "tokenizer.train=300",
+        "train.max_steps=30",
+        "data.heldout=8",
+        "run.device=cuda",
+    ]
+    record = run(read_recipe(tiny, words), "ternary")
+    assert record["eval"]["after"]["loss"] < record["eval"]["before"]["loss"] - 1
+    assert {export["gate"]["status"] for export in record["exports"].values()} == {"pass"}
+
+
+def test_1_9_billion_parameters_step_within_12_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """nanochat d32 as the shipped recipe trains it, three steps: weights, 8-bit states and the largest gradient fit."""
+    from finetune.recipe import read_recipe, shipped_recipes
+    from finetune.run import run
+
+    monkeypatch.chdir(tmp_path)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, 12 * 2**30 / total))
+    (tmp_path / "story.txt").write_text(story(2_000_000))
+    d32 = next(path for path in shipped_recipes() if path.stem == "nanochat-d32")
+    words = [
+        "data.path=story.txt", "tokenizer.name=null", "tokenizer.train=300", "model.config.vocab_size=65536", "run.device=cuda",
+        "train.max_steps=3", "train.micro_batch=1", "data.heldout=2", "eval.samples=0", "eval.prompts=[]",
+    ]  # fmt: skip
+    try:
+        record = run(read_recipe(d32, words), "d32")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert record["model"]["parameters"] > 1.8e9
+    assert record["train"]["steps"] == 3
+    assert record["train"]["peak_bytes"] < 12 * 2**30

@@ -54,6 +54,35 @@ def test_quickstart_in_short(tmp_path: Path, repository: Path) -> None:
     assert "Paris" in capital["before"]
 
 
+def test_bitnet_tiny_in_short(tmp_path: Path, repository: Path) -> None:
+    """The shipped recipe on its own text, two steps of it: the tokenizer, the stream, the codes and both exports are real."""
+    out = done(
+        finetune(
+            "run", str(repository / "recipes" / "bitnet-tiny.yaml"), "train.max_steps=2", "train.micro_batch=2", "twin=false",
+            "train.health_steps=1", "data.heldout=4", "eval.samples=1", "eval.max_new_tokens=8", "export.gate_tokens=128",
+            "run.dir=run", cwd=tmp_path,
+        )
+    )  # fmt: skip
+    run = record(tmp_path / "run")
+    assert run["data"]["vocabulary"] == 2048
+    assert run["model"]["swap"]["swapped"] == 42
+    assert {name: export["gate"]["status"] for name, export in run["exports"].items()} == {"bitnet": "pass", "gguf-tq2_0": "pass"}
+    assert "shakespeare" in out
+
+
+@pytest.mark.slow
+def test_bitnet_learns_and_its_exports_are_it(tmp_path: Path, repository: Path) -> None:
+    """A quarter of the shipped recipe: well below what frequencies of tokens give, near its twin, the same elsewhere."""
+    recipe = str(repository / "recipes" / "bitnet-tiny.yaml")
+    done(finetune("run", recipe, "train.max_steps=100", "data.heldout=32", "run.dir=run", cwd=tmp_path))
+    run = record(tmp_path / "run")
+    assert run["eval"]["after"]["loss"] < 6.0 < run["eval"]["before"]["loss"]
+    assert abs(run["twin"]["gap"]) < 0.3
+    assert run["ternary"]["turnover"] > 0.1
+    good = run["exports"]["gguf-tq2_0"]["gate"]["good"]
+    assert abs(good["export_loss"] - good["trained_loss"]) < 0.05
+
+
 def test_nf4_keeps_the_model(tmp_path: Path) -> None:
     """What quantization costs SmolLM2 on English prose, beside the same weights in bf16 and in ternary-like damage."""
     from eval.perplexity import evaluate_loss, text_rows

@@ -17,6 +17,7 @@ import itertools
 import json
 import queue
 import random
+import re
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
@@ -69,8 +70,11 @@ class Block:
 class Source:
     """Where documents come from. `digest` says which data it is: equal for equal data, checked when a run is resumed.
 
-    `bad` counts what was skipped because it holds no text, in this process; `skipped` shows the first few of them.
+    `bad` counts what was skipped because it holds no text, in this process; `skipped` shows the first few of them. `revision`:
+    the commit of a dataset on the hub, by which the same data is opened again; None of any other source.
     """
+
+    revision: str | None = None
 
     def __init__(self, name: str, digest: str, *, text_key: str, skip_bad: bool, block_bytes: int) -> None:
         self.name, self.digest = name, digest
@@ -296,9 +300,17 @@ class Hub(Source):
     """
 
     def __init__(
-        self, name: str, dataset: Callable[[], Any], digest: str, *, text_key: str, skip_bad: bool, block_bytes: int
+        self,
+        name: str,
+        dataset: Callable[[], Any],
+        digest: str,
+        revision: str | None,
+        *,
+        text_key: str,
+        skip_bad: bool,
+        block_bytes: int,
     ) -> None:
-        self.dataset = dataset
+        self.dataset, self.revision = dataset, revision
         super().__init__(name, digest, text_key=text_key, skip_bad=skip_bad, block_bytes=block_bytes)
 
     def _documents(self, place: Place) -> Iterator[tuple[Document, After]]:
@@ -357,22 +369,40 @@ def _not_loaded(name: str, error: Exception) -> Mistake:
         "the dataset cannot be loaded",
         where="data.name",
         found=f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
-        do="check the name and split on huggingface.co/datasets, the network, and `hf auth login`; "
+        do="check the name, split and revision on huggingface.co/datasets, the network, and `hf auth login`; "
         "or give a local file: data.path=FILE.jsonl",
     )
 
 
-def _open_hub(name: str, split: str, files: list[str]) -> tuple[Callable[[], Any], str]:
-    """(what opens the streamed dataset, digest). The digest holds the version as `datasets` knows it: of a hub id, the commit."""
+def _open_hub(name: str, split: str, files: list[str], revision: str | None) -> tuple[Callable[[], Any], str, str | None]:
+    """(what opens the streamed dataset, digest, commit). The digest holds the version as `datasets` knows it: the commit.
+
+    A folder may stand in for a dataset on the hub; it has no commit.
+    """
     import datasets
 
+    asked = f"{name} (split {split}{f', revision {revision}' if revision else ''})"
     try:
-        builder = datasets.load_dataset_builder(name, data_files=files or None)
+        builder = datasets.load_dataset_builder(name, data_files=files or None, revision=revision)
+        commit = builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None
+        if commit is not None and revision != commit:
+            # `datasets` takes another way where a revision is named (features from the files, not from the hub's conversion):
+            # it is named always, so that a place saved now fits the stream that is opened at this commit later.
+            builder = datasets.load_dataset_builder(name, data_files=files or None, revision=commit)
         builder.as_streaming_dataset(split=split)  # a wrong split is said here
     except Exception as error:  # as above
-        raise _not_loaded(f"{name} (split {split})", error) from None
+        raise _not_loaded(asked, error) from None
+    if revision is not None and commit is None:
+        raise _no_revisions(name, revision)
     version = json.dumps([name, split, files, builder.hash])
-    return functools.partial(builder.as_streaming_dataset, split=split), hashlib.sha256(version.encode()).hexdigest()
+    digest = hashlib.sha256(version.encode()).hexdigest()
+    return functools.partial(builder.as_streaming_dataset, split=split), digest, commit
+
+
+def _no_revisions(name: str, revision: str) -> Mistake:
+    return Mistake(
+        "only a dataset on the hub has revisions", where="data.revision", found=f"{revision} of {name}", do="leave it out"
+    )
 
 
 def open_source(
@@ -381,6 +411,7 @@ def open_source(
     name: str | None = None,
     files: list[str] | None = None,
     split: str = "train",
+    revision: str | None = None,
     text_key: str = "text",
     skip_bad: bool = False,
     block_bytes: int = BLOCK_BYTES,
@@ -388,14 +419,17 @@ def open_source(
     """The source that a recipe names.
 
     path: a .txt, .jsonl or .parquet file, or a folder of them (taken in the order of their names; wins over name). name:
-    `package:NAME`, the text files of an installed distribution, or a hub id with its split. files: shell patterns over the
+    `package:NAME`, the text files of an installed distribution, or a hub id with its split, and a revision (branch, tag or
+    commit; without one the newest commit), which `Source.revision` gives as a commit. files: shell patterns over the
     paths in a folder, a package or a hub dataset. text_key: the key or column of the text. skip_bad: rows without text and lines
     that cannot be decoded are counted and left out, not refused.
 
     Raises:
-        Mistake: it is not there, holds no such file, or is of another kind.
+        Mistake: it is not there, holds no such file, is of another kind, or has no revisions.
     """
     settings: dict[str, Any] = {"text_key": text_key, "skip_bad": skip_bad, "block_bytes": block_bytes}
+    if revision is not None and (path is not None or (name or "").startswith(PACKAGE)):
+        raise _no_revisions(path or name or "", revision)
     if path is not None:
         root = Path(path)
         if root.is_dir():
@@ -412,8 +446,8 @@ def open_source(
         raise Mistake("no data is named", where="data", do="data.path=FILE.txt or data.name=HUB_ID")
     if name.startswith(PACKAGE):
         return Files(name, _choose(package_files(name, "data.name"), files or [], name), **settings)
-    dataset, digest = _open_hub(name, split, files or [])
-    return Hub(name, dataset, digest, **settings)
+    dataset, digest, commit = _open_hub(name, split, files or [], revision)
+    return Hub(name, dataset, digest, commit, **settings)
 
 
 def _choose(files: dict[str, Path], patterns: list[str], name: str) -> dict[str, Path]:

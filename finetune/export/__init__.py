@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,28 +63,38 @@ def known(format: str) -> Format:  # noqa: A002
     return FORMATS[format]
 
 
-def check(model_or_config: Any, format: str) -> None:  # noqa: A002
+def check(
+    model_or_config: Any,
+    format: str,  # noqa: A002
+    *,
+    ternary: bool | None = None,
+    keep: Sequence[str] = (),
+    rms_norm: bool = False,
+    tokenizer: Any = None,
+) -> None:
     """Refuse what `format` cannot express, before any work is done.
 
-    model_or_config: a model, on `meta` if there are no weights yet; or a config of transformers, whose linears are then taken
-    to become ternary, all but the head.
+    model_or_config: a model, on `meta` if there are no weights yet; or a config of transformers, of which one is made there.
+    ternary, keep, rms_norm: of a config alone: whether its linears will be trained in ternary, and the recipe's `quant.keep`
+    and `quant.rms_norm`. A checkpoint that is ternary already says all that in its config; None is what the config says.
+    tokenizer: the model's, to be told now and not after training when a GGUF cannot carry it.
 
     Raises:
-        Mistake: naming the layer and its shape, or the key of the config, and what to do.
+        Mistake: naming the layer and its shape, or the key of the config, and what to do; a keep pattern matches nothing.
     """
-    from transformers import AutoModelForCausalLM, PretrainedConfig
+    from transformers import PretrainedConfig
 
     known(format)
-    model, to_be = model_or_config, False
+    model = model_or_config
     if isinstance(model_or_config, PretrainedConfig):
-        import torch
+        from finetune.export.layers import to_be
 
-        with torch.device("meta"):
-            model, to_be = AutoModelForCausalLM.from_config(model_or_config), True
+        # A layer whose shape is not fit stays in floats, which F16 holds as well.
+        model = to_be(model_or_config, ternary=ternary, keep=keep, rms_norm=rms_norm, all_fit=format != "gguf-f16")
     if format.startswith("bitnet"):
         from finetune.export import bitnet
 
-        bitnet.check(model, format, ternary_to_be=to_be)
+        bitnet.check(model, format)
     else:
         from finetune.export import gguf
         from finetune.export.llama_cpp import WHEEL
@@ -92,7 +102,11 @@ def check(model_or_config: Any, format: str) -> None:  # noqa: A002
         if importlib.util.find_spec(WHEEL.partition("=")[0]) is None:
             do = f"pip install {WHEEL} (or finetune12g[export])"
             raise Mistake("GGUF exports are proven by running them in llama.cpp, which is not installed", where=format, do=do)
-        gguf.check(model, format, ternary_to_be=to_be)
+        gguf.check(model, format)
+        if tokenizer is not None:
+            from finetune.export import vocabulary
+
+            vocabulary.vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0])
 
 
 def export(
@@ -126,7 +140,7 @@ def export(
     suffix = known(format).suffix
     if suffix and out.suffix != suffix:
         raise Mistake(f"{format} is a file that ends in {suffix}", where=str(out), do=f"--out {out.with_suffix(suffix)}")
-    check(model, format)
+    check(model, format, tokenizer=tokenizer)
     sample = cut(rows, gate_tokens)
     if not sample:
         raise Mistake("the export's gate has no rows to run", do="give held-out data (data.eval), or a text")
@@ -158,7 +172,7 @@ def _export_bitnet(
 ) -> tuple[Verdict, dict[str, Any]]:
     from finetune.export import bitnet
     from finetune.export.gate import compare, hold
-    from finetune.export.layers import computing_in_fp32, copied, function, packed_copy
+    from finetune.export.layers import computing_in_fp32, copied, function, packed_copy, widened
 
     progress(0, 1, "packing")
     written = packed_copy(model) if format == "bitnet" else copied(model)
@@ -167,7 +181,7 @@ def _export_bitnet(
         bitnet.write(written, tokenizer, folder)
         with bitnet.loaded(folder, format) as target, computing_in_fp32(model):
             exact = format == "bitnet" and (device or model.device).type == "cpu"  # elsewhere sums have another order
-            as_there = None if exact else function(written.float() if format == "bitnet" else bitnet.simulation(written))
+            as_there = None if exact else function(widened(written) if format == "bitnet" else bitnet.simulation(written))
             verdict = compare(
                 rows,
                 trained=function(model, device),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from finetune.errors import GateStop, Mistake
 from finetune.export.gate import Bounds
-from finetune.export.layers import Ternary, check_layers, function, require_ternary, ternary_layers
+from finetune.export.layers import Ternary, check_layers, function, require_ternary, ternary_layers, widened
 from quant import BitLinear, ternary
 
 SHARD = "2GB"
@@ -27,14 +27,25 @@ BOUNDS = Bounds(factor=0.0, floor=1e-3, ceiling=1e-3, kl=0.02)
 is simulated. Sums in another order, as on a GPU, cost up to 0.0003 nats (untrained, 16 layers)."""
 
 
-def check(model: nn.Module, format: str, *, ternary_to_be: bool = False) -> None:  # noqa: A002
+def check(model: Any, format: str) -> None:  # noqa: A002
     """Refuse what the format cannot express. Raises Mistake."""
-    check_layers(model, ternary_to_be=ternary_to_be)
-    if not ternary_to_be:
-        require_ternary(model, format)
+    from quant.pretrained import quantizer_for
+
+    check_layers(model)
+    require_ternary(model, format)
     for name, layer in ternary_layers(model).items():
         if format == "bitnet-online" and not isinstance(layer, BitLinear):
             raise Mistake("this model is packed: its master weights are gone", where=name, do="--to bitnet keeps its codes")
+    said = getattr(model.config, "quantization_config", None)
+    try:
+        quantizer_for(model).refresh(model)
+    except ValueError as error:
+        raise _inexpressible(model, error) from None
+    finally:  # which writes what it found into the config
+        if said is not None:
+            model.config.quantization_config = said
+        elif hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
 
 
 def write(model: Any, tokenizer: Any, folder: Path) -> None:
@@ -48,10 +59,14 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
     try:
         attach_quantizer(model)
     except ValueError as error:
-        raise Mistake("Hugging Face bitnet cannot express this model", where=type(model).__name__, found=str(error)) from None
+        raise _inexpressible(model, error) from None
     model.config.use_cache = True
     model.save_pretrained(folder, max_shard_size=SHARD)
     tokenizer.save_pretrained(folder)
+
+
+def _inexpressible(model: Any, error: ValueError) -> Mistake:
+    return Mistake("Hugging Face bitnet cannot express this model", where=type(model).__name__, found=str(error))
 
 
 @contextmanager
@@ -76,7 +91,7 @@ def loaded(folder: Path, format: str) -> Iterator[Callable[[list[int]], Tensor]]
 
 def simulation(model: Any) -> Any:
     """`model` (a copy of layers.py, consumed) with the arithmetic of the online format: what the codes stand for, as floats."""
-    model.float()
+    widened(model)
     for path, layer in ternary_layers(model).items():
         model.set_submodule(path, _Floats(layer))
     return model

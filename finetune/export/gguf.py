@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Mistake
 from finetune.export.gate import Bounds
-from finetune.export.layers import check_layers, require_ternary, ternary_layers
+from finetune.export.layers import check_layers, require_ternary, ternary_layers, widened
 from finetune.export.vocabulary import Vocabulary
 from quant import PackedBitLinear, ternary
 
@@ -81,7 +81,7 @@ NAMES = {
 # ---------------------------------------------------------------------------------------------------------------- refusals
 
 
-def check(model: Any, format: str, *, ternary_to_be: bool = False) -> None:  # noqa: A002
+def check(model: Any, format: str) -> None:  # noqa: A002
     """Refuse what llama.cpp cannot express. A model on `meta` is checked by its shapes and its config.
 
     Raises:
@@ -112,8 +112,8 @@ def check(model: Any, format: str, *, ternary_to_be: bool = False) -> None:  # n
         raise refuse("rope_parameters", "is given plain rotary positions here")
     if architecture.square and _head_dim(config) * config.num_attention_heads != config.hidden_size:
         raise refuse("head_dim", "wants hidden_size / num_attention_heads")
-    check_layers(model, multiple=BLOCK if format != "gguf-f16" else 1, ternary_to_be=ternary_to_be and format != "gguf-f16")
-    if format != "gguf-f16" and not ternary_to_be:
+    check_layers(model, multiple=BLOCK if format != "gguf-f16" else 1)
+    if format != "gguf-f16":
         require_ternary(model, format)
     for name, layer in ternary_layers(model).items():
         if layer.rms_norm is not None:
@@ -250,7 +250,7 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
 
 def simulation(packed: Any, format: str) -> Any:  # noqa: A002
     """`packed` (consumed), computing as llama.cpp does what `write` wrote of it; in fp32, on the CPU."""
-    packed.float()
+    widened(packed)
     for path, module in list(packed.named_modules()):
         if isinstance(module, PackedBitLinear):
             stand_in: nn.Module = _TQ(module) if format != "gguf-f16" else _F16(weights(module))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import Mistake
-from quant import BitLinear, PackedBitLinear, weights_changed
-from quant.ternary import ROWS_A_BYTE, looks_ternary
+from quant import BitLinear, PackedBitLinear, swap, weights_changed
+from quant.swap import DEFAULT_KEEP, as_linear
+from quant.ternary import ROWS_A_BYTE, looks_ternary, unfit
 
 Ternary = BitLinear | PackedBitLinear
 
@@ -21,10 +22,67 @@ def ternary_layers(model: nn.Module) -> dict[str, Ternary]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Ternary)}
 
 
-def check_layers(model: nn.Module, *, multiple: int = 1, ternary_to_be: bool = False) -> None:
+def to_be(
+    config: Any, *, ternary: bool | None = None, keep: Sequence[str] = (), rms_norm: bool = False, all_fit: bool = True
+) -> nn.Module:
+    """The model on `meta` that a run will have trained, by the config of what it begins with and its recipe's `quant`.
+
+    A config of a ternary checkpoint says itself which layers are ternary, and whether they have their master weights.
+    all_fit: a layer that would stay in floats for its shape alone is refused, not left.
+
+    Raises:
+        Mistake: transformers knows no such model, a keep pattern matches nothing, or nothing can become ternary.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        found = f"{config.model_type}: {str(error).splitlines()[0][:200]}"
+        raise Mistake("this is no causal language model that transformers can build", where="model.name", found=found) from None
+    try:
+        if ternary is not False and getattr(config, "quantization_config", None) and _as_stored(model, config):
+            return model
+        if not ternary:
+            return model
+        options: dict[str, Any] = {"norm_eps": getattr(config, "rms_norm_eps", 1e-6)} if rms_norm else {}
+        report = swap(model, scheme="ternary", trainable=True, keep=(*DEFAULT_KEEP, *keep), **options)
+    except ValueError as error:
+        raise Mistake("this model cannot be trained in ternary", where="quant", found=str(error)) from None
+    for path, reason in report.left.items() if all_fit else ():
+        module = model.get_submodule(path)
+        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2:
+            linear = as_linear(module)
+            if reason == unfit(linear.weight.shape):
+                raise _no_fours(path, linear.out_features, linear.in_features)
+    return model
+
+
+def _as_stored(model: Any, config: Any) -> bool:
+    """Whether `config` is of a ternary checkpoint; the layers of `model` are then what it says."""
+    from quant.pretrained import PackedTernaryConfig, TernaryQuantizer, packed_config
+
+    packed = packed_config(config).quantization_config
+    if packed["quant_method"] != "packed_ternary":
+        return False
+    TernaryQuantizer(PackedTernaryConfig(stored=packed["stored"]), pre_quantized=True).preprocess_model(model)
+    return True
+
+
+def _no_fours(path: str, out_features: int, in_features: int) -> Mistake:
+    return Mistake(
+        f"packed ternary needs out_features in fours: {out_features} are not",
+        where=path,
+        found=f"a weight of shape ({out_features}, {in_features})",
+        do=f"model sizes that make it {out_features + -out_features % ROWS_A_BYTE}, or keep this layer in floats (quant.keep)",
+    )
+
+
+def check_layers(model: nn.Module, *, multiple: int = 1) -> None:
     """Refuse layers that no ternary format holds. A model on `meta` is checked by its shapes.
 
-    multiple: in_features of a ternary layer must be one of it. ternary_to_be: every linear but the head counts as ternary.
+    multiple: in_features of a ternary layer must be one of it.
 
     Raises:
         Mistake: naming the layer and its shape.
@@ -45,17 +103,11 @@ def check_layers(model: nn.Module, *, multiple: int = 1, ternary_to_be: bool = F
                 found=f"{type(module).__module__}.{type(module).__name__}",
                 do="quant.pretrained.load reads its codes as they are; to quantize it again would change it",
             )
-        head = isinstance(module, nn.Linear) and module is _head(model)
-        if not (isinstance(module, Ternary) or (ternary_to_be and isinstance(module, nn.Linear) and not head)):
+        if not isinstance(module, Ternary):
             continue
         out_features, in_features = module.out_features, module.in_features
         if out_features % ROWS_A_BYTE:
-            raise Mistake(
-                f"packed ternary needs out_features in fours: {out_features} are not",
-                where=name,
-                found=f"a weight of shape ({out_features}, {in_features})",
-                do=f"model sizes that make it {out_features + -out_features % ROWS_A_BYTE}, or keep this layer in floats",
-            )
+            raise _no_fours(name, out_features, in_features)
         if in_features % multiple:
             raise Mistake(
                 f"this format needs in_features to be a multiple of {multiple}: {in_features} is none",
@@ -105,6 +157,11 @@ def copied(model: nn.Module) -> Any:
     return copy.deepcopy(model).to("cpu").eval().requires_grad_(False)
 
 
+def widened(model: Any) -> Any:
+    """`model` in fp32; transformers' own `.float()` refuses one that was loaded packed. Codes and scales stay what they are."""
+    return nn.Module.float(model)
+
+
 @contextmanager
 def computing_in_fp32(model: nn.Module) -> Iterator[None]:
     """Within it the model is in evaluation mode and its floats are fp32; afterwards it is what it was, to the bit.
@@ -137,8 +194,3 @@ def function(model: nn.Module, device: torch.device | None = None) -> Callable[[
         return out.float().cpu()
 
     return logits
-
-
-def _head(model: nn.Module) -> nn.Module | None:
-    found = getattr(model, "get_output_embeddings", lambda: None)()
-    return found if isinstance(found, nn.Module) else None

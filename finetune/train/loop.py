@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -174,6 +175,7 @@ def train(
     evaluate: Callable[[int], dict[str, float]] | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], dict[str, Any]] | None = None,
+    went_back: Callable[[int], None] | None = None,
     show: Callable[[int, int, str], None] | None = None,
 ) -> dict[str, Any]:
     """Train from `progress` to `total_steps`; checkpoints and metrics go into `folder`.
@@ -182,13 +184,16 @@ def train(
     must leave the model and the random generators as they were; so must `before_step(step)`, and `after_step(step)`, whose
     metrics get a line of their own. An optimizer that steps inside the backward pass (`in_backward`) gives the gradient's norm
     afterwards; a step that went wrong then has changed the weights, and the run goes back to its last checkpoint.
+    `went_back(step)` is told so, when the model, the optimizer and the metrics are those of `step` again.
 
     Returns:
-        seconds, tokens_per_second (of this process's steps), peak_bytes, memory_kind, and the totals of `progress`.
+        seconds, tokens_per_second (of this process's steps), peak_bytes, memory_kind, and the totals of `progress`; where the
+        run went back, `rollbacks`: how many micro-batches are left out for it.
 
     Raises:
         GateStop: the loss or the gradient is not finite; the model has not taken that step.
         Interrupted: a signal came; the step is finished and saved.
+        What fetching a micro-batch raises (a line that is no row, a hub that cannot be reached): the last step is saved.
     """
     parameters = list(checkpoint.trained(model).values())
     decay_of_groups = [group["weight_decay"] for group in optimizer.param_groups]
@@ -200,20 +205,20 @@ def train(
     begun, tokens_before, evaluating, rollbacks = time.monotonic(), progress.tokens, 0.0, 0
     keys = _Keys(kind, progress)
 
-    def save() -> None:
+    def save(reached: Progress) -> None:
         checkpoint.save(
             folder.path / "checkpoints",
             accelerator.unwrap_model(model),
             inner,
-            progress,
+            reached,
             metrics_bytes=folder.metrics_bytes(),
             keep=settings.keep_checkpoints,
         )
 
-    def wrong(step: int, group: list[Any], mean: float, norm: float) -> GateStop:
+    def wrong(step: int, fetched: list[tuple[Any, list[int], Any]], mean: float, norm: float) -> GateStop:
         return GateStop(
             f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite; the step was not taken",
-            where=f"samples {', '.join(str(s) for key in group for s in kind.samples(key))}"[:400],
+            where=f"samples {', '.join(str(s) for key, _, _ in fetched for s in kind.samples(key))}"[:400],
             found=f"loss {mean}, gradient norm {norm}",
             do=f"look at these samples, or begin anew with a lower train.lr (it was {settings.lr:g}); "
             f"the last checkpoint is step {saved}",
@@ -227,16 +232,26 @@ def train(
         if path is None or rollbacks > MOST_ROLLBACKS:
             raise stop
         restored, size = checkpoint.load(path, accelerator.unwrap_model(model), inner)
-        restored.bad += progress.bad + places
+        restored.bad += [place for place in progress.bad + places if place not in restored.bad]
         folder.cut_metrics(size)
         folder.append({"step": restored.step, "rolled_back": {"from": step, "found": stop.found, "where": stop.where}})
+        if went_back is not None:
+            went_back(restored.step)
         if show is not None:
             show(restored.step, total_steps, f"step {step} went wrong: back to step {restored.step}, without its rows")
         return restored
 
+    def fetch() -> list[tuple[Any, list[int], Any]]:
+        """The step's micro-batches: (key, its place, batch). All before the first is used: should one fail, nothing has moved."""
+        fetched = []
+        for _ in range(settings.accumulation):
+            key = keys.next()
+            fetched.append((key, [progress.epoch, progress.position - 1], kind.batch(key)))
+        return fetched
+
     saved = progress.step
     if in_backward and not checkpoint.checkpoints(folder.path / "checkpoints"):
-        save()  # something to go back to
+        save(progress)  # something to go back to
     try:
         with _signals() as interrupted:
             while progress.step < total_steps:
@@ -255,27 +270,34 @@ def train(
                     group["lr"], group["weight_decay"] = lr, decay if decaying else 0.0
                 if before_step is not None:
                     before_step(step)
-                group_keys, places = [], []
-                loss_sum, count, tokens = torch.zeros((), device=accelerator.device), 0, 0
-                for _ in range(settings.accumulation):
-                    key = keys.next()
-                    group_keys.append(key)
-                    places.append([progress.epoch, progress.position - 1])
-                    batch = kind.batch(key)
+                finished = replace(progress)
+                try:
+                    fetched = fetch()
+                except GateStop:
+                    raise
+                except Exception:
+                    if finished.step > saved:  # hours of work, perhaps: how often is saved is up to the recipe
+                        save(finished)
+                    raise
+                loss_sum, count, tokens, backward = torch.zeros((), device=accelerator.device), 0, 0, False
+                for _, _, batch in fetched:
                     with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None):
                         loss, targets = kind.loss(model, batch)
                     if targets and not (in_backward and not math.isfinite(float(loss.detach()))):
                         accelerator.backward(loss / targets if in_backward else loss)
+                        backward = True
                     if targets:
                         loss_sum += loss.detach()
                     count += targets
                     tokens += kind.tokens(batch)
                 mean = float(loss_sum) / max(1, count)
                 if in_backward:
-                    norm = inner.grad_norm()
-                    if not (math.isfinite(mean) and inner.finite()):
+                    none = 0.0 if math.isfinite(mean) else math.nan  # the optimizer still has the norm of the step before
+                    norm = inner.grad_norm() if backward else none
+                    if not (math.isfinite(mean) and math.isfinite(norm)):
                         keys.close()
-                        progress = go_back(step, places, wrong(step, group_keys, mean, norm))
+                        progress = go_back(step, [place for _, place, _ in fetched], wrong(step, fetched, mean, norm))
+                        saved = progress.step
                         keys = _Keys(kind, progress)
                         continue
                 else:
@@ -284,7 +306,7 @@ def train(
                         torch._foreach_div_(gradients, float(count))
                     norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
                     if not (math.isfinite(mean) and math.isfinite(norm)):
-                        raise wrong(step, group_keys, mean, norm)
+                        raise wrong(step, fetched, mean, norm)
                     if settings.max_grad_norm and norm > settings.max_grad_norm:
                         torch._foreach_mul_(gradients, settings.max_grad_norm / norm)
                 optimizer.step()
@@ -323,7 +345,7 @@ def train(
                     folder.append(measured)
                     accelerator.log({k: v for k, v in measured.items() if k != "step"}, step=step)
                 if (settings.save_steps and step % settings.save_steps == 0) or step == total_steps or interrupted():
-                    save()
+                    save(progress)
                     saved = step
                     if interrupted() and step < total_steps:
                         raise Interrupted(f"stopped after step {step} of {total_steps}")

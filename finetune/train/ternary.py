@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,15 @@ from finetune.recipe import Recipe
 from finetune.train.schedule import blend, learning_rate
 from quant import set_blend
 from quant.health import Health, Layer, Watch, alarms
+
+DENSE = 50  # looks at the full rate, from the beginning on: codes thrash early (quant/health.py)
+MOST = 1000  # looks at an even rate in a run: each is a line with every layer in it
+KEPT = 64  # looks that alarms are judged by: quant.health.WINDOW of them, with those that are too slow to be judged between
+
+
+def looks_at(step: int, total: int, every: int) -> bool:
+    """Whether the codes are looked at in step `step` of `total`: each `every` steps at first, then about `MOST` times a run."""
+    return step % (every if step <= DENSE * every else max(every, -(-total // MOST))) == 0
 
 
 class Ternary:
@@ -24,30 +34,47 @@ class Ternary:
     def __init__(self, model: torch.nn.Module, recipe: Recipe, total: int, metrics: Path, warn: Callable[[str], None]) -> None:
         self.model, self.total, self.quant, self.train, self.warn = model, total, recipe.quant, recipe.train, warn
         self.watch = Watch(model)
-        self.looks: list[tuple[float, Health]] = []  # (learning rate, what was seen)
+        self.metrics = metrics
+        self._read(total)
+
+    def rewind(self, step: int) -> None:
+        """The run has gone back to `step`: what was seen after it, alarms too, has not been."""
+        self._read(step)
+
+    def _read(self, until: int) -> None:
+        """The state after step `until`, from the looks in metrics.jsonl."""
+        self.recent: deque[tuple[float, Health]] = deque(maxlen=KEPT)  # (learning rate, what was seen)
+        self.looks, self.last_step, self.turnover = 0, 0, 0.0
         self.alarms: dict[str, str] = {}  # kind → first words of it
+        for step, health in self._saved():
+            if step <= until:
+                self._look(step, health, told=False)
+
+    def _saved(self) -> Iterator[tuple[int, Health]]:
+        if not self.metrics.exists():
+            return
         weights = {path: layer.weight.numel() for path, layer in self.watch.layers.items()}
-        for line in metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []:
-            entry = json.loads(line)
-            if "ternary" in entry:
-                seen = entry["ternary"]
-                layers = {path: Layer(v[0], v[1], v[2], weights[path]) for path, v in seen["layers"].items()}
-                self._look(entry["step"], Health(seen["flips"], seen["zeros"], layers), told=False)
+        with self.metrics.open(encoding="utf-8") as file:
+            for line in file:
+                if '"ternary"' in line and "ternary" in (entry := json.loads(line)):
+                    seen = entry["ternary"]
+                    layers = {path: Layer(v[0], v[1], v[2], weights[path]) for path, v in seen["layers"].items()}
+                    yield entry["step"], Health(seen["flips"], seen["zeros"], layers)
 
     def before(self, step: int) -> None:
         if self.quant.warmup:
-            set_blend(self.model, self._blend(step))
-        if step % self.train.health_steps == 0:
+            set_blend(self.model, self.blend_of(step))
+        if self._looks_at(step):
             self.watch.remember()
 
     def after(self, step: int) -> dict[str, Any]:
         """Nothing, or what has flipped in this step: a line of metrics."""
-        if step % self.train.health_steps:
+        if not self._looks_at(step):
             return {}
         health = self.watch.compare()
         self._look(step, health, told=True)
         layers = {path: [layer.flips, layer.zeros, layer.scale] for path, layer in health.layers.items()}
-        warming = {"blend": self._blend(step)} if self.quant.warmup else {}
+        warming = {"blend": self.blend_of(step)} if self.quant.warmup else {}
         return {"ternary": {"flips": health.flips, "zeros": health.zeros, **warming, "layers": layers}}
 
     def end(self) -> None:
@@ -58,18 +85,21 @@ class Ternary:
         """What the last look saw, how much has flipped on the way, and all alarms."""
         if not self.looks:
             return {"looks": 0, "alarms": []}
-        last = self.looks[-1][1]
-        turnover = sum(health.flips for _, health in self.looks) * self.train.health_steps
+        last = self.recent[-1][1]
         return {
             "flips": last.flips,
             "zeros": last.zeros,
-            "turnover": turnover,
-            "looks": len(self.looks),
+            "turnover": self.turnover,
+            "looks": self.looks,
             "alarms": list(self.alarms.values()),
         }
 
-    def _blend(self, step: int) -> float:
+    def blend_of(self, step: int) -> float:
+        """λ in that step: the share of the ternary weight in what the model computes, 1 without a warm-up."""
         return blend(step, self.total, warmup=self.quant.warmup, shape=self.quant.warmup_shape)
+
+    def _looks_at(self, step: int) -> bool:
+        return looks_at(step, self.total, self.train.health_steps)
 
     def _look(self, step: int, health: Health, *, told: bool) -> None:
         settings = self.train
@@ -81,8 +111,10 @@ class Ternary:
             warmup=settings.warmup,
             min_lr=settings.min_lr,
         )
-        self.looks.append((lr, health))
-        history, rates = [health for _, health in self.looks], [rate for rate, _ in self.looks]
+        self.turnover += health.flips * (step - self.last_step)  # one look stands for the steps since the one before
+        self.looks, self.last_step = self.looks + 1, step
+        self.recent.append((lr, health))
+        history, rates = [health for _, health in self.recent], [rate for rate, _ in self.recent]
         for alarm in alarms(history, rates, peak=settings.lr, steps=self.total):
             kind = alarm.partition(":")[0].split(" ")[-1]
             if kind not in self.alarms:

@@ -36,7 +36,7 @@ LLAMA = {
 # Ternary by pretraining on a text: from a model that exists, and from scratch.
 TERNARY: dict[str, Any] = {
     "kind": "pretrain", "quant.scheme": "ternary", "adapter.kind": "none", "data.path": "STORY", "data.max_length": 32,
-    "data.max_rows": None,
+    "data.max_rows": None, "train.save_steps": None,
 }  # fmt: skip
 SCRATCH = TERNARY | {"model.name": None, "model.config": LLAMA, "tokenizer.train": 300}
 TAUGHT = TERNARY | {"distill.teacher": "OTHER_MODEL"}
@@ -77,6 +77,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
         ["*/english/coding.yml"],
         {"data.path": None, "data.name": "package:chatterbot-corpus", "data.bad_rows": "skip"},
     ),
+    "data.revision": ("v2", TERNARY | {"data.path": None, "data.name": "TEXTS"}),
     "data.split": ("test", {"data.path": None, "data.name": "HUB"}),
     "data.format": ("text", {}),
     "data.text_key": ("body", SCRATCH | {"data.path": "TWO_TEXTS"}),
@@ -107,7 +108,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.eps": (1e-2, {}),
     "train.max_grad_norm": (1e-4, {"train.eps": 1.0}),
     "train.stochastic_rounding": (True, SCRATCH | {"model.dtype": "bf16"}),
-    "train.step_in_backward": (True, SCRATCH | {"train.max_grad_norm": 0}),
+    "train.step_in_backward": (True, SCRATCH | {"train.max_grad_norm": 0, "train.save_steps": 2}),
     "train.loss_chunk": (7, SCRATCH),
     "train.health_steps": (1, SCRATCH),
     "train.checkpointing": (True, {}),
@@ -138,7 +139,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
 ELSEWHERE = {"model.trust_remote_code"}
 
 # The other value cannot run here: the refusal is what shows that the key is read.
-REFUSED = {"model.revision", "eval.include_path", *([] if torch.cuda.is_available() else ["run.device"])}
+REFUSED = {"model.revision", "data.revision", "eval.include_path", *([] if torch.cuda.is_available() else ["run.device"])}
 
 VOLATILE = {"provenance", "phases", "next", "error"}
 CLOCK = {"tokens_per_second", "step_seconds", "memory_bytes", "time", "seconds", "peak_bytes"}
@@ -170,6 +171,9 @@ class Workshop:
         two = [
             {"text": a * 8, "body": b * 8} for a, b in zip(story(20_000).split("\n"), story(20_000, 1).split("\n"), strict=False)
         ]
+        texts = folder / "texts"  # a folder stands in for a dataset of the hub, and has no revisions
+        texts.mkdir()
+        write_jsonl(texts / "train.jsonl", [{"text": line * 8} for line in story(20_000).split("\n") if line])
         hub = folder / "hub"
         hub.mkdir()
         write_jsonl(hub / "train.jsonl", alpaca(20))
@@ -182,6 +186,7 @@ class Workshop:
             "TASKS": str(tasks),
             "HUB": str(hub),
             "OTHER_DIR": str(folder / "elsewhere"),
+            "TEXTS": str(texts),
             "STORY": str(write_jsonl(folder / "story.jsonl", [{"text": line * 8} for line in story(20_000).split("\n") if line])),
             "TWO_TEXTS": str(write_jsonl(folder / "two.jsonl", two)),
         }

@@ -177,7 +177,8 @@ def test_from_a_pretrained_model(finetune: Terminal, recipe: Path, tmp_path: Pat
 def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     code, _, err = finetune("run", str(recipe), "run.dir=base", "eval.samples=0", "eval.prompts=[]")
     assert code == 0, err
-    words = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "adapter.kind=lora", "train.lr=5e-3",
+    words = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "train.health_steps=5",
+             "adapter.kind=lora", "train.lr=5e-3",
              "eval.samples=0", "eval.prompts=[]", "train.max_steps=24")  # fmt: skip
     code, out, err = finetune("run", str(recipe), "run.dir=adapted", *words)
     assert code == 0, err
@@ -217,6 +218,12 @@ def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: 
         (("model.config.hidden_act=relu2", "export.formats=[gguf-tq2_0]"), "relu2"),
         (("model.config.intermediate_size=258",), "258"),
         (("quant.rms_norm=true",), "sub-norms"),
+        (("distill.logits=2",), "distill.teacher"),
+        (("quant.warmup_shape=cosine",), "warm-up"),
+        (("train.max_tokens=.inf",), "train.max_tokens"),
+        (("quant.scheme=none", "export.formats=[gguf-tq2_0]", "train.health_steps=5"), "gguf-f16"),
+        (("data.max_rows=5",), "data.max_rows"),
+        (("train.step_in_backward=true", "train.max_grad_norm=0", "train.save_steps=null"), "save_steps"),
         (("tokenizer.train=100",), "257"),
         (("data.path=nowhere.txt",), "nowhere.txt"),
     ],
@@ -237,7 +244,7 @@ def test_ternary_checkpoints_are_not_made_ternary_again(
 ) -> None:
     code, _, err = finetune("run", str(recipe), "run.dir=base", "train.max_steps=1", "eval.samples=0", "eval.prompts=[]")
     assert code == 0, err
-    again = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "run.dir=refused")
+    again = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "run.dir=refused", "train.health_steps=5")
     code, _, err = finetune("run", str(recipe), *again)
     assert code == 2
     assert "ternary already" in err
@@ -248,3 +255,62 @@ def test_ternary_checkpoints_are_not_made_ternary_again(
     assert code == 2
     assert re.search(r"trained to be ternary", err)
     assert not (tmp_path / "refused").exists()
+
+
+def test_the_layout_of_the_training_tips(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    """A norm inside each linear, the block's own fixed at one: plain transformers computes the same."""
+    code, _, err = finetune("run", str(recipe), "run.dir=tips", "model.config.model_type=llama", "quant.rms_norm=true")
+    assert code == 0, err
+    from safetensors.torch import load_file
+
+    weights = load_file(tmp_path / "tips" / "merged" / "model.safetensors")
+    assert torch.equal(weights["model.layers.0.input_layernorm.weight"], torch.ones(256))
+    assert not torch.equal(weights["model.layers.0.self_attn.q_proj.rms_norm.weight"], torch.ones(256))
+    assert read_run(tmp_path / "tips")["exports"]["bitnet"]["gate"]["status"] == "pass"
+
+
+def test_a_float_model_goes_to_llama_cpp_too(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    words = (
+        "quant.scheme=none",
+        "model.config.model_type=llama",
+        "export.formats=[gguf-f16]",
+        "train.health_steps=5",
+        "data.heldout=4",
+    )
+    code, _, err = finetune("run", str(recipe), "run.dir=floats", *words)
+    assert code == 0, err
+    figures = read_run(tmp_path / "floats")["exports"]["gguf-f16"]
+    assert figures["gate"]["status"] == "pass"
+    assert (tmp_path / "floats" / figures["path"]).is_file()
+
+
+def test_held_out_text_from_a_file_of_its_own(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text(story(4_000, seed=1))
+    code, _, err = finetune("run", str(recipe), "run.dir=apart", "data.heldout_path=other.txt")
+    assert code == 0, err
+    code, _, err = finetune("run", str(recipe), "run.dir=none", "data.heldout=0", "export.formats=[gguf-tq2_0]", "eval.samples=0")
+    assert code == 0, err
+    assert "before" not in read_run(tmp_path / "none")["eval"]
+
+
+def test_nothing_of_the_ternary_model_is_held_while_the_twin_trains(finetune: Terminal, recipe: Path) -> None:
+    import gc
+
+    import finetune.run as story_of_a_run
+    from quant import BitLinear
+
+    def count() -> int:
+        gc.collect()
+        return sum(isinstance(thing, BitLinear | torch.optim.Optimizer) for thing in gc.get_objects())
+
+    plain, alive = story_of_a_run.run, [count()]  # what earlier tests have left
+
+    def spied(*arguments: Any, **options: Any) -> Any:
+        if arguments[1].endswith("-twin"):
+            alive.append(count())
+        return plain(*arguments, **options)
+
+    finetune.monkeypatch.setattr(story_of_a_run, "run", spied)
+    code, _, err = finetune("run", str(recipe), "twin=true", "run.dir=made", "train.max_steps=2")
+    assert code == 0, err
+    assert alive[1] == alive[0]

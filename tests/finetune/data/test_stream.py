@@ -488,3 +488,57 @@ def test_too_little_text(tmp_path: Path) -> None:
         corpus(open_source(path=str(path)), heldout=possible + 1)
     with pytest.raises(Mistake, match="does not fill one row"):
         next(corpus(open_source(path=str(path)), heldout=0, length=total + 1).rows(0))
+
+
+# --------------------------------------------------------------------------------------------------------------- revisions
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A hub with one dataset, `a/b`: hub.main is its newest commit, hub.asked what was opened; a folder stands for its files."""
+    import datasets
+
+    write_jsonl(tmp_path / "a.jsonl", texts(40))
+    real = datasets.load_dataset_builder
+
+    class Hub:
+        main, asked = "1" * 40, []  # type: ignore[var-annotated]
+
+        def load(self, name: str, data_files: Any = None, revision: str | None = None) -> Any:
+            self.asked.append(revision)
+            if revision is not None and revision not in (self.main, "1" * 40, "v1"):
+                raise FileNotFoundError(f"Revision '{revision}' doesn't exist for dataset '{name}' on the Hub.")
+            builder = real(str(tmp_path), data_files=data_files)
+            builder.hash = "1" * 40 if revision == "v1" else revision or self.main
+            return builder
+
+    made = Hub()
+    monkeypatch.setattr(datasets, "load_dataset_builder", made.load)
+    return made
+
+
+def test_a_commit_on_the_hub_does_not_change_a_run_that_knows_its_own(hub: Any) -> None:
+    begun = open_source(name="a/b")
+    assert begun.revision == "1" * 40
+    assert hub.asked == [None, "1" * 40]  # what is read is what will be opened later
+    hub.main = "2" * 40  # somebody mends the README
+    newer = open_source(name="a/b")
+    assert newer.revision == "2" * 40
+    assert newer.digest != begun.digest
+    again = open_source(name="a/b", revision=begun.revision)
+    assert (again.revision, again.digest) == (begun.revision, begun.digest)
+    assert [d.text for b in again.blocks() for d in b.documents] == [d.text for b in begun.blocks() for d in b.documents]
+
+
+def test_a_tag_is_resolved_to_its_commit(hub: Any) -> None:
+    assert open_source(name="a/b", revision="v1").revision == "1" * 40
+    assert hub.asked == ["v1", "1" * 40]
+    with pytest.raises(Mistake, match=r"cannot be loaded[\s\S]*revision v9[\s\S]*doesn't exist"):
+        open_source(name="a/b", revision="v9")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_not_on_the_hub_has_no_revision(make: Any, kind: str) -> None:
+    assert make(kind).revision is None
+    with pytest.raises(Mistake, match="only a dataset on the hub has revisions"):
+        make(kind, revision="main")

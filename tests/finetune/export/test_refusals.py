@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import BitNetConfig, LlamaConfig, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BitNetConfig,
+    GPT2Config,
+    LlamaConfig,
+    MixtralConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from finetune.errors import Mistake
 from finetune.export import FORMATS, check, export
@@ -20,8 +29,9 @@ GGUF = [*TQ, "gguf-f16"]
 
 
 def refused(model: Any, format: str, message: str) -> Mistake:  # noqa: A002
+    """A config is of a model whose training will be ternary."""
     with pytest.raises(Mistake, match=message) as mistake:
-        check(model, format)
+        check(model, format, ternary=True if isinstance(model, PreTrainedConfig) else None)
     return mistake.value
 
 
@@ -35,7 +45,8 @@ def test_what_is_fit(kind: str, format: str) -> None:  # noqa: A002
     """Trained, packed, without weights, and as a config alone."""
     model = built(kind, 64)
     check(model, format)
-    check(model.config, format)
+    assert not hasattr(model.config, "quantization_config")
+    check(model.config, format, ternary=True)
     pack(model)
     if format == "bitnet-online":
         assert refused(model, format, "master weights are gone").do == "--to bitnet keeps its codes"
@@ -60,6 +71,63 @@ def test_rows_that_make_no_fours(format: str) -> None:  # noqa: A002
     mistake = refused(config(hidden_size=256, intermediate_size=510), format, "out_features in fours: 510 are not")
     assert (mistake.where, "512" in str(mistake.do)) == ("model.layers.0.mlp.gate_proj", True)
 
+    with pytest.raises(Mistake, match="510 are not"):
+        check(config(intermediate_size=510), format, ternary=True, keep=["up_proj"])
+    check(config(intermediate_size=510), "bitnet", ternary=True, keep=["gate_proj", "up_proj"])
+    check(config(intermediate_size=510), "gguf-f16", ternary=True)
+
+
+def test_what_a_recipe_says_of_a_config() -> None:
+    for ternary in (False, None):
+        for format in ("bitnet", "bitnet-online", *TQ):  # noqa: A001
+            with pytest.raises(Mistake, match="no ternary layer"):
+                check(config(), format, ternary=ternary)
+        check(config(), "gguf-f16", ternary=ternary)
+    with pytest.raises(Mistake, match="320 is none") as mistake:
+        check(config(intermediate_size=320), "gguf-tq2_0", ternary=True, keep=["*.layers.0.mlp.down_proj"])
+    assert mistake.value.where == "model.layers.1.mlp.down_proj"
+    check(config(intermediate_size=320), "gguf-tq2_0", ternary=True, keep=["down_proj"])
+    with pytest.raises(Mistake, match="cannot be trained in ternary") as mistake:
+        check(config(), "bitnet", ternary=True, keep=["nowhere"])
+    assert (mistake.value.where, "nowhere" in str(mistake.value.found)) == ("quant", True)
+    llama = LlamaConfig(**SIZES | {"vocab_size": 64})
+    check(llama, "bitnet", ternary=True, rms_norm=True)
+    with pytest.raises(Mistake, match="no norm inside a linear"):
+        check(llama, "gguf-tq2_0", ternary=True, rms_norm=True)
+
+
+@pytest.mark.parametrize("format", ["bitnet", "bitnet-online"])
+def test_what_hugging_face_bitnet_has_no_layer_for(format: str) -> None:  # noqa: A002
+    """Told by the config alone, before anything is trained."""
+    gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
+    assert "Conv1D" in str(refused(gpt2, format, "bitnet cannot express this model").found)
+    sizes = SIZES | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_local_experts": 2}
+    mixture = refused(MixtralConfig(**sizes), format, "bitnet cannot express this model")
+    assert "experts" in str(mixture.found)
+
+
+@pytest.mark.parametrize("norm_eps", [None, 1e-5])
+def test_a_config_that_is_ternary_already(tmp_path: Path, norm_eps: float | None) -> None:
+    """It knows whether it is packed, and how its layers normalize."""
+    from transformers import AutoConfig
+
+    model = built("llama", 64, norm_eps=norm_eps)
+    model.save_pretrained(tmp_path / "online")
+    pack(model)
+    model.save_pretrained(tmp_path / "packed")
+    for name in ("online", "packed"):
+        stored = AutoConfig.from_pretrained(tmp_path / name)
+        for ternary in (True, None):
+            check(stored, "bitnet", ternary=ternary)
+            if norm_eps is None:
+                check(stored, "gguf-tq2_0", ternary=ternary)
+            else:
+                refused(stored, "gguf-tq2_0", "no norm inside a linear")
+        if name == "packed":
+            refused(stored, "bitnet-online", "master weights are gone")
+        else:
+            check(stored, "bitnet-online", ternary=True)
+
 
 @pytest.mark.parametrize("format", GGUF)
 def test_what_the_graphs_lack(format: str) -> None:  # noqa: A002
@@ -71,7 +139,7 @@ def test_what_the_graphs_lack(format: str) -> None:  # noqa: A002
     refused(LlamaConfig(**SIZES | {"vocab_size": 64, "rope_parameters": rope}), format, "plain rotary positions")
     refused(built("llama", 64, norm_eps=1e-5), format, "no norm inside a linear")
     refused(built("llama", 64, attention_bias=True), format, "a bias is not carried")
-    check(config(hidden_act="relu2"), "bitnet")
+    check(config(hidden_act="relu2"), "bitnet", ternary=True)
     check(built("llama", 64, norm_eps=1e-5), "bitnet")
 
 
@@ -142,6 +210,12 @@ def test_tokenizers_that_a_gguf_cannot_carry(tmp_path: Path, words: Any) -> None
     endless.eos_token = None
     refuse(endless, "no end token")
     refuse(words, "does not fit the model", built("bitnet", len(words) - 4))
+    # Before training, with the config alone; a folder keeps any tokenizer.
+    fits = config(vocab_size=len(words))
+    check(fits, "gguf-tq2_0", ternary=True, tokenizer=words)
+    check(fits, "bitnet", ternary=True, tokenizer=endless)
+    with pytest.raises(Mistake, match="no end token"):
+        check(fits, "gguf-tq2_0", ternary=True, tokenizer=endless)
 
 
 def test_no_rows_a_wrong_name_and_no_space(tmp_path: Path, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 
 from finetune.data.packing import Batches
 from finetune.data.samples import IGNORE, Sample
-from finetune.errors import GateStop
+from finetune.errors import GateStop, Mistake
 from finetune.files import RunFolder
 from finetune.recipe import Train
 from finetune.train import checkpoint, optim
@@ -67,17 +69,20 @@ def sft(data: list[Sample], micro_batch: int = 1, packing: bool = False, max_len
 
 def build(model: Any, settings: Train) -> torch.optim.Optimizer:
     options = {key: getattr(settings, key) for key in ("lr", "betas", "eps", "weight_decay")}
-    return optim.build(dict(model.named_parameters()), name=settings.optimizer, device="cpu", **options)[0]
+    inside = {"in_backward": settings.step_in_backward}
+    return optim.build(dict(model.named_parameters()), name=settings.optimizer, device="cpu", **options, **inside)[0]
 
 
 def go(
     folder: Path, accelerator: Any, *, model: Any = None, data: list[Sample] | None = None, total: int = 6, resume: bool = False,
     packing: bool = False, **settings: Any,
 ) -> tuple[Any, list[dict[str, Any]], dict[str, Any]]:  # fmt: skip
-    evaluate, show = settings.pop("evaluate", None), settings.pop("show", None)
+    evaluate, show, faults = settings.pop("evaluate", None), settings.pop("show", None), settings.pop("faults", None)
+    went_back, before_step = settings.pop("went_back", None), settings.pop("before_step", None)
     chosen = Train(lr=1e-2, **settings)
     model = model or llama()
-    kind = sft(data or samples(), chosen.micro_batch, packing)
+    kind: Any = sft(data or samples(), chosen.micro_batch, packing)
+    kind = faults(kind) if faults else kind
     optimizer = build(model, chosen)
     run, progress = RunFolder(folder), Progress()
     folder.mkdir(exist_ok=True)
@@ -89,7 +94,7 @@ def go(
         run.cut_metrics(size)
     figures = train(
         model, kind, chosen, accelerator=accelerator, optimizer=optimizer, total_steps=total, folder=run, progress=progress,
-        evaluate=evaluate, show=show,
+        evaluate=evaluate, show=show, went_back=went_back, before_step=before_step,
     )  # fmt: skip
     return model, [json.loads(line) for line in run.metrics.read_text().splitlines()], figures
 
@@ -224,6 +229,86 @@ def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, accelerator: Any, s
         assert a == b, name
 
 
+class Broken:
+    """A kind that fails at one micro-batch: `fault` is raised instead of its key, or multiplies its loss."""
+
+    def __init__(self, kind: SupervisedFineTuning, fault: Exception | float, at: tuple[int, ...]) -> None:
+        self.kind, self.fault, self.at, self.drawn = kind, fault, at, -1
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.kind, name)
+
+    def keys(self, epoch: int, position: int, place: Any) -> Iterator[Any]:
+        for at, key in enumerate(self.kind.keys(epoch, position, place), position):
+            if at in self.at and isinstance(self.fault, Exception):
+                raise self.fault
+            self.drawn = at
+            yield key
+
+    def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, int]:
+        total, count = self.kind.loss(model, batch)
+        return total * self.fault if self.drawn in self.at and not isinstance(self.fault, Exception) else total, count
+
+
+@pytest.mark.parametrize("fault", [Mistake("line 9 is no row"), OSError("the hub is gone")])
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"optimizer": "adamw_8bit", "step_in_backward": True}])
+def test_a_fault_in_the_data_costs_no_finished_step(
+    tmp_path: Path, accelerator: Any, fault: Exception, settings: dict[str, Any]
+) -> None:
+    if "step_in_backward" in settings:
+        settings = settings | {"max_grad_norm": 0}
+    each = settings.get("accumulation", 1)
+    at = 5 * each - 1  # the last micro-batch of step 5: with two in a step the first one has been drawn
+    whole, metrics, _ = go(tmp_path / "whole", accelerator, model=llama(dropout=0.2), **settings)
+    with pytest.raises(type(fault), match=str(fault)):
+        go(tmp_path / "cut", accelerator, model=llama(dropout=0.2), faults=lambda kind: Broken(kind, fault, (at,)), **settings)
+    names = [path.name for path in checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")]
+    assert names[-1] == "step-000004"
+    torch.manual_seed(999)
+    again, resumed, _ = go(tmp_path / "cut", accelerator, model=llama(dropout=0.2), resume=True, **settings)
+    assert equal(whole, again)
+    assert without_clock(metrics) == without_clock(resumed)
+
+
+def test_a_fault_before_any_step_or_just_after_a_checkpoint_saves_nothing(tmp_path: Path, accelerator: Any) -> None:
+    for at, expected in ((0, []), (3, ["step-000003"])):
+        run = tmp_path / str(at)
+        with pytest.raises(OSError, match="gone"):
+            go(run, accelerator, save_steps=3, faults=lambda kind: Broken(kind, OSError("gone"), (at,)))  # noqa: B023
+        assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == expected
+
+
+def test_going_back_leaves_each_bad_micro_batch_out_once_and_tells(tmp_path: Path, accelerator: Any) -> None:
+    told: list[int] = []
+    begun: list[int] = []
+    options: dict[str, Any] = {"step_in_backward": True, "max_grad_norm": 0, "save_steps": 2, "total": 6}
+    _, metrics, figures = go(
+        tmp_path / "run", accelerator, faults=lambda kind: Broken(kind, math.nan, (2, 5)), went_back=told.append,
+        before_step=begun.append, **options,
+    )  # fmt: skip
+    assert told == [2, 4]  # position 2 is step 3; without it position 5 is step 5
+    assert begun == [1, 2, 3, 3, 4, 5, 5, 6]
+    assert figures["rollbacks"] == 2
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000006" / "state.json").read_text())
+    assert state["bad"] == [[0, 2], [0, 5]]
+    back = [line["rolled_back"] for line in metrics if "rolled_back" in line]
+    assert [line["from"] for line in back] == [3, 5]
+    assert all(line["found"] == "loss nan, gradient norm nan" for line in back)  # not the norm of the step before
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_bad_micro_batches_behind_one_checkpoint_are_all_left_out(tmp_path: Path, accelerator: Any) -> None:
+    """Both go back to step 0: the second must know of the first, once."""
+    options: dict[str, Any] = {"step_in_backward": True, "max_grad_norm": 0, "save_steps": 6, "total": 6}
+    told: list[int] = []
+    faults = {"faults": lambda kind: Broken(kind, math.nan, (1, 3)), "went_back": told.append}
+    _, _, figures = go(tmp_path / "run", accelerator, **faults, **options)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000006" / "state.json").read_text())
+    assert told == [0, 0]
+    assert state["bad"] == [[0, 1], [0, 3]]
+    assert figures["rollbacks"] == 2
+
+
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path: Path, accelerator: Any) -> None:
     whole, _, _ = go(tmp_path / "whole", accelerator)
     before = signal.getsignal(signal.SIGINT)  # a job in the background begins with it ignored
@@ -272,8 +357,6 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(tmp_path: Path,
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, accelerator: Any) -> None:
-    from finetune.errors import Mistake
-
     go(tmp_path / "run", accelerator, total=1)
     with pytest.raises(Mistake, match="another model"):
         checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "step-000001", torch.nn.Linear(2, 2))

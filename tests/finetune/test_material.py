@@ -1,0 +1,69 @@
+"""Text as the story's material: what it hands out are Python's own numbers, and the counts are those of the moment."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.data.preflight import Limits
+from finetune.data.tokenizer import train_tokenizer
+from finetune.material import Text, open_stream
+from finetune.recipe import Recipe
+
+LINES = [f"The {word} fox jumps over {n} lazy dogs and {n * 7} hens." for n in range(300) for word in ("quick", "old")]
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return train_tokenizer(LINES, 300)
+
+
+def write(path: Path, lines: list[str], bad_at: int | None = None) -> None:
+    rows = [json.dumps({"text": line}) for line in lines]
+    if bad_at is not None:
+        rows.insert(bad_at, json.dumps({"words": "none"}))
+    path.write_text("\n".join(rows) + "\n")
+
+
+def text(tmp_path: Path, tokenizer: Any, bad_at: int | None = None, **data: Any) -> Text:
+    write(tmp_path / "a.jsonl", LINES, bad_at)
+    write(tmp_path / "b.jsonl", [f"Other words, {n}." for n in range(80)])
+    recipe = Recipe.model_validate(
+        {
+            "kind": "pretrain",
+            "model": {"name": "x"},
+            "adapter": {"kind": "none"},
+            "data": {"path": str(tmp_path / "a.jsonl"), "max_length": 16} | data,
+            "train": {"max_steps": 3},
+        }
+    )
+    return Text(recipe, tokenizer, open_stream(recipe), Limits(None, None))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_rows_are_lists_of_int(tmp_path: Path, tokenizer: Any, apart: bool) -> None:
+    more = {"heldout_path": str(tmp_path / "b.jsonl")} if apart else {"heldout": 0}
+    material = text(tmp_path, tokenizer, **more)
+    rows = [*material.first_rows(5), *material.held_out()]
+    assert len(material.held_out()) > 0 or not apart
+    for ids, labels in rows:
+        assert {type(number) for number in [*ids, *labels]} == {int}
+        assert torch.tensor([ids]).dtype == torch.int64
+        torch.nn.functional.cross_entropy(torch.zeros(16, 300), torch.tensor(ids))
+        json.dumps([ids, labels])
+    assert type(material.highest_id()) is int
+
+
+def test_skipped_rows_are_counted_when_asked(tmp_path: Path, tokenizer: Any) -> None:
+    """The stream is read in training: what stands in run.json before it is less than what was met in the end."""
+    material = text(tmp_path, tokenizer, bad_at=len(LINES) - 2, heldout=2, bad_rows="skip")
+    material.corpus.source.bad = 0  # a small file is one block: as if it had been a long one
+    before = material.record()["rows_skipped"]
+    material.corpus.source._furthest = (-1, -1)
+    list(material.corpus.rows(0))
+    assert (before, material.record()["rows_skipped"]) == (0, 1)
+    assert material.record()["revision"] is None
