@@ -107,7 +107,8 @@ class Tokenizer(Section):
         None, description="Whose tokenizer a model from scratch gets: hub id, folder or package:NAME. null: one is trained."
     )
     train: Positive = Field(
-        4096, description="Vocabulary of the byte-level BPE tokenizer that is trained on the beginning of the data."
+        4096,
+        description="Vocabulary of the byte-level BPE tokenizer that is trained on the beginning of the data, if none is named.",
     )
 
 
@@ -472,10 +473,6 @@ class Recipe(Section):
                 (
                     quant.warmup_shape != "linear" and quant.warmup == 0,
                     "quant.warmup_shape: there is no warm-up that it could shape; give quant.warmup",
-                ),
-                (
-                    self.tokenizer.name is not None and self.tokenizer.train != Tokenizer().train,
-                    "tokenizer.train: a tokenizer that is named (tokenizer.name) is not trained",
                 ),
                 (
                     train.loss_chunk != Train().loss_chunk and (self.kind == "sft" or self.distill.teacher is not None),
