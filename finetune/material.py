@@ -100,7 +100,7 @@ def open_stream(recipe: Recipe, revision: str | None = None) -> Source:
         path=data.path,
         files=data.files,
         split=data.split,
-        revision=revision,
+        revision=revision or data.revision,
         text_key=data.text_key,
         skip_bad=data.bad_rows == "skip",
     )
