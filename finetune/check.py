@@ -7,7 +7,7 @@ from pathlib import Path
 
 from finetune.data.rows import PACKAGE, READABLE, no_such_file, package_files
 from finetune.errors import Mistake, Mistakes
-from finetune.model import find, find_tokenizer
+from finetune.model import find, find_tokenizer, new_config
 from finetune.recipe import Recipe
 
 
@@ -47,6 +47,8 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
         look(lambda: package_files(str(data.name), place("data.name")))
     if data.heldout_path is not None:
         look(lambda: data_file("data.heldout_path", Path(str(data.heldout_path))))
+    if model.config is not None:
+        look(lambda: new_config(dict(model.config or {}), where=place("model.config")))
     if model.name is not None:
         look(lambda: find(str(model.name), revision=model.revision, where=place("model.name")))
     if recipe.tokenizer.name is not None:

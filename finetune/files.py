@@ -42,20 +42,26 @@ def _beside(path: Path, what: str) -> Path:
     return path.parent / f".{path.name}.finetune-{what}"
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """Yield a name beside `path`; the file written there becomes `path` if the block ends well and vanishes if it does not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _beside(path, "new")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
+    with atomic_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def finite(value: Any) -> Any:

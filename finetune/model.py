@@ -151,7 +151,7 @@ def load_config(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
     from transformers import AutoConfig
 
     if source.scratch is not None:
-        return _new_config(source.scratch, tokenizer)
+        return new_config(source.scratch, tokenizer)
     try:
         return AutoConfig.from_pretrained(source.folder, **source.options)
     except FAULTS:
@@ -160,8 +160,16 @@ def load_config(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
         raise _unavailable(source, error) from None
 
 
-def _new_config(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PretrainedConfig:
-    """transformers takes any key into a configuration, a misspelt one too: here it is an error."""
+def new_config(
+    given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None = None, *, where: str = "model.config"
+) -> PretrainedConfig:
+    """The configuration of model.config. transformers takes any key into one, a misspelt one too: here it is an error.
+
+    where: the place of `given`, for messages.
+
+    Raises:
+        Mistake: no such model_type or key, or values that do not go together.
+    """
     import dataclasses
 
     from transformers import CONFIG_MAPPING
@@ -172,7 +180,7 @@ def _new_config(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
         near = nearest(kind, list(CONFIG_MAPPING.keys()))
         raise Mistake(
             "transformers knows no such model_type",
-            where="model.config.model_type",
+            where=f"{where}.model_type",
             found=kind,
             do=f"did you mean {near}?" if near else "such as bitnet, llama, gpt2",
         )
@@ -182,7 +190,7 @@ def _new_config(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
         near = nearest(unknown[0], sorted(known))
         raise Mistake(
             f"{configuration.__name__} has no key of this name",
-            where=f"model.config.{unknown[0]}",
+            where=f"{where}.{unknown[0]}",
             found=repr(keys[unknown[0]]),
             do=f"did you mean {near}?" if near else "see this class in the documentation of transformers",
         )
@@ -193,7 +201,7 @@ def _new_config(given: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None
         return configuration(**keys)
     except Exception as error:  # validators of transformers raise many kinds; each means: these values do not go together
         said = str(error).strip().splitlines()[0]
-        raise Mistake(f"{configuration.__name__} refuses these values", where="model.config", found=said) from None
+        raise Mistake(f"{configuration.__name__} refuses these values", where=where, found=said) from None
 
 
 def limits(config: PretrainedConfig) -> Limits:

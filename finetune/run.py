@@ -471,7 +471,8 @@ class _Story:
                 f"{self.bones.architecture} lets samples in one row see each other: it gets one sample at a time, "
                 f"{settings.accumulation} to a step"
             )
-        kind = self.material.kind(self.model, settings, self.device, packing=packing, teacher=self._teacher())
+        teacher = self._teacher()
+        kind = self.material.kind(self.model, settings, self.device, packing=packing, teacher=teacher)
         total, limit = self.material.steps(kind, settings)
         optimizer, note = optim.build(
             checkpoint.trained(self.model),
@@ -531,6 +532,8 @@ class _Story:
         if watch is not None:
             watch.end()
             self.record["ternary"] = watch.summary()
+        if teacher is not None:
+            teacher.detach()  # else its hooks on the model would keep it
         accelerator.free_memory()  # it would hold model and optimizer until the end, beside a twin's
         self.record["data"] = self.material.record()  # a stream knows only now what it skipped
         for line in self.material.warnings():

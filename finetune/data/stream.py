@@ -19,6 +19,7 @@ import queue
 import random
 import re
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,7 +68,7 @@ class Block:
 # ---------------------------------------------------------------------------------------------------------------- sources
 
 
-class Source:
+class Source(ABC):
     """Where documents come from. `digest` says which data it is: equal for equal data, checked when a run is resumed.
 
     `bad` counts what was skipped because it holds no text, in this process; `skipped` shows the first few of them. `revision`:
@@ -84,9 +85,9 @@ class Source:
         self._furthest = (-1, -1)  # of the bad rows: those before it were counted in an earlier pass
         self._found_text = False
 
+    @abstractmethod
     def _documents(self, place: Place) -> Iterator[tuple[Document, After]]:
         """Documents from a place on, each with what tells the place behind it while the iterator stands there."""
-        raise NotImplementedError
 
     def blocks(self, place: Place | None = None) -> Iterator[Block]:
         """Blocks from a place on, each at least `block_bytes` of text but for the last. The place of any block gives it again.

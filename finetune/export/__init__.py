@@ -12,16 +12,14 @@ and goes through the gate (gate.py) before it is put in its place; nothing is ke
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import Mistake, nearest
-from finetune.files import atomic_folder, human_bytes, require_space, sync_folder
+from finetune.files import atomic_file, atomic_folder, human_bytes, require_space
 
 if TYPE_CHECKING:
     import torch
@@ -250,22 +248,6 @@ def cut(rows: Rows, most: int) -> Rows:
             out.append((ids[:room], labels[:room]))
             most -= len(out[-1][0])
     return out
-
-
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`; the file written there becomes `path` if the block ends well and vanishes if it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.finetune-new"
-    try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
 
 
 def _told(progress: Progress, what: str) -> Callable[[int, int], None]:

@@ -314,3 +314,26 @@ def test_nothing_of_the_ternary_model_is_held_while_the_twin_trains(finetune: Te
     code, _, err = finetune("run", str(recipe), "twin=true", "run.dir=made", "train.max_steps=2")
     assert code == 0, err
     assert alive[1] == alive[0]
+
+
+def test_check_finds_what_is_misspelt_in_a_configuration(finetune: Terminal, recipe: Path) -> None:
+    code, _, err = finetune("check", str(recipe))
+    assert code == 0, err
+    recipe.write_text(recipe.read_text().replace("hidden_act", "hiden_act"))
+    code, _, err = finetune("check", str(recipe))
+    assert code == 2
+    assert "ternary.yaml:4, model.config.hiden_act" in err
+    assert "did you mean hidden_act?" in err
+
+
+def test_a_teacher_is_let_go_when_it_has_taught(finetune: Terminal, recipe: Path, tiny_model: Path) -> None:
+    from finetune.train.distill import Distillation
+
+    let_go = []
+    plain = Distillation.detach
+    finetune.monkeypatch.setattr(Distillation, "detach", lambda self: (let_go.append(True), plain(self))[1])
+    words = ("model.config=null", f"model.name={tiny_model}", "tokenizer.train=4096", f"distill.teacher={tiny_model}",
+             "run.dir=taught", "train.max_steps=1", "eval.samples=0", "eval.prompts=[]")  # fmt: skip
+    code, _, err = finetune("run", str(recipe), *words)
+    assert code == 0, err
+    assert let_go[-1:] == [True]
