@@ -28,6 +28,8 @@ from eval._common import adds_bos, device_of, evaluating
 
 Row = tuple[list[int], list[int]]  # input ids, labels: the label AT each position (unshifted), IGNORED where none
 Progress = Callable[[int, int], None]  # (done, total)
+TokenLosses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(ids (1, T), positions (1, T), keep (n,), targets (n,)) → losses (nats, fp32) of the tokens behind the kept, (n,)."""
 
 IGNORED = -100
 LOSS_CHUNK = 512  # tokens whose logits are in fp32 at a time
@@ -112,11 +114,13 @@ def kept_logits(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.T
     return logits if logits.shape[0] == keep.numel() else logits[keep]
 
 
-def _forward(model: nn.Module, rows: Sequence[list[int]], keep: list[int], device: torch.device) -> torch.Tensor:
-    """`kept_logits` of one sequence made of `rows`. → (len(keep), vocabulary)"""
+def _sequence(
+    rows: Sequence[list[int]], keep: list[int], device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`rows` behind one another: ids (1, T), positions (1, T), keep (n,)."""
     ids = torch.tensor([[t for row in rows for t in row]], device=device)
     positions = torch.tensor([[p for row in rows for p in range(len(row))]], device=device)
-    return kept_logits(model, ids, positions, torch.tensor(keep, device=device))
+    return ids, positions, torch.tensor(keep, device=device)
 
 
 def rows_stay_apart(model: nn.Module, *, highest_id: int, device: torch.device | None = None) -> bool:
@@ -130,7 +134,7 @@ def rows_stay_apart(model: nn.Module, *, highest_id: int, device: torch.device |
     if "position_ids" not in _accepted(model):
         return False
     row, keep = [highest_id] * length, list(range(length, 2 * length))
-    one, other = (_forward(model, [[token] * length, row], keep, device) for token in (0, highest_id))
+    one, other = (kept_logits(model, *_sequence([[token] * length, row], keep, device)) for token in (0, highest_id))
     bound = 4 * torch.finfo(one.dtype).eps * one.abs().max()
     return bool((one - other).abs().max() <= bound)
 
@@ -149,7 +153,7 @@ def _groups(indices: Sequence[int], lengths: Sequence[int], most: int) -> Iterat
         yield group
 
 
-def _losses(model: nn.Module, rows: Sequence[Row], device: torch.device) -> list[float]:
+def _losses(model: nn.Module, rows: Sequence[Row], device: torch.device, of_tokens: TokenLosses | None) -> list[float]:
     """Summed negative log-likelihood of each row, nats; every row has a supervised token."""
     keep: list[int] = []
     targets: list[int] = []
@@ -161,13 +165,15 @@ def _losses(model: nn.Module, rows: Sequence[Row], device: torch.device) -> list
         targets += [labels[i + 1] for i in places]
         counts.append(len(places))
         start += len(ids)
-    logits = _forward(model, [ids for ids, _ in rows], keep, device)
-    goal = torch.tensor(targets, device=logits.device)
-    losses = [
-        F.cross_entropy(some.float(), goals, reduction="none")
-        for some, goals in zip(logits.split(LOSS_CHUNK), goal.split(LOSS_CHUNK), strict=True)
-    ]
-    return [row.sum().item() for row in torch.cat(losses).double().cpu().split(counts)]
+    sequence = _sequence([ids for ids, _ in rows], keep, device)
+    goal = torch.tensor(targets, device=device)
+    if of_tokens is not None:
+        losses = of_tokens(*sequence, goal)
+    else:
+        logits = kept_logits(model, *sequence)
+        parts = zip(logits.split(LOSS_CHUNK), goal.to(logits.device).split(LOSS_CHUNK), strict=True)
+        losses = torch.cat([F.cross_entropy(some.float(), goals, reduction="none") for some, goals in parts])
+    return [row.sum().item() for row in losses.double().cpu().split(counts)]
 
 
 def evaluate_loss(
@@ -176,6 +182,7 @@ def evaluate_loss(
     *,
     batch_tokens: int = 2048,
     device: torch.device | str | None = None,
+    of_tokens: TokenLosses | None = None,
     progress: Progress | None = None,
 ) -> LossResult:
     """The model's loss on `rows`; nothing about the model or the random numbers is different afterwards.
@@ -185,6 +192,7 @@ def evaluate_loss(
             (the shift by one is done here, so a label at position 0 never counts).
         batch_tokens: rows are run together up to this many tokens; a longer row runs alone.
         device: where the input ids go; by default where the model's first parameter is.
+        of_tokens: computes the losses in place of the model's logits, which are then never whole.
         progress: called with (rows done, rows in all).
 
     Raises:
@@ -212,7 +220,7 @@ def evaluate_loss(
         if together and not rows_stay_apart(model, highest_id=max(max(rows[i][0]) for i in todo), device=device):
             groups = [[i] for i in todo]
         for group in groups:
-            for i, loss in zip(group, _losses(model, [rows[i] for i in group], device), strict=True):
+            for i, loss in zip(group, _losses(model, [rows[i] for i in group], device, of_tokens), strict=True):
                 sums[i] = loss
             done += len(group)
             if progress:

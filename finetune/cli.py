@@ -164,14 +164,16 @@ def chat(
 @app.command()
 def bench(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="What to measure: quant, bitnet.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="What to measure: quant, qlora, bitnet.", show_default=False)
     ] = None,
+    overrides: Overrides = None,
+    recipe: Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="qlora: what to train.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write rows and provenance there.")] = None,
 ) -> None:
     """Measure this program against others on this machine: the same work in one run, medians of pairs."""
     from finetune.bench import bench_command
 
-    bench_command(name, json_file)
+    bench_command(name, json_file, recipe=recipe, overrides=overrides)
 
 
 def _checked(name: str, overrides: list[str] | None) -> tuple[Path, Recipe]:

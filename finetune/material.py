@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from finetune.data.stream import Corpus, Source
     from finetune.train.distill import Distillation
     from finetune.train.loop import Kind
+    from finetune.train.step import Head
 
 Progress = Callable[[int, int], None]
 HeldOut = list[tuple[list[int], list[int]]]  # input ids, labels at their own positions
@@ -60,11 +61,16 @@ class Material(Protocol):
     def highest_id(self) -> int:
         """The highest token id in it."""
 
-    def kind(self, model: Any, settings: Train, device: torch.device, *, packing: bool, teacher: Distillation | None) -> Kind:
-        """Batches and a loss for the loop."""
+    def kind(
+        self, settings: Train, device: torch.device, *, packing: bool, head: Head | None, teacher: Distillation | None
+    ) -> Kind:
+        """Batches and a loss for the loop. head: of the model, where its loss is taken in chunks."""
 
     def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
         """(optimizer steps, what decides that)."""
+
+    def tokens(self, settings: Train) -> float:
+        """About how many tokens training reads."""
 
 
 def gather(
@@ -202,7 +208,9 @@ class Conversations:
     def highest_id(self) -> int:
         return max(max(s.input_ids) for s in self.data.train)
 
-    def kind(self, model: Any, settings: Train, device: torch.device, *, packing: bool, teacher: Distillation | None) -> Kind:
+    def kind(
+        self, settings: Train, device: torch.device, *, packing: bool, head: Head | None, teacher: Distillation | None
+    ) -> Kind:
         from finetune.data.packing import Batches
         from finetune.train.sft import SupervisedFineTuning
 
@@ -216,6 +224,8 @@ class Conversations:
                 seed=self.recipe.run.seed,
             ),
             device,
+            head=head,
+            chunk=settings.loss_chunk,
         )
 
     def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
@@ -224,6 +234,12 @@ class Conversations:
         total = steps_in(kind, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
         limit = "train.max_steps" if total == settings.max_steps else f"train.epochs={settings.epochs:g}"
         return total, f"{limit}, {len(self.data.train)} samples in {kind.length(0)} rows an epoch"
+
+    def tokens(self, settings: Train) -> float:
+        whole = sum(map(len, self.data.train))
+        row = self.recipe.data.max_length if self.recipe.data.packing else whole / max(1, len(self.data.train))
+        steps = math.inf if settings.max_steps is None else settings.max_steps
+        return min(whole * settings.epochs, steps * settings.micro_batch * settings.accumulation * row)
 
 
 # ------------------------------------------------------------------------------------------------------------------- text
@@ -343,12 +359,19 @@ class Text:
     def highest_id(self) -> int:
         return max(max(row) for row in self.first)
 
-    def kind(self, model: Any, settings: Train, device: torch.device, *, packing: bool, teacher: Distillation | None) -> Kind:
+    def kind(
+        self, settings: Train, device: torch.device, *, packing: bool, head: Head | None, teacher: Distillation | None
+    ) -> Kind:
         from finetune.train.pretrain import Pretraining
 
         return Pretraining(
-            self.corpus, model, device, micro_batch=settings.micro_batch, chunk=settings.loss_chunk, teacher=teacher
+            self.corpus, device, micro_batch=settings.micro_batch, head=head, chunk=settings.loss_chunk, teacher=teacher
         )
+
+    def tokens(self, settings: Train) -> float:
+        tokens = math.inf if settings.max_tokens is None else settings.max_tokens
+        steps = math.inf if settings.max_steps is None else settings.max_steps
+        return min(tokens, steps * settings.micro_batch * settings.accumulation * self.recipe.data.max_length)
 
     def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
         each = settings.micro_batch * settings.accumulation * self.recipe.data.max_length

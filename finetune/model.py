@@ -358,13 +358,15 @@ def load_weights(
     quant: Quant | None = None,
     frozen: bool = True,
     seed: int = 0,
+    put: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Shown | None = None,
 ) -> PreTrainedModel:
     """The model on the CPU, in `dtype`, in eval mode. `progress` shows the download and the reading; `seed` is that of a model
     from scratch; `frozen`: the base carries adapters, or nothing is trained.
 
     Linears are packed as `quant` says while they are read, so that a 7B never lies in memory in floats (a GGUF is packed
-    afterwards, by `prepare`). A checkpoint that is packed already, as bitsandbytes or bitnet, is read as it is.
+    afterwards, by `prepare`), and with `put`, which takes each packed tensor elsewhere, not in codes either. A checkpoint that is
+    packed already, as bitsandbytes or bitnet, is read as it is.
 
     Raises:
         Mistake: the weights are missing, damaged, not all that the architecture needs, cannot be packed, or are packed
@@ -398,7 +400,7 @@ def load_weights(
         if getattr(config, "quantization_config", None):
             options["config"] = as_packed(source, config, quant, frozen=frozen)
         elif quant is not None and quant.scheme == "nf4":
-            options["quantization_config"] = PackedNF4Config(keep=(*DEFAULT_KEEP, *quant.keep), double=quant.double)
+            options["quantization_config"] = PackedNF4Config(keep=(*DEFAULT_KEEP, *quant.keep), double=quant.double, put=put)
     try:
         with relayed_bars(progress) as tqdm_class:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -526,15 +528,18 @@ def prepare(
     device: torch.device,
     checkpointing: bool = False,
     seed: int = 0,
+    move: Callable[[Any], object] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
     """Pack what was not packed while it was read, move the model, attach adapters (or free all weights), set checkpointing.
 
-    Without adapters a scheme's linears train their master weights.
+    Without adapters a scheme's linears train their master weights. `move` puts a model that `device` cannot hold there, in its
+    own way, when all is in place.
     """
     parameters = parameters_of(model)
     report = packed(model, quant, progress) if adapter.kind == "lora" else _trainable(model, quant, progress)
-    model.to(device)
+    if move is None:
+        model.to(device)
     model.config.use_cache = False
     wrapped = model
     if adapter.kind == "lora":
@@ -545,6 +550,8 @@ def prepare(
             fix_norms(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if move is not None:
+        move(wrapped)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
     return Prepared(wrapped, report, len(targets), parameters, trainable)
 

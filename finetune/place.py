@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from finetune.model import Skeleton
 
 # A resumed run may differ from what was begun in these alone: they do not touch the weights.
-MAY_CHANGE = ("eval.", "run.", "about", "data.bad_rows", "train.save_steps", "train.keep_checkpoints")
+MAY_CHANGE = ("eval.", "run.", "about", "data.bad_rows", "model.stream", "train.save_steps", "train.keep_checkpoints")
 MUST_STAY = ("run.seed",)
 UNBEGUN = {
     ".lock",
@@ -109,7 +109,8 @@ def same_data(record: dict[str, Any], digest: str, folder: Path) -> None:
 
 
 def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
-    """Upper bound of what the run leaves on disk: checkpoints (weights and two fp32 moments), adapter, merged model."""
+    """Upper bound of what the run needs of the disk: checkpoints (weights and two fp32 moments), adapter, merged model, and while
+    it runs the base, where that is streamed from there."""
     stored = 4 if recipe.model.dtype == "fp32" or recipe.adapter.kind == "none" else 2
     one = trainable * (4 + 8)
     total = one * (recipe.train.keep_checkpoints + 1)  # the new one stands beside the kept ones for a moment
@@ -117,4 +118,17 @@ def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
         total += 4 * trainable
     if recipe.run.merge or recipe.adapter.kind == "none":
         total += bones.parameters * stored * (1 + len(recipe.export.formats))
-    return total * (2 if recipe.twin else 1) + (16 << 20)
+    return total * (2 if recipe.twin else 1) + _bytes_streamed(recipe, bones) + (16 << 20)
+
+
+def _bytes_streamed(recipe: Recipe, bones: Skeleton) -> int:
+    """Upper bound of the base's bytes where it is streamed from the disk: codes with their scales, the rest as floats."""
+    if recipe.model.stream != "disk":
+        return 0
+    from quant.swap import matches
+
+    keep, scheme = recipe.quant.keep, recipe.quant.scheme
+    weights = {path: rows * columns for path, (rows, columns) in bones.linears.items() if path not in bones.left}
+    coded = sum(count for path, count in weights.items() if not matches(path, keep)) if scheme != "none" else 0
+    floats = (bones.parameters - coded) * (2 if recipe.model.dtype in ("bf16", "fp16") else 4)
+    return floats + int(coded * {"none": 0.0, "nf4": 4.5 / 8, "ternary": 2 / 8}[scheme])

@@ -92,6 +92,11 @@ class Model(Section):
     trust_remote_code: bool = Field(
         False, description="Run Python code that a hub model brings along. Off unless you read that code."
     )
+    stream: Literal["none", "memory", "disk"] = Field(
+        "none",
+        description="Where a frozen base larger than the device lies: memory (the CPU's, for a GPU) or disk. Its layers come one "
+        "ahead of the one that computes, in each pass; the same results. Needs train.checkpointing.",
+    )
 
     @model_validator(mode="after")
     def _has_source(self) -> Model:
@@ -276,17 +281,19 @@ class Train(Section):
         "time. Needs accumulation 1 and max_grad_norm 0; a bad step goes back to the last checkpoint.",
     )
     loss_chunk: int = Field(
-        1024,
+        256,
         ge=0,
-        description="pretrain: tokens whose logits exist at once, by linear and cross-entropy fused in chunks; 0: all of them.",
+        description="Tokens whose logits exist at once, by linear and cross-entropy fused in chunks; 0: all of them.",
     )
     health_steps: Positive = Field(
         5,
         description="Optimizer steps between two looks at ternary weights (codes that flip, zeros, scales); a long run looks "
         "about a thousand times.",
     )
-    checkpointing: bool = Field(
-        False, description="Recompute activations in the backward pass: far less memory, about a third slower."
+    checkpointing: bool | Literal["offload"] = Field(
+        False,
+        description="Recompute activations in the backward pass: far less memory, about a third slower. offload: what is still "
+        "kept of each layer, its input, waits in the CPU's memory.",
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
@@ -299,6 +306,21 @@ class Train(Section):
     keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
     eval_steps: Positive | None = Field(
         None, description="Optimizer steps between held-out evaluations; null: before and after only."
+    )
+
+
+class Fast(Section):
+    """The parts of the fast step. Each gives what the plain step gives; the chunked loss is train.loss_chunk."""
+
+    attention: bool = Field(True, description="Samples in one row attend to themselves alone, without a mask or padding.")
+    lora: bool = Field(
+        True, description="Adapters and the frozen linears below them as one function; q, k and v, gate and up at once."
+    )
+    blocks: bool = Field(True, description="Norms, rotary positions and gated activations as one pass each; needs compilation.")
+    compile: bool | Literal["auto"] = Field(
+        "auto",
+        description="Let torch.compile make machine code of elementwise parts and the loss: some ten seconds the first time. "
+        "auto: where a run is long enough for it, and a compiler is there.",
     )
 
 
@@ -352,6 +374,7 @@ class Recipe(Section):
     distill: Distill = Field(Distill(), description="A teacher, for ternary from a pretrained model.")
     data: Data = Field(description="What is learnt.")
     train: Train = Field(Train(), description="How it is learnt.")
+    fast: Fast = Field(Fast(), description="How a step is computed: the same results in less time and memory.")
     twin: bool = Field(
         False, description="Then train the float twin of a ternary model too, on equal tokens in equal order, and report the gap."
     )
@@ -475,8 +498,8 @@ class Recipe(Section):
                     "quant.warmup_shape: there is no warm-up that it could shape; give quant.warmup",
                 ),
                 (
-                    train.loss_chunk != Train().loss_chunk and (self.kind == "sft" or self.distill.teacher is not None),
-                    "train.loss_chunk is for pretrain without a teacher; the others choose by themselves",
+                    train.loss_chunk != Train().loss_chunk and self.distill.teacher is not None,
+                    "train.loss_chunk: a teacher's logits are compared whole",
                 ),
                 (
                     train.health_steps != Train().health_steps and not self.trains_ternary,
@@ -497,6 +520,15 @@ class Recipe(Section):
                 (
                     self.distill.teacher is not None and (self.kind != "pretrain" or self.adapter.kind != "none"),
                     "distill.teacher goes with kind: pretrain and adapter.kind: none",
+                ),
+                (
+                    self.model.stream != "none" and self.adapter.kind == "none",
+                    "model.stream brings weights that are never written back: that is a frozen base, adapter.kind: lora",
+                ),
+                (
+                    self.model.stream != "none" and self.adapter.kind == "lora" and not train.checkpointing,
+                    "model.stream: a layer's weights are gone when its backward pass comes, and come again where activations are "
+                    "recomputed: train.checkpointing: true",
                 ),
                 (
                     train.step_in_backward and train.accumulation != 1,

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from eval.perplexity import LossResult
     from finetune.material import HeldOut, Material
     from finetune.model import Source
+    from finetune.train.fast import FastStep
+    from finetune.train.offload import Streamed
 
 FORMAT = 1
 
@@ -92,6 +95,8 @@ class _Story:
     def __init__(self, recipe: Recipe, name: str, folder: RunFolder, screen: Screen, force: bool) -> None:
         self.recipe, self.name, self.folder, self.screen, self.force = recipe, name, folder, screen, force
         self.record: dict[str, Any] = {}
+        self.fast: FastStep | None = None  # while the model is measured and trained
+        self.streamed: Streamed | None = None  # where the frozen layers lie elsewhere
 
     # -- before anything is written
 
@@ -106,12 +111,21 @@ class _Story:
             from finetune import model as models
             from finetune import provenance
             from finetune.material import gather, open_stream
+            from finetune.train import offload
             from finetune.use import pick_device, tokenizer_of
         _require_trackers(recipe.run.trackers)
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
         self.device = pick_device(recipe.run.device)
+        offload.check(recipe.model.stream, self.device)
         screen.say(f"  {provenance.device_name(self.device)}")
+        if recipe.train.checkpointing == "offload" and self.device.type == "cpu":
+            raise Mistake(
+                "on the CPU activations are in its memory already",
+                where="train.checkpointing",
+                found="offload",
+                do="train.checkpointing=true",
+            )
         if self.device.type == "cpu" and recipe.run.device == "auto" and Path("/proc/driver/nvidia").exists():
             screen.warn(f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it (CUDA 13.0 needs 580 or newer)")
         with screen.phase("tokenizer") as progress:
@@ -238,6 +252,7 @@ class _Story:
                 self.tokenizer.save_pretrained(temporary)
 
         self._load()
+        self._speed_up()
         from accelerate import Accelerator
 
         accelerator = self._accelerator(Accelerator)
@@ -253,6 +268,9 @@ class _Story:
             self._measure("after")
         self._sample("after")
         self._score_tasks("after")
+        if self.fast is not None:
+            self.fast.remove()
+        self.fast = None  # it would hold the model
         self._finish_weights()
         if recipe.export.formats:
             self._exports()
@@ -284,9 +302,15 @@ class _Story:
 
     def _load(self) -> None:
         from finetune import model as models
+        from finetune.train import offload, scratch
         from quant import backends
 
         recipe = self.recipe
+        disk = scratch.Scratch(self.folder.path) if recipe.model.stream == "disk" else None
+        if disk is not None and (kind := scratch.is_memory(self.folder.path)):
+            self.screen.warn(
+                f"model.stream: {self.folder.path} lies on {kind}, which is memory and no disk; give another run.dir"
+            )
         with self.screen.phase("weights") as progress:
             self.dtype = models.dtype_of(recipe, self.device.type)
             model = models.load_weights(
@@ -297,6 +321,7 @@ class _Story:
                 quant=recipe.quant,
                 frozen=recipe.adapter.kind == "lora",
                 seed=recipe.run.seed,
+                put=disk.put if disk is not None else None,
                 progress=progress,
             )
         was_float = recipe.model.name is not None and getattr(model, "hf_quantizer", None) is None
@@ -304,6 +329,10 @@ class _Story:
             model.to(self.device)  # type: ignore[arg-type]
             self.model = model
             self._measure("float")  # the baseline: what the model was before it is made ternary
+
+        def stream(whole: Any) -> None:
+            self.streamed = offload.stream(whole, self.device, disk)
+
         with self.screen.phase("prepare") as progress:
             if recipe.quant.sub_norms:
                 model = self._with_sub_norms(model)
@@ -314,8 +343,9 @@ class _Story:
                 targets=self.targets,
                 source=self.source,
                 device=self.device,
-                checkpointing=recipe.train.checkpointing,
+                checkpointing=bool(recipe.train.checkpointing),
                 seed=recipe.run.seed,
+                move=stream if recipe.model.stream != "none" else None,
                 progress=lambda done, total: progress(done, total, "linears"),
             )
         self.model, self.swap = prepared.model, prepared.swap
@@ -335,18 +365,41 @@ class _Story:
                 f"{human_bytes(self.swap.bytes_before)} → {human_bytes(self.swap.bytes_after)}; {swapped['backend']}\n"
                 f"  left in floats: {self.swap.left_in_words}"
             )
+        figures = self.streamed.figures() if self.streamed is not None else None
+        if figures is not None:
+            self.screen.say(
+                f"  {figures['layers']} layers stream from {figures['from']}: {human_bytes(figures['bytes'])} in all, "
+                f"{human_bytes(figures['largest_layer_bytes'])} the largest"
+            )
         models.set_stops(self.model, self.stops | self.ends)
         self.record["model"] = {
             "architecture": self.bones.architecture,
             "parameters": prepared.parameters,
             "trainable": prepared.trainable,
             "swap": swapped,
+            "streamed": figures,
             "adapters": prepared.adapters,
             "dtype": str(self.dtype).removeprefix("torch."),
             "stop_ids": sorted(self.stops | self.ends),
         }
         self.record["provenance"]["model"] = {"source": self.source.name, "parameters": prepared.parameters}
         self._save()
+
+    def _speed_up(self) -> None:
+        """Put in place of the model's pieces what computes the same faster."""
+        from finetune.train import fast
+
+        with self.screen.phase("fast step"):
+            work = self.record["model"]["parameters"] * self.material.tokens(self.recipe.train)
+            self.fast = fast.put_in_place(self.model, self.recipe, self.device, work=work)
+        lines = self.fast.in_words()
+        for line in lines:
+            self.screen.say(f"  {line}")
+        self.record["model"]["fast"] = lines
+
+    def _as_it_came(self) -> AbstractContextManager[None]:
+        """Within it the model computes without the fast step, for generation."""
+        return self.fast.paused() if self.fast is not None else nullcontext()
 
     def _with_sub_norms(self, model: Any) -> Any:
         """The pretrained model in the layout of 2B4T; what flows through the new norms stays as large as on the first rows."""
@@ -400,8 +453,11 @@ class _Story:
 
     def _loss(self, rows: Any, progress: Callable[[int, int], None] | None = None) -> LossResult:
         from eval.perplexity import evaluate_loss
+        from finetune.train import step
 
-        return evaluate_loss(self.model, rows, batch_tokens=self.recipe.eval.batch_tokens, progress=progress)
+        head = self.fast.head if self.fast is not None else None
+        of_tokens = step.evaluator(head, self.recipe.train.loss_chunk) if head is not None else None
+        return evaluate_loss(self.model, rows, batch_tokens=self.recipe.eval.batch_tokens, of_tokens=of_tokens, progress=progress)
 
     def _measure(self, when: str) -> None:
         from eval.perplexity import paired_difference
@@ -427,7 +483,7 @@ class _Story:
         samples = self.record["samples"] or self.material.questions()
         if not samples:
             return
-        with self.screen.phase(f"answers {when}") as progress:
+        with self.screen.phase(f"answers {when}") as progress, self._as_it_came():
             answers = generate(
                 self.model,
                 self.tokenizer,
@@ -445,9 +501,10 @@ class _Story:
         recipe = self.recipe.eval
         if not recipe.tasks or when in self.record["eval"].get("tasks", {}):
             return
-        scores = score_tasks(
-            self.model, self.tokenizer, recipe.tasks, recipe.include_path, recipe.limit, self.screen, f"tasks {when}"
-        )
+        with self._as_it_came():
+            scores = score_tasks(
+                self.model, self.tokenizer, recipe.tasks, recipe.include_path, recipe.limit, self.screen, f"tasks {when}"
+            )
         self.record["eval"].setdefault("tasks", {})[when] = scores
         write_json(self.folder.path / "eval" / f"tasks-{when}.json", scores)
         self._save()
@@ -472,7 +529,9 @@ class _Story:
                 f"{settings.accumulation} to a step"
             )
         teacher = self._teacher()
-        kind = self.material.kind(self.model, settings, self.device, packing=packing, teacher=teacher)
+        kind = self.material.kind(
+            settings, self.device, packing=packing, head=self.fast.head if self.fast else None, teacher=teacher
+        )
         total, limit = self.material.steps(kind, settings)
         optimizer, note = optim.build(
             checkpoint.trained(self.model),
@@ -489,9 +548,8 @@ class _Story:
         low = {"stochastic_rounding": settings.stochastic_rounding, "in_backward": settings.step_in_backward}
         self.record["model"]["bytes"] = sizes = optim.memory_of(trained, name=settings.optimizer, **low)
         self.screen.say("  trained, without activations: " + ", ".join(f"{k} {human_bytes(v)}" for k, v in sizes.items() if v))
-        for line in (note, getattr(kind, "why_plain", None)):
-            if line:
-                self.screen.warn(line)
+        if note:
+            self.screen.warn(note)
         self._prove_swap(kind)
         progress = checkpoint.Progress()
         set_seed(self.recipe.run.seed)  # of python, numpy and torch
@@ -520,6 +578,7 @@ class _Story:
                     folder=self.folder,
                     progress=progress,
                     autocast=self._autocast(),
+                    offload=self.recipe.train.checkpointing == "offload",
                     evaluate=evaluate if rows else None,
                     before_step=watch.before if watch else None,
                     after_step=watch.after if watch else None,
@@ -621,6 +680,8 @@ class _Story:
         if lora and not recipe.run.merge:
             self.record["merge"] = None
             return
+        if self.streamed is not None:
+            self.streamed.restore()
         if recipe.trains_ternary:
             self._export("bitnet", path / "merged")
             return

@@ -48,8 +48,11 @@ register_optimizer_step_post_hook(_after_step)
 
 
 def keepable(weight: Tensor) -> bool:
-    """Whether what is derived from `weight` is kept: it is a Parameter, with numbers in it, that counts its versions."""
-    return type(weight) is nn.Parameter and not weight.is_meta and not weight.is_inference()
+    """Whether what is derived from `weight` is kept: it is a Parameter, with numbers in it, that counts its versions.
+
+    Not of one that is marked as `streamed`: it is not kept in memory itself.
+    """
+    return type(weight) is nn.Parameter and not (weight.is_meta or weight.is_inference() or hasattr(weight, "streamed"))
 
 
 def derived(weight: Tensor, kind: str, make: Callable[[Tensor], T], *, frozen: bool) -> T:

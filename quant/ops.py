@@ -4,6 +4,7 @@
     norm_rows    the same of RMSNorm(x), in one pass where the backend can, and 1 / root mean square
     linear       rows · Wᵀ + bias → y
     grad_input   grad · W → the gradient of x
+    linear_onto, grad_onto   the same of a frozen layer, added to a matrix that is there: what an adapter gave
     grad_weight  gradᵀ · rows → the gradient of a master weight, straight-through
     dequantize   W in floats
 
@@ -55,6 +56,8 @@ class Arithmetic(Protocol):
         frozen: bool,
     ) -> Tensor: ...
     def grad_input(self, grad: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> Tensor: ...
+    def linear_onto(self, y: Tensor, x: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> None: ...
+    def grad_onto(self, grad_x: Tensor, grad: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> None: ...
     def grad_weight(self, grad: Tensor, rows: Sequence[Tensor]) -> Tensor: ...
     def dequantize(self, weight: Sequence[Tensor], shape: torch.Size, dtype: torch.dtype) -> Tensor: ...
 
@@ -104,6 +107,14 @@ class NF4Arithmetic:
             torch.mm(grad, floats, out=grad_x[:, place])
         assert grad_x is not None
         return grad_x
+
+    def linear_onto(self, y: Tensor, x: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> None:
+        for place, floats in self._slices(weight, shape, y.dtype, dim=0):
+            torch.addmm(y[:, place], x, floats.t(), out=y[:, place])
+
+    def grad_onto(self, grad_x: Tensor, grad: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> None:
+        for place, floats in self._slices(weight, shape, grad_x.dtype, dim=1):
+            torch.addmm(grad_x[:, place], grad, floats, out=grad_x[:, place])
 
     def grad_weight(self, grad: Tensor, rows: Sequence[Tensor]) -> Tensor:
         return grad.t() @ rows[0].to(grad.dtype)
@@ -180,6 +191,12 @@ class TernaryArithmetic:
     def grad_input(self, grad: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> Tensor:
         return grad @ self.dequantize(weight, shape, grad.dtype)
 
+    def linear_onto(self, y: Tensor, x: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> None:
+        y += self.linear(self.rows(x), None, weight, shape, y.dtype, frozen=True)
+
+    def grad_onto(self, grad_x: Tensor, grad: Tensor, weight: Sequence[Tensor], shape: torch.Size) -> None:
+        grad_x.addmm_(grad, self.dequantize(weight, shape, grad.dtype))
+
     def grad_weight(self, grad: Tensor, rows: Sequence[Tensor]) -> Tensor:
         return grad.t() @ ternary.dequantize_rows(rows[0], rows[1], dtype=grad.dtype)
 
@@ -205,6 +222,8 @@ _LIBRARY.define(
     " -> Tensor"
 )
 _LIBRARY.define("grad_input(str scheme, Tensor grad, Tensor[] weight, bool frozen, int out, int inner) -> Tensor")
+_LIBRARY.define("linear_onto(str scheme, Tensor(a!) y, Tensor x, Tensor[] weight) -> ()")
+_LIBRARY.define("grad_onto(str scheme, Tensor(a!) grad_x, Tensor grad, Tensor[] weight) -> ()")
 _LIBRARY.define("grad_weight(str scheme, Tensor grad, Tensor[] rows) -> Tensor")
 _LIBRARY.define("dequantize(str scheme, Tensor[] weight, bool frozen, int out, int inner, ScalarType dtype) -> Tensor")
 
@@ -254,6 +273,18 @@ def _linear(
 def _grad_input(scheme: str, grad: Tensor, weight: Sequence[Tensor], frozen: bool, out: int, inner: int) -> Tensor:
     packed = _weight(scheme, weight, frozen)
     return _with_lead(ARITHMETIC[scheme].grad_input(_matrix(grad), packed, torch.Size((out, inner))), grad.shape[:-1])
+
+
+def _linear_onto(scheme: str, y: Tensor, x: Tensor, weight: Sequence[Tensor]) -> None:
+    ARITHMETIC[scheme].linear_onto(y, x, weight, torch.Size((y.shape[1], x.shape[1])))
+
+
+def _grad_onto(scheme: str, grad_x: Tensor, grad: Tensor, weight: Sequence[Tensor]) -> None:
+    ARITHMETIC[scheme].grad_onto(grad_x, grad, weight, torch.Size((grad.shape[1], grad_x.shape[1])))
+
+
+def _fake_onto(scheme: str, y: Tensor, x: Tensor, weight: Sequence[Tensor]) -> None:
+    return None
 
 
 def _grad_weight(scheme: str, grad: Tensor, rows: Sequence[Tensor]) -> Tensor:
@@ -317,6 +348,8 @@ for _name, _function, _fake in (
     ("norm_rows", _norm_rows, _fake_norm_rows),
     ("linear", _linear, _fake_linear),
     ("grad_input", _grad_input, _fake_grad_input),
+    ("linear_onto", _linear_onto, _fake_onto),
+    ("grad_onto", _grad_onto, _fake_onto),
     ("grad_weight", _grad_weight, _fake_grad_weight),
     ("dequantize", _dequantize, _fake_dequantize),
 ):

@@ -24,7 +24,7 @@ from __future__ import annotations
 import copy
 import json
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -66,17 +66,21 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token"
 
 @dataclass
 class PackedConfig(QuantizationConfigMixin):
-    """keep: as in `quant.swap`. stored: what config.json says of the packed model, in the words of the standard format."""
+    """keep: as in `quant.swap`. stored: what config.json says of the packed model, in the words of the standard format.
+
+    put: takes each tensor that was packed while loading to where it is to lie, a mapped file for example, and returns it.
+    """
 
     keep: Sequence[str] = DEFAULT_KEEP
     stored: dict[str, Any] | None = None
+    put: Callable[[Tensor], Tensor] | None = None
     quant_method: Any = ""
 
     def to_dict(self) -> dict[str, Any]:
         """What goes into config.json: the standard format once a model is packed."""
         if self.stored is not None:
             return copy.deepcopy(self.stored)
-        return {name: value for name, value in copy.deepcopy(self.__dict__).items() if name != "stored"}
+        return {name: value for name, value in copy.deepcopy(self.__dict__).items() if name not in ("stored", "put")}
 
 
 @register_quantization_config("packed_nf4")
@@ -343,6 +347,9 @@ class PackedQuantizer(HfQuantizer):
         except ValueError as error:
             self.failures[path] = str(error)
             return {}
+        if (put := self.quantization_config.put) is not None:
+            for name in done.names:
+                setattr(done, name, nn.Parameter(put(getattr(done, name).data), requires_grad=False))
         return {f"{path}.{name}": part for name, part in zip(done.names, done.parts, strict=True)}
 
     def fill(self, model: nn.Module, name: str, fused: Tensor) -> bool:

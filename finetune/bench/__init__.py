@@ -2,7 +2,8 @@
 
 Each device is measured in a process of its own (child.py), which on the CPU has one thread on one core, so that what the
 command itself does is no part of a time. What is measured stands in a module named after the benchmark (quant.py), how in
-measure.py, the opponents in baselines.py; the table and the file are made here.
+measure.py, the opponents in baselines.py; the table and the file are made here. `qlora` trains whole models, and has a process
+for each side, with all cores (qlora.py, side.py).
 """
 
 from __future__ import annotations
@@ -27,19 +28,23 @@ from finetune.screen import Screen
 if TYPE_CHECKING:
     from finetune.bench.measure import Row
 
-# Each a module here with SIZES, cases(device, sizes) and backends_here(device).
+# Each a module here; all but qlora with SIZES, cases(device, sizes) and backends_here(device).
 NAMES = {
     "quant": "the quantized linears against bf16 linears, bitsandbytes, llama.cpp and others",
+    "qlora": "LoRA training of a recipe against TRL, PEFT and bitsandbytes: speed, memory, loss curves",
     "bitnet": "ternary training against bf16, transformers and the plain formula; the exports against 16 bits",
 }
+TAKES_RECIPE = "qlora"
 TARGETS = "targets: goals of this project; missing one is no failure of your machine"
 
 
-def bench_command(name: str | None, json_file: Path | None) -> None:
-    """Measure, show the table, and write `json_file` when all is there.
+def bench_command(
+    name: str | None, json_file: Path | None, *, recipe: str | None = None, overrides: list[str] | None = None
+) -> None:
+    """Measure, show the table, and write `json_file` when all is there. recipe, overrides: for `qlora` alone.
 
     Raises:
-        Mistake: there is no such benchmark, or the file cannot be written.
+        Mistake: there is no such benchmark, it takes no recipe or not this one, or the file cannot be written.
     """
     if name is None:
         there = "; ".join(f"finetune bench {known}: {about}" for known, about in NAMES.items())
@@ -48,9 +53,16 @@ def bench_command(name: str | None, json_file: Path | None) -> None:
         close = nearest(name, NAMES)
         meant = f"did you mean {close}? " if close else ""
         raise Mistake("there is no such benchmark", where="NAME", found=name, do=f"{meant}there are: {', '.join(NAMES)}")
+    if name != TAKES_RECIPE and (recipe is not None or overrides):
+        given = f"--recipe {recipe}" if recipe is not None else " ".join(overrides or [])
+        do = f"leave it out; finetune bench {TAKES_RECIPE} takes one"
+        raise Mistake("this benchmark takes no recipe", where=f"bench {name}", found=given, do=do)
     if json_file is not None:
         _require_writable(json_file)
     screen = Screen()
+    if name == TAKES_RECIPE:
+        _train_in_turn(name, recipe, overrides or [], json_file, screen)
+        return
     with screen.phase("libraries"):
         import torch
 
@@ -67,16 +79,46 @@ def bench_command(name: str | None, json_file: Path | None) -> None:
             found, places[device] = _measured(name, device, progress)
             rows += found
     _show(rows, screen)
-    screen.say(TARGETS)
-    for place in places.values():
-        screen.say(place["method"])
-        for what, backend in place["backends"].items():
-            screen.say(f"  {what}: {backend}")
+    _tell_places(places, screen)
     if json_file is not None:
         collected = provenance.collect(torch.device(devices[-1]), 0, " ".join(sys.argv))
         where = {"device": "; ".join(place["device"] for place in places.values()), "devices": places}
         write_json(json_file, {"name": name, "rows": rows, "provenance": collected | where})
         screen.say(f"written to {json_file}")
+
+
+def _train_in_turn(name: str, recipe: str | None, overrides: list[str], json_file: Path | None, screen: Screen) -> None:
+    """The benchmark of whole training steps, on the device that the recipe takes."""
+    with screen.phase("libraries"):
+        from finetune import provenance
+        from finetune.bench import qlora
+        from finetune.use import pick_device
+
+        modes = qlora.recipes(recipe, overrides)
+    device = pick_device(modes["unpacked"].run.device)
+    with screen.phase(f"{name} on {device.type}") as progress:
+        result = qlora.bench(modes, qlora.SIZES, device.type, progress, large=recipe is None)
+    _show(result.rows, screen)
+    screen.say("")
+    qlora.show_curves(result.curves["unpacked"], screen)
+    _tell_places({device.type: result.place}, screen)
+    if busy := [f"{share:.0%} ({contest})" for contest, share in result.others.items() if share > qlora.BUSY]:
+        screen.warn(f"other programs took {', '.join(busy)} of this machine's cores meanwhile: on an idle one figures are others")
+    if json_file is not None:
+        seed = modes["unpacked"].run.seed
+        collected = provenance.collect(device, seed, " ".join(sys.argv)) | {"devices": {device.type: result.place}}
+        recipes = {mode: one.model_dump(mode="json") for mode, one in modes.items()}
+        found = {"rows": result.rows, "curves": result.curves, "contests": result.contests, "recipes": recipes}
+        write_json(json_file, {"name": name, **found, "provenance": collected})
+        screen.say(f"written to {json_file}")
+
+
+def _tell_places(places: dict[str, Any], screen: Screen) -> None:
+    screen.say(TARGETS)
+    for place in places.values():
+        screen.say(place["method"])
+        for what, backend in place["backends"].items():
+            screen.say(f"  {what}: {backend}")
 
 
 def _require_writable(path: Path) -> None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.metadata
+import importlib.util
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -168,6 +169,168 @@ def compiles(device: str) -> bool:
 def as_compiled(device: str) -> AbstractContextManager[object]:
     """Within it what asks for torch.compile is compiled where that works, and eager elsewhere."""
     return nullcontext() if compiles(device) else torch.compiler.set_stance("force_eager")
+
+
+# ----------------------------------------------------------------------------------------- QLoRA by TRL, PEFT and bitsandbytes
+
+# What makes glibc's allocator fastest for it: large blocks are kept and used again, where by default each is mapped afresh and
+# every page of it faults; in pages of 2 MiB where the system has them (madvise). On CUDA: torch's own, without fragments.
+TUNED_ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "PYTORCH_ALLOC_CONF": "expandable_segments:True",
+}
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
+
+
+def missing_for_qlora(quantized: bool) -> str | None:
+    """What is not installed, and what to type; None when all is there."""
+    names = ["trl", *(["bitsandbytes"] if quantized else [])]
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    return f"{' and '.join(missing)} not installed, pip install {' '.join(missing)}" if missing else None
+
+
+def sft_trainer(
+    said: dict[str, Any],
+    rows: Path,
+    adapter: Path,
+    folder: Path,
+    device: torch.device,
+    *,
+    checkpointing: bool | None,
+    wait: Callable[[], None],
+    stop: Callable[[], None],
+    tell: Callable[[float, int, int], None],
+) -> Any:
+    """TRL's SFTTrainer for QLoRA, as the documentation of TRL and PEFT shows it, on rows that are tokens already.
+
+    said, rows, adapter: what finetune/bench/side.py shares: settings, rows in their order, the adapters' first weights (which
+    TRL has made bf16 by then). folder: where it may write. checkpointing: None leaves it to TRL, which recomputes by default.
+    It calls `wait` before each step, `stop` when one is over, and `tell(loss, tokens, trained tokens)`; a step's batch is
+    fetched, its loss summed and its gradient clipped between `wait` and `stop`.
+    """
+    if why := missing_for_qlora(said["nf4"]):
+        raise Skip(why)
+    import numpy as np
+    import pyarrow
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file
+    from transformers import BitsAndBytesConfig, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    if said["nf4"]:
+        _bitsandbytes()
+    settings, lora, dtype = said["train"], said["adapter"], getattr(torch, said["dtype"])
+    with np.load(rows) as saved:
+        ends = np.concatenate([[0], saved["ends"]]).astype(np.int32)
+        columns = {name: pyarrow.ListArray.from_arrays(ends, saved[name]) for name in ("input_ids", "labels")}
+    options: dict[str, Any] = {} if checkpointing is None else {"gradient_checkpointing": checkpointing}
+    if not said["packing"]:
+        options["dataset_kwargs"] = {"skip_prepare_dataset": True}  # nothing to cut, and no row to drop
+    arguments = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=settings["micro_batch"],
+        gradient_accumulation_steps=settings["accumulation"],
+        learning_rate=settings["lr"],
+        lr_scheduler_type="constant",
+        optim=OPTIMIZERS[settings["optimizer"]],
+        adam_beta1=settings["betas"][0],
+        adam_beta2=settings["betas"][1],
+        adam_epsilon=settings["eps"],
+        weight_decay=settings["weight_decay"],
+        max_grad_norm=settings["max_grad_norm"],
+        bf16=dtype == torch.bfloat16 or settings["precision"] == "bf16",
+        max_length=said["max_length"],
+        packing=said["packing"],
+        shuffle_dataset=said["packing"],  # it packs the longest rows first
+        train_sampling_strategy="sequential",
+        max_steps=1 << 30,
+        logging_strategy="no",
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        seed=said["seed"],
+        use_cpu=device.type == "cpu",
+        model_init_kwargs={"dtype": dtype, "revision": said["revision"] or "main"}
+        | ({} if said["attention"] == "auto" else {"attn_implementation": said["attention"]}),
+        trust_remote_code=said["trust_remote_code"],
+        **options,
+    )
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=said["double"],
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=["lm_head", *said["kept"]] if said["kept"] else None,
+    )
+
+    class Counted(SFTTrainer):
+        """Adds up what goes through a step."""
+
+        seen: list[tuple[Tensor, dict[str, Any]]]
+
+        def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+            loss = super().training_step(model, inputs, num_items_in_batch)
+            self.seen.append((loss, inputs))
+            return loss
+
+    class Steered(TrainerCallback):
+        def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+            trainer.seen = []
+            wait()
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            stop()
+            loss = float(sum(loss for loss, _ in trainer.seen))
+            masks = [inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) for _, inputs in trainer.seen]
+            trained = sum(int((inputs["labels"][:, 1:] != -100).sum()) for _, inputs in trainer.seen)
+            trainer.seen = []
+            tell(loss, sum(int(mask.sum()) for mask in masks), trained)
+            wait()
+
+    trainer = Counted(
+        model=said["model"],
+        args=arguments,
+        train_dataset=Dataset(pyarrow.table(columns)),
+        quantization_config=nf4 if said["nf4"] else None,
+        peft_config=LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora["rank"],
+            lora_alpha=lora["alpha"],
+            lora_dropout=lora["dropout"],
+            target_modules=said["targets"],
+            use_rslora=lora["rslora"],
+            use_dora=lora["dora"],
+        ),
+        callbacks=[Steered()],
+    )
+    state = load_file(adapter)
+    if state.keys() != get_peft_model_state_dict(trainer.model).keys():
+        raise RuntimeError(f"the two sides have adapters in different places: {len(state)} tensors of ours")
+    set_peft_model_state_dict(trainer.model, state)
+    return trainer
+
+
+@contextmanager
+def arithmetic_of_training(model: nn.Module) -> Iterator[None]:
+    """Within it bitsandbytes' layers stay in training mode whatever the model is told.
+
+    On CPUs with AVX512-BF16 the first forward in evaluation mode packs their weights anew, for another kernel.
+    """
+    layers: list[Any] = []
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        kind = _bitsandbytes().nn.Linear4bit
+        layers = [module for module in model.modules() if isinstance(module, kind)]
+    for layer in layers:
+        layer.train = lambda mode=True, layer=layer: layer  # an attribute of its own hides the method
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.train
 
 
 # ------------------------------------------------------------------------------------------------------ llama.cpp's kernels

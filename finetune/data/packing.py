@@ -1,7 +1,10 @@
 """Batches without padding: samples lie one behind the other in one row, and position ids that begin again at 0 tell them apart.
 
 transformers builds block-diagonal attention from such position ids when no attention mask is given (tested: a sample's loss
-does not depend on its neighbours). The order is a function of (seed, epoch) alone, so that a resumed run meets the same rows.
+does not depend on its neighbours). A row ends with a few tokens from which nothing is learnt, so that there are few lengths of
+rows (`MULTIPLE`): libraries make machine code, and keep memory, for each that they meet.
+
+The order is a function of (seed, epoch) alone, so that a resumed run meets the same rows.
 """
 
 from __future__ import annotations
@@ -18,14 +21,21 @@ if TYPE_CHECKING:
     import torch
 
 
+MULTIPLE = 64  # oneDNN takes 20 MB and some 50 ms for each new length of a row of a small model
+
+
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch: input_ids, labels, position_ids are (1, T) int64; `samples` are indices into the training set."""
+    """One micro-batch: input_ids, labels, position_ids are (1, T) int64; `samples` are indices into the training set.
+
+    tokens: how many of the T are of samples; what follows them has no labels, and positions that begin at 0.
+    """
 
     input_ids: torch.Tensor
     labels: torch.Tensor
     position_ids: torch.Tensor
     samples: tuple[int, ...]
+    tokens: int
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -74,9 +84,12 @@ class Batches:
         import torch
 
         chosen = [self.samples[i] for i in indices]
+        tokens = sum(map(len, chosen))
+        rest = -tokens % MULTIPLE
         return Batch(
-            input_ids=torch.tensor([[t for sample in chosen for t in sample.input_ids]]),
-            labels=torch.tensor([[label for s in chosen for label in (IGNORE, *s.labels[1:])]]),
-            position_ids=torch.tensor([[p for sample in chosen for p in range(len(sample))]]),
+            input_ids=torch.tensor([[*(t for sample in chosen for t in sample.input_ids), *[0] * rest]]),
+            labels=torch.tensor([[*(label for s in chosen for label in (IGNORE, *s.labels[1:])), *[IGNORE] * rest]]),
+            position_ids=torch.tensor([[*(p for sample in chosen for p in range(len(sample))), *range(rest)]]),
             samples=indices,
+            tokens=tokens,
         )

@@ -12,7 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -172,6 +172,7 @@ def train(
     folder: RunFolder,
     progress: Progress,
     autocast: torch.dtype | None = None,
+    offload: bool = False,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     before_step: Callable[[int], None] | None = None,
     after_step: Callable[[int], dict[str, Any]] | None = None,
@@ -180,7 +181,8 @@ def train(
 ) -> dict[str, Any]:
     """Train from `progress` to `total_steps`; checkpoints and metrics go into `folder`.
 
-    `autocast` is the dtype of the matrix products where it is not that of the weights. `evaluate(step)` returns metrics and
+    `autocast` is the dtype of the matrix products where it is not that of the weights. `offload`: what the forward pass keeps for
+    the backward pass goes to pinned CPU memory in between. `evaluate(step)` returns metrics and
     must leave the model and the random generators as they were; so must `before_step(step)`, and `after_step(step)`, whose
     metrics get a line of their own. An optimizer that steps inside the backward pass (`in_backward`) gives the gradient's norm
     afterwards; a step that went wrong then has changed the weights, and the run goes back to its last checkpoint.
@@ -281,7 +283,10 @@ def train(
                     raise
                 loss_sum, count, tokens, backward = torch.zeros((), device=accelerator.device), 0, 0, False
                 for _, _, batch in fetched:
-                    with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None):
+                    with (
+                        torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None),
+                        torch.autograd.graph.save_on_cpu(pin_memory=accelerator.device.type == "cuda") if offload else nullcontext(),
+                    ):
                         loss, targets = kind.loss(model, batch)
                     if targets and not (in_backward and not math.isfinite(float(loss.detach()))):
                         accelerator.backward(loss / targets if in_backward else loss)

@@ -19,24 +19,21 @@ if TYPE_CHECKING:
 
 
 class Pretraining:
-    """The `Kind` of the loop for rows of text. `chunk`: tokens whose logits exist at once; 0: all of them."""
+    """The `Kind` of the loop for rows of text. With `head`, logits exist for `chunk` tokens at a time."""
 
     def __init__(
         self,
         corpus: Corpus,
-        model: torch.nn.Module,
         device: torch.device,
         *,
         micro_batch: int,
-        chunk: int,
+        head: step.Head | None = None,
+        chunk: int = step.CHUNK,
         teacher: Distillation | None = None,
     ) -> None:
-        self.corpus, self.device, self.micro_batch, self.chunk, self.teacher = corpus, device, micro_batch, chunk, teacher
+        self.corpus, self.device, self.micro_batch, self.teacher = corpus, device, micro_batch, teacher
+        self.head, self.chunk = head, chunk
         self.parts: dict[str, float] = {}
-        self.head: step.Head | None = None
-        self.why_plain: str | None = None  # why the logits exist whole though `chunk` asks otherwise
-        if chunk and teacher is None:
-            self.head, self.why_plain = step.head_of(model)
 
     def keys(self, epoch: int, position: int, place: Any) -> Iterator[tuple[Row, ...]]:
         rows = self.corpus.rows(epoch, place)

@@ -9,13 +9,14 @@ import torch
 from eval.perplexity import kept_logits
 from finetune.data.packing import Batch, Batches
 from finetune.data.samples import IGNORE
+from finetune.train import step
 
 
 class SupervisedFineTuning:
-    """The `Kind` of the loop for samples with labels."""
+    """The `Kind` of the loop for samples with labels. With `head`, logits exist for `chunk` tokens at a time."""
 
-    def __init__(self, batches: Batches, device: torch.device) -> None:
-        self.batches, self.device = batches, device
+    def __init__(self, batches: Batches, device: torch.device, *, head: step.Head | None = None, chunk: int = step.CHUNK) -> None:
+        self.batches, self.device, self.head, self.chunk = batches, device, head, chunk
         self.parts: dict[str, float] = {}
         self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])  # the last one: packing a large epoch takes a while
 
@@ -35,16 +36,19 @@ class SupervisedFineTuning:
 
     def batch(self, key: tuple[int, ...]) -> Batch:
         batch = self.batches.batch(key)
-        return Batch(batch.input_ids.to(self.device), batch.labels.to(self.device), batch.position_ids.to(self.device), key)
+        ids, labels, positions = (t.to(self.device) for t in (batch.input_ids, batch.labels, batch.position_ids))
+        return Batch(ids, labels, positions, key, batch.tokens)
 
     def tokens(self, batch: Batch) -> int:
-        return batch.input_ids.numel()
+        return batch.tokens
 
     def samples(self, key: tuple[int, ...]) -> list[str]:
         return [self.batches.samples[index].where for index in key]
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         """Cross-entropy in fp32, summed over trained tokens (nats); logits exist only where a trained token follows."""
+        if self.head is not None:
+            return step.loss_sum(model, self.head, batch.input_ids, batch.position_ids, batch.labels, chunk=self.chunk)
         places = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]  # (n,)
         logits = kept_logits(model, batch.input_ids, batch.position_ids, places)  # (n, vocabulary)
         targets = batch.labels[0, places + 1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from eval._common import device_of, evaluating
 from finetune.data.samples import IGNORE
+from finetune.train import kernels
 
-CHUNK = 1024  # tokens
+CHUNK = 256  # tokens: their logits stay in a processor's cache, and a product of so many rows is a full one
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -53,6 +55,16 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 part, target = h[start : start + chunk], targets[start : start + chunk]
                 valid = target != IGNORE
                 index = torch.where(valid, target, 0)[:, None]
+                some = of_hidden or of_weight or of_bias
+                if some and kernels.switched_on():
+                    losses, grad = kernels.cross_entropy_with_gradient(
+                        F.linear(part, w, b), index[:, 0], valid.float(), scale, softcap
+                    )
+                    loss += losses.sum()
+                    if grad_bias is not None:
+                        grad_bias += grad.sum(0, dtype=torch.float32)
+                    _to_gradients(grad, part, w, start, grad_hidden, grad_weight)
+                    continue
                 # One float32 buffer (tokens, V) from here on, changed in place: logits, their exponentials, their gradient.
                 z = F.linear(part, w, b).float()
                 slope = None
@@ -66,7 +78,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 at_target = z.gather(1, index)
                 sums = z.exp_().sum(1, keepdim=True)
                 loss += torch.where(valid, (sums.log() - at_target)[:, 0], 0.0).sum()
-                if not (of_hidden or of_weight or of_bias):
+                if not some:
                     continue
                 z.div_(sums).scatter_add_(1, index, torch.full_like(at_target, -1))
                 z.masked_fill_(~valid[:, None], 0.0)
@@ -76,15 +88,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     z.mul_(scale)
                 if grad_bias is not None:
                     grad_bias += z.sum(0)
-                grad = z.to(dtype)
-                if grad_hidden is not None:
-                    torch.mm(grad, w, out=grad_hidden[start : start + chunk])
-                if grad_weight is None:
-                    continue
-                if dtype == torch.float32:
-                    grad_weight.addmm_(grad.t(), part)
-                else:
-                    grad_weight += grad.t() @ part
+                _to_gradients(z.to(dtype), part, w, start, grad_hidden, grad_weight)
         ctx.gradients = (
             None if grad_hidden is None else grad_hidden.to(hidden.dtype),
             None if grad_weight is None else grad_weight.to(weight.dtype),
@@ -100,6 +104,46 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             raise RuntimeError("chunked_cross_entropy: a second backward pass through the same loss; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         return (*(None if g is None else g.mul_(grad_output) for g in gradients), None, None, None, None, None)
+
+
+def _to_gradients(
+    grad: torch.Tensor,
+    part: torch.Tensor,
+    weight: torch.Tensor,
+    start: int,
+    grad_hidden: torch.Tensor | None,
+    grad_weight: torch.Tensor | None,
+) -> None:
+    """What the gradient of a chunk's logits (n, V) gives to those of hidden and weight, in place."""
+    if grad_hidden is not None:
+        torch.mm(grad, weight, out=grad_hidden[start : start + len(grad)])
+    if grad_weight is None:
+        return
+    if grad.dtype == torch.float32:
+        grad_weight.addmm_(grad.t(), part)
+    else:
+        grad_weight += grad.t() @ part
+
+
+def token_losses(hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
+    """hidden (N, d), targets (N,) → the cross-entropy of each (nats, fp32), without gradients, `chunk` rows of logits at a time."""
+    weight, bias = head.linear.weight, head.linear.bias
+    with torch.no_grad():
+        return torch.cat(
+            [
+                kernels.cross_entropy(F.linear(part.to(weight.dtype), weight, bias), target, head.scale, head.softcap)
+                for part, target in zip(hidden.split(chunk), targets.split(chunk), strict=True)
+            ]
+        )
+
+
+def evaluator(head: Head, chunk: int = CHUNK) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """What `eval.perplexity.evaluate_loss` takes as `of_tokens`: losses of a model whose head is `head`, logits never whole."""
+
+    def of_tokens(ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return token_losses(head.hidden(ids, positions)[0][keep], head, targets, chunk=chunk)
+
+    return of_tokens
 
 
 def chunked_cross_entropy(

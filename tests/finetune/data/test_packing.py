@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from finetune.data.packing import Batches, pack
+from finetune.data.packing import MULTIPLE, Batches, pack
 from finetune.data.samples import IGNORE, Sample
 
 
@@ -35,9 +35,17 @@ def test_an_epoch_meets_every_sample_once_in_an_order_of_seed_and_epoch(packing:
         assert [len(key) for key in first][:-1] == [micro_batch] * (len(first) - 1)
 
 
-def test_a_batch_has_no_padding_and_positions_begin_again() -> None:
+def test_positions_begin_again_and_nothing_is_learnt_from_the_rest() -> None:
     source = Batches(samples([3, 2, 4]), micro_batch=1, max_length=16, packing=True, seed=0)
     batch = source.batch((1, 2))
-    assert batch.input_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
-    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3]]
-    assert batch.labels.tolist() == [[IGNORE, 1, IGNORE, 1, 2, 3]]  # no sample predicts the next one's first token
+    assert batch.tokens == 6
+    assert {part.shape for part in (batch.input_ids, batch.position_ids, batch.labels)} == {(1, MULTIPLE)}
+    assert batch.input_ids[0, :6].tolist() == [0, 1, 0, 1, 2, 3]
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, *range(MULTIPLE - 6)]]
+    # No sample predicts the next one's first token, and nothing predicts what fills the row.
+    assert batch.labels.tolist() == [[IGNORE, 1, IGNORE, 1, 2, 3, *[IGNORE] * (MULTIPLE - 6)]]
+
+
+def test_a_row_that_is_full_is_left_so() -> None:
+    batch = Batches(samples([40, 88]), micro_batch=1, max_length=128, packing=True, seed=0).batch((0, 1))
+    assert batch.input_ids.shape == (1, 128) == (1, batch.tokens)

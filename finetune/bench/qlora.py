@@ -1,0 +1,603 @@
+"""`finetune bench qlora`: LoRA training by this suite and by the plain stack (TRL, PEFT, bitsandbytes), step by step in turn.
+
+Both train the same model on the same rows in the same order, with the same adapters, first weights, optimizer, learning rate
+(constant) and batch, each in a process of its own (side.py) with all cores; one computes at a time, and which goes first
+alternates. A ratio is taken within a pair of steps; the table has the median and its bootstrap interval (measure.py). The first
+steps, in which things are compiled and allocators grow, do not count. Tokens are real ones: padding is nobody's work.
+
+Packed, each side fills its rows in its own way, so there the pairs hold different samples, and rates are compared, not losses.
+What a step cannot do without, the bare matrix products of the linears, is timed in the same turns: the ceiling.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from eval.perplexity import LossResult, paired_difference
+from finetune import provenance
+from finetune.bench import baselines
+from finetune.bench.child import Progress, flags
+from finetune.bench.measure import Row, interval
+from finetune.check import check_sources
+from finetune.errors import Mistake
+from finetune.files import human_bytes
+from finetune.place import absolute
+from finetune.recipe import Recipe, dump_recipe, find_recipe, locator, read_recipe
+from finetune.screen import Screen, Shown
+
+MIB, GIB = 2**20, 2**30
+DEFAULT = Path(__file__).parent / "qlora.yaml"
+# Rows of the default recipe: four of at most 256 tokens; packed, one of 1,024. A recipe of one's own says both itself.
+MODES = {"unpacked": "data.packing=false", "packed": "data.packing=true"}
+DEFAULT_PACKED = ["data.max_length=1024", "train.micro_batch=1"]
+FASTER, LEANER, CEILING, ALIKE, FASTER_LARGE = 3.0, 0.5, 0.4, 0.01, 1.3  # the targets
+QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
+BUSY = 0.05  # share of the machine that others may take before it is said
+LEAST = 2  # steps that must be left to compare
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """steps, pairs: steps of each side, unpacked (the loss curves) and packed, of which the first `warm_up` do not count.
+
+    large: the configuration of a Llama whose codes are random; None leaves it out. card_gib: what each side may take of a card.
+    """
+
+    steps: int = 30
+    pairs: int = 11
+    warm_up: int = 3
+    large: dict[str, int] | None = field(
+        default_factory=lambda: {  # Llama-2-7B
+            "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32,
+            "num_key_value_heads": 32, "vocab_size": 32000,
+        }
+    )  # fmt: skip
+    large_length: int = 512
+    large_pairs: int = 6
+    large_warm_up: int = 1
+    card_gib: float | None = None
+
+
+SIZES = Sizes()
+
+
+@dataclass(frozen=True)
+class Opponent:
+    """The plain stack in one of its settings. name: in the table, 23 letters at most."""
+
+    name: str
+    environment: dict[str, str]
+    as_ours: bool  # recomputes activations as the recipe says; else as TRL does by itself
+
+
+TUNED = Opponent("TRL, tuned", baselines.TUNED_ALLOCATOR, as_ours=True)
+DOCUMENTED = Opponent("TRL as documented", {}, as_ours=False)
+
+
+@dataclass
+class Result:
+    rows: list[Row] = field(default_factory=list)
+    contests: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)  # contest → side → answers, by step
+    others: dict[str, float] = field(default_factory=dict)  # contest → share of the machine's cores that other programs took
+    place: dict[str, Any] = field(default_factory=dict)
+
+    def hold(self, name: str, held: Contest) -> None:
+        self.contests[name], self.others[name] = held.answers, held.others
+
+    @property
+    def curves(self) -> dict[str, dict[str, list[float]]]:
+        """contest → side → mean loss (nats a trained token) of each step, of the sides that train."""
+        return {
+            name: {side: [step["loss"] for step in steps] for side, steps in sides.items() if side != "ceiling"}
+            for name, sides in self.contests.items()
+        }
+
+
+# ------------------------------------------------------------------------------------------------------------------ recipes
+
+
+def recipes(name: str | None, overrides: list[str]) -> dict[str, Recipe]:
+    """The recipe in both modes: `name`'s, or the default one.
+
+    Raises:
+        Mistake: there is none of that name, a key is wrong, or the plain stack has nothing like it.
+    """
+    path = DEFAULT if name is None else find_recipe(name)
+    recipe = read_recipe(path, overrides)
+    check_sources(recipe, str(path), locator(path, overrides))
+    _require_comparable(recipe, str(path))
+    found = {}
+    for mode, setting in MODES.items():
+        own = DEFAULT_PACKED if name is None and mode == "packed" else []
+        found[mode] = absolute(read_recipe(path, [*own, *overrides, setting]))
+    return found
+
+
+def _require_comparable(recipe: Recipe, where: str) -> None:
+    """Raise Mistake for what TRL, PEFT and bitsandbytes have nothing like."""
+    for key, value, able in (
+        ("kind", recipe.kind, ("sft",)),
+        ("adapter.kind", recipe.adapter.kind, ("lora",)),
+        ("quant.scheme", recipe.quant.scheme, ("nf4", "none")),
+        ("model.dtype", recipe.model.dtype, ("auto", "bf16", "fp32")),
+    ):
+        if value not in able:
+            raise Mistake(
+                "the plain stack is compared in supervised fine-tuning of LoRA adapters, on an NF4 base or a float one",
+                where=f"{where}, {key}", found=str(value), do=f"{key}={able[0]}, or another recipe",
+            )  # fmt: skip
+
+
+# -------------------------------------------------------------------------------------------------------------------- sides
+
+
+class Lost(Exception):
+    """A side failed, or cannot run here; the text says why."""
+
+
+class Side:
+    """A process that trains, and answers. It ends with this one, however this one ends."""
+
+    def __init__(self, name: str, spec: dict[str, Any], environment: dict[str, str], folder: Path) -> None:
+        self.name, self.folder = name, Path(tempfile.mkdtemp(dir=folder))
+        self.said = open(self.folder / "said.txt", "w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed by `close`
+        path = self.folder / "spec.json"
+        path.write_text(json.dumps(spec | {"folder": str(self.folder)}), encoding="utf-8")
+        here = QUIET | {"TMPDIR": str(self.folder)}
+        if spec["device"] == "cpu":
+            here["CUDA_VISIBLE_DEVICES"] = ""  # else libraries put a model where there is room
+        # -P: what lies in the user's folder is not imported
+        command = [sys.executable, "-P", "-m", "finetune.bench.side", str(path)]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, encoding="utf-8",
+            env=os.environ | here | environment,
+        )  # fmt: skip
+        self.pid = self.process.pid
+
+    def hear(self) -> dict[str, Any]:
+        """Its next answer.
+
+        Raises:
+            Lost: it cannot run here, or died. Mistake: it met one.
+        """
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            code = self.process.wait()
+            self.said.seek(0)
+            raise Lost(f"{self.name} failed (exit code {code}):\n{self.said.read()[-4000:].strip()}")
+        answer: dict[str, Any] = json.loads(line)
+        if "mistake" in answer:
+            raise Mistake(**answer["mistake"])
+        if "skip" in answer:
+            raise Lost(answer["skip"])
+        return answer
+
+    def ask(self, do: str, **more: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):  # it is dead, and `hear` says of what
+            self.process.stdin.write(json.dumps({"do": do, **more}) + "\n")
+            self.process.stdin.flush()
+        return self.hear()
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for stream in (self.process.stdin, self.process.stdout, self.said):
+            if stream is not None:
+                with suppress(BrokenPipeError):
+                    stream.close()
+
+
+class Stage:
+    """Where sides meet: a folder that goes away, and what all of them are told."""
+
+    def __init__(self, folder: Path, device: str, card_gib: float | None) -> None:
+        self.folder, self.common = folder, {"device": device, "card_gib": card_gib}
+
+    @contextmanager
+    def side(self, name: str, spec: dict[str, Any], environment: dict[str, str] | None = None) -> Iterator[Side]:
+        side = Side(name, self.common | spec, environment or {}, self.folder)
+        try:
+            yield side
+        finally:
+            side.close()
+
+    def done(self, name: str, spec: dict[str, Any]) -> None:
+        """Run a side that only makes something."""
+        with self.side(name, spec) as side:
+            try:
+                side.hear()
+            except Lost as why:
+                raise RuntimeError(str(why)) from None
+
+    def write(self, recipe: Recipe) -> str:
+        path = Path(tempfile.mkdtemp(dir=self.folder)) / "recipe.yaml"
+        path.write_text(dump_recipe(recipe), encoding="utf-8")
+        return str(path)
+
+
+@dataclass
+class Contest:
+    """What came of one: answers by step and side, most memory, held-out losses, and who is missing for what reason."""
+
+    answers: dict[str, list[dict[str, Any]]]
+    ready: dict[str, dict[str, Any]]
+    bytes: dict[str, int] = field(default_factory=dict)
+    memory_kind: str = ""
+    held_out: dict[str, LossResult] = field(default_factory=dict)
+    missing: dict[str, str] = field(default_factory=dict)
+    others: float = 0.0  # share of the machine's cores that went elsewhere meanwhile
+
+
+class Bystanders:
+    """How much of the machine went to others than these processes and this one, since it was made."""
+
+    def __init__(self, pids: list[int]) -> None:
+        self.pids, self.began = [os.getpid(), *pids], time.monotonic()
+        self.busy, self.own = self._busy(), self._own()
+
+    def _busy(self) -> float:
+        times = psutil.cpu_times()
+        return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
+
+    def _own(self) -> dict[int, float]:
+        found = {}
+        for pid in self.pids:
+            with suppress(psutil.Error):
+                found[pid] = sum(psutil.Process(pid).cpu_times()[:2])
+        return found
+
+    def share(self) -> float:
+        now, seconds = self._own(), max(time.monotonic() - self.began, 1e-9)
+        own = sum(now[pid] - self.own[pid] for pid in now.keys() & self.own.keys())
+        return max(0.0, (self._busy() - self.busy - own) / seconds / (psutil.cpu_count() or 1))
+
+
+def contest(
+    stage: Stage,
+    recipe: Recipe,
+    opponents: list[Opponent],
+    *,
+    steps: int,
+    warm_up: int,
+    tick: Callable[[float], None],
+    ceiling: bool = False,
+    evaluate: bool = False,
+) -> Contest:
+    """Steps of ours and of each opponent in turn.
+
+    Raises:
+        Mistake: the recipe's data is not enough, or not to be had. RuntimeError: our side failed, or the sides were not given
+            the same work.
+    """
+    share = Path(tempfile.mkdtemp(dir=stage.folder))
+    result = Contest({}, {})
+    with ExitStack() as stack:
+        spec = {"side": "ours", "recipe": stage.write(recipe), "share": str(share), "steps": steps}
+        sides = {"ours": stack.enter_context(stage.side("ours", spec))}
+        result.ready["ours"] = ready = _of_ours(sides["ours"].hear)["ready"]
+        counts = ready["counts"]
+        if len(counts) < warm_up + LEAST:
+            raise Mistake(
+                "there are too few rows for this", where="data", found=f"{len(counts)} whole steps in an epoch",
+                do=f"give rows for {warm_up + LEAST} and more, or a smaller train.micro_batch or train.accumulation",
+            )  # fmt: skip
+        others: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+            one.name: (
+                {
+                    "side": "plain",
+                    "checkpointing": bool(recipe.train.checkpointing) if one.as_ours else None,
+                    "share": str(share),
+                },
+                one.environment,
+            )
+            for one in opponents
+        }
+        if ceiling:
+            others["ceiling"] = {"side": "ceiling", "share": str(share)}, {}
+        starting = {name: stack.enter_context(stage.side(name, *what)) for name, what in others.items()}
+        for name, side in starting.items():
+            try:
+                result.ready[name] = side.hear()["ready"]
+                sides[name] = side
+            except Lost as why:
+                result.missing[name] = _short(str(why))
+        result.answers = {name: [] for name in sides}
+        bystanders = Bystanders([side.pid for side in sides.values()])
+        for turn, (tokens, trained) in enumerate(counts):
+            for name in list(sides) if turn % 2 else list(reversed(sides)):
+                if name == "ours":
+                    answer = _of_ours(lambda: sides["ours"].ask("step"))
+                else:
+                    try:
+                        answer = sides[name].ask("step", tokens=tokens, trained=trained)
+                    except Lost as why:
+                        result.missing[name] = _short(str(why))
+                        del sides[name], result.answers[name]
+                        continue
+                if (name == "ours" or not recipe.data.packing) and (answer["tokens"], answer["trained"]) != (tokens, trained):
+                    found = f"{answer['tokens']} tokens, {answer['trained']} trained, and should be {tokens}, {trained}"
+                    raise RuntimeError(f"step {turn + 1} of {name} was not the same work: {found}")
+                result.answers[name].append(answer)
+            tick((turn + 1) / len(counts))
+        result.others = bystanders.share()
+        for name in [name for name in sides if name != "ceiling"]:
+            peak = sides[name].ask("peak")
+            result.bytes[name], result.memory_kind = peak["bytes"], peak["kind"]
+        if evaluate and ready["held_out"]:
+            for name in result.bytes:
+                result.held_out[name] = _loss_result(sides[name].ask("evaluate"))
+    return result
+
+
+def _of_ours(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return call()
+    except Lost as why:
+        raise RuntimeError(str(why)) from None
+
+
+def _short(why: str) -> str:
+    """A side's end, as a note: its first line and, of a traceback, the last."""
+    lines = why.splitlines()
+    return lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1][:300]}"
+
+
+def _loss_result(answer: dict[str, Any]) -> LossResult:
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in answer.items()}
+    return LossResult(**values)
+
+
+# --------------------------------------------------------------------------------------------------------------------- rows
+
+
+def _row(case: str, against: str, unit: str, target: float | None, *, higher: bool, note: str) -> Row:
+    return {
+        "case": case, "ours": None, "baseline": None, "ratio": None, "unit": unit, "target": target,
+        "better": "higher" if higher else "lower", "low": None, "high": None, "pairs": 0, "met": None, "against": against,
+        "backend": None, "note": note,
+    }  # fmt: skip
+
+
+def _judged(row: Row) -> Row:
+    if row["target"] is not None and row["ratio"] is not None:
+        row["met"] = row["ratio"] >= row["target"] if row["better"] == "higher" else row["ratio"] <= row["target"]
+    return row
+
+
+def _skipped(row: Row, why: str) -> Row:
+    row["note"] = f"skipped: {why}"
+    return row
+
+
+def _rates(steps: list[dict[str, Any]], warm_up: int) -> list[float]:
+    return [step["tokens"] / step["seconds"] for step in steps[warm_up:]]
+
+
+def speed_row(case: str, against: str, held: Contest, side: str, *, target: float | None, warm_up: int, note: str) -> Row:
+    """Real tokens a second of ours and of `side`, by pairs of steps."""
+    row = _row(case, against, "tokens/s", target, higher=True, note=note)
+    if side not in held.answers:
+        return _skipped(row, held.missing.get(side, "it did not run"))
+    ours, theirs = _rates(held.answers["ours"], warm_up), _rates(held.answers[side], warm_up)
+    row["ratio"], row["low"], row["high"] = interval([a / b for a, b in zip(ours, theirs, strict=True)])
+    row["ours"], row["baseline"], row["pairs"] = statistics.median(ours), statistics.median(theirs), len(ours)
+    row["backend"] = held.ready["ours"]["backend"]
+    return _judged(row)
+
+
+def memory_row(case: str, against: str, held: Contest, side: str, *, target: float | None, note: str) -> Row:
+    row = _row(case, against, "MiB", target, higher=False, note=note)
+    if side not in held.bytes:
+        return _skipped(row, held.missing.get(side, "it did not run"))
+    row["ours"], row["baseline"] = held.bytes["ours"] / MIB, held.bytes[side] / MIB
+    row["ratio"], row["backend"] = held.bytes["ours"] / held.bytes[side], held.ready["ours"]["backend"]
+    row["note"] += f"; {held.memory_kind}"
+    return _judged(row)
+
+
+def loss_row(held: Contest, side: str, *, note: str) -> Row:
+    """The held-out losses after as many steps; what is judged is how far they lie apart, not their ratio."""
+    row = _row("held-out loss", side, "nats", ALIKE, higher=False, note=note)
+    if side not in held.held_out:
+        return _skipped(row, held.missing.get(side, "there are no held-out rows"))
+    ours, theirs = held.held_out["ours"], held.held_out[side]
+    difference, error = paired_difference(theirs, ours)
+    row["ours"], row["baseline"], row["ratio"] = ours.loss, theirs.loss, abs(difference)
+    row["backend"] = held.ready["ours"]["backend"]
+    row["note"] += f"; here the third column is |ours − theirs|, {difference:+.4f} ± {error:.4f} over {ours.rows} rows"
+    return _judged(row)
+
+
+# ------------------------------------------------------------------------------------------------------------- the benchmark
+
+
+def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, large: bool) -> Result:
+    """All of it on `device`. large: the model of random codes too.
+
+    Raises:
+        Mistake, RuntimeError: as `contest`.
+    """
+    result = Result()
+    progress = Progress([3.0 * sizes.steps, 3.0 * sizes.pairs, 25.0 * sizes.large_pairs * large])
+
+    def tick(note: str) -> Callable[[float], None]:
+        return lambda part: show(progress.percent(part), 100, note)
+
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-", ignore_cleanup_errors=True) as name:
+        stage = Stage(Path(name), device, sizes.card_gib)
+        first = modes["unpacked"]
+        word = "QLoRA" if first.quant.scheme == "nf4" else "LoRA"
+        missing = baselines.missing_for_qlora(first.quant.scheme == "nf4")
+        opponents = [] if missing else [TUNED, DOCUMENTED]
+        absent = {} if missing is None else dict.fromkeys((TUNED.name, DOCUMENTED.name), missing)
+        progress.begin(3.0 * sizes.steps)
+        show(0, 100, "loading")
+        modes = _in_folders(stage, modes)
+
+        held = contest(
+            stage, modes["unpacked"], opponents, steps=sizes.steps, warm_up=sizes.warm_up, tick=tick("unpacked"), evaluate=True
+        )
+        held.missing |= absent
+        progress.end(True)
+        note = _what(modes["unpacked"], held)
+        result.hold("unpacked", held)
+        for one, target, memory_target in ((TUNED, FASTER, LEANER), (DOCUMENTED, None, None)):
+            said = f"{note}; {_about(one, modes['unpacked'], held)}"
+            result.rows += [
+                speed_row(f"{word} step", one.name, held, one.name, target=target, warm_up=sizes.warm_up, note=said),
+                memory_row("peak memory", one.name, held, one.name, target=memory_target, note=said),
+            ]
+        after = f"after {len(held.answers['ours'])} steps, constant learning rate {first.train.lr:g}"
+        result.rows.append(loss_row(held, TUNED.name, note=after))
+
+        progress.begin(3.0 * sizes.pairs)
+        packed = contest(
+            stage, modes["packed"], opponents[:1], steps=sizes.pairs, warm_up=sizes.warm_up, tick=tick("packed"), ceiling=True
+        )
+        packed.missing |= absent
+        progress.end(True)
+        result.hold("packed", packed)
+        note = _what(modes["packed"], packed)
+        said = f"{note}; {_about(TUNED, modes['packed'], packed)}"
+        dtype = {"bfloat16": "bf16", "float32": "fp32"}[packed.ready["ours"]["dtype"]]
+        bare = f"{note}; theirs: the bare {dtype} products of all linears, forward and for their inputs, and of the head"
+        result.rows += [
+            speed_row(f"{word} step, packed", TUNED.name, packed, TUNED.name, target=FASTER, warm_up=sizes.warm_up, note=said),
+            memory_row("peak memory, packed", TUNED.name, packed, TUNED.name, target=LEANER, note=said),
+            speed_row(
+                "share of the ceiling", f"{dtype} products", packed, "ceiling", target=CEILING, warm_up=sizes.warm_up, note=bare
+            ),
+        ]
+        if large and sizes.large is not None:
+            progress.begin(25.0 * sizes.large_pairs)
+            result.rows += _large(stage, first, sizes, tick("7B-shaped"), result, missing)
+            progress.end(True)
+        result.place = _place(device, held.ready["ours"]) | {"others": result.others}
+    return result
+
+
+def _in_folders(stage: Stage, modes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """The recipes, with a GGUF turned into a folder once: bitsandbytes does not quantize a GGUF while it is read."""
+    from finetune.model import source_of
+
+    if source_of(modes["unpacked"].model).gguf is None:
+        return modes
+    out = str(stage.folder / "model")
+    stage.done("reading the GGUF", {"side": "float", "recipe": stage.write(modes["unpacked"]), "out": out})
+    return {
+        mode: recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": out})}) for mode, recipe in modes.items()
+    }
+
+
+def _large(
+    stage: Stage, like: Recipe, sizes: Sizes, tick: Callable[[float], None], result: Result, missing: str | None
+) -> list[Row]:
+    """A model as large as a 7B, of random codes, with the adapters of `like`, recomputing activations on both sides."""
+    shape, length = sizes.large or {}, sizes.large_length
+    size = f"{shape['hidden_size']} × {shape['num_hidden_layers']}"
+    note = f"a Llama of {size}, random NF4 codes, a row of {length} tokens a step, both sides recompute activations"
+    rows = [
+        _row("7B-shaped step", TUNED.name, "tokens/s", FASTER_LARGE, higher=True, note=note),
+        _row("7B-shaped peak memory", TUNED.name, "MiB", None, higher=False, note=note),
+    ]
+    why = missing or _no_room(stage, shape)
+    if why is not None:
+        return [_skipped(row, why) for row in rows]
+    out = stage.folder / "large"
+    stage.done("making a model", {"side": "random", "shape": shape, "rows": sizes.large_pairs, "length": length, "out": str(out)})
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": str(out), "dtype": "bf16"}, "quant": {"scheme": "nf4"}, "adapter": like.adapter.model_dump(),
+            "data": {"path": str(out / "rows.jsonl"), "format": "text", "max_length": length, "heldout": 0, "packing": False},
+            "train": {"lr": like.train.lr, "checkpointing": True}, "run": like.run.model_dump(),
+        }
+    )  # fmt: skip
+    held = contest(stage, recipe, [TUNED], steps=sizes.large_pairs, warm_up=sizes.large_warm_up, tick=tick)
+    result.hold("large", held)
+    return [
+        speed_row(rows[0]["case"], TUNED.name, held, TUNED.name, target=FASTER_LARGE, warm_up=sizes.large_warm_up, note=note),
+        memory_row(rows[1]["case"], TUNED.name, held, TUNED.name, target=None, note=note),
+    ]
+
+
+def _no_room(stage: Stage, shape: dict[str, int]) -> str | None:
+    """Why a model of this shape cannot be trained twice here; None when it can."""
+    hidden, inner = shape["hidden_size"], shape["intermediate_size"]
+    kept = shape["num_key_value_heads"] / shape["num_attention_heads"]
+    linears = shape["num_hidden_layers"] * ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
+    stored = 0.52 * linears + 2 * 2 * hidden * shape["vocab_size"]
+    need = 2 * (stored + 1.5 * GIB * hidden / 4096)  # two sides, each with activations, adapters and libraries
+    cuda = stage.common["device"] == "cuda"
+    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    if free < need:
+        return f"two models of this size need about {human_bytes(need)} of memory, and {human_bytes(free)} are free"
+    disk = shutil.disk_usage(stage.folder).free
+    if disk < 1.1 * stored:
+        return f"its weights take {human_bytes(stored)} of disk, and {human_bytes(disk)} are free in {stage.folder.parent}"
+    return None
+
+
+def _what(recipe: Recipe, held: Contest) -> str:
+    ready, data, train, adapter = held.ready["ours"], recipe.data, recipe.train, recipe.adapter
+    rows = f"{train.micro_batch} row{'s' if train.micro_batch > 1 else ''}"
+    packed = f"packed to {data.max_length}" if data.packing else f"of ≤ {data.max_length} tokens"
+    many = f" × {train.accumulation}" if train.accumulation > 1 else ""
+    return (
+        f"{ready['architecture']}, {ready['parameters'] / 1e6:.0f} M parameters, r = {adapter.rank} on {ready['adapters']} "
+        f"linears, {rows} {packed}{many} a step"
+    )
+
+
+def _about(one: Opponent, recipe: Recipe, held: Contest) -> str:
+    """What an opponent is, for the notes."""
+    adapters = held.ready.get(one.name, {}).get("adapters")
+    of = "" if adapters is None else f", its adapters in {adapters}"
+    if one.as_ours:
+        recomputed = "recomputing activations as ours does" if recipe.train.checkpointing else "no recomputation, as ours"
+        return f"theirs with the allocator tuned, {recomputed}{of}"
+    return f"theirs with TRL's defaults (it recomputes activations) and the allocator as it comes{of}"
+
+
+def _place(device: str, ready: dict[str, Any]) -> dict[str, Any]:
+    """Where it was measured and how, for a reader of the figures."""
+    torch.set_num_threads(ready["threads"])
+    name = provenance.device_name(torch.device(device))
+    return {
+        "device": name, "threads": ready["threads"], "flags": flags() if device == "cpu" else [],
+        "capability": torch.backends.cpu.get_cpu_capability(), "load_average": os.getloadavg(),
+        "versions": provenance.versions((*provenance.PACKAGES, "trl", "pyarrow")), "allocator": baselines.TUNED_ALLOCATOR,
+        "backends": {"ours": f"{ready['backend']}; {'; '.join(ready['fast']) or 'the plain step'}"},
+        "method": f"{name}; steps in alternating order, one side at a time, wall time, medians of pairs; [95 %] is the noise "
+        "within this run: another run, or a busy machine, can lie outside it",
+    }  # fmt: skip
+
+
+def show_curves(curves: dict[str, list[float]], screen: Screen) -> None:
+    """The losses of the sides, every fifth step."""
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("step", justify="right")
+    for name in curves:
+        table.add_column("loss, ours" if name == "ours" else name, justify="right")
+    steps = len(curves["ours"])
+    for step in sorted({1, *range(5, steps + 1, 5), steps}):
+        table.add_row(str(step), *(f"{losses[step - 1]:.4f}" for losses in curves.values()))
+    screen.console.print(table, soft_wrap=False)

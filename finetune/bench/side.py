@@ -1,0 +1,506 @@
+"""One side of `finetune bench qlora`, in a process of its own: `python -m finetune.bench.side SPEC`, SPEC a JSON file.
+
+It speaks JSON lines: a command comes in on its standard input, an answer goes out on its standard output, which is no one
+else's (what libraries print goes to standard error). It ends with its input.
+
+    → {"ready": …}                                      once all is loaded
+    {"do": "step"}      → {"loss", "tokens", "trained", "seconds"}   one optimizer step; tokens are real ones, no padding
+    {"do": "peak"}      → {"bytes", "kind"}              the most memory since training began
+    {"do": "evaluate"}  → LossResult.as_dict(by_row=True)   the held-out loss; no step follows
+    → {"mistake": …}, {"skip": why}                     instead of any answer; then it ends
+
+Sides that train: `ours`, as `finetune run` does it, and `plain` (baselines.py). `ours` comes first and leaves in the folder
+`share` what the other must have too: the rows in their order, the adapters' first weights, the settings. `ceiling` steps through
+the bare matrix products of a step. `float` and `random` make a model folder and end.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from finetune.errors import Mistake, Mistakes, Stop
+from finetune.files import RunFolder, write_json
+from finetune.train.loop import Memory
+
+if TYPE_CHECKING:
+    from eval.perplexity import LossResult
+    from finetune.data.samples import Sample
+    from finetune.recipe import Recipe
+
+Rows = Sequence[tuple[Sequence[int], Sequence[int]]]  # token ids, labels at their own positions
+MIB, GIB = 2**20, 2**30
+COPIES = GIB  # bytes of weights among which the bare products go round
+FOREVER = 1 << 30  # steps; the parent says when it is enough
+
+
+class Over(Exception):
+    """No step is asked for any more; the command that came instead."""
+
+    def __init__(self, command: dict[str, Any]) -> None:
+        self.command = command
+        super().__init__(command.get("do"))
+
+
+class Pipe:
+    """Commands in, answers out."""
+
+    def __init__(self, out: int, device: torch.device) -> None:
+        self.out, self.device, self.memory = out, device, Memory(device)
+
+    def say(self, **answer: Any) -> None:
+        os.write(self.out, (json.dumps(answer) + "\n").encode())
+
+    def receive(self) -> dict[str, Any]:
+        line = sys.stdin.readline()
+        if not line:
+            os._exit(1)  # nobody is there any more
+        return json.loads(line)
+
+    def next_step(self) -> dict[str, Any]:
+        """Wait for the order to take a step, which it returns; answers what else can be answered meanwhile.
+
+        Raises:
+            Over: it is enough.
+        """
+        while (command := self.receive())["do"] != "step":
+            if command["do"] != "peak":
+                raise Over(command)
+            self.say(bytes=self.memory.peak(), kind=self.memory.kind)
+        return command
+
+    def now(self) -> float:
+        """Seconds, once the device has done what it was told."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.monotonic()
+
+
+def save_rows(path: Path, rows: Rows) -> None:
+    np.savez(
+        path,
+        input_ids=np.fromiter((t for ids, _ in rows for t in ids), np.int64),
+        labels=np.fromiter((t for _, labels in rows for t in labels), np.int64),
+        ends=np.cumsum([len(ids) for ids, _ in rows], dtype=np.int64),
+    )
+
+
+def read_rows(path: Path) -> list[tuple[list[int], list[int]]]:
+    with np.load(path) as saved:
+        ids, labels, ends = saved["input_ids"], saved["labels"], saved["ends"]
+    begins = [0, *ends[:-1]]
+    return [(ids[a:b].tolist(), labels[a:b].tolist()) for a, b in zip(begins, ends, strict=True)]
+
+
+# -------------------------------------------------------------------------------------------------------------------- ours
+
+
+class _Ledger(RunFolder):
+    """A run's folder, of which the last line of the metrics is kept."""
+
+    last: dict[str, Any]
+
+    def append(self, metrics: dict[str, Any]) -> None:
+        if "loss" in metrics:
+            self.last = metrics
+        super().append(metrics)
+
+
+class _Ours:
+    """A recipe as `finetune run` prepares and trains it (finetune/run.py), a step at a time."""
+
+    def __init__(self, recipe: Recipe, device: torch.device, folder: Path) -> None:
+        from accelerate import Accelerator
+        from accelerate.utils import set_seed
+
+        from eval.perplexity import rows_stay_apart
+        from finetune import model as models
+        from finetune.material import Conversations, gather
+        from finetune.train import checkpoint, offload, optim, scratch
+        from finetune.train.step import Head
+        from finetune.use import tokenizer_of
+
+        self.recipe, self.device, self.folder = recipe, device, _Ledger(folder / "run")
+        self.folder.path.mkdir()
+        self.source = models.source_of(recipe.model)
+        tokenizer = tokenizer_of(recipe, self.source, self.folder.path)
+        config = models.load_config(self.source, tokenizer)
+        models.check_scheme(self.source, config, recipe.quant, frozen=True)
+        self.quantized = bool(getattr(config, "quantization_config", None))
+        material = gather(recipe, tokenizer, models.stop_ids(self.source, tokenizer), limits=models.limits(config))
+        assert isinstance(material, Conversations)
+        if not material.preflight.supervised_tokens:
+            raise Mistake("there is nothing to train on", where=material.source, found="no token is supervised")
+        self.material, self.held_out = material, material.held_out()
+        self.bones = models.skeleton(self.source, config)
+        targets = models.adapter_targets(recipe.adapter, self.bones)
+        self.dtype = models.dtype_of(recipe, device.type)
+        stream = recipe.model.stream
+        offload.check(stream, device)
+        disk = scratch.Scratch(self.folder.path) if stream == "disk" else None
+        model = models.load_weights(
+            self.source, config, dtype=self.dtype, attention=recipe.model.attention, quant=recipe.quant, seed=recipe.run.seed,
+            put=disk.put if disk is not None else None,
+        )  # fmt: skip
+
+        def move(whole: Any) -> None:
+            self.streamed = offload.stream(whole, device, disk)
+
+        prepared = models.prepare(
+            model, quant=recipe.quant, adapter=recipe.adapter, targets=targets, source=self.source, device=device,
+            checkpointing=bool(recipe.train.checkpointing), seed=recipe.run.seed, move=move if stream != "none" else None,
+        )  # fmt: skip
+        self.model, self.parameters, self.trainable = prepared.model, prepared.parameters, prepared.trainable
+        self.targets = targets
+        self.head: Head | None = None
+        self.fast: list[str] = []
+        self._speed_up()
+        settings, packing = recipe.train, recipe.data.packing
+        if packing or settings.micro_batch > 1:
+            self.model.eval()
+            with torch.no_grad():
+                apart = rows_stay_apart(self.model, highest_id=material.highest_id())
+            if not apart:
+                packing = False
+                many = settings.accumulation * settings.micro_batch
+                settings = settings.model_copy(update={"micro_batch": 1, "accumulation": many})
+        self.settings = settings.model_copy(
+            update={"schedule": "constant", "warmup": 0.0, "save_steps": None, "eval_steps": None, "max_steps": None}
+        )
+        self.kind = material.kind(self.settings, device, packing=packing, head=self.head, teacher=None)
+        optimizer, _ = optim.build(
+            checkpoint.trained(self.model), name=settings.optimizer, lr=settings.lr, betas=settings.betas, eps=settings.eps,
+            weight_decay=settings.weight_decay, device=device.type,
+        )  # fmt: skip
+        set_seed(recipe.run.seed)
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+
+    def _speed_up(self) -> None:
+        """The fast step, as run.py switches it on; what compiling costs does not count here, so that `auto` compiles."""
+        from finetune.train import fast, kernels, step
+
+        recipe, said = self.recipe, self.recipe.fast
+        why = "fast.compile: false" if said.compile is False else kernels.unavailable(self.device.type)
+        parts = {"attention": said.attention and recipe.model.attention == "auto", "lora": said.lora, "blocks": said.blocks}
+        found = fast.find(self.model, **parts, not_compiled=why)
+        found.install()
+        plain_loss = None
+        if recipe.train.loss_chunk:
+            self.head, plain_loss = step.head_of(self.model)
+        self.fast = [*found.in_words(), *([f"plain: the loss: {plain_loss}"] if plain_loss else [])]
+
+    def steps(self) -> Iterator[list[Sample]]:
+        """The samples of each optimizer step of the first epoch, in order."""
+        keys, samples = self.kind.keys(0, 0, None), self.material.data.train
+        while len(group := list(islice(keys, self.settings.accumulation))) == self.settings.accumulation:
+            yield [samples[index] for key in group for index in key]
+
+    def share(self, folder: Path, most: int) -> list[tuple[int, int]]:
+        """Write what the other side must have too; returns (tokens, trained tokens) of each step.
+
+        Unpacked, a step's micro-batches are all whole: an epoch's last, smaller one would shift the rows of the other side.
+        """
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        recipe, settings = self.recipe, self.settings
+        whole = settings.micro_batch * settings.accumulation
+        steps = [samples for samples in islice(self.steps(), most) if recipe.data.packing or len(samples) == whole]
+        rows = self.material.data.train if recipe.data.packing else [sample for samples in steps for sample in samples]
+        save_rows(folder / "rows.npz", [(sample.input_ids, (-100, *sample.labels[1:])) for sample in rows])
+        save_rows(folder / "heldout.npz", self.held_out)
+        state = get_peft_model_state_dict(self.model)
+        first = {name: tensor.detach().float().cpu().contiguous() for name, tensor in state.items()}
+        save_file(first, folder / "adapter.safetensors")
+        head = self.model.get_base_model().get_output_embeddings()
+        name = next((path for path, module in self.model.get_base_model().named_modules() if module is head), None)
+        said = {
+            "model": self.source.folder, "revision": self.source.revision, "trust_remote_code": self.source.trust_remote_code,
+            "attention": recipe.model.attention, "dtype": str(self.dtype).removeprefix("torch."), "seed": recipe.run.seed,
+            "nf4": recipe.quant.scheme == "nf4" and not self.quantized, "double": recipe.quant.double,
+            "kept": self._kept(), "adapter": recipe.adapter.model_dump(),
+            "targets": "all-linear" if recipe.adapter.targets == "all-linear" else self.targets,
+            "packing": recipe.data.packing, "max_length": recipe.data.max_length, "train": settings.model_dump(mode="json"),
+            "batch_tokens": recipe.eval.batch_tokens, "threads": torch.get_num_threads(),
+            "linears": [shape for path, shape in self.bones.linears.items() if path != name],
+            "head": None if head is None else list(head.weight.shape),
+        }  # fmt: skip
+        write_json(folder / "share.json", said)
+        return [(sum(map(len, samples)), sum(sample.supervised for sample in samples)) for samples in steps]
+
+    def _kept(self) -> list[str]:
+        """Linears that are left in floats by the recipe, beside heads and the like."""
+        from fnmatch import fnmatch
+
+        return [path for path in self.bones.linears if any(fnmatch(path, pattern) for pattern in self.recipe.quant.keep)]
+
+    def train(self, pipe: Pipe, counts: list[tuple[int, int]]) -> None:
+        """Steps as they are asked for.
+
+        Raises:
+            Over: no more of them.
+        """
+        from finetune.train.checkpoint import Progress
+        from finetune.train.loop import train
+
+        began, supervised = 0.0, 0
+
+        def before(step: int) -> None:
+            nonlocal began
+            pipe.next_step()
+            began = pipe.now()
+
+        def after(step: int) -> dict[str, Any]:
+            nonlocal supervised
+            seconds, seen = pipe.now() - began, self.folder.last
+            pipe.say(loss=seen["loss"], tokens=counts[step - 1][0], trained=seen["supervised"] - supervised, seconds=seconds)
+            supervised = seen["supervised"]
+            return {}
+
+        mixed = self.recipe.train.precision == "bf16" and self.dtype == torch.float32
+        train(
+            self.prepared, self.kind, self.settings, accelerator=self.accelerator, optimizer=self.optimizer,
+            total_steps=FOREVER, folder=self.folder, progress=Progress(), autocast=torch.bfloat16 if mixed else None,
+            offload=self.settings.checkpointing == "offload", before_step=before, after_step=after,
+        )  # fmt: skip
+
+    def evaluate(self) -> LossResult:
+        from eval.perplexity import evaluate_loss
+        from finetune.train import step
+
+        of_tokens = step.evaluator(self.head, self.settings.loss_chunk) if self.head is not None else None
+        return evaluate_loss(self.model, self.held_out, batch_tokens=self.recipe.eval.batch_tokens, of_tokens=of_tokens)
+
+
+def ours(pipe: Pipe, spec: dict[str, Any]) -> None:
+    from finetune.recipe import read_recipe
+    from quant import backends
+
+    recipe, share = read_recipe(Path(spec["recipe"])), Path(spec["share"])
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    side = _Ours(recipe, pipe.device, share)
+    counts = side.share(share, spec["steps"])
+    pipe.say(
+        ready={
+            "counts": counts, "parameters": side.parameters, "trainable": side.trainable, "adapters": len(side.targets),
+            "held_out": len(side.held_out), "threads": torch.get_num_threads(), "dtype": str(side.dtype).removeprefix("torch."),
+            "backend": backends.describe(pipe.device, scheme=recipe.quant.scheme) if recipe.quant.scheme != "none" else "torch",
+            "fast": side.fast, "architecture": side.bones.architecture,
+        }
+    )  # fmt: skip
+    try:
+        side.train(pipe, counts)
+    except Over as over:
+        _evaluations(pipe, over.command, side.evaluate)
+
+
+def _evaluations(pipe: Pipe, command: dict[str, Any], evaluate: Any) -> None:
+    while True:
+        if command["do"] != "evaluate":
+            raise ValueError(f"no such command here: {command}")
+        pipe.say(**evaluate().as_dict(by_row=True))
+        command = pipe.receive()
+
+
+# ------------------------------------------------------------------------------------------------------------------- plain
+
+
+def plain(pipe: Pipe, spec: dict[str, Any]) -> None:
+    from eval.perplexity import evaluate_loss
+    from finetune.bench import baselines
+
+    share = Path(spec["share"])
+    said = json.loads((share / "share.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(said["threads"])
+    began = 0.0
+
+    def wait() -> None:
+        nonlocal began
+        pipe.next_step()
+        began = pipe.now()
+
+    def told(loss: float, tokens: int, trained: int) -> None:
+        pipe.say(loss=loss, tokens=tokens, trained=trained, seconds=stopped - began)
+
+    stopped = 0.0
+
+    def stop() -> None:
+        nonlocal stopped
+        stopped = pipe.now()
+
+    trainer = baselines.sft_trainer(
+        said, share / "rows.npz", share / "adapter.safetensors", Path(spec["folder"]), pipe.device,
+        checkpointing=spec["checkpointing"], wait=wait, stop=stop, tell=told,
+    )  # fmt: skip
+    pipe.say(ready={"adapters": str(next(p.dtype for p in trainer.model.parameters() if p.requires_grad)).removeprefix("torch.")})
+    pipe.memory.reset()
+    try:
+        trainer.train()
+    except Over as over:
+        rows = read_rows(share / "heldout.npz")
+        with baselines.arithmetic_of_training(trainer.model):
+            _evaluations(pipe, over.command, lambda: evaluate_loss(trainer.model, rows, batch_tokens=said["batch_tokens"]))
+
+
+# ----------------------------------------------------------------------------------------------------------------- ceiling
+
+
+class Products:
+    """The products that a step cannot do without: those of every linear forward and for its input's gradient, and nothing else.
+
+    shapes: (out, in) of the linears, for all tokens; head: of the head, for trained tokens alone. Each linear has a weight of
+    its own, as in the model, as far as a GiB goes round; inputs and gradients are one for each width.
+    """
+
+    def __init__(self, shapes: list[tuple[int, int]], head: tuple[int, int] | None, dtype: torch.dtype, device: torch.device):
+        self.dtype, self.device = dtype, device
+        size, self.weights = 0, dict[tuple[int, int], list[torch.Tensor]]()
+        for out, k in shapes:
+            own = self.weights.setdefault((out, k), [])
+            if not own or size + out * k * dtype.itemsize <= COPIES:
+                own.append(self._numbers(out, k))
+                size += own[-1].nbytes
+        self.shapes, self.head = shapes, None if head is None else self._numbers(*head)
+        self.rows: dict[int, torch.Tensor] = {}
+
+    def _numbers(self, *shape: int) -> torch.Tensor:
+        return (torch.randn(shape, device=self.device) * 0.02).to(self.dtype)
+
+    def _rows(self, count: int, width: int) -> torch.Tensor:
+        """(count, width), of numbers that stay."""
+        have = self.rows.get(width)
+        if have is None or have.shape[0] < count:
+            have = self.rows[width] = self._numbers(count, width)
+        return have[:count]
+
+    def prepare(self, tokens: int, trained: int) -> None:
+        """Make the inputs of `step`, which it then need not make."""
+        for out, k in self.shapes:
+            self._rows(tokens, out), self._rows(tokens, k)
+        if self.head is not None:
+            self._rows(trained, self.head.shape[0]), self._rows(trained, self.head.shape[1])
+
+    @torch.no_grad()
+    def step(self, tokens: int, trained: int) -> None:
+        met = dict.fromkeys(self.weights, 0)
+        for shape in self.shapes:
+            own = self.weights[shape]
+            self._both(own[met[shape] % len(own)], tokens)
+            met[shape] += 1
+        if self.head is not None:
+            self._both(self.head, trained)
+
+    def _both(self, weight: torch.Tensor, tokens: int) -> None:
+        torch.nn.functional.linear(self._rows(tokens, weight.shape[1]), weight)
+        torch.mm(self._rows(tokens, weight.shape[0]), weight)
+
+
+def ceiling(pipe: Pipe, spec: dict[str, Any]) -> None:
+    said = json.loads((Path(spec["share"]) / "share.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(said["threads"])
+    products = Products(
+        [(out, k) for out, k in said["linears"]], said["head"] and tuple(said["head"]), getattr(torch, said["dtype"]), pipe.device
+    )
+    pipe.say(ready={})
+    while True:
+        command = pipe.next_step()
+        work = command["tokens"], command["trained"]
+        products.prepare(*work)
+        began = pipe.now()
+        products.step(*work)
+        pipe.say(tokens=work[0], trained=work[1], seconds=pipe.now() - began, loss=None)
+
+
+# -------------------------------------------------------------------------------------------------------------- model folders
+
+
+def as_float(pipe: Pipe, spec: dict[str, Any]) -> None:
+    """The float model of a recipe's GGUF as a folder that everyone reads."""
+    from finetune import model as models
+    from finetune.recipe import read_recipe
+
+    recipe = read_recipe(Path(spec["recipe"]))
+    source = models.source_of(recipe.model)
+    dtype = models.dtype_of(recipe, pipe.device.type)
+    model = models.load_weights(source, models.load_config(source), dtype=dtype, attention="auto")
+    model.save_pretrained(spec["out"])
+    models.load_tokenizer(source).save_pretrained(spec["out"])
+    pipe.say(ready={})
+
+
+def random_model(pipe: Pipe, spec: dict[str, Any]) -> None:
+    """A Llama of random NF4 codes, as bitsandbytes stores them, with a tokenizer of as many words and `rows` lines of them."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from quant import NF4Linear, swap
+    from quant.raw import as_bytes
+
+    shape, out = spec["shape"], Path(spec["out"])
+    torch.manual_seed(0)
+    words = shape["vocab_size"] - 2
+    ends = {"bos_token_id": None, "eos_token_id": words, "pad_token_id": words + 1}
+    with torch.device("meta"):
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **ends, tie_word_embeddings=False, dtype=torch.bfloat16))
+    model.to(torch.bfloat16)
+    swap(model, scheme="nf4")
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not isinstance(module, NF4Linear):
+                made = torch.ones(parameter.shape) if parameter.ndim == 1 else torch.randn(parameter.shape) * 0.02
+                made = made.to(torch.bfloat16)
+            elif name in ("weight", "absmax"):
+                made = torch.randint(0, 256, parameter.shape, dtype=torch.uint8)
+            else:  # blocks whose largest weight is 0.03 to 0.05: weights of about 0.02, as a model's
+                made = as_bytes(torch.full((parameter.numel() // 4,), {"offset": 0.04, "nested_absmax": 0.01}[name]))
+            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+    model.save_pretrained(out, max_shard_size="1GB")
+    known = {f"w{i}": i for i in range(words)} | {"</s>": words, "<pad>": words + 1}
+    tokenizer = Tokenizer(models.WordLevel(known, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", pad_token="<pad>", unk_token="w0").save_pretrained(out)
+    drawn = torch.randint(0, words, (spec["rows"], spec["length"] - 1)).tolist()
+    lines = [json.dumps({"text": " ".join(f"w{i}" for i in row)}) + "\n" for row in drawn]
+    (out / "rows.jsonl").write_text("".join(lines), encoding="utf-8")
+    pipe.say(ready={})
+
+
+SIDES = {"ours": ours, "plain": plain, "ceiling": ceiling, "float": as_float, "random": random_model}
+
+
+def main(out: int, path: str) -> None:
+    spec = json.loads(Path(path).read_text(encoding="utf-8"))
+    pipe = Pipe(out, torch.device(spec["device"]))
+    if pipe.device.type == "cuda" and spec["card_gib"]:
+        torch.cuda.set_per_process_memory_fraction(spec["card_gib"] * GIB / torch.cuda.mem_get_info()[1])
+    try:
+        SIDES[spec["side"]](pipe, spec)
+    except Stop as stop:
+        what = str(stop) if isinstance(stop, Mistakes) else stop.what
+        pipe.say(mistake={"what": what, "where": stop.where, "found": stop.found, "do": stop.do})
+    except Exception as error:
+        from finetune.bench.measure import Skip
+
+        if not isinstance(error, Skip):
+            raise
+        pipe.say(skip=str(error))
+
+
+if __name__ == "__main__":
+    own = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        main(own, sys.argv[1])
+    except (KeyboardInterrupt, BrokenPipeError):
+        sys.exit(130)

@@ -1,0 +1,504 @@
+"""Causal attention of packed rows: samples lie one behind the other, none sees another, and no mask of whole rows is made.
+
+    segments_of         where the samples of a batch lie; made once for a batch, all layers share it and what is planned from it
+    packed_attention    attention of q, k and v with it
+    register            the same as transformers' attention `NAME`; it takes the segments that `set_segments` was given last
+
+On CUDA this is torch's varlen flash attention. Everything else, the CPU above all, computes in tiles: some 100 queries against
+their own sample's keys, softmax(Q·Kᵀ)·V as three steps on the tile's whole rows. Short samples share a tile, long ones are
+cut into several; nothing is computed for keys behind a tile's last query or before its sample. The backward pass computes the
+tile's probabilities again from q and k, which are all that is kept, and gets
+
+    dP = dO·Vᵀ      dS = P ∘ (dP − rowsum(P ∘ dP))      dV = Pᵀ·dO      dK = dSᵀ·Q      dQ = dS·K
+
+in the manner of FlashAttention (arXiv 2205.14135, algorithm 4), but with the row sums taken of P and dP themselves instead of
+dO ∘ O: a tile holds whole rows, and then dS sums to zero over the keys to fp32's last place, whatever was rounded in O.
+Scores and dP are fp32 numbers, everything after them has the inputs' dtype. Measured in bf16 on SmolLM2's own q, k, v and
+gradients (256 tokens, 30 layers, mean relative error against fp64, %; the products' own rounding is 0.2):
+
+                                     out     dq     dk     dv
+    torch's SDPA, its CPU kernels    0.18   0.45   0.49   0.47
+    this                             0.21   0.26   0.26   0.27
+    this with scores in bf16         0.43   0.49   0.53   0.43
+
+It is plain torch, nothing is compiled: the softmax and its gradient are torch's own vectorized kernels. Inductor's for the same
+tiles took 20 % longer for short samples and 9 % less for a long one (EPYC 9005, one core), for a graph that must hold for all
+shapes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+NAME = "finetune_packed"
+
+# A tile's sides are multiples of this: oneDNN makes machine code for each shape of a product (0.4 ms on the machine below), and
+# of these shapes there are few. Rows that a tile has too many are those of the next sample, and are computed there again.
+ALIGN = 16
+# One tile more costs what so many scores cost, both ways: calls against arithmetic (measured on 2 cores of an EPYC 9005).
+TILE = 80_000
+# Query heads that are computed together. Fewer would take less room (12 bytes a score of a tile, 14 a number of q, k and v), and
+# more calls: a third more time at 12 for 32 heads on 8.
+HEADS = 32
+
+
+class Tile(NamedTuple):
+    """Queries `start` … `end` of the flattened rows against keys `begin` … `end`. real: how many of the queries count.
+
+    bias: (end − start, 1, columns) fp32, 0 where a query sees a key and −∞ where not, of the last `columns` keys; all see the
+    keys before these.
+    """
+
+    begin: int
+    start: int
+    end: int
+    real: int
+    bias: Tensor
+
+
+class Group(NamedTuple):
+    """Samples that fill tokens `begin` … `end` of the flattened rows, and their tiles: one tile, or one sample."""
+
+    begin: int
+    end: int
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where samples lie in rows (B, T) that are flattened to B·T tokens: sample i is bounds[i] … bounds[i + 1]."""
+
+    bounds: tuple[int, ...]
+    shape: tuple[int, int]
+    device: torch.device
+    _plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def longest(self) -> int:
+        return max(end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False))
+
+    @property
+    def offsets(self) -> Tensor:
+        """`bounds` as int32 on the device, as kernels for samples of different lengths want them."""
+        if "offsets" not in self._plans:
+            self._plans["offsets"] = torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
+        return self._plans["offsets"]
+
+    def plan(self, heads: int, window: int | None) -> tuple[Group, ...]:
+        """The tiles, in order, for so many query heads at a time."""
+        if (heads, window) not in self._plans:
+            self._plans[heads, window] = tuple(_plan(self.bounds, heads, window, self.device))
+        return self._plans[heads, window]
+
+
+def segments_of(position_ids: Tensor | None, shape: tuple[int, int], device: torch.device | str) -> Segments:
+    """The samples of a batch of rows.
+
+    position_ids: (B, T), or (1, T) for all rows; a sample begins with each row and wherever a position is not the one before
+    plus 1, which is transformers' rule too (masking_utils.find_packed_sequence_indices). None: each row is one sample.
+    shape: (B, T).
+    """
+    rows, length = shape
+    if not rows * length:
+        raise ValueError(f"rows without tokens have no samples: {tuple(shape)}")
+    device = torch.device(device)
+    if position_ids is None:
+        return Segments(tuple(range(0, rows * length + 1, length)), (rows, length), device)
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != length:
+        raise ValueError(f"position ids must be {tuple(shape)}, not {tuple(position_ids.shape)}")
+    begins = torch.ones(rows, length, dtype=torch.bool)
+    begins[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cpu()
+    return Segments((*begins.flatten().nonzero()[:, 0].tolist(), rows * length), (rows, length), device)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the plan
+
+
+def _aligned(count: float) -> int:
+    return math.ceil(count / ALIGN) * ALIGN
+
+
+def _plan(bounds: tuple[int, ...], heads: int, window: int | None, device: torch.device) -> Iterator[Group]:
+    """Groups of one tile or one sample each.
+
+    Two samples of a and b tokens in one tile compute 2·a·b scores that nobody wants, in two tiles they cost a tile. A sample of
+    L tokens in n tiles computes about L²/2·(1 + 1/n) scores; least with n·TILE is n = L / √(2·TILE).
+    """
+    budget = TILE / heads
+    best = math.sqrt(2 * budget)  # queries a tile
+    biases: dict[Any, Tensor] = {}
+    at = 0
+    while at + 1 < len(bounds):
+        begin, end, first = bounds[at], bounds[at + 1], at
+        at += 1
+        while at + 1 < len(bounds) and bounds[at + 1] - begin <= best and 2 * (end - begin) * (bounds[at + 1] - end) < budget:
+            at += 1
+            end = bounds[at]
+        queries = _aligned((end - begin) / max(1, round((end - begin) / best)))
+        yield Group(
+            begin,
+            end,
+            tuple(
+                _tile(start, min(queries, end - start), bounds[first : at + 1], window, device, biases)
+                for start in range(begin, end, queries)
+            ),
+        )
+
+
+def _tile(
+    start: int, real: int, bounds: tuple[int, ...], window: int | None, device: torch.device, biases: dict[Any, Tensor]
+) -> Tile:
+    """A tile of queries start … start + real, of the samples that lie at `bounds`."""
+    queries = _aligned(real)
+    begin = bounds[0] if window is None else max(bounds[0], start - _aligned(window - 1))
+    rows = range(start, start + queries)
+    # The first key that each query sees, counted from `begin`; the queries beyond `real` go on as the last one.
+    sees = [max(b for b in bounds[:-1] if b <= row) - begin for row in rows] if len(bounds) > 2 else [bounds[0] - begin] * queries
+    if window is not None:
+        sees = [max(first, row - window + 1 - begin) for first, row in zip(sees, rows, strict=True)]
+    before = start - begin
+    if max(sees) <= 0:
+        before, sees = 0, [0] * queries  # all see what lies before the tile's own queries
+    key = (before, tuple(sees))
+    if key not in biases:
+        columns = torch.arange(before + queries, device=device)
+        seen = (columns <= columns[before:, None]) & (columns >= torch.tensor(sees, device=device)[:, None])
+        biases[key] = torch.where(seen, 0.0, -math.inf)[:, None]
+    return Tile(begin, start, start + queries, real, biases[key])
+
+
+# ------------------------------------------------------------------------------------------------------------------- in tiles
+
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _bf16_is_enough() -> Iterator[None]:
+    """fp32 products on the CPU may round their factors to bf16; for all threads of the process, so only while one is computed.
+
+    The factors are bf16 numbers, so that nothing is rounded. What it brings is oneDNN in the place of MKL: its matrix units where
+    there are some, and where there are none its own fp32 kernels, at 5 times the speed of MKL's on AMD (measured: 210 against
+    38 GFLOP/s a core). torch has no product of bf16 factors with fp32 results on the CPU.
+    """
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _LOCK:
+        before, setting.fp32_precision = setting.fp32_precision, "bf16"
+        try:
+            yield
+        finally:
+            setting.fp32_precision = before
+
+
+def _scores(a: Tensor, b: Tensor, scale: float, out: Tensor, low: torch.dtype) -> Tensor:
+    """scale · a·b in fp32, into `out`; a (n, r, D) and b (n, D, c) are fp32 copies of numbers in `low`."""
+    if low == torch.bfloat16 and out.device.type == "cpu":
+        with _bf16_is_enough():
+            return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+    return torch.baddbmm(out, a, b, beta=0, alpha=scale, out=out)
+
+
+def _floats(x: Tensor) -> Tensor:
+    """An fp32 copy, contiguous; oneDNN wants its right factors so (transposed ones take it up to twice as long)."""
+    return torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
+
+
+def _fold(x: Tensor, out: Tensor) -> Tensor:
+    """x (B, J·G, T, D) → out (J, at least B·T·G, at least D): the rows of a kv head's G query heads side by side, then zeros."""
+    batch, heads, length, width = x.shape
+    groups, used = heads // out.shape[0], batch * length * (heads // out.shape[0])
+    folded = out[:, :used].view(out.shape[0], batch, length, groups, out.shape[2])
+    folded[..., :width].copy_(x.unflatten(1, (-1, groups)).permute(1, 0, 3, 2, 4))
+    folded[..., width:].zero_()
+    out[:, used:].zero_()
+    return out
+
+
+def _unfold(x: Tensor, shape: tuple[int, int], out: Tensor) -> None:
+    """x (J, at least B·T·G, at least D) → out (B, J·G, T, D); the way back."""
+    groups, width = out.shape[1] // x.shape[0], out.shape[3]
+    rows = x[:, : shape[0] * shape[1] * groups].view(x.shape[0], *shape, groups, x.shape[2])
+    out.unflatten(1, (-1, groups)).copy_(rows[..., :width].permute(1, 0, 3, 2, 4))
+
+
+def _probabilities(s: Tensor, tile: Tile, softcap: float | None) -> Tensor | None:
+    """In place: scores s (J, r·G, c), divided by `softcap` if there is one, become probabilities. Returns tanh' then."""
+    slope = None
+    if softcap is not None:
+        s.tanh_()
+        slope = torch.square(s).neg_().add_(1)
+        s.mul_(softcap)
+    rows, _, columns = tile.bias.shape
+    s.view(s.shape[0], rows, -1, s.shape[2])[..., s.shape[2] - columns :].add_(tile.bias)
+    torch.softmax(s, -1, out=s)
+    return slope
+
+
+class _Options(NamedTuple):
+    segments: Segments
+    scale: float
+    window: int | None
+    softcap: float | None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: _Options) -> None:
+    """Some heads: q (B, J·G, T, D), k (B, J, T, D), v (B, J, T, Dv) → out (B, J·G, T, Dv)."""
+    segments, scale, window, softcap = options
+    heads, kv_heads = q.shape[1], k.shape[1]
+    groups, tokens = heads // kv_heads, segments.bounds[-1] + ALIGN
+    queries = _fold(q, q.new_empty(kv_heads, tokens * groups, q.shape[3], dtype=torch.float32))
+    keys = _floats(_fold(k, k.new_empty(kv_heads, tokens, k.shape[3])).mT)
+    values = _fold(v, v.new_empty(kv_heads, tokens, v.shape[3]))
+    folded = v.new_empty(kv_heads, tokens * groups, v.shape[3])
+    plan = segments.plan(heads, window)
+    room = q.new_empty(max(_size(tile) for group in plan for tile in group.tiles) * heads, dtype=torch.float32)
+    for group in plan:
+        for tile in group.tiles:
+            rows, columns = slice(tile.start * groups, tile.end * groups), slice(tile.begin, tile.end)
+            s = room[: _size(tile) * heads].view(kv_heads, -1, tile.end - tile.begin)
+            _scores(queries[:, rows], keys[..., columns], scale if softcap is None else scale / softcap, s, v.dtype)
+            _probabilities(s, tile, softcap)
+            torch.bmm(s.to(v.dtype), values[:, columns], out=folded[:, rows])
+    _unfold(folded, segments.shape, out)
+
+
+def _backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, options: _Options) -> None:
+    """The gradients for some heads into dq, dk and dv, which are as q, k and v; grad: (B, J·G, T, Dv)."""
+    segments, scale, window, softcap = options
+    heads, kv_heads, low = q.shape[1], k.shape[1], q.dtype
+    groups, tokens, width = heads // kv_heads, segments.bounds[-1] + ALIGN, max(q.shape[3], v.shape[3])
+    # [Q; dO]·[K; V]ᵀ are [S; dP], and [P; dS]ᵀ·[dO; Q] are [dV; dK]: two products for four.
+    left = q.new_empty(2, kv_heads, tokens * groups, width, dtype=torch.float32)
+    down, right = q.new_empty(left.shape), q.new_empty(2, kv_heads, tokens, width)
+    for part, x in ((down[0], grad), (down[1], q), (right[0], k), (right[1], v)):
+        _fold(x, part)
+    left[0].copy_(down[1])
+    left[1].copy_(down[0])
+    keys = right[0, ..., : k.shape[3]]
+    left, down, right = left.flatten(0, 1), down.flatten(0, 1), _floats(right.flatten(0, 1).mT)
+    folded_q = q.new_empty(kv_heads, tokens * groups, q.shape[3])
+    folded_vk = q.new_empty(2, kv_heads, tokens, width)
+    both = folded_vk.flatten(0, 1)
+    plan = segments.plan(heads, window)
+    size = max(_size(tile) for group in plan for tile in group.tiles) * 2 * heads
+    room = q.new_empty(size, dtype=torch.float32)
+    low_room = q.new_empty(0 if low == torch.float32 else size)
+    for group in plan:
+        several = len(group.tiles) > 1
+        total = q.new_zeros(2 * kv_heads, group.tiles[-1].end - group.begin, width, dtype=torch.float32) if several else None
+        for tile in group.tiles:
+            rows, columns = slice(tile.start * groups, tile.end * groups), slice(tile.begin, tile.end)
+            size = _size(tile) * 2 * heads
+            s_dp = room[:size].view(2 * kv_heads, -1, tile.end - tile.begin)
+            _scores(left[:, rows], right[..., columns], scale if softcap is None else scale / softcap, s_dp, low)
+            p, ds = s_dp[:kv_heads], s_dp[kv_heads:]
+            slope = _probabilities(p, tile, softcap)
+            torch._softmax_backward_data(ds, p, -1, torch.float32, grad_input=ds)
+            if slope is not None and softcap is not None:
+                ds.mul_(slope).mul_(softcap)
+            p_ds = s_dp if low == torch.float32 else low_room[:size].view(s_dp.shape).copy_(s_dp)
+            if tile.real < tile.end - tile.start:
+                p_ds[:, tile.real * groups :].zero_()  # the next sample's queries say nothing about these keys
+            torch.bmm(p_ds[kv_heads:], keys[:, columns], out=folded_q[:, rows])
+            if total is None:
+                torch.bmm(p_ds.mT, down[:, rows], out=both[:, columns])
+            else:
+                total[:, tile.begin - group.begin : tile.end - group.begin].add_(torch.bmm(p_ds.mT, down[:, rows]))
+        if total is not None:
+            both[:, group.begin : group.end].copy_(total[:, : group.end - group.begin])
+    for x, target in ((folded_q, dq), (folded_vk[0], dv), (folded_vk[1], dk)):
+        _unfold(x, segments.shape, target)
+
+
+def _size(tile: Tile) -> int:
+    """Scores of one head."""
+    return (tile.end - tile.start) * (tile.end - tile.begin)
+
+
+def _shares(heads: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
+    """(query heads, kv heads) that are computed together."""
+    groups = heads // kv_heads
+    step = math.ceil(kv_heads / max(1, round(heads / HEADS)))
+    for start in range(0, kv_heads, step):
+        stop = min(start + step, kv_heads)
+        yield slice(start * groups, stop * groups), slice(start, stop)
+
+
+def _like(x: Tensor) -> Tensor:
+    """Room for (B, H, T, D) that lies as (B, T, H, D), as a linear layer makes and takes it."""
+    return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
+
+
+class _Packed(torch.autograd.Function):
+    """q (B, H, T, D), k (B, J, T, D), v (B, J, T, Dv) of one dtype → (B, H, T, Dv), which lies as (B, T, H, Dv)."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.options = options
+        out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
+        with torch.autocast(q.device.type, enabled=False):
+            for heads, kv_heads in _shares(q.shape[1], k.shape[1]):
+                _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads], options)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v = ctx.saved_tensors
+        dq, dk, dv = _like(q), _like(k), _like(v)
+        with torch.autocast(q.device.type, enabled=False):
+            for heads, kv_heads in _shares(q.shape[1], k.shape[1]):
+                parts = q[:, heads], k[:, kv_heads], v[:, kv_heads], grad[:, heads]
+                _backward(*parts, dq[:, heads], dk[:, kv_heads], dv[:, kv_heads], ctx.options)
+        return dq, dk, dv, None
+
+
+# -------------------------------------------------------------------------------------------------------------------- on CUDA
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor | None:
+    """torch's flash attention for samples of different lengths, (B, T, H, D); None where it cannot: then tiles do.
+
+    Its signature changed: torch 2.11 has `is_causal` or `window_size`, later ones the latter, and `scale` and `enable_gqa`.
+    """
+    segments, scale, window, softcap = options
+    width = q.shape[3]
+    if softcap is not None or q.dtype not in (torch.bfloat16, torch.float16) or v.shape[3] != width or width > 256 or width % 8:
+        return None
+    if torch.cuda.get_device_capability(q.device) < (8, 0):
+        return None
+    from torch.nn.attention import varlen
+
+    attend: Any = varlen.varlen_attn
+    known = inspect.signature(attend).parameters
+    more: dict[str, Any] = {}
+    if "window_size" in known:  # (keys before its own that a query sees, keys after it)
+        more["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None:
+        more["is_causal"] = True
+    else:
+        return None
+    if "scale" in known:
+        more["scale"] = scale
+    elif not math.isclose(scale, width**-0.5):
+        return None
+    if q.shape[1] != k.shape[1]:
+        if "enable_gqa" in known:
+            more["enable_gqa"] = True
+        else:
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
+    offsets, longest = segments.offsets, segments.longest
+    out: Tensor = attend(*flat, offsets, offsets, longest, longest, **more)
+    return out.unflatten(0, segments.shape)
+
+
+# ----------------------------------------------------------------------------------------------------------------- interfaces
+
+
+def packed_attention(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float, window: int | None = None, softcap: float | None = None
+) -> Tensor:
+    """softmax(scale · q·kᵀ)·v within each sample, each query seeing itself and what lies before it: (B, T, H, Dv) contiguous.
+
+    q: (B, H, T, D), k: (B, Hkv, T, D), v: (B, Hkv, T, Dv); H a multiple of Hkv, query head h has kv head h // (H / Hkv).
+    window: how many keys a query sees at most, itself among them (as transformers' sliding_window). softcap: scores become
+    softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2). Under autocast in its dtype, as torch's own.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit.
+    """
+    if q.ndim != 4 or k.shape[:3] != v.shape[:3] or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
+        raise ValueError(
+            "q must be (B, H, T, D), k (B, Hkv, T, D) and v (B, Hkv, T, Dv), "
+            f"not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+    if segments.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(f"the segments are those of rows {segments.shape}, these are ({q.shape[0]}, {q.shape[2]})")
+    if window is not None and window < 1:
+        raise ValueError(f"a window of {window} keys shows nothing")
+    kind = q.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
+    if window is not None and window >= segments.longest:
+        window = None
+    options = _Options(segments, scale, window, softcap)
+    out = _varlen(q, k, v, options) if kind == "cuda" else None
+    return _Packed.apply(q, k, v, options).transpose(1, 2) if out is None else out
+
+
+_segments: Segments | None = None
+
+
+def set_segments(segments: Segments | None) -> None:
+    """Attention `NAME` takes these from now on: before each forward pass, and to stay until the backward pass is done.
+
+    One for the process, not for the thread: on CUDA, autograd computes checkpointed layers again in threads of its own.
+    """
+    global _segments
+    _segments = segments
+
+
+# What models hand through to their attention and what changes nothing here.
+HARMLESS = {
+    "position_ids", "cache_position", "use_cache", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
+    "max_length_k", "return_dict", "output_hidden_states",
+}  # fmt: skip
+
+
+def packed(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention interface: q (B, H, T, D), k and v (B, Hkv, T, D) → ((B, T, H, D), no weights).
+
+    Raises:
+        ValueError: something that it does not compute: dropout, masks, a cache, attention that is not causal, weights asked for.
+    """
+    name = type(module).__name__
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+        raise ValueError(f"{name} is not causal")
+    if dropout:
+        raise ValueError(f"{name} drops out attention weights ({dropout}); they are never whole here")
+    if attention_mask is not None:
+        raise ValueError(f"{name} has an attention mask; packed rows need none")
+    if query.shape[2] != key.shape[2]:
+        raise ValueError(f"{name} has {query.shape[2]} queries for {key.shape[2]} keys: a cache, which packed rows cannot have")
+    unknown = [word for word, thing in kwargs.items() if word not in HARMLESS and thing is not None and thing is not False]
+    if unknown:
+        raise ValueError(f"{name} wants attention with {', '.join(unknown)}")
+    if _segments is None:
+        raise ValueError("set_segments was not called before the model")
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    return packed_attention(query, key, value, _segments, scale=scale, window=sliding_window, softcap=softcap), None
+
+
+def register() -> None:
+    """Make `NAME` an attention implementation of transformers; one without masks, since no mask function has its name."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(NAME, packed)

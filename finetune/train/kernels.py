@@ -1,0 +1,124 @@
+"""Elementwise pieces of the step, each one pass over memory: written in plain torch, compiled by torch.compile.
+
+    rms_norm      w · x / √(mean(x²) + ε), or (1 + w) · … (Gemma); computed in fp32, rounded once
+    gated         act(gate) · up (SwiGLU, GeGLU); computed in fp32, rounded once
+    cross_entropy, cross_entropy_with_gradient   of a chunk of logits, which are read twice and written once
+
+One source serves every device: Inductor makes C++ of it on the CPU and Triton on CUDA. Sizes are dynamic, so that rows of any
+length find the same machine code: a graph is compiled once for each function, dtype and need of gradients. Autograd's part is
+derived by the compiler, which also decides what to compute again rather than to keep (norms and activations).
+
+Compiling takes some ten seconds the first time on a machine (later it finds its cache), so it is switched on by who knows
+that there is work enough: `switch`. Where it is off these are the plain functions.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_on = False
+
+
+def switch(on: bool) -> bool:
+    """Compile from now on, in this process, or no longer; returns what it was before."""
+    global _on
+    before, _on = _on, on
+    return before
+
+
+def switched_on() -> bool:
+    return _on
+
+
+@functools.cache
+def unavailable(device: str) -> str | None:
+    """Why torch.compile does not compile here, None where it does: it needs a C++ compiler on the CPU, Triton on CUDA."""
+
+    def probe(x: Tensor) -> Tensor:
+        return x.exp() + (1.0 if torch.compiler.is_compiling() else 0.0)
+
+    try:
+        answer = torch.compile(probe, dynamic=True)(torch.zeros(64, device=device))
+    except Exception as error:  # whatever a compiler says
+        return f"torch.compile fails on {device}: {str(error).strip().splitlines()[0][:200]}"
+    return None if bool((answer == 2).all()) else "torch.compile is switched off"
+
+
+def compiled(function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, compiled for any sizes where compilation is on (`switch`), and as it is where it is not.
+
+    What it closes over, and arguments that are no tensors, are constants to the compiler: another value, another graph.
+    """
+    machine: Callable[P, R] | None = None
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        nonlocal machine
+        if not _on:
+            return function(*args, **kwargs)
+        if machine is None:
+            machine = torch.compile(function, dynamic=True)
+        return machine(*args, **kwargs)
+
+    return call
+
+
+@compiled
+def rms_norm(x: Tensor, weight: Tensor, eps: float, one: bool) -> Tensor:
+    """x (…, d), weight (d,) → (…, d) in the dtype of x. one: the gain is 1 + weight.
+
+    Root Mean Square Layer Normalization, arXiv 1910.07467, equation 4.
+    """
+    floats, gain = x.float(), weight.float()
+    normed = floats * torch.rsqrt(floats.pow(2).mean(-1, keepdim=True) + eps)
+    return (normed * (gain + 1 if one else gain)).to(x.dtype)
+
+
+def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """(gate, up), both (…, d) → activation(gate) · up, in their dtype.
+
+    GLU Variants Improve Transformer, arXiv 2002.05202, section 2.
+    """
+
+    def gate_and_up(gate: Tensor, up: Tensor) -> Tensor:
+        return (activation(gate.float()) * up.float()).to(gate.dtype)
+
+    return compiled(gate_and_up)
+
+
+def _losses(logits: Tensor, index: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses (n,), probabilities (n, V), capped logits (n, V)), fp32; of logits as the head gives them."""
+    z = logits.float() * scale
+    if softcap is not None:
+        z = softcap * torch.tanh(z / softcap)
+    highest = z.amax(1, keepdim=True)
+    powers = torch.exp(z - highest)
+    total = powers.sum(1, keepdim=True)
+    return (total.log() + highest - z.gather(1, index[:, None]))[:, 0], powers / total, z
+
+
+@compiled
+def cross_entropy(logits: Tensor, index: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """logits (n, V), index (n,) int64 → −log softmax(softcap · tanh(scale · logits / softcap))[index], (n,) fp32."""
+    return _losses(logits, index, scale, softcap)[0]
+
+
+@compiled
+def cross_entropy_with_gradient(
+    logits: Tensor, index: Tensor, weight: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor]:
+    """The same, times weight (n,) fp32; and its gradient by the logits, in their dtype."""
+    losses, probabilities, z = _losses(logits, index, scale, softcap)
+    classes = torch.arange(logits.shape[1], device=logits.device)
+    gradient = (probabilities - (classes == index[:, None]).float()) * (weight * scale)[:, None]
+    if softcap is not None:
+        gradient = gradient * (1 - (z / softcap).pow(2))
+    return losses * weight, gradient.to(logits.dtype)

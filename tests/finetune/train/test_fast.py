@@ -1,0 +1,268 @@
+"""The fast step against the plain one: the same loss and the same gradients, on the architectures that people fine-tune."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+from finetune.train import fast, kernels, step
+from quant import linear_targets, register_peft, swap
+
+SIZES = {
+    "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "smollm3": ("SmolLM3", {}),
+    "mistral": ("Mistral", {"sliding_window": 9}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "gemma": ("Gemma", {"head_dim": 16}),
+    "gemma2": ("Gemma2", {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3", {"head_dim": 16, "sliding_window": 9, "query_pre_attn_scalar": 16}),
+    "phi": ("Phi", {}),
+    "phi3": ("Phi3", {}),
+}
+# Groups of adapters, gated activations and norms of two layers; a Phi has neither, and LayerNorm is one kernel as it is.
+FOUND = {
+    "phi": {"groups of adapters": 8},
+    "phi3": {"groups of adapters": 8, "gated activations": 2, "norms": 5},
+    "qwen3": {"groups of adapters": 8, "gated activations": 2, "norms": 9},
+    "gemma2": {"groups of adapters": 8, "gated activations": 2, "norms": 9},
+    "gemma3": {"groups of adapters": 8, "gated activations": 2, "norms": 13},
+}
+USUAL = {"groups of adapters": 8, "gated activations": 2, "norms": 5}
+LENGTHS = (13, 1, 22, 7)
+
+
+@pytest.fixture(autouse=True)
+def _as_it_was() -> Iterator[None]:
+    yield
+    kernels.switch(False)
+
+
+def made(family: str, *, dtype: torch.dtype = torch.float32, scheme: str | None = "nf4", **lora: Any) -> Any:
+    """A small random model under adapters whose B is not zero, packed where `scheme` says so."""
+    name, extra = FAMILIES[family]
+    config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{name}ForCausalLM")(config_class(**(SIZES | extra)))
+    for module in model.modules():  # norms that have learnt something, biases that are not zero
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+            nn.init.normal_(module.weight, 0.5, 0.2)
+        if getattr(module, "bias", None) is not None:
+            nn.init.normal_(module.bias, 0.0, 0.2)
+    model.to(dtype)
+    if scheme is not None:
+        swap(model, scheme=scheme)
+    targets = linear_targets(model)
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=targets, task_type="CAUSAL_LM", **({"lora_dropout": 0.0} | lora))
+    register_peft(config)
+    wrapped = get_peft_model(model, config, autocast_adapter_dtype=False)
+    torch.manual_seed(1)
+    for path, parameter in wrapped.named_parameters():
+        if "lora_B" in path:
+            nn.init.normal_(parameter, 0.0, 0.2)
+    return wrapped.train()
+
+
+def batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 128, (1, sum(lengths)), generator=generator)
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    labels = ids.masked_fill((positions == 0) | (torch.rand(ids.shape, generator=generator) < 0.3), -100)
+    return ids, positions, labels
+
+
+def gradients(model: Any, head: step.Head | None = None, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
+    """The loss, under the name "loss", and every gradient."""
+    ids, positions, labels = batch(lengths)
+    model.zero_grad()
+    if head is None:
+        logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+        places = labels[0, 1:] != -100
+        loss = nn.functional.cross_entropy(logits[0, :-1][places].float(), labels[0, 1:][places], reduction="sum")
+    else:
+        loss, _ = step.loss_sum(model, head, ids, positions, labels, chunk=8)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **found}
+
+
+def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest relative difference of the loss and of each gradient."""
+    assert ours.keys() == theirs.keys()
+    assert len(ours) > 8
+    return max(float((ours[n].float() - theirs[n].float()).norm() / theirs[n].float().norm()) for n in ours)
+
+
+def counted(found: fast.FastStep) -> dict[str, int]:
+    of = [replacement.of for replacement in found.replacements]
+    return {name: of.count(name) for name in of}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fast_step_is_the_plain_one(family: str) -> None:
+    model = made(family)
+    plain = gradients(model)
+    found = fast.find(model)
+    own = {"attention without padding": 1, "rotary positions": 1}
+    assert (found.plain, counted(found)) == ({}, own | FOUND.get(family, USUAL))
+    head, why = step.head_of(model)
+    assert why is None
+    found.install()
+    assert apart(gradients(model, head), plain) < 2e-5
+    found.remove()
+    assert apart(gradients(model), plain) == 0
+
+
+@pytest.mark.parametrize("part", ["attention", "lora", "blocks", "loss"])
+def test_each_part_alone_is_the_plain_step(part: str) -> None:
+    model = made("qwen3")
+    plain = gradients(model)
+    parts = dict.fromkeys(("attention", "lora", "blocks"), False) | ({} if part == "loss" else {part: True})
+    found = fast.find(model, **parts)
+    assert bool(found.replacements) == (part != "loss")
+    found.install()
+    assert apart(gradients(model, step.head_of(model)[0] if part == "loss" else None), plain) < 2e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
+def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_step(family: str) -> None:
+    """The bound: 1.5 times the plain step's own error, both against the same weights in fp32.
+
+    The plain step casts x to fp32 for adapters that are; the fast one multiplies them in bf16, as autocast does.
+    """
+    exact = gradients(made(family, dtype=torch.bfloat16).float())
+    model = made(family, dtype=torch.bfloat16)
+    plain = gradients(model)
+    fast.find(model).install()
+    ours = gradients(model, step.head_of(model)[0])
+
+    def error(found: dict[str, Tensor]) -> float:
+        return sum(float((found[n].float() - exact[n].float()).norm() / exact[n].float().norm()) for n in exact) / len(exact)
+
+    assert 0 < error(ours) < 1.5 * error(plain)
+
+
+def test_other_lengths_are_not_compiled_anew() -> None:
+    model = made("llama")
+    plain = {lengths: gradients(model, lengths=lengths) for lengths in ((13, 1, 22, 7), (9,), (5, 40), (64, 2, 2))}
+    fast.find(model).install()
+    head = step.head_of(model)[0]
+    torch._dynamo.utils.counters.clear()
+    for number, (lengths, theirs) in enumerate(plain.items()):
+        assert apart(gradients(model, head, lengths), theirs) < 2e-5
+        if number == 1:
+            compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
+    assert not torch._dynamo.utils.counters["recompile_limit"]
+
+
+@pytest.mark.parametrize(("scheme", "bound"), [(None, 2e-5), ("ternary", 4e-3)])
+def test_other_bases_than_nf4(scheme: str | None, bound: float) -> None:
+    """ternary: an activation that comes out otherwise in its last place can be rounded to another of its 256 steps."""
+    model = made("llama", scheme=scheme)
+    plain = gradients(model)
+    found = fast.find(model, attention=False, blocks=False)
+    found.install()
+    assert counted(found) == {"groups of adapters": 8}
+    assert apart(gradients(model), plain) < bound
+
+
+def test_dora_is_left_to_peft_with_a_word() -> None:
+    model = made("llama", use_dora=True)
+    plain = gradients(model)
+    found = fast.find(model)
+    assert set(found.plain.values()) == {"adapter: DoRA"}
+    assert len(found.plain) == 14
+    assert "groups of adapters" not in counted(found)
+    assert any("DoRA" in line and "13 more" in line for line in found.in_words())
+    found.install()
+    assert apart(gradients(model), plain) < 2e-5
+
+
+def test_rslora_and_checkpointing() -> None:
+    model = made("llama", use_rslora=True)
+    plain = gradients(model)
+    model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    fast.find(model).install()
+    assert apart(gradients(model, step.head_of(model)[0]), plain) < 2e-5
+
+
+def test_a_block_that_is_not_known_is_named_and_computes_as_it_did() -> None:
+    class Odd(nn.Module):
+        """Gate and up the other way round, and squared."""
+
+        def __init__(self, mlp: Any) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj, self.act_fn = mlp.gate_proj, mlp.up_proj, mlp.down_proj, mlp.act_fn
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.down_proj(self.act_fn(self.gate_proj(x)).pow(2) * self.up_proj(x))
+
+    class OddNorm(nn.Module):
+        def __init__(self, norm: Any) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = norm.weight, norm.variance_epsilon
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x / (x.abs().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
+
+    model = made("llama")
+    layer = model.get_base_model().model.layers[1]
+    layer.mlp, layer.input_layernorm = Odd(layer.mlp), OddNorm(layer.input_layernorm)
+    plain = gradients(model)
+    found = fast.find(model)
+    assert set(found.plain) == {"model.layers.1.mlp", "model.layers.1.input_layernorm"}
+    assert counted(found) | {"norms": 4, "gated activations": 1} == counted(found)
+    found.install()
+    assert apart(gradients(model), plain) < 2e-5
+
+
+def test_attention_of_its_own_stays_its_own() -> None:
+    config = transformers.LlamaConfig(**(SIZES | {"attention_dropout": 0.1}))
+    found = fast.find(transformers.LlamaForCausalLM(config))
+    assert "attention without padding" not in counted(found)
+    assert found.plain["model.layers.0.self_attn"].endswith("it drops attention weights out")
+    mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
+    found = fast.find(mamba)
+    assert "does not ask for attention" in found.plain["attention"]
+    assert found.plain["backbone.layers.0.mixer"] == "MambaMixer is no block that is known"
+
+
+def test_generation_is_untouched_while_it_is_installed() -> None:
+    model = made("llama").eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    own = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    found = fast.find(model)
+    found.install()
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), own)
+    with found.paused():
+        assert not any("forward" in vars(module) for module in model.modules())
+        assert model.get_base_model().config._attn_implementation == "sdpa"
+    assert found.installed
+    mask = torch.tensor([[0, 1, 1, 1]])
+    with torch.no_grad():
+        fast_padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        found.remove()
+        assert torch.allclose(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, fast_padded, atol=1e-5)
+
+
+def test_losses_of_an_evaluation() -> None:
+    from eval.perplexity import evaluate_loss
+
+    model = made("gemma2").eval()
+    generator = torch.Generator().manual_seed(2)
+    rows = [(row := torch.randint(3, 128, (n,), generator=generator).tolist(), [-100, *row[1:]]) for n in (9, 30, 4, 17)]
+    plain = evaluate_loss(model, rows, batch_tokens=40)
+    fast.find(model).install()
+    ours = evaluate_loss(model, rows, batch_tokens=40, of_tokens=step.evaluator(step.head_of(model)[0], 7))  # type: ignore[arg-type]
+    assert ours.row_loss_sums == pytest.approx(plain.row_loss_sums, rel=1e-5)
