@@ -119,3 +119,64 @@ def test_1_9_billion_parameters_step_within_12_gigabytes(tmp_path: Path, monkeyp
     assert record["model"]["parameters"] > 1.8e9
     assert record["train"]["steps"] == 3
     assert record["train"]["peak_bytes"] < 12 * 2**30
+
+
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])  # varlen flash attention, and tiles, since that knows no soft cap
+def test_the_fast_step_on_the_card_is_the_plain_one(family: str) -> None:
+    import transformers
+    from peft import LoraConfig, get_peft_model
+
+    from finetune.train import fast, kernels, step
+    from quant import linear_targets, register_peft, swap
+
+    sizes = {
+        "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 64, "pad_token_id": 0,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(getattr(transformers, f"{family}Config")(**sizes)).to(torch.bfloat16)
+    swap(model, scheme="nf4")
+    config = LoraConfig(r=8, target_modules=linear_targets(model), task_type="CAUSAL_LM", init_lora_weights=False)
+    register_peft(config)
+    model = get_peft_model(model.to("cuda"), config).train()
+    lengths = (100, 37, 256, 119)
+    ids = torch.randint(0, 512, (1, sum(lengths)), device="cuda")
+    positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
+
+    def gradients(head: step.Head | None) -> torch.Tensor:
+        model.zero_grad()
+        if head is None:
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1]
+            loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
+        else:
+            loss, _ = step.loss_sum(model, head, ids, positions)
+        loss.backward()
+        return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
+
+    plain = gradients(None)
+    found = fast.find(model)
+    assert {r.of for r in found.replacements} >= {"attention without padding", "groups of adapters", "norms", "gated activations"}
+    found.install()
+    try:
+        ours = gradients(step.head_of(model)[0])
+    finally:
+        found.remove()
+        kernels.switch(False)
+    assert float((ours - plain).norm() / plain.norm()) < 0.05
+
+
+def test_checkpoints_that_wait_in_cpu_memory(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.recipe import Recipe
+    from finetune.run import run
+
+    monkeypatch.chdir(tmp_path)
+    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca(40))
+    losses = {}
+    for kind in (True, "offload"):
+        said = {
+            "model": {"name": str(tiny_model), "dtype": "bf16"}, "quant": {"scheme": "nf4"},
+            "data": {"path": str(rows), "max_length": 256, "heldout": 6}, "eval": {"samples": 0},
+            "train": {"max_steps": 3, "checkpointing": kind}, "run": {"device": "cuda", "dir": f"run-{kind}", "merge": False},
+        }  # fmt: skip
+        losses[kind] = run(Recipe.model_validate(said), "offload")["eval"]["after"]["loss"]
+    assert losses["offload"] == pytest.approx(losses[True], abs=5e-3)

@@ -174,12 +174,12 @@ def as_compiled(device: str) -> AbstractContextManager[object]:
 # ----------------------------------------------------------------------------------------- QLoRA by TRL, PEFT and bitsandbytes
 
 # What makes glibc's allocator fastest for it: large blocks are kept and used again, where by default each is mapped afresh and
-# every page of it faults; in pages of 2 MiB where the system has them (madvise). On CUDA: torch's own, without fragments.
+# every page of it faults. (Pages of 2 MiB, GLIBC_TUNABLES=glibc.malloc.hugetlb=1, added nothing to that, and took 450 MiB more.)
+# On CUDA: torch's own, without fragments.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
     "MALLOC_TOP_PAD_": str(64 << 20),
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     "PYTORCH_ALLOC_CONF": "expandable_segments:True",
 }
 OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "paged_adamw_8bit": "paged_adamw_8bit"}
@@ -199,15 +199,17 @@ def sft_trainer(
     folder: Path,
     device: torch.device,
     *,
-    checkpointing: bool | None,
+    as_ours: bool,
     wait: Callable[[], None],
     stop: Callable[[], None],
     tell: Callable[[float, int, int], None],
 ) -> Any:
     """TRL's SFTTrainer for QLoRA, as the documentation of TRL and PEFT shows it, on rows that are tokens already.
 
-    said, rows, adapter: what finetune/bench/side.py shares: settings, rows in their order, the adapters' first weights (which
-    TRL has made bf16 by then). folder: where it may write. checkpointing: None leaves it to TRL, which recomputes by default.
+    said, rows, adapter: what finetune/bench/side.py shares: settings, rows in their order, the adapters' first weights. folder:
+    where it may write. as_ours: recomputation of activations and the adapters' dtype as ours; else TRL's own: it recomputes, and
+    makes adapters of a quantized base bf16 (arXiv 2305.14314, section 3).
+
     It calls `wait` before each step, `stop` when one is over, and `tell(loss, tokens, trained tokens)`; a step's batch is
     fetched, its loss summed and its gradient clipped between `wait` and `stop`.
     """
@@ -227,7 +229,7 @@ def sft_trainer(
     with np.load(rows) as saved:
         ends = np.concatenate([[0], saved["ends"]]).astype(np.int32)
         columns = {name: pyarrow.ListArray.from_arrays(ends, saved[name]) for name in ("input_ids", "labels")}
-    options: dict[str, Any] = {} if checkpointing is None else {"gradient_checkpointing": checkpointing}
+    options: dict[str, Any] = {"gradient_checkpointing": bool(settings["checkpointing"])} if as_ours else {}
     if not said["packing"]:
         options["dataset_kwargs"] = {"skip_prepare_dataset": True}  # nothing to cut, and no row to drop
     arguments = SFTConfig(
@@ -291,7 +293,7 @@ def sft_trainer(
             tell(loss, sum(int(mask.sum()) for mask in masks), trained)
             wait()
 
-    trainer = Counted(
+    trainer: Any = Counted(
         model=said["model"],
         args=arguments,
         train_dataset=Dataset(pyarrow.table(columns)),
@@ -307,6 +309,10 @@ def sft_trainer(
         ),
         callbacks=[Steered()],
     )
+    if as_ours:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(getattr(torch, said["adapter_dtype"]))
     state = load_file(adapter)
     if state.keys() != get_peft_model_state_dict(trainer.model).keys():
         raise RuntimeError(f"the two sides have adapters in different places: {len(state)} tensors of ours")

@@ -78,14 +78,19 @@ SIZES = Sizes()
 
 @dataclass(frozen=True)
 class Opponent:
-    """The plain stack in one of its settings. name: in the table, 23 letters at most."""
+    """The plain stack in one of its settings. name: in the table, 23 letters at most.
+
+    as_ours: it recomputes activations as the recipe says, and its adapters have the precision of ours; else both are as TRL has
+    them by itself: it recomputes, and casts the adapters of a quantized base to bf16, in which AdamW loses part of each update.
+    """
 
     name: str
     environment: dict[str, str]
-    as_ours: bool  # recomputes activations as the recipe says; else as TRL does by itself
+    as_ours: bool
 
 
 TUNED = Opponent("TRL, tuned", baselines.TUNED_ALLOCATOR, as_ours=True)
+ALLOCATOR = Opponent("TRL, allocator tuned", baselines.TUNED_ALLOCATOR, as_ours=False)
 DOCUMENTED = Opponent("TRL as documented", {}, as_ours=False)
 
 
@@ -295,22 +300,14 @@ def contest(
         counts = ready["counts"]
         if len(counts) < warm_up + LEAST:
             raise Mistake(
-                "there are too few rows for this", where="data", found=f"{len(counts)} whole steps in an epoch",
+                "there are too few rows for this", where="data", found=f"{len(counts)} whole steps",
                 do=f"give rows for {warm_up + LEAST} and more, or a smaller train.micro_batch or train.accumulation",
             )  # fmt: skip
         others: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-            one.name: (
-                {
-                    "side": "plain",
-                    "checkpointing": bool(recipe.train.checkpointing) if one.as_ours else None,
-                    "share": str(share),
-                },
-                one.environment,
-            )
-            for one in opponents
+            one.name: ({"side": "plain", "share": str(share), "as_ours": one.as_ours}, one.environment) for one in opponents
         }
         if ceiling:
-            others["ceiling"] = {"side": "ceiling", "share": str(share)}, {}
+            others["ceiling"] = {"side": "ceiling", "share": str(share)}, baselines.TUNED_ALLOCATOR
         starting = {name: stack.enter_context(stage.side(name, *what)) for name, what in others.items()}
         for name, side in starting.items():
             try:
@@ -408,7 +405,6 @@ def memory_row(case: str, against: str, held: Contest, side: str, *, target: flo
         return _skipped(row, held.missing.get(side, "it did not run"))
     row["ours"], row["baseline"] = held.bytes["ours"] / MIB, held.bytes[side] / MIB
     row["ratio"], row["backend"] = held.bytes["ours"] / held.bytes[side], held.ready["ours"]["backend"]
-    row["note"] += f"; {held.memory_kind}"
     return _judged(row)
 
 
@@ -435,7 +431,8 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
         Mistake, RuntimeError: as `contest`.
     """
     result = Result()
-    progress = Progress([3.0 * sizes.steps, 3.0 * sizes.pairs, 25.0 * sizes.large_pairs * large])
+    shares = 7.0 * sizes.steps, 10.0 * sizes.pairs, 85.0 * sizes.large_pairs * large  # seconds on two cores, with loading
+    progress = Progress(list(shares))
 
     def tick(note: str) -> Callable[[float], None]:
         return lambda part: show(progress.percent(part), 100, note)
@@ -445,9 +442,9 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
         first = modes["unpacked"]
         word = "QLoRA" if first.quant.scheme == "nf4" else "LoRA"
         missing = baselines.missing_for_qlora(first.quant.scheme == "nf4")
-        opponents = [] if missing else [TUNED, DOCUMENTED]
-        absent = {} if missing is None else dict.fromkeys((TUNED.name, DOCUMENTED.name), missing)
-        progress.begin(3.0 * sizes.steps)
+        opponents = [] if missing else [TUNED, ALLOCATOR, DOCUMENTED]
+        absent = {} if missing is None else dict.fromkeys((TUNED.name, ALLOCATOR.name, DOCUMENTED.name), missing)
+        progress.begin(shares[0])
         show(0, 100, "loading")
         modes = _in_folders(stage, modes)
 
@@ -458,7 +455,7 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
         progress.end(True)
         note = _what(modes["unpacked"], held)
         result.hold("unpacked", held)
-        for one, target, memory_target in ((TUNED, FASTER, LEANER), (DOCUMENTED, None, None)):
+        for one, target, memory_target in ((TUNED, FASTER, LEANER), (ALLOCATOR, FASTER, None), (DOCUMENTED, None, None)):
             said = f"{note}; {_about(one, modes['unpacked'], held)}"
             result.rows += [
                 speed_row(f"{word} step", one.name, held, one.name, target=target, warm_up=sizes.warm_up, note=said),
@@ -467,29 +464,32 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
         after = f"after {len(held.answers['ours'])} steps, constant learning rate {first.train.lr:g}"
         result.rows.append(loss_row(held, TUNED.name, note=after))
 
-        progress.begin(3.0 * sizes.pairs)
+        progress.begin(shares[1])
         packed = contest(
-            stage, modes["packed"], opponents[:1], steps=sizes.pairs, warm_up=sizes.warm_up, tick=tick("packed"), ceiling=True
+            stage, modes["packed"], opponents[:2], steps=sizes.pairs, warm_up=sizes.warm_up, tick=tick("packed"), ceiling=True
         )
         packed.missing |= absent
         progress.end(True)
         result.hold("packed", packed)
         note = _what(modes["packed"], packed)
-        said = f"{note}; {_about(TUNED, modes['packed'], packed)}"
         dtype = {"bfloat16": "bf16", "float32": "fp32"}[packed.ready["ours"]["dtype"]]
         bare = f"{note}; theirs: the bare {dtype} products of all linears, forward and for their inputs, and of the head"
-        result.rows += [
-            speed_row(f"{word} step, packed", TUNED.name, packed, TUNED.name, target=FASTER, warm_up=sizes.warm_up, note=said),
-            memory_row("peak memory, packed", TUNED.name, packed, TUNED.name, target=LEANER, note=said),
+        for one, memory_target in ((TUNED, LEANER), (ALLOCATOR, None)):
+            name, said = one.name, f"{note}; {_about(one, modes['packed'], packed)}"
+            result.rows += [
+                speed_row(f"{word} step, packed", name, packed, name, target=FASTER, warm_up=sizes.warm_up, note=said),
+                memory_row("peak memory, packed", name, packed, name, target=memory_target, note=said),
+            ]
+        result.rows.append(
             speed_row(
                 "share of the ceiling", f"{dtype} products", packed, "ceiling", target=CEILING, warm_up=sizes.warm_up, note=bare
-            ),
-        ]
+            )
+        )
         if large and sizes.large is not None:
-            progress.begin(25.0 * sizes.large_pairs)
+            progress.begin(shares[2])
             result.rows += _large(stage, first, sizes, tick("7B-shaped"), result, missing)
             progress.end(True)
-        result.place = _place(device, held.ready["ours"]) | {"others": result.others}
+        result.place = _place(device, held.ready["ours"], held.memory_kind) | {"others": result.others}
     return result
 
 
@@ -509,13 +509,16 @@ def _in_folders(stage: Stage, modes: dict[str, Recipe]) -> dict[str, Recipe]:
 def _large(
     stage: Stage, like: Recipe, sizes: Sizes, tick: Callable[[float], None], result: Result, missing: str | None
 ) -> list[Row]:
-    """A model as large as a 7B, of random codes, with the adapters of `like`, recomputing activations on both sides."""
+    """A model as large as a 7B, of random codes, with the adapters of `like`. TRL recomputes activations, as it does by itself.
+
+    Ours keeps them, which takes no more memory than that.
+    """
     shape, length = sizes.large or {}, sizes.large_length
     size = f"{shape['hidden_size']} × {shape['num_hidden_layers']}"
-    note = f"a Llama of {size}, random NF4 codes, a row of {length} tokens a step, both sides recompute activations"
+    note = f"a Llama of {size}, random NF4 codes, a row of {length} tokens a step; theirs recomputes activations"
     rows = [
-        _row("7B-shaped step", TUNED.name, "tokens/s", FASTER_LARGE, higher=True, note=note),
-        _row("7B-shaped peak memory", TUNED.name, "MiB", None, higher=False, note=note),
+        _row("7B-shaped step", ALLOCATOR.name, "tokens/s", FASTER_LARGE, higher=True, note=note),
+        _row("7B-shaped peak memory", ALLOCATOR.name, "MiB", None, higher=False, note=note),
     ]
     why = missing or _no_room(stage, shape)
     if why is not None:
@@ -526,14 +529,15 @@ def _large(
         {
             "model": {"name": str(out), "dtype": "bf16"}, "quant": {"scheme": "nf4"}, "adapter": like.adapter.model_dump(),
             "data": {"path": str(out / "rows.jsonl"), "format": "text", "max_length": length, "heldout": 0, "packing": False},
-            "train": {"lr": like.train.lr, "checkpointing": True}, "run": like.run.model_dump(),
+            "train": {"lr": like.train.lr}, "run": like.run.model_dump(),
         }
     )  # fmt: skip
-    held = contest(stage, recipe, [TUNED], steps=sizes.large_pairs, warm_up=sizes.large_warm_up, tick=tick)
+    other = ALLOCATOR.name
+    held = contest(stage, recipe, [ALLOCATOR], steps=sizes.large_pairs, warm_up=sizes.large_warm_up, tick=tick)
     result.hold("large", held)
     return [
-        speed_row(rows[0]["case"], TUNED.name, held, TUNED.name, target=FASTER_LARGE, warm_up=sizes.large_warm_up, note=note),
-        memory_row(rows[1]["case"], TUNED.name, held, TUNED.name, target=None, note=note),
+        speed_row(rows[0]["case"], other, held, other, target=FASTER_LARGE, warm_up=sizes.large_warm_up, note=note),
+        memory_row(rows[1]["case"], other, held, other, target=None, note=note),
     ]
 
 
@@ -543,7 +547,7 @@ def _no_room(stage: Stage, shape: dict[str, int]) -> str | None:
     kept = shape["num_key_value_heads"] / shape["num_attention_heads"]
     linears = shape["num_hidden_layers"] * ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
     stored = 0.52 * linears + 2 * 2 * hidden * shape["vocab_size"]
-    need = 2 * (stored + 1.5 * GIB * hidden / 4096)  # two sides, each with activations, adapters and libraries
+    need = 2 * (stored + 2.5 * GIB * hidden / 4096)  # two sides, each with activations, adapters and libraries
     cuda = stage.common["device"] == "cuda"
     free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
     if free < need:
@@ -568,14 +572,15 @@ def _what(recipe: Recipe, held: Contest) -> str:
 def _about(one: Opponent, recipe: Recipe, held: Contest) -> str:
     """What an opponent is, for the notes."""
     adapters = held.ready.get(one.name, {}).get("adapters")
-    of = "" if adapters is None else f", its adapters in {adapters}"
+    of = "" if adapters is None else f", adapters in {adapters}"
     if one.as_ours:
         recomputed = "recomputing activations as ours does" if recipe.train.checkpointing else "no recomputation, as ours"
-        return f"theirs with the allocator tuned, {recomputed}{of}"
-    return f"theirs with TRL's defaults (it recomputes activations) and the allocator as it comes{of}"
+        return f"theirs: allocator tuned, {recomputed}{of}, as ours"
+    allocator = "allocator tuned" if one.environment else "allocator as it comes"
+    return f"theirs: TRL's defaults (it recomputes activations{of}), {allocator}"
 
 
-def _place(device: str, ready: dict[str, Any]) -> dict[str, Any]:
+def _place(device: str, ready: dict[str, Any], memory_kind: str) -> dict[str, Any]:
     """Where it was measured and how, for a reader of the figures."""
     torch.set_num_threads(ready["threads"])
     name = provenance.device_name(torch.device(device))
@@ -584,8 +589,9 @@ def _place(device: str, ready: dict[str, Any]) -> dict[str, Any]:
         "capability": torch.backends.cpu.get_cpu_capability(), "load_average": os.getloadavg(),
         "versions": provenance.versions((*provenance.PACKAGES, "trl", "pyarrow")), "allocator": baselines.TUNED_ALLOCATOR,
         "backends": {"ours": f"{ready['backend']}; {'; '.join(ready['fast']) or 'the plain step'}"},
-        "method": f"{name}; steps in alternating order, one side at a time, wall time, medians of pairs; [95 %] is the noise "
-        "within this run: another run, or a busy machine, can lie outside it",
+        "method": f"{name}; steps in alternating order, one side at a time, wall time, medians of pairs; memory: {memory_kind}, "
+        "the most from before the first step on; [95 %] is the noise within this run: another run, or a busy machine, can lie "
+        "outside it",
     }  # fmt: skip
 
 

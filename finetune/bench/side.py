@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,8 +125,7 @@ class _Ours:
         from eval.perplexity import rows_stay_apart
         from finetune import model as models
         from finetune.material import Conversations, gather
-        from finetune.train import checkpoint, offload, optim, scratch
-        from finetune.train.step import Head
+        from finetune.train import checkpoint, fast, offload, optim, scratch
         from finetune.use import tokenizer_of
 
         self.recipe, self.device, self.folder = recipe, device, _Ledger(folder / "run")
@@ -161,9 +160,8 @@ class _Ours:
         )  # fmt: skip
         self.model, self.parameters, self.trainable = prepared.model, prepared.parameters, prepared.trainable
         self.targets = targets
-        self.head: Head | None = None
-        self.fast: list[str] = []
-        self._speed_up()
+        self.fast = fast.put_in_place(self.model, recipe, device)  # what compiling costs does not count here
+        self.head = self.fast.head
         settings, packing = recipe.train, recipe.data.packing
         if packing or settings.micro_batch > 1:
             self.model.eval()
@@ -185,37 +183,29 @@ class _Ours:
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
 
-    def _speed_up(self) -> None:
-        """The fast step, as run.py switches it on; what compiling costs does not count here, so that `auto` compiles."""
-        from finetune.train import fast, kernels, step
-
-        recipe, said = self.recipe, self.recipe.fast
-        why = "fast.compile: false" if said.compile is False else kernels.unavailable(self.device.type)
-        parts = {"attention": said.attention and recipe.model.attention == "auto", "lora": said.lora, "blocks": said.blocks}
-        found = fast.find(self.model, **parts, not_compiled=why)
-        found.install()
-        plain_loss = None
-        if recipe.train.loss_chunk:
-            self.head, plain_loss = step.head_of(self.model)
-        self.fast = [*found.in_words(), *([f"plain: the loss: {plain_loss}"] if plain_loss else [])]
-
     def steps(self) -> Iterator[list[Sample]]:
-        """The samples of each optimizer step of the first epoch, in order."""
-        keys, samples = self.kind.keys(0, 0, None), self.material.data.train
-        while len(group := list(islice(keys, self.settings.accumulation))) == self.settings.accumulation:
-            yield [samples[index] for key in group for index in key]
+        """The samples of each optimizer step, in order, one epoch after the other.
+
+        Unpacked they end where a micro-batch is not whole, as an epoch's last one: it would shift the rows of the other side.
+        """
+        samples = self.material.data.train
+        step: list[list[Sample]] = []
+        for epoch in count():
+            for key in self.kind.keys(epoch, 0, None):
+                if not self.recipe.data.packing and len(key) < self.settings.micro_batch:
+                    return
+                step.append([samples[index] for index in key])
+                if len(step) == self.settings.accumulation:
+                    yield [sample for batch in step for sample in batch]
+                    step = []
 
     def share(self, folder: Path, most: int) -> list[tuple[int, int]]:
-        """Write what the other side must have too; returns (tokens, trained tokens) of each step.
-
-        Unpacked, a step's micro-batches are all whole: an epoch's last, smaller one would shift the rows of the other side.
-        """
+        """Write what the other side must have too; returns (tokens, trained tokens) of each of at most so many steps."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         recipe, settings = self.recipe, self.settings
-        whole = settings.micro_batch * settings.accumulation
-        steps = [samples for samples in islice(self.steps(), most) if recipe.data.packing or len(samples) == whole]
+        steps = list(islice(self.steps(), most))
         rows = self.material.data.train if recipe.data.packing else [sample for samples in steps for sample in samples]
         save_rows(folder / "rows.npz", [(sample.input_ids, (-100, *sample.labels[1:])) for sample in rows])
         save_rows(folder / "heldout.npz", self.held_out)
@@ -231,6 +221,7 @@ class _Ours:
             "kept": self._kept(), "adapter": recipe.adapter.model_dump(),
             "targets": "all-linear" if recipe.adapter.targets == "all-linear" else self.targets,
             "packing": recipe.data.packing, "max_length": recipe.data.max_length, "train": settings.model_dump(mode="json"),
+            "adapter_dtype": str(next(p.dtype for p in self.model.parameters() if p.requires_grad)).removeprefix("torch."),
             "batch_tokens": recipe.eval.batch_tokens, "threads": torch.get_num_threads(),
             "linears": [shape for path, shape in self.bones.linears.items() if path != name],
             "head": None if head is None else list(head.weight.shape),
@@ -296,7 +287,7 @@ def ours(pipe: Pipe, spec: dict[str, Any]) -> None:
             "counts": counts, "parameters": side.parameters, "trainable": side.trainable, "adapters": len(side.targets),
             "held_out": len(side.held_out), "threads": torch.get_num_threads(), "dtype": str(side.dtype).removeprefix("torch."),
             "backend": backends.describe(pipe.device, scheme=recipe.quant.scheme) if recipe.quant.scheme != "none" else "torch",
-            "fast": side.fast, "architecture": side.bones.architecture,
+            "fast": side.fast.in_words(), "architecture": side.bones.architecture,
         }
     )  # fmt: skip
     try:
@@ -341,7 +332,7 @@ def plain(pipe: Pipe, spec: dict[str, Any]) -> None:
 
     trainer = baselines.sft_trainer(
         said, share / "rows.npz", share / "adapter.safetensors", Path(spec["folder"]), pipe.device,
-        checkpointing=spec["checkpointing"], wait=wait, stop=stop, tell=told,
+        as_ours=spec["as_ours"], wait=wait, stop=stop, tell=told,
     )  # fmt: skip
     pipe.say(ready={"adapters": str(next(p.dtype for p in trainer.model.parameters() if p.requires_grad)).removeprefix("torch.")})
     pipe.memory.reset()

@@ -546,6 +546,7 @@ def provenance_section(record: dict[str, Any]) -> Html:
                 ("parameters", count(at("model.parameters")) if at("model") else None),
                 ("trained", trained),
                 ("quantized", quantized),
+                ("the step", "; ".join(at("model.fast") or []) or None),
             ],
         ),
         (

@@ -47,9 +47,9 @@ NAME = "finetune_packed"
 ALIGN = 16
 # One tile more costs what so many scores cost, both ways: calls against arithmetic (measured on 2 cores of an EPYC 9005).
 TILE = 80_000
-# Query heads that are computed together. Fewer would take less room (12 bytes a score of a tile, 14 a number of q, k and v), and
-# more calls: a third more time at 12 for 32 heads on 8.
-HEADS = 32
+# Heads are computed together as long as q has no more numbers than this: what the backward pass needs for a while is some 45
+# bytes for each. Heads by eights took a third more time where 32 are on 8 kv heads: more calls for the same arithmetic.
+NUMBERS = 2 << 20
 
 
 class Tile(NamedTuple):
@@ -324,10 +324,11 @@ def _size(tile: Tile) -> int:
     return (tile.end - tile.start) * (tile.end - tile.begin)
 
 
-def _shares(heads: int, kv_heads: int) -> Iterator[tuple[slice, slice]]:
+def _shares(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     """(query heads, kv heads) that are computed together."""
-    groups = heads // kv_heads
-    step = math.ceil(kv_heads / max(1, round(heads / HEADS)))
+    kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
+    most = max(1, kv_heads * NUMBERS // q.numel())
+    step = math.ceil(kv_heads / math.ceil(kv_heads / most))
     for start in range(0, kv_heads, step):
         stop = min(start + step, kv_heads)
         yield slice(start * groups, stop * groups), slice(start, stop)
@@ -347,7 +348,7 @@ class _Packed(torch.autograd.Function):
         ctx.options = options
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         with torch.autocast(q.device.type, enabled=False):
-            for heads, kv_heads in _shares(q.shape[1], k.shape[1]):
+            for heads, kv_heads in _shares(q, k):
                 _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads], options)
         return out
 
@@ -357,7 +358,7 @@ class _Packed(torch.autograd.Function):
         q, k, v = ctx.saved_tensors
         dq, dk, dv = _like(q), _like(k), _like(v)
         with torch.autocast(q.device.type, enabled=False):
-            for heads, kv_heads in _shares(q.shape[1], k.shape[1]):
+            for heads, kv_heads in _shares(q, k):
                 parts = q[:, heads], k[:, kv_heads], v[:, kv_heads], grad[:, heads]
                 _backward(*parts, dq[:, heads], dk[:, kv_heads], dv[:, kv_heads], ctx.options)
         return dq, dk, dv, None

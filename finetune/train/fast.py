@@ -396,16 +396,16 @@ def _norm(module: Any, norm: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> T
 def _as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> Callable[..., Any] | None:
     """What computes as `module` does, if that is down(activation(gate) · up), with linears apart or gate and up in one.
 
-    gates: compiled functions by activation, so that those that are written alike are one.
+    A norm may stand before `down` (BitNet b1.58 2B4T). gates: compiled functions by activation, so that equal ones are one.
     """
     children = dict(module.named_children())
     linears = {name: shape for name, child in children.items() if (shape := _shape(child)) is not None}
-    others = [child for name, child in children.items() if name not in linears]
-    if len(others) != 1 or any(True for _ in others[0].parameters()) or len(linears) not in (2, 3):
+    others = {name: child for name, child in children.items() if name not in linears}
+    norms = [name for name, child in others.items() if any(True for _ in child.parameters())]
+    plain = [child for name, child in others.items() if name not in norms and not isinstance(child, nn.Dropout)]
+    if len(others) != len(norms) + 1 or len(plain) != 1 or len(norms) > 1 or len(linears) not in (2, 3):
         return None
-    activation: Any = others[0]
-    if isinstance(activation, nn.Dropout):
-        return None
+    activation: Any = plain[0]
     fuse = gates.setdefault(repr(activation), kernels.gated(activation))
     names, shapes = list(linears), list(linears.values())
     inner = shapes[-1][1]
@@ -414,7 +414,7 @@ def _as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]])
     def gated(gate: Tensor, up: Tensor) -> Tensor:
         product = fuse(gate, up)
         product.again = fuse, (gate, up)  # type: ignore[attr-defined]
-        return product
+        return getattr(module, norms[0])(product) if norms else product
 
     def apart(x: Tensor) -> Tensor:
         return getattr(module, names[2])(gated(getattr(module, names[0])(x), getattr(module, names[1])(x)))

@@ -94,31 +94,44 @@ def gated(activation: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], 
     return compiled(gate_and_up)
 
 
-def _losses(logits: Tensor, index: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses (n,), probabilities (n, V), capped logits (n, V)), fp32; of logits as the head gives them."""
+def _capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
     z = logits.float() * scale
-    if softcap is not None:
-        z = softcap * torch.tanh(z / softcap)
-    highest = z.amax(1, keepdim=True)
-    powers = torch.exp(z - highest)
-    total = powers.sum(1, keepdim=True)
-    return (total.log() + highest - z.gather(1, index[:, None]))[:, 0], powers / total, z
+    return z if softcap is None else softcap * torch.tanh(z / softcap)
 
 
 @compiled
 def cross_entropy(logits: Tensor, index: Tensor, scale: float, softcap: float | None) -> Tensor:
     """logits (n, V), index (n,) int64 → −log softmax(softcap · tanh(scale · logits / softcap))[index], (n,) fp32."""
-    return _losses(logits, index, scale, softcap)[0]
+    z = _capped(logits, scale, softcap)
+    return torch.logsumexp(z, 1) - z.gather(1, index[:, None])[:, 0]
 
 
 @compiled
+def _softmax_gradient(
+    logits: Tensor, index: Tensor, weight: Tensor, scale: float, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(losses (n,), softmax as if no class were the right one, as a gradient (n, V), the right classes' logits (n,))."""
+    z = _capped(logits, scale, softcap)
+    highest = z.amax(1, keepdim=True)
+    total = torch.exp(z - highest).sum(1, keepdim=True).log() + highest
+    right = z.gather(1, index[:, None])
+    gradient = torch.exp(z - total) * (weight * scale)[:, None]
+    if softcap is not None:
+        gradient = gradient * (1 - (z / softcap).pow(2))
+    return (total - right)[:, 0], gradient.to(logits.dtype), right[:, 0]
+
+
 def cross_entropy_with_gradient(
     logits: Tensor, index: Tensor, weight: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The same, times weight (n,) fp32; and its gradient by the logits, in their dtype."""
-    losses, probabilities, z = _losses(logits, index, scale, softcap)
-    classes = torch.arange(logits.shape[1], device=logits.device)
-    gradient = (probabilities - (classes == index[:, None]).float()) * (weight * scale)[:, None]
+    """The same, times weight (n,) fp32; and its gradient by the logits, in their dtype.
+
+    The right class's p − 1 is computed for itself, from its loss: asking at every element whether it is the one takes as long
+    as all the rest.
+    """
+    losses, gradient, right = _softmax_gradient(logits, index, weight, scale, softcap)
+    own = torch.expm1(-losses) * weight * scale
     if softcap is not None:
-        gradient = gradient * (1 - (z / softcap).pow(2))
-    return losses * weight, gradient.to(logits.dtype)
+        own = own * (1 - (right / softcap).pow(2))
+    gradient[torch.arange(len(index), device=index.device), index] = own.to(gradient.dtype)
+    return losses * weight, gradient

@@ -7,12 +7,13 @@ averaged averages; issue 34191 there).
 
 from __future__ import annotations
 
+import ctypes
 import math
 import signal
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -158,6 +159,19 @@ def _signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, old)
 
 
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed, as far as it can be told to: the next step needs it again, page by page from the system.
+
+    Blocks of up to 32 MiB, the most that it takes for this, come from its heap, whose end is not given back. (Measured on a step
+    of SmolLM2 with 1,024 tokens: 0.07 instead of 0.11 s of kernel time out of 2.1, the same peak.)
+    """
+    with suppress(OSError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(MMAP_THRESHOLD, 32 << 20)
+        mallopt(TRIM_THRESHOLD, 2**31 - 1)
+
+
+MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h
 MOST_ROLLBACKS = 3  # in one process; a model that goes wrong more often has a cause that skipping rows does not mend
 
 
@@ -201,6 +215,8 @@ def train(
     decay_of_groups = [group["weight_decay"] for group in optimizer.param_groups]
     inner: Any = getattr(optimizer, "optimizer", optimizer)
     in_backward = bool(getattr(inner, "in_backward", False))
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     memory = Memory(accelerator.device)
     memory.reset()
     model.train()
@@ -243,6 +259,11 @@ def train(
             show(restored.step, total_steps, f"step {step} went wrong: back to step {restored.step}, without its rows")
         return restored
 
+    pinned = accelerator.device.type == "cuda"
+
+    def kept() -> AbstractContextManager[object]:
+        return torch.autograd.graph.save_on_cpu(pin_memory=pinned) if offload else nullcontext()
+
     def fetch() -> list[tuple[Any, list[int], Any]]:
         """The step's micro-batches: (key, its place, batch). All before the first is used: should one fail, nothing has moved."""
         fetched = []
@@ -283,10 +304,7 @@ def train(
                     raise
                 loss_sum, count, tokens, backward = torch.zeros((), device=accelerator.device), 0, 0, False
                 for _, _, batch in fetched:
-                    with (
-                        torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None),
-                        torch.autograd.graph.save_on_cpu(pin_memory=accelerator.device.type == "cuda") if offload else nullcontext(),
-                    ):
+                    with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None), kept():
                         loss, targets = kind.loss(model, batch)
                     if targets and not (in_backward and not math.isfinite(float(loss.detach()))):
                         accelerator.backward(loss / targets if in_backward else loss)

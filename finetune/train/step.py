@@ -126,7 +126,7 @@ def _to_gradients(
 
 
 def token_losses(hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
-    """hidden (N, d), targets (N,) → the cross-entropy of each (nats, fp32), without gradients, `chunk` rows of logits at a time."""
+    """hidden (N, d), targets (N,) → the cross-entropy of each (nats, fp32), without gradients, `chunk` logits at a time."""
     weight, bias = head.linear.weight, head.linear.bias
     with torch.no_grad():
         return torch.cat(

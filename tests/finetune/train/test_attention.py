@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -197,7 +198,7 @@ CASES: dict[str, dict[str, Any]] = {
     "rows without positions": {"lengths": [150], "batch": 3, "shape": (8, 8, 32)},
     "rows with positions": {"lengths": [40, 90], "batch": 2, "shape": (6, 2, 64)},
     "GQA 8, one kv head, wide": {"lengths": [90, 1, 150], "shape": (8, 1, 256)},
-    "more heads than at a time": {"lengths": [90, 45], "shape": (72, 9, 32)},
+    "many heads, on few": {"lengths": [90, 45], "shape": (40, 8, 32)},
     "values wider than keys": {"lengths": [90, 45], "shape": (4, 2, 32), "value_width": 80},
     "values narrower than keys": {"lengths": [90, 45], "shape": (4, 2, 96), "value_width": 64},
     "window": {"lengths": MIXED, "shape": (9, 3, 64), "window": 50},
@@ -257,6 +258,22 @@ def test_gradients_of_keys_and_values_are_summed_in_fp32(monkeypatch: pytest.Mon
     assert len(segments.plan(4, None)[0].tiles) == 32
     found = results(packed_attention, q, k, v, grad.abs(), segments, scale=0.02)
     assert max(off(mine, other) for mine, other in zip(found[2:], expected[2:], strict=True)) < 0.0035
+
+
+@pytest.mark.parametrize(
+    ("most", "shares"), [(10**9, [10]), (4000 * 7, [5, 5]), (4000 * 6, [5, 5]), (4000 * 4, [4, 4, 2]), (1, [1] * 10)]
+)
+def test_heads_in_shares(most: int, shares: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a limit for what is needed at a time, all heads are there, each with its own keys."""
+    segments = laid([100, 25])
+    tensors = problem(segments, 20, 10, 16, torch.float32)
+    expected = results(exact, *tensors, segments, scale=0.2)
+    monkeypatch.setattr(attention, "NUMBERS", most)
+    found_shares = list(attention._shares(*tensors[:2]))
+    assert [kv.stop - kv.start for _, kv in found_shares] == shares
+    assert all((q.start, q.stop) == (2 * kv.start, 2 * kv.stop) for q, kv in found_shares)
+    for mine, other in zip(results(packed_attention, *tensors, segments, scale=0.2), expected, strict=True):
+        assert off(mine, other) < 3e-6
 
 
 def test_in_fp16() -> None:
@@ -381,30 +398,50 @@ def test_fp32_products_elsewhere_stay_what_they_are(setting: Any, monkeypatch: p
     assert setting.fp32_precision == "ieee"
 
 
-class Largest(TorchDispatchMode):
-    """The largest storage that operations inside have made, in bytes."""
+class Peak(TorchDispatchMode):
+    """The most bytes that live at once in storages which operations inside have made."""
 
-    bytes = 0
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self.known: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
+        mine = {x.untyped_storage().data_ptr() for x in args if isinstance(x, torch.Tensor)}
         for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
+            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
+            if storage is None or storage in self.known or storage.data_ptr() in mine:
+                continue
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            self.most = max(self.most, self.now)
+            weakref.finalize(storage, self._freed, storage.nbytes())
         return out
 
+    def _freed(self, size: int) -> None:
+        self.now -= size
 
-def test_nothing_of_whole_rows_squared_exists_and_little_is_kept() -> None:
-    heads, width = 4, 32
-    for lengths, most in (([128] * 32, 4096 * 4 * 4 * width * 3), ([4096], 4096 * 4 * 4 * 256 * 2)):
-        segments = laid(lengths)
-        q, k, v, grad = problem(segments, heads, 2, width, torch.bfloat16)
-        with Largest() as largest:
-            out = packed_attention(q, k, v, segments, scale=0.1)
-            kept = {x.untyped_storage().data_ptr() for x in out.grad_fn.next_functions[0][0].saved_tensors}  # type: ignore[union-attr,attr-defined]
-            assert kept == {x.untyped_storage().data_ptr() for x in (q, k, v)}
-            out.backward(grad)
-        assert largest.bytes <= most < 4096**2 * heads * 4
+
+@pytest.mark.parametrize(("lengths", "limit"), [([128] * 32, None), ([4096], None), ([128] * 32, 2**16), ([4096], 2**16)])
+def test_little_is_needed_and_less_is_kept(lengths: list[int], limit: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing of (T, T) exists; what is needed follows the rows, or the limit; q, k and v are all that is kept."""
+    if limit is not None:
+        monkeypatch.setattr(attention, "NUMBERS", limit)
+    segments = laid(lengths)
+    q, k, v, grad = problem(segments, 8, 8, 16, torch.bfloat16)
+    with Peak() as peak:
+        out = packed_attention(q, k, v, segments, scale=0.1)
+        assert peak.now < 1.01 * 2 * q.numel() + 2**21  # the output, and the plan
+        kept = {x.untyped_storage().data_ptr() for x in out.grad_fn.next_functions[0][0].saved_tensors}  # type: ignore[union-attr,attr-defined]
+        assert kept == {x.untyped_storage().data_ptr() for x in (q, k, v)}
+        out.backward(grad)
+    inputs = 2 * q.numel() * 4  # output and gradients
+    together = min(q.numel(), limit or q.numel())
+    heads = 8 * together // q.numel()
+    tile = math.sqrt(2 * attention.TILE / heads) * 1.2 * max(lengths) * heads
+    assert peak.most < inputs + 45 * together + 12 * tile + 2**21
+    assert peak.most < 4096**2 * 8  # one byte a score of whole rows
 
 
 @pytest.mark.parametrize(
