@@ -204,7 +204,7 @@ class _Ours:
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
-        recipe, settings = self.recipe, self.settings
+        recipe = self.recipe
         steps = list(islice(self.steps(), most))
         rows = self.material.data.train if recipe.data.packing else [sample for samples in steps for sample in samples]
         save_rows(folder / "rows.npz", [(sample.input_ids, (-100, *sample.labels[1:])) for sample in rows])
@@ -220,7 +220,8 @@ class _Ours:
             "nf4": recipe.quant.scheme == "nf4" and not self.quantized, "double": recipe.quant.double,
             "kept": self._kept(), "adapter": recipe.adapter.model_dump(),
             "targets": "all-linear" if recipe.adapter.targets == "all-linear" else self.targets,
-            "packing": recipe.data.packing, "max_length": recipe.data.max_length, "train": settings.model_dump(mode="json"),
+            "packing": recipe.data.packing, "max_length": recipe.data.max_length,
+            "train": recipe.train.model_dump(mode="json"),  # its own batches: where ours takes rows one by one, it need not
             "adapter_dtype": str(next(p.dtype for p in self.model.parameters() if p.requires_grad)).removeprefix("torch."),
             "batch_tokens": recipe.eval.batch_tokens, "threads": torch.get_num_threads(),
             "linears": [shape for path, shape in self.bones.linears.items() if path != name],
