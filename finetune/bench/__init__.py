@@ -12,6 +12,7 @@ import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -96,8 +97,12 @@ def _train_in_turn(name: str, recipe: str | None, overrides: list[str], json_fil
 
         modes = qlora.recipes(recipe, overrides)
     device = pick_device(modes["unpacked"].run.device)
-    with screen.phase(f"{name} on {device.type}") as progress:
-        result = qlora.bench(modes, qlora.SIZES, device.type, progress, large=recipe is None)
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: folders and processes end with it
+    try:
+        with screen.phase(f"{name} on {device.type}") as progress:
+            result = qlora.bench(modes, qlora.SIZES, device.type, progress, large=recipe is None)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     _show(result.rows, screen)
     screen.say("")
     qlora.show_curves(result.curves["unpacked"], screen)

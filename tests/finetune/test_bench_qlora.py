@@ -390,7 +390,7 @@ def test_both_sides_do_the_same_work(tiny_model: Path, tmp_path: Path, monkeypat
 def test_steps_go_on_into_further_epochs_where_batches_are_whole(
     rows_file: Path, micro_batch: int, packing: bool, found: int
 ) -> None:
-    """36 samples, two micro-batches a step: nine of four an epoch, so a step takes of two; seven of five, and then a short one."""
+    """36 samples, two micro-batches a step: nine of four an epoch, so a step takes of two; seven of five, then a short one."""
     from finetune.data.packing import Batches
     from finetune.data.samples import Sample
     from finetune.train.sft import SupervisedFineTuning
