@@ -8,6 +8,7 @@ import itertools
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -290,6 +291,27 @@ def test_table_curves_and_file(scripted: type[Scripted], finetune: Terminal, mon
     assert any(line.split() == ["3", *["2.8000"] * 4] for line in lines)
     assert "≥ 3: met" in out
     assert not list(temporary.iterdir())
+
+
+def test_sigterm_leaves_no_folder_and_no_side(
+    scripted: type[Scripted], finetune: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(qlora, "SIZES", TINY)
+    (temporary := finetune.folder / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+
+    def kill(name: str, step: int, answer: dict[str, Any]) -> dict[str, Any]:
+        assert list(temporary.iterdir())
+        os.kill(os.getpid(), signal.SIGTERM)
+        return answer
+
+    scripted.change = kill  # type: ignore[assignment]
+    before = signal.getsignal(signal.SIGTERM)
+    code, _, err = finetune("bench", "qlora", "run.device=cpu")
+    assert code == 130, err
+    assert not list(temporary.iterdir())
+    assert sum(entry.endswith("closed") for entry in scripted.log) == sum(entry.endswith("ready") for entry in scripted.log)
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 # ---------------------------------------------------------------------------------------------------------------- real sides
