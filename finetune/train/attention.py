@@ -40,6 +40,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from finetune.train import shapes
+
 NAME = "finetune_packed"
 
 # A tile's sides are multiples of this: oneDNN makes machine code for each shape of a product (0.4 ms on the machine below), and
@@ -111,6 +113,8 @@ def segments_of(position_ids: Tensor | None, shape: tuple[int, int], device: tor
     rows, length = shape
     if not rows * length:
         raise ValueError(f"rows without tokens have no samples: {tuple(shape)}")
+    if (tracing := shapes.tracing()) is not None:
+        return tracing.segments((rows, length))
     device = torch.device(device)
     if position_ids is None:
         return Segments(tuple(range(0, rows * length + 1, length)), (rows, length), device)
@@ -439,6 +443,8 @@ def packed_attention(
     if window is not None and window >= segments.longest:
         window = None
     options = _Options(segments, scale, window, softcap)
+    if (tracing := shapes.tracing()) is not None:
+        return tracing.attention(q, k, v, options)
     out = _varlen(q, k, v, options) if kind == "cuda" else None
     return _Packed.apply(q, k, v, options).transpose(1, 2) if out is None else out
 

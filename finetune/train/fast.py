@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from eval._common import device_of, evaluating
 from finetune.errors import Mistake
-from finetune.train import attention, kernels, step
+from finetune.train import attention, kernels, shapes, step
 from quant.lora import LoraGroup, why_not
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
 
-WORTH_COMPILING = {"cpu": 1e12, "cuda": 1e14}  # parameters × tokens: some ten seconds of training
+WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}  # parameters × tokens: some ten seconds of training
 SAME = 1e-4  # relative difference in fp32 up to which two computations are the same
 TRIAL = "finetune_trial"
 TRIAL_SAMPLES = (5, 11)  # tokens of the two samples in the row that is tried
@@ -83,7 +83,8 @@ class FastStep:
     def in_words(self) -> list[str]:
         """What the log says: one line of what is fast, and one for each kind of what is not."""
         count = Counter(replacement.of for replacement in self.replacements)
-        parts = [f"{number} {of}" for of, number in count.items()] + (["the loss in chunks"] if self.head else [])
+        parts = [f"{number} {of}" if number > 1 else of for of, number in count.items()]
+        parts += ["the loss in chunks"] if self.head else []
         lines = ["fast: " + ", ".join(parts)] if parts else []
         reasons: dict[str, list[str]] = {}
         for path, why in self.plain.items():
@@ -105,13 +106,15 @@ def put_in_place(model: nn.Module, recipe: Recipe, device: torch.device, *, work
         not_compiled = "fast.compile: false"
     elif said.compile == "auto" and work < WORTH_COMPILING[device.type]:
         not_compiled = "this run is too short for compiling (fast.compile: true compiles)"
-    else:
+    elif shapes.tracing() is None:
         not_compiled = kernels.unavailable(device.type)
         if not_compiled is not None and said.compile is True:
             raise Mistake("nothing can be compiled here", where="fast.compile", found=not_compiled, do="fast.compile=auto")
-    own_attention = recipe.model.attention == "auto"  # else the recipe has chosen
-    parts = {"attention": said.attention and own_attention, "lora": said.lora, "blocks": said.blocks}
+    chosen = recipe.model.attention != "auto"
+    parts = {"attention": said.attention and not chosen, "lora": said.lora, "blocks": said.blocks}
     found = find(model, **parts, not_compiled=not_compiled)
+    if said.attention and chosen:
+        found.plain["attention"] = f"model.attention: {recipe.model.attention}"
     if recipe.train.loss_chunk and recipe.distill.teacher is None:
         found.head, why = step.head_of(model)
         if why is not None:
@@ -153,7 +156,10 @@ def find(
 
 @dataclass
 class _Seen:
-    """What one forward pass showed. differences: attention module → how far ours is off, or why it cannot be used."""
+    """What one forward pass showed. differences: attention module → how far ours is off, or why it cannot be used.
+
+    failed: why the pass did not come to its end, so that it shows nothing.
+    """
 
     differences: dict[nn.Module, float | str]
     inputs: list[tuple[str, nn.Module, Tensor]]  # path, PEFT layer, what it was called with, in order
@@ -175,7 +181,8 @@ def _watch(base: Any, decoder: Any) -> _Seen:
     def compare(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if eager is None:
-            raise NotImplementedError(f"{type(module).__name__} has no eager attention to compare with")
+            seen.differences[module] = "it has no eager attention to compare with"
+            return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
         if kwargs.pop("dropout", 0.0):
             seen.differences[module] = "it drops attention weights out"
         own, _ = eager(module, q.float(), k.float(), v.float(), None if mask is None else mask.float(), **kwargs)
@@ -205,14 +212,15 @@ def _watch(base: Any, decoder: Any) -> _Seen:
                 config._attn_implementation = TRIAL
             try:
                 decoder(input_ids=ids, position_ids=positions, use_cache=False)
-            except (TypeError, ValueError, NotImplementedError, KeyError) as error:
-                seen.failed = str(error).strip().splitlines()[0][:200]
+            except Exception as error:  # whatever a model says to a row of two samples: then it is left alone
+                seen.failed = f"{type(error).__name__} when it was tried: {str(error).strip().splitlines()[0][:200]}"
     finally:
         for config, name in zip(configs, names, strict=True):
             config._attn_implementation = name
         for hook in hooks:
             hook.remove()
         attention.set_segments(None)
+        AttentionInterface.register(TRIAL, attention.packed)  # it knows ours by its closure, and would keep the model alive
     return seen
 
 
@@ -231,6 +239,8 @@ def _configs(base: Any) -> list[Any]:
 def _difference(ours: Tensor, own: Tensor) -> float:
     if ours.shape != own.shape:
         return float("inf")
+    if shapes.tracing() is not None:
+        return 0.0
     return float((ours.float() - own.float()).norm() / own.float().norm().clamp(min=1e-30))
 
 
@@ -239,7 +249,7 @@ def _difference(ours: Tensor, own: Tensor) -> float:
 
 def _attention(base: Any, decoder: Any, seen: _Seen, replacements: list[Replacement], plain: dict[str, str]) -> None:
     paths = {module: path for path, module in base.named_modules()}
-    if not seen.differences:
+    if seen.failed or not seen.differences:
         plain["attention"] = seen.failed or f"{type(base).__name__} does not ask for attention by transformers' interface"
         return
     wrong = {
@@ -282,13 +292,13 @@ def _attention(base: Any, decoder: Any, seen: _Seen, replacements: list[Replacem
 
 
 def _lora(base: Any, seen: _Seen, replacements: list[Replacement], plain: dict[str, str]) -> None:
-    able: list[tuple[str, Any, Tensor]] = []
-    calls = Counter(id(module) for _, module, _ in seen.inputs)
-    for path, module, x in seen.inputs:
-        if (why := why_not(module)) is not None:
-            plain[path] = f"adapter: {why}"
-        elif calls[id(module)] == 1:
-            able.append((path, module, x))
+    calls = Counter(path for path, _, _ in seen.inputs)
+    for path, module in base.named_modules():
+        if _is_lora(module):
+            why = seen.failed or why_not(module) or ("it is not called once in a pass" if calls[path] != 1 else None)
+            if why is not None:
+                plain[path] = f"adapter: {why}"
+    able = [one for one in seen.inputs if one[0] not in plain]
     groups: list[list[tuple[str, Any, Tensor]]] = []
     for one in able:
         last = groups[-1][-1] if groups else None
@@ -306,7 +316,7 @@ def _parent(path: str) -> str:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether one mask of dropout, and one dtype of the frozen weight, serve both."""
+    """Whether one mask of dropout serves both, on one device."""
     rates = [getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0.0) for layer in (one, other)]
     return rates[0] == rates[1] and one.get_base_layer().weight.device == other.get_base_layer().weight.device
 
@@ -317,10 +327,13 @@ def _alike(one: Any, other: Any) -> bool:
 def _blocks(base: Any, seen: _Seen, replacements: list[Replacement], plain: dict[str, str]) -> None:
     rotary, known = {}, set(seen.differences)
     gates: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    for module in base.modules():
-        if (norm := _as_norm(module)) is not None:
-            replacements.append(_forward("norms", module, norm))
+    for path, module in base.named_modules():
+        if _like_norm(module):
             known.add(module)
+            if (norm := _as_norm(module)) is not None:
+                replacements.append(_forward("norms", module, norm))
+            else:
+                plain[path] = f"{type(module).__name__} is no norm that is known"
         elif (gate := _as_gated(module, gates)) is not None:
             replacements.append(_forward("gated activations", module, gate))
             known.add(module)
@@ -370,17 +383,26 @@ def _rotary(source: Any) -> Replacement:
     return Replacement("rotary positions", install, remove)
 
 
+def _like_norm(module: Any) -> bool:
+    """Whether a module has what an RMSNorm has: a gain, and an ε."""
+    alone = not any(True for _ in module.children()) and not isinstance(module, nn.LayerNorm)
+    return alone and [p.ndim for p in module.parameters()] == [1] and hasattr(module, "weight") and _epsilon(module) is not None
+
+
+def _epsilon(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
 def _as_norm(module: Any) -> Callable[..., Any] | None:
     """What computes as `module` does, if that is an RMSNorm with gain w or 1 + w."""
-    parameters, eps = dict(module.named_parameters()), getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if list(module.children()) or not isinstance(eps, float) or parameters.keys() != {"weight"} or module.weight.ndim != 1:
-        return None
+    eps = _epsilon(module)
+    assert eps is not None
     x = _numbers((3, module.weight.shape[0]), module.weight.device)
     try:
         with torch.no_grad():
             own = module(x)
             for one in (False, True):
-                if _difference(_plain(kernels.rms_norm)(x, module.weight, eps, one), own) < SAME:
+                if _difference(kernels.rms_norm.__wrapped__(x, module.weight, eps, one), own) < SAME:  # type: ignore[attr-defined]
                     return functools.partial(_norm, module, functools.partial(kernels.rms_norm, eps=eps, one=one))
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None
@@ -446,10 +468,6 @@ def _shape(module: Any) -> tuple[int, int] | None:
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     features = getattr(base, "out_features", None), getattr(base, "in_features", None)
     return features if all(isinstance(n, int) for n in features) else None  # type: ignore[return-value]
-
-
-def _plain(function: Any) -> Any:
-    return function.__wrapped__
 
 
 def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:

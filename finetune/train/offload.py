@@ -23,6 +23,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import gc
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def _frozen(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[list[Layer]
     return layers, [p for p in model.parameters() if not p.requires_grad and p not in own]
 
 
-class Streamed:
+class Streamed(ABC):
     """Knows whose turn it is. A layer's turn begins when it is called, or one of the modules in it."""
 
     kind: str
@@ -166,8 +167,9 @@ class Streamed:
             return index + 1
         return max(0, last - 1) if torch.is_grad_enabled() else 0  # its backward pass begins, or another forward pass
 
+    @abstractmethod
     def _bring(self, index: int, upcoming: int) -> None:
-        raise NotImplementedError
+        """Put the weights of a layer in their place, and set out to fetch those of the one that runs next."""
 
     def restore(self) -> None:
         """The model as it was before `stream`, on the CPU: its weights are at home for good."""

@@ -46,7 +46,9 @@ LENGTHS = (13, 1, 22, 7)
 
 @pytest.fixture(autouse=True)
 def _as_it_was() -> Iterator[None]:
-    yield
+    """Where torch.compile would give up on a function that it has compiled too often, and compute without, a test fails."""
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        yield
     kernels.switch(False)
 
 
@@ -187,6 +189,7 @@ def test_dora_is_left_to_peft_with_a_word() -> None:
     assert len(found.plain) == 14
     assert "groups of adapters" not in counted(found)
     assert any("DoRA" in line and "13 more" in line for line in found.in_words())
+    assert any(line.startswith("fast: attention without padding, 2 gated activations, 5 norms, rot") for line in found.in_words())
     found.install()
     assert apart(gradients(model), plain) < 2e-5
 
@@ -200,6 +203,10 @@ def test_rslora_and_checkpointing() -> None:
     assert apart(gradients(model, head), plain) < 2e-5
     with torch.autograd.graph.save_on_cpu():  # train.checkpointing: offload
         assert apart(gradients(model, head), plain) < 2e-5
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        gradients(model, head)
+    assert kept[:2] == [(1, sum(LENGTHS), 64)] * 2  # what offload takes along: the input of each of the two layers
 
 
 def test_a_block_that_is_not_known_is_named_and_computes_as_it_did() -> None:
@@ -228,6 +235,33 @@ def test_a_block_that_is_not_known_is_named_and_computes_as_it_did() -> None:
     found = fast.find(model)
     assert set(found.plain) == {"model.layers.1.mlp", "model.layers.1.input_layernorm"}
     assert counted(found) | {"norms": 4, "gated activations": 1} == counted(found)
+    found.install()
+    assert apart(gradients(model), plain) < 2e-5
+
+
+def test_a_model_that_fails_when_it_is_tried_is_left_alone() -> None:
+    model = made("llama")
+    own = model.get_base_model().model.layers[1].self_attn.forward
+
+    def refuses(hidden_states: Tensor, **kwargs: Any) -> Any:
+        raise RuntimeError("no two samples in a row")
+
+    model.get_base_model().model.layers[1].self_attn.forward = refuses
+    found = fast.find(model, not_compiled="off")
+    model.get_base_model().model.layers[1].self_attn.forward = own
+    assert found.replacements == []
+    assert found.plain["attention"] == "RuntimeError when it was tried: no two samples in a row"
+    assert sum("RuntimeError" in why for why in found.plain.values()) == 15
+
+
+def test_an_adapter_that_is_called_twice_stays_pefts() -> None:
+    model = made("llama")
+    layer = model.get_base_model().model.layers[0].mlp
+    own = layer.forward
+    layer.forward = lambda x: own(x) + 0.1 * layer.gate_proj(x).mean()
+    plain = gradients(model)
+    found = fast.find(model, not_compiled="off")
+    assert found.plain["model.layers.0.mlp.gate_proj"] == "adapter: it is not called once in a pass"
     found.install()
     assert apart(gradients(model), plain) < 2e-5
 

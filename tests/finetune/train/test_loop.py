@@ -7,6 +7,7 @@ import json
 import math
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -70,7 +71,7 @@ def sft(data: list[Sample], micro_batch: int = 1, packing: bool = False, max_len
 def build(model: Any, settings: Train) -> torch.optim.Optimizer:
     options = {key: getattr(settings, key) for key in ("lr", "betas", "eps", "weight_decay")}
     inside = {"in_backward": settings.step_in_backward}
-    return optim.build(dict(model.named_parameters()), name=settings.optimizer, device="cpu", **options, **inside)[0]
+    return optim.build(checkpoint.trained(model), name=settings.optimizer, device="cpu", **options, **inside)[0]
 
 
 def go(
@@ -394,3 +395,24 @@ def test_vectors_do_not_decay() -> None:
     decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert {decays[id(p)] for p in model.parameters() if p.ndim == 1} == {0.0}
     assert {decays[id(p)] for p in model.parameters() if p.ndim == 2} == {0.1}
+
+
+def test_what_a_step_made_is_gone_before_the_next_begins(tmp_path: Path, accelerator: Any) -> None:
+    """Its gradients, and that of an input which asks for one, as checkpointing has the embeddings do."""
+    model = llama()
+    made: list[Any] = []
+    alive: list[int] = []
+    model.enable_input_require_grads()
+    model.get_input_embeddings().requires_grad_(False)  # then what it gives is a leaf, which keeps its gradient
+    model.get_input_embeddings().register_forward_hook(lambda module, args, output: made.append(weakref.ref(output)))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(lambda p: made.append(weakref.ref(p.grad)))
+
+    def before(step: int) -> None:
+        alive.append(sum(reference() is not None for reference in made))
+        made.clear()
+
+    go(tmp_path / "run", accelerator, model=model, total=3, before_step=before)
+    assert alive == [0, 0, 0]
+    assert len(made) > 10
