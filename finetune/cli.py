@@ -64,6 +64,25 @@ def check(recipe: RecipeName, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def plan(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as rtx-4070; else the device here.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--fit", metavar="MEMORY", help="Change the recipe until it fits, such as 12GB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="With --fit: write the changed recipe there.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="All shipped recipes (or RECIPE) with 8, 12, 16 and 24 GB.")] = False,
+) -> None:
+    """Say what a recipe will need, before anything is loaded: memory by phase and term, time, energy. Exit 3: it does not fit."""
+    from finetune.commands import plan_command
+
+    checked = _checked(recipe, overrides) if recipe is not None else None
+    plan_command(checked, overrides or [], gpu=gpu, budget=budget, as_json=as_json, out=out, table=table)
+
+
+@app.command()
 def recipes() -> None:
     """List the recipes that ship."""
     from finetune.recipe import read_recipe, shipped_recipes
@@ -164,7 +183,7 @@ def chat(
 @app.command()
 def bench(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="What to measure: quant, qlora, bitnet.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="What to measure: quant, qlora, bitnet, device.", show_default=False)
     ] = None,
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="qlora: what to train.")] = None,

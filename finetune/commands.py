@@ -1,4 +1,4 @@
-"""What `finetune merge`, `export`, `eval` and `chat` do, once their arguments are read."""
+"""What `finetune plan`, `merge`, `export`, `eval` and `chat` do, once their arguments are read."""
 
 from __future__ import annotations
 
@@ -6,11 +6,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from finetune.errors import Mistake
 from finetune.files import write_json
 from finetune.screen import Screen, number
 
 if TYPE_CHECKING:
+    from finetune.recipe import Recipe
     from finetune.use import Opened
 
 # What a merge is measured on where there is no held-out data: any text will do, since both sides read the same.
@@ -61,6 +64,40 @@ def _rows_of_run(opened: Opened) -> list[tuple[list[int], list[int]]]:
     material = gather(recipe, opened.tokenizer, stops, limits=Limits())
     same_data(read_run(opened.run), material.digest, opened.run)
     return material.held_out()
+
+
+def plan_command(
+    checked: tuple[Path, Recipe] | None,
+    overrides: list[str],
+    *,
+    gpu: str | None,
+    budget: str | None,
+    as_json: bool,
+    out: Path | None,
+    table: bool,
+) -> None:
+    """Plan a recipe, or with `table` many of them. With `as_json` nothing but JSON goes to the standard output.
+
+    Raises:
+        GateStop: it does not fit, which has been shown. Mistake: the recipe, the device or the budget cannot be read.
+    """
+    from finetune.plan.command import all_recipes, plan_recipe, plan_table
+
+    if table and (budget is not None or out is not None):
+        given = "--fit" if budget is not None else "--out"
+        raise Mistake("the table has its own budgets, and writes no recipe", where="--table", found=given, do="leave it out")
+    if not table and checked is None:
+        raise Mistake("which recipe?", where="RECIPE", found="nothing", do="finetune recipes lists what ships; or --table")
+    console = Console(highlight=False, soft_wrap=True, stderr=True) if as_json else None
+    screen = Screen(console)
+    from finetune.run import quiet_libraries
+
+    quiet_libraries()
+    if table:
+        plan_table([checked] if checked is not None else all_recipes(), gpu=gpu, as_json=as_json, screen=screen)
+    elif checked is not None:
+        path, recipe = checked
+        plan_recipe(recipe, path, overrides, gpu=gpu, budget=budget, as_json=as_json, out=out, screen=screen)
 
 
 def merge_command(name: str, out: Path, dtype: str) -> None:

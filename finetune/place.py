@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from finetune.model import Skeleton
 
 # A resumed run may differ from what was begun in these alone: they do not touch the weights.
-MAY_CHANGE = ("eval.", "run.", "about", "data.bad_rows", "model.stream", "train.save_steps", "train.keep_checkpoints")
+SECTIONS = ("eval.", "run.", "plan.")
+MAY_CHANGE = ("about", "data.bad_rows", "fit", "model.stream", "train.save_steps", "train.keep_checkpoints")
 MUST_STAY = ("run.seed",)
 UNBEGUN = {
     ".lock",
@@ -84,7 +85,7 @@ def check_resumable(folder: RunFolder, recipe: Recipe) -> None:
     changed = {
         key: values
         for key, values in differences(begun, recipe).items()
-        if key in MUST_STAY or not (key.startswith(MAY_CHANGE[:2]) or key in MAY_CHANGE)
+        if key in MUST_STAY or not (key.startswith(SECTIONS) or key in MAY_CHANGE)
     }
     if changed:
         shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from finetune.errors import Mistake, Mistakes, nearest
 
@@ -23,6 +23,7 @@ RECIPES_IN_WHEEL = Path(__file__).parent / "shipped_recipes"
 RECIPES_IN_CHECKOUT = Path(__file__).parent.parent / "recipes"
 
 Positive = Annotated[int, Field(gt=0)]
+AMOUNT = r"\d+(\.\d+)?\s*[KMGT]i?B?"  # of memory: 12GB, 11.5 GiB
 
 
 # What other programs call our keys.
@@ -360,6 +361,25 @@ class Run(Section):
     )
 
 
+class Plan(Section):
+    gpu: str | None = Field(
+        None, description="The device that finetune plan reckons with, such as rtx-4070; null: the one that is present."
+    )
+    memory: str | None = Field(
+        None, description="How much of the device's memory may be used, such as 12GB (of 1024³ bytes each); null: all of it."
+    )
+    price_per_kwh: float | None = Field(
+        None, ge=0, allow_inf_nan=False, description="Price of electricity in any currency: the plan tells what the run costs."
+    )
+
+    @field_validator("memory")
+    @classmethod
+    def _is_an_amount(cls, value: str | None) -> str | None:
+        if value is not None and not re.fullmatch(AMOUNT, value.strip(), re.IGNORECASE):
+            raise ValueError(f"{value!r} is no amount of memory; give one such as 12GB or 11.5GiB")
+        return value
+
+
 class Recipe(Section):
     kind: Literal["sft", "pretrain"] = Field(
         "sft", description="What is trained: sft, supervised fine-tuning on conversations; pretrain, on streamed text."
@@ -381,6 +401,12 @@ class Recipe(Section):
     eval: Eval = Field(Eval(), description="How it is measured.")
     export: Export = Field(Export(), description="For which other programs it is written.")
     run: Run = Field(Run(), description="Where it happens and what it leaves.")
+    plan: Plan = Field(Plan(), description="What it is planned for, before anything is loaded.")
+    fit: Literal["none", "auto"] = Field(
+        "none",
+        description="auto: where the plan does not fit into the memory, the recipe is changed until it does, at the least cost "
+        "in time, and what was changed is said.",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -621,8 +647,9 @@ class _Source:
         return loader.construct_object(node)
 
     def where(self, path: tuple[str | int, ...], overridden: set[str]) -> str:
-        if any(dotted(path[:n]) in overridden for n in range(1, len(path) + 1)):
-            return f"command line, {dotted(path)}"
+        for given in (dotted(path[:n]) for n in range(1, len(path) + 1)):
+            if given in overridden:
+                return f"command line, {given}"
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.name}:{self.lines.get(path, 1)}"
@@ -721,7 +748,7 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
         if getattr(limit, name, None) is not None
     )
     found = repr(error["input"])
-    near = nearest(str(error["input"]), expected.split(" | ")) if " | " in expected else None
+    near = nearest(str(error["input"]), words) if len(words := re.split(r" \| | or ", expected)) > 1 else None
     return Mistake(
         f"{key} does not take this value",
         where=where,

@@ -1,4 +1,4 @@
-"""The story of a run, top to bottom: check → preflight → load → measure → train → measure → merge → export → twin → report.
+"""The story of a run, top to bottom: preflight → plan → load → measure → train → measure → merge → export → twin → report.
 
 Nothing is written before the preflight has passed. From then on everything lies in the run folder, complete or absent, and
 `resume` goes on from the newest whole checkpoint to the same weights as if nothing had happened.
@@ -12,6 +12,7 @@ import math
 import os
 import shlex
 import shutil
+import statistics
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -26,11 +27,14 @@ from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train,
 from finetune.screen import Screen, clock, number
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from eval.perplexity import LossResult
     from finetune.material import HeldOut, Material
     from finetune.model import Source
+    from finetune.plan.fit import Fit
+    from finetune.plan.result import Plan
     from finetune.train.fast import FastStep
     from finetune.train.offload import Streamed
 
@@ -68,6 +72,7 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     recipe = absolute(recipe)
     folder = RunFolder(choose_folder(recipe, name, resume))
     if resume:
+        recipe = as_it_was_fitted(recipe, folder)
         check_resumable(folder, recipe)
         if folder.read()["state"] == "done":
             screen.say(f"{folder.path} is done already")
@@ -97,6 +102,8 @@ class _Story:
         self.record: dict[str, Any] = {}
         self.fast: FastStep | None = None  # while the model is measured and trained
         self.streamed: Streamed | None = None  # where the frozen layers lie elsewhere
+        self.plan: Plan | None = None  # None where the model's step cannot be traced
+        self.fit: Fit | None = None  # what was changed of the recipe
 
     # -- before anything is written
 
@@ -160,11 +167,63 @@ class _Story:
             trainable = (
                 models.adapter_parameters(recipe.adapter, self.bones, self.targets) if self.targets else self.bones.parameters
             )
+        self._plan()
+        recipe = self.recipe
         require_space(self.folder.path, bytes_to_write(recipe, self.bones, trainable), "this run")
         screen.say(f"  into {self.folder.path}")
         screen.say(
             f"  {self.bones.architecture}, {self.bones.parameters / 1e6:.1f} M parameters, {trainable / 1e6:.2f} M trained"
             + (f" in {len(self.targets)} adapters" if self.targets else "")
+        )
+
+    def _plan(self) -> None:
+        """What the run will need, before anything of it is loaded; with fit: auto the recipe changes until that is there.
+
+        Raises:
+            GateStop: it will not fit, and nobody forces.
+        """
+        from finetune.plan.devices import parse_bytes, present
+        from finetune.plan.estimate import Untraceable, plan
+        from finetune.plan.fit import fit
+        from finetune.plan.table import cannot, gib, verdict
+
+        recipe, screen = self.recipe, self.screen
+        device = present(self.device)
+        limit = (
+            parse_bytes(recipe.plan.memory)
+            if recipe.plan.memory is not None
+            else min(device.memory_bytes, free_memory(self.device))
+        )
+        begun = self.folder.exists
+
+        def plan_of(other: Recipe) -> Plan:
+            return plan(other, self.name, device, budget_bytes=limit, material=self.material, config=self.config)
+
+        try:
+            with screen.phase("plan"):
+                if recipe.fit == "auto" and not begun:
+                    self.fit = fit(recipe, limit, plan_of, kind=device.kind)
+                    self.plan, self.recipe = self.fit.plan, self.fit.recipe
+                else:
+                    self.plan = plan_of(recipe)
+        except Untraceable as error:
+            screen.warn(f"there is no plan: {error.what} ({error.found})")
+            return
+        screen.say(f"  {verdict(self.plan)}")
+        for change in self.fit.steps if self.fit is not None else []:
+            for key, (old, new) in change.keys.items():
+                screen.say(f"  fit: {key} {old} → {new}: {change.why}")
+        if self.plan.fits:
+            return
+        found = f"{gib(self.plan.peak_bytes)} GiB in {self.plan.highest.name}; there are {gib(limit)} GiB"
+        if self.force:
+            screen.warn(f"--force: by the plan it does not fit: {found}")
+            return
+        raise GateStop(
+            "this run would not fit",
+            where=device.name,
+            found=cannot(self.fit) if self.fit is not None else found,
+            do=f"finetune plan {self.name} --fit {gib(limit)}GB says what would; fit=auto does it; --force begins all the same",
         )
 
     def _check_exports(self) -> None:
@@ -239,6 +298,15 @@ class _Story:
                 "samples": [],
             }
             write_atomic(folder.path / "recipe.yaml", dump_recipe(recipe))
+        if self.plan is not None:
+            self.record["plan"] = self.plan.as_dict() | ({"fit": self.fit.as_dict()} if self.fit is not None else {})
+            training = self.plan.phase("train")
+            apart = 0 if self.device.type == "cpu" else sum(training.terms.get(term, 0) for term in ("context", "fragmentation"))
+            self.record["planned"] = {  # as the loop measures it: the process on a CPU, allocated tensors on a card
+                "peak_bytes": training.peak_bytes - apart,
+                "step_seconds": self.plan.step_seconds,
+                "seconds": training.seconds,
+            }
         self.record["data"] = self.material.record()
         self.record["preflight"] = self.preflight.as_dict() | {"forced": self.forced}
         self.record["provenance"]["data"] = {
@@ -514,16 +582,13 @@ class _Story:
     def _train(self, accelerator: Any, resume: bool) -> None:
         from accelerate.utils import set_seed
 
+        from finetune.ready import autocast_of, batching, optimizer_of
         from finetune.train import checkpoint, optim
         from finetune.train.loop import Interrupted, train
         from finetune.train.ternary import Ternary
 
-        settings, packing = self.recipe.train, self.recipe.data.packing
-        if self.recipe.kind == "sft" and (packing or settings.micro_batch > 1) and not self._rows_stay_apart():
-            packing = False
-            settings = settings.model_copy(
-                update={"micro_batch": 1, "accumulation": settings.accumulation * settings.micro_batch}
-            )
+        settings, packing = batching(self.recipe, self.model, self.material)
+        if settings is not self.recipe.train:
             self.screen.warn(
                 f"{self.bones.architecture} lets samples in one row see each other: it gets one sample at a time, "
                 f"{settings.accumulation} to a step"
@@ -533,17 +598,7 @@ class _Story:
             settings, self.device, packing=packing, head=self.fast.head if self.fast else None, teacher=teacher
         )
         total, limit = self.material.steps(kind, settings)
-        optimizer, note = optim.build(
-            checkpoint.trained(self.model),
-            name=settings.optimizer,
-            lr=settings.lr,
-            betas=settings.betas,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-            device=self.device.type,
-            stochastic_rounding=settings.stochastic_rounding,
-            in_backward=settings.step_in_backward,
-        )
+        optimizer, note = optimizer_of(settings, self.model, self.device.type)
         trained = checkpoint.trained(self.model).values()
         low = {"stochastic_rounding": settings.stochastic_rounding, "in_backward": settings.step_in_backward}
         self.record["model"]["bytes"] = sizes = optim.memory_of(trained, name=settings.optimizer, **low)
@@ -577,7 +632,7 @@ class _Story:
                     total_steps=total,
                     folder=self.folder,
                     progress=progress,
-                    autocast=self._autocast(),
+                    autocast=autocast_of(self.recipe, self.dtype, self.device.type),
                     offload=self.recipe.train.checkpointing == "offload",
                     evaluate=evaluate if rows else None,
                     before_step=watch.before if watch else None,
@@ -600,32 +655,28 @@ class _Story:
         # A resumed process knows the speed of its own steps only; one that found training finished knows none.
         if figures["tokens_per_second"] or "train" not in self.record:
             self.record["train"] = figures
+        planned = f", planned {human_bytes(self.record['planned']['peak_bytes'])}" if self.plan is not None else ""
         self.screen.say(
             f"  {figures['steps']} steps, {figures['tokens']} tokens, {figures['tokens_per_second']:.0f} tok/s, "
-            f"peak {human_bytes(figures['peak_bytes'])} ({figures['memory_kind']})"
+            f"peak {human_bytes(figures['peak_bytes'])} ({figures['memory_kind']}{planned})"
         )
+        self._learn_from(figures)
         self._save()
 
-    def _autocast(self) -> Any:
-        """The dtype of the matrix products, where it is not that of the weights."""
-        import torch
+    def _learn_from(self, figures: dict[str, Any]) -> None:
+        """Tell later plans on this machine how far this one was off."""
+        from finetune.plan import local
 
-        from finetune.model import default_dtype
-
-        precision = self.recipe.train.precision
-        mixed = precision == "bf16" or (precision == "auto" and self.recipe.kind == "pretrain")
-        if self.dtype != torch.float32 or not mixed:
-            return None
-        return torch.bfloat16 if precision == "bf16" or default_dtype(self.device.type) == torch.bfloat16 else None
-
-    def _rows_stay_apart(self) -> bool:
-        import torch
-
-        from eval.perplexity import rows_stay_apart
-
-        self.model.eval()
-        with torch.no_grad():
-            return rows_stay_apart(self.model, highest_id=self.material.highest_id())
+        lines = self.folder.metrics.read_text(encoding="utf-8").splitlines() if self.folder.metrics.exists() else []
+        took = [seconds for line in lines if (seconds := json.loads(line).get("step_seconds"))]
+        if self.plan is not None and len(took) > 1:
+            local.note(
+                self.plan,
+                self.recipe,
+                steps=len(took),
+                peak_bytes=figures["peak_bytes"],
+                step_seconds=statistics.median(took[1:]),  # the first compiles
+            )
 
     def _prove_swap(self, kind: Any) -> None:
         """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""
@@ -855,6 +906,27 @@ class _Story:
             write_report(path)
         except Exception as second:  # the first error is the one to show
             self.screen.warn(f"the report could not be written: {second}")
+
+
+def as_it_was_fitted(recipe: Recipe, folder: RunFolder) -> Recipe:
+    """The recipe with what fit: auto changed of it when this run began: it goes on as it began."""
+    changes = folder.read().get("plan", {}).get("fit", {}).get("changes", []) if folder.exists and recipe.fit == "auto" else []
+    said = recipe.model_dump()
+    for key, values in (item for change in changes for item in change["keys"].items()):
+        section, _, leaf = key.rpartition(".")
+        if said[section][leaf] == values["old"]:
+            said[section][leaf] = values["new"]
+    return Recipe.model_validate(said) if changes else recipe
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can have of the device's memory, those that it has among them."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
 
 
 def _now() -> str:

@@ -3,7 +3,8 @@
 Each device is measured in a process of its own (child.py), which on the CPU has one thread on one core, so that what the
 command itself does is no part of a time. What is measured stands in a module named after the benchmark (quant.py), how in
 measure.py, the opponents in baselines.py; the table and the file are made here. `qlora` trains whole models, and has a process
-for each side, with all cores (qlora.py, side.py).
+for each side, with all cores (qlora.py, side.py). `device` has no opponents, and calibrates the plan (device.py); `plan`
+compares that with real steps (plan.py).
 """
 
 from __future__ import annotations
@@ -29,11 +30,13 @@ from finetune.screen import Screen
 if TYPE_CHECKING:
     from finetune.bench.measure import Row
 
-# Each a module here; all but qlora with SIZES, cases(device, sizes) and backends_here(device).
+# Each a module here; all but qlora, device and plan with SIZES, cases(device, sizes) and backends_here(device).
 NAMES = {
     "quant": "the quantized linears against bf16 linears, bitsandbytes, llama.cpp and others",
     "qlora": "LoRA training of a recipe against TRL, PEFT and bitsandbytes: speed, memory, loss curves",
     "bitnet": "ternary training against bf16, transformers and the plain formula; the exports against 16 bits",
+    "device": "this machine's products, memory and calls, which finetune plan counts with",
+    "plan": "what finetune plan says of memory and time, against real steps",
 }
 TAKES_RECIPE = "qlora"
 TARGETS = "targets: goals of this project; missing one is no failure of your machine"
@@ -61,6 +64,16 @@ def bench_command(
     if json_file is not None:
         _require_writable(json_file)
     screen = Screen()
+    if name == "device":
+        with screen.phase("libraries"):
+            from finetune.bench.device import device_command
+        device_command(json_file, screen)
+        return
+    if name == "plan":
+        with screen.phase("libraries"):
+            from finetune.bench.plan import plan_command
+        plan_command(json_file, screen)
+        return
     if name == TAKES_RECIPE:
         _train_in_turn(name, recipe, overrides or [], json_file, screen)
         return

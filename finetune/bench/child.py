@@ -145,12 +145,18 @@ def main(out: int, name: str, device: str, sizes: str) -> None:
         say(row=row)
 
 
-def peak(out: int, name: str, device: str, sizes: str, side: str) -> None:
-    def follow() -> None:
+def follow() -> None:
+    """End this process when its standard input ends: when nobody is there any more who waits for it."""
+
+    def wait() -> None:
         sys.stdin.read()
         os._exit(1)
 
-    threading.Thread(target=follow, daemon=True).start()
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def peak(out: int, name: str, device: str, sizes: str, side: str) -> None:
+    follow()
     bench = importlib.import_module(f"finetune.bench.{name}")
     place(device)
     found = bench.peak(device, type(bench.SIZES)(**json.loads(sizes)), side)

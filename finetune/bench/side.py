@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finetune.errors import Mistake, Mistakes, Stop
+from finetune.errors import Mistakes, Stop
 from finetune.files import RunFolder, write_json
 from finetune.train.loop import Memory
 
@@ -119,69 +119,19 @@ class _Ours:
     """A recipe as `finetune run` prepares and trains it (finetune/run.py), a step at a time."""
 
     def __init__(self, recipe: Recipe, device: torch.device, folder: Path) -> None:
-        from accelerate import Accelerator
-        from accelerate.utils import set_seed
-
-        from eval.perplexity import rows_stay_apart
-        from finetune import model as models
-        from finetune.material import Conversations, gather
-        from finetune.train import checkpoint, fast, offload, optim, scratch
-        from finetune.use import tokenizer_of
+        from finetune.material import Conversations
+        from finetune.ready import ready
 
         self.recipe, self.device, self.folder = recipe, device, _Ledger(folder / "run")
         self.folder.path.mkdir()
-        self.source = models.source_of(recipe.model)
-        tokenizer = tokenizer_of(recipe, self.source, self.folder.path)
-        config = models.load_config(self.source, tokenizer)
-        models.check_scheme(self.source, config, recipe.quant, frozen=True)
-        self.quantized = bool(getattr(config, "quantization_config", None))
-        material = gather(recipe, tokenizer, models.stop_ids(self.source, tokenizer), limits=models.limits(config))
-        assert isinstance(material, Conversations)
-        if not material.preflight.supervised_tokens:
-            raise Mistake("there is nothing to train on", where=material.source, found="no token is supervised")
-        self.material, self.held_out = material, material.held_out()
-        self.bones = models.skeleton(self.source, config)
-        targets = models.adapter_targets(recipe.adapter, self.bones)
-        self.dtype = models.dtype_of(recipe, device.type)
-        stream = recipe.model.stream
-        offload.check(stream, device)
-        disk = scratch.Scratch(self.folder.path) if stream == "disk" else None
-        model = models.load_weights(
-            self.source, config, dtype=self.dtype, attention=recipe.model.attention, quant=recipe.quant, seed=recipe.run.seed,
-            put=disk.put if disk is not None else None,
-        )  # fmt: skip
-
-        def move(whole: Any) -> None:
-            self.streamed = offload.stream(whole, device, disk)
-
-        prepared = models.prepare(
-            model, quant=recipe.quant, adapter=recipe.adapter, targets=targets, source=self.source, device=device,
-            checkpointing=bool(recipe.train.checkpointing), seed=recipe.run.seed, move=move if stream != "none" else None,
-        )  # fmt: skip
-        self.model, self.parameters, self.trainable = prepared.model, prepared.parameters, prepared.trainable
-        self.targets = targets
-        self.fast = fast.put_in_place(self.model, recipe, device)  # what compiling costs does not count here
-        self.head = self.fast.head
-        settings, packing = recipe.train, recipe.data.packing
-        if packing or settings.micro_batch > 1:
-            self.model.eval()
-            with torch.no_grad():
-                apart = rows_stay_apart(self.model, highest_id=material.highest_id())
-            if not apart:
-                packing = False
-                many = settings.accumulation * settings.micro_batch
-                settings = settings.model_copy(update={"micro_batch": 1, "accumulation": many})
-        self.settings = settings.model_copy(
-            update={"schedule": "constant", "warmup": 0.0, "save_steps": None, "eval_steps": None, "max_steps": None}
-        )
-        self.kind = material.kind(self.settings, device, packing=packing, head=self.head, teacher=None)
-        optimizer, _ = optim.build(
-            checkpoint.trained(self.model), name=settings.optimizer, lr=settings.lr, betas=settings.betas, eps=settings.eps,
-            weight_decay=settings.weight_decay, device=device.type,
-        )  # fmt: skip
-        set_seed(recipe.run.seed)
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
-        self.prepared, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        endless = {"schedule": "constant", "warmup": 0.0, "save_steps": None, "eval_steps": None, "max_steps": None}
+        self.ready = made = ready(recipe, device, self.folder.path, endless)  # what compiling costs does not count here
+        assert isinstance(made.material, Conversations)
+        self.source, self.bones, self.targets, self.dtype = made.source, made.bones, made.targets, made.dtype
+        self.quantized = bool(getattr(made.config, "quantization_config", None))
+        self.material, self.held_out = made.material, made.material.held_out()
+        self.model, self.parameters, self.trainable = made.prepared.model, made.prepared.parameters, made.prepared.trainable
+        self.fast, self.head, self.settings, self.kind = made.fast, made.fast.head, made.settings, made.kind
 
     def steps(self) -> Iterator[list[Sample]]:
         """The samples of each optimizer step, in order, one epoch after the other.
@@ -242,9 +192,6 @@ class _Ours:
         Raises:
             Over: no more of them.
         """
-        from finetune.train.checkpoint import Progress
-        from finetune.train.loop import train
-
         began, supervised = 0.0, 0
 
         def before(step: int) -> None:
@@ -259,12 +206,7 @@ class _Ours:
             supervised = seen["supervised"]
             return {}
 
-        mixed = self.recipe.train.precision == "bf16" and self.dtype == torch.float32
-        train(
-            self.prepared, self.kind, self.settings, accelerator=self.accelerator, optimizer=self.optimizer,
-            total_steps=FOREVER, folder=self.folder, progress=Progress(), autocast=torch.bfloat16 if mixed else None,
-            offload=self.settings.checkpointing == "offload", before_step=before, after_step=after,
-        )  # fmt: skip
+        self.ready.train(self.folder, FOREVER, before_step=before, after_step=after)
 
     def evaluate(self) -> LossResult:
         from eval.perplexity import evaluate_loss

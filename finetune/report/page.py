@@ -41,6 +41,7 @@ from finetune.report.elements import (
     with_error,
 )
 from finetune.report.metrics import Metrics, Twin, held_out, twin_of
+from finetune.report.plan import plan_section, planned_peak
 from finetune.report.ternary import (
     distillation_part,
     exports_section,
@@ -394,13 +395,15 @@ def speed_section(record: dict[str, Any], metrics: Metrics) -> Html:
         )  # fmt: skip
         parts.append(figure(svg))
     if metrics.has("memory_bytes"):
-        top = max(value for value in metrics.column("memory_bytes") if math.isfinite(value))
+        planned = planned_peak(record)
+        top = max([value for value in metrics.column("memory_bytes") if math.isfinite(value)] + [planned or 0])
         scale, name = (1 << 30, "GiB") if top >= 1 << 30 else (1 << 20, "MiB")
         svg = plots.series(
             "memory", "Peak memory so far over training time", times, [value / scale for value in metrics.column("memory_bytes")],
             x_label=f"training time ({unit})", y_label=f"peak memory so far ({name})", zero=True, raw=True,
+            mark=planned / scale if planned else None,
         )  # fmt: skip
-        parts.append(figure(svg))
+        parts.append(figure(svg, "dashed: the peak that was planned" if planned else None))
     kind = pick(record, "train.memory_kind")
     note = f"Each optimizer step with its own time; evaluations are not counted. Memory is {kind}." if kind else None
     return section("Speed and memory", el("div", *parts, class_="two"), note=note)
@@ -636,6 +639,7 @@ def page(run_dir: Path) -> str:
             samples_section(record),
             preflight_section(record),
             speed_section(record, metrics),
+            plan_section(record, metrics),
             optimizer_section(record, metrics),
             time_section(record),
             merge_section(record),

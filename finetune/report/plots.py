@@ -23,10 +23,16 @@ Values = Sequence[float]
 
 # Colours that no plot uses by accident, and the CSS variables that they stand for.
 INK, MUTED, RULE, TRAIN, HELD = "#010203", "#010204", "#010205", "#010206", "#010207"
-TWIN, THIRD, BAD = "#010208", "#010209", "#01020a"
+TWIN, THIRD, BAD, PAPER = "#010208", "#010209", "#01020a", "#01020b"
+# Terms of memory, each with its colour on every page.
+TERMS = {
+    "weights": "#010301", "more weights": "#010302", "other weights": "#01030c", "adapters": "#010303", "gradients": "#010304",
+    "optimizer": "#010305", "activations": "#010306", "logits": "#010307", "workspace": "#010308", "cache": "#010309",
+    "context": "#01030a", "fragmentation": "#01030b",
+}  # fmt: skip
 VARIABLES = {
     INK: "--ink", MUTED: "--muted", RULE: "--rule", TRAIN: "--train", HELD: "--held", TWIN: "--twin", THIRD: "--third",
-    BAD: "--bad",
+    BAD: "--bad", PAPER: "--paper", **{colour: f"--{name.replace(' ', '-')}" for name, colour in TERMS.items()},
 }  # fmt: skip
 Points = Sequence[tuple[float, float, float]]  # (step, loss, standard error or NaN)
 
@@ -114,7 +120,7 @@ def draw(name: str, label: str, size: tuple[int, int], *, x: str, y: str, paint:
         paint(axes)
         low, high = axes.get_ylim()
         ticks = axes.yaxis.get_major_locator().tick_values(low, high)
-        if axes.get_yscale() == "linear":
+        if axes.get_yscale() == "linear" and len(ticks):
             axes.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))  # the data lie between two lines of the grid
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
@@ -194,10 +200,24 @@ def loss(
     return draw(name, label, size, x="step", y="loss (nats per token)", paint=paint)
 
 
-def series(name: str, label: str, x: Values, y: Values, *, x_label: str, y_label: str, zero: bool, raw: bool = False) -> str:
-    """One quantity over steps or time. `zero`: both axes begin at 0; `raw`: as it is, without smoothing."""
+def series(
+    name: str,
+    label: str,
+    x: Values,
+    y: Values,
+    *,
+    x_label: str,
+    y_label: str,
+    zero: bool,
+    raw: bool = False,
+    mark: float | None = None,
+) -> str:
+    """One quantity over steps or time. `zero`: both axes begin at 0; `raw`: as it is, without smoothing. `mark`: a value to
+    compare with."""
 
     def paint(axes: Axes) -> None:
+        if mark is not None:
+            axes.axhline(mark, color=MUTED, linewidth=1.5, linestyle=(0, (5, 4)))
         if raw:
             axes.plot(*thin(x, y), color=TRAIN, linewidth=2, marker="." if len(y) < 10 else "", solid_joinstyle="round")
         else:
@@ -218,6 +238,44 @@ def histogram(name: str, label: str, edges: Values, counts: Values, *, x_label: 
         axes.yaxis.set_major_locator(MaxNLocator(4, integer=True, steps=STEPS))
 
     return draw(name, label, HALF, x=x_label, y=y_label, paint=paint)
+
+
+def stacked(
+    name: str,
+    label: str,
+    size: tuple[int, int],
+    bars: Sequence[tuple[str, str, Sequence[tuple[str, float]]]],
+    *,
+    x_label: str,
+    mark: tuple[float, str] | None = None,
+) -> str:
+    """Horizontal bars from top to bottom: (what, its figure in words, parts as (one of TERMS, value)).
+
+    mark: a value to compare all of them with, and what it is; what lies beyond it stands on the wrong side of a line.
+    """
+    most = max([sum(value for _, value in parts) for _, _, parts in bars] + ([mark[0]] if mark else []))
+
+    def paint(axes: Axes) -> None:
+        for place, (what, figure, parts) in enumerate(reversed(bars)):
+            left = 0.0
+            for term, value in parts:
+                axes.barh(place, value, left=left, height=0.46, color=TERMS[term], edgecolor=PAPER, linewidth=1)
+                left += value
+            over = mark is not None and left > mark[0]
+            said, colour = f"{what}: {figure}", BAD if over else INK
+            axes.annotate(said, (0, place + 0.23), (0, 4), textcoords="offset points", color=colour)
+        if mark is not None:
+            axes.axvline(mark[0], color=BAD, linewidth=1.5, linestyle=(0, (5, 4)), zorder=4)
+            where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(mark[1], (mark[0], 1), (0, 6), color=MUTED, ha="left" if mark[0] < most / 2 else "right", **where)
+        box = axes.get_position()
+        axes.set_position((0, box.y0, box.x1, box.height))  # the bars' names stand above them, and need no margin
+        axes.set_yticks([])
+        axes.grid(axis="x", color=RULE, linewidth=1)
+        axes.set_xlim(0, 1.005 * most)
+        axes.set_ylim(-0.35, len(bars) - 0.35)
+
+    return draw(name, label, size, x=x_label, y="", paint=paint)
 
 
 def gap(name: str, label: str, x: Values, y: Values) -> str:

@@ -140,8 +140,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "run.merge": (True, {}),
     "run.trackers": (["tensorboard"], {}),
 }
-# Tried on its own, in test_run.py.
-ELSEWHERE = {"model.trust_remote_code"}
+# Tried on their own: in test_run.py, and in plan/test_command.py.
+ELSEWHERE = {"model.trust_remote_code", "fit", "plan.gpu", "plan.memory", "plan.price_per_kwh"}
 
 # The other value cannot run here: the refusal is what shows that the key is read.
 REFUSED = {"model.revision", "data.revision", "eval.include_path", *([] if torch.cuda.is_available() else ["run.device"])}

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -526,6 +527,110 @@ def test_numbers_as_they_are_read() -> None:
     ]
     assert [elements.short(n) for n in (1.234, 12.34, 1234.5, 3.1e9)] == ["1.23", "12.3", "1,234", "3.10e+09"]
     assert elements.with_error(-0.763, 0.0493, elements.decimals(0.0493)).replace(elements.TIGHT, " ") == "−0.76 ± 0.05"
+
+
+# ---------------------------------------------------------------------------------------------------------------- the plan
+
+GIB = 1 << 30
+
+
+def planned_record(budget_gib: float = 8) -> dict[str, Any]:
+    """The finished run, with what was planned for it."""
+
+    def phase(name: str, host: int = 0, **terms: float) -> dict[str, Any]:
+        size = {name.replace("_", " "): int(gib * GIB) for name, gib in terms.items()}
+        return {"name": name, "peak_bytes": sum(size.values()), "seconds": 10.0, "terms": size, "host_bytes": host}
+
+    base = {"weights_(nf4)": 3.0, "weights_(bf16)": 0.5}
+    phases = [
+        phase("load", **base, workspace=0.25),
+        phase("train", GIB, **base, adapters=0.25, gradients=0.25, optimizer=0.5, activations=1.25, logits=0.5, context=0.5),
+        phase("merge", **base, workspace=1.0),
+    ]
+    peak = phases[1]["peak_bytes"]
+    plan = {
+        "recipe": "quickstart", "device": "GeForce RTX 4070", "budget_bytes": int(budget_gib * GIB), "phases": phases,
+        "tokens_per_step": 1325, "step_seconds": 1.02, "watts": 200.0, "price_per_kwh": 0.32, "peak_bytes": peak,
+        "fits": peak <= budget_gib * GIB, "peak_phase": "train", "seconds": 188.0, "kwh": 0.35, "price": 0.112,
+        "notes": ["Lengths are those of the worst batch."], "fit": {"keys": {"train.checkpointing": True}},
+    }  # fmt: skip
+    return record() | {"plan": plan, "planned": {"peak_bytes": 1_500_000_000, "step_seconds": 1.02, "seconds": 118.0}}
+
+
+def test_planned_beside_actual(tmp_path: Path) -> None:
+    seen = outline(write_run(tmp_path / "run", planned_record()))
+    at = SECTIONS.index("Learning rate and gradient norm")
+    assert seen.headings == [*SECTIONS[:at], "Plan", *SECTIONS[at:]]
+    assert seen.count("svg") == 9  # the picture, wide and narrow
+    for expected in (
+        "for GeForce RTX 4070: at most 6.8 GiB of 8.0 GiB, highest in train; 0.35 kWh, 0.11 at 0.32 a kWh.",
+        "load: 3.8 GiB", "train: 6.8 GiB, and 1.0 GiB of the CPU's", "budget 8.0 GiB", "weights (nf4) 3.0 GiB",
+        "Changed so that it fits: train.checkpointing=true", "peak memory of training1.40 GiB1.42 GiB+2.0 %",
+        "an optimizer step (median)1.02 s1.0", "tokens per second1,2991,310+0.8 %", "training1 min 58 s2 min 01 s+2.9 %",
+        "the whole run3 min 08 s3 min 12 s+2.3 %", "dashed: the peak that was planned", "What the plan assumes (1)",
+    ):  # fmt: skip
+        assert expected in seen.text.replace(elements.TIGHT, " "), expected
+    ids = [attributes["id"] for _, attributes in seen.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    drawn = [a["style"] or "" for tag, a in seen.tags if tag in ("path", "use", "text") and a.get("style")]
+    assert not any("#" in style for style in drawn)
+    for name in ("weights", "more-weights", "activations", "paper"):
+        assert any(f"var(--{name})" in style for style in drawn), name
+    style = page.STYLE.read_text(encoding="utf-8")
+    for variable in plots.VARIABLES.values():
+        assert style.count(f"{variable}:") == 2, variable  # by day and by night
+
+
+def test_without_a_plan_nothing_of_it_is_shown(whole: Outline) -> None:
+    assert "Plan" not in whole.headings
+    assert "planned" not in whole.text
+
+
+@pytest.mark.parametrize(("budget", "drawn"), [(5, True), (8, True), (125, False)])
+def test_a_budget_far_away_does_not_flatten_the_bars(tmp_path: Path, budget: float, drawn: bool) -> None:
+    seen = outline(write_run(tmp_path / "run", planned_record(budget)))
+    assert (f"budget {budget}.0 GiB" in seen.text) == drawn
+    assert ("The budget lies far beyond the picture." in seen.text) != drawn
+    over = [a for tag, a in seen.tags if tag == "text" and "var(--bad)" in (a.get("style") or "")]
+    assert len(over) == (2 if budget == 5 else 0)  # train, wide and narrow
+
+
+def test_bars_are_as_long_as_what_they_stand_for() -> None:
+    svg = plots.stacked("x", "x", (500, 200), [("a", "1", [("weights", 1.0)]), ("b", "3", [("weights", 2.0), ("logits", 1.0)])],
+                        x_label="GiB")  # fmt: skip
+    bars = re.findall(r'<path d="M ([\d.]+) [\d.]+ L ([\d.]+) [\d.]+ L [^"]*" [^>]*style="fill: var\(--(\w+)\)', svg)
+    widths = {(name, round(float(right) - float(left))) for left, right, name in bars}
+    whole = 490 / 1.005
+    assert widths == {("weights", round(whole * 2 / 3)), ("logits", round(whole / 3)), ("weights", round(whole / 3))}
+
+
+@pytest.mark.parametrize("state", ["failed", "stopped", "running"])
+def test_a_run_that_did_not_end_is_compared_as_far_as_it_came(tmp_path: Path, state: str) -> None:
+    content = planned_record() | {"state": state}
+    del content["train"]
+    seen = outline(write_run(tmp_path / "run", content, metrics(20))).text
+    assert f"training1 min 58 s{elements.DASH}{elements.DASH}" in seen.replace(elements.TIGHT, " ")
+    assert "peak memory of training1.40 GiB1.4" in seen
+    warming = [line | {"step_seconds": seconds} for line, seconds in zip(metrics(3), (9.0, 1.5, 1.5), strict=True)]
+    assert "an optimizer step (median)1.02 s1.50 s+47.1" in outline(write_run(tmp_path / "warm", content, warming[:2])).text
+    nothing = outline(write_run(tmp_path / "empty", content, [])).text
+    assert f"peak memory of training1.40 GiB{elements.DASH}" in nothing
+
+
+@pytest.mark.parametrize(
+    "plan", [None, {}, [], {"phases": []}, {"phases": [{}]}, {"phases": [{"name": "load", "peak_bytes": 5}]}]
+)
+def test_a_plan_with_parts_missing(tmp_path: Path, plan: Any) -> None:
+    seen = outline(write_run(tmp_path / "run", record() | {"plan": plan, "planned": None}))
+    assert ("Plan" in seen.headings) == bool(plan and plan["phases"] and plan["phases"][0])
+
+
+def test_every_string_of_a_plan_is_escaped(tmp_path: Path) -> None:
+    content = planned_record()
+    for phase in content["plan"]["phases"]:
+        phase["terms"] = {name + ATTACK: value for name, value in phase["terms"].items()}
+    text = write_report(write_run(tmp_path / "run", content | {"plan": attacked(content["plan"])})).read_text(encoding="utf-8")
+    assert not {"script", "img"} & {tag for tag, _ in Outline(text).tags}
 
 
 # ------------------------------------------------------------------------------------------------- pretraining and ternary

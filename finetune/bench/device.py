@@ -1,0 +1,568 @@
+"""`finetune bench device`: what this machine's products, passes over memory and small operators take, for the plan.
+
+Measured is the device that a run takes: a CUDA one, by events, with the queue filled ahead so that no launch is timed; else the
+CPU, by the wall's clock and with as many threads as a run has. What calls cost is measured by itself, and taken off the rest.
+Weights are other ones at each call, as many as fill the last cache twice, as in a model of more than one layer; activations are
+not, which in a model too have just been written. All products come once, then all of them again, as long as there is time: a
+burst of other work then meets a call of each shape, not all calls of one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune import provenance
+from finetune.bench.measure import Row, cache_bytes
+from finetune.files import write_json
+from finetune.plan.devices import LARGE, Calibration, Device, attention_flops, present, save_calibration
+from finetune.screen import Screen, Shown
+from finetune.train import attention, optim
+from finetune.train.loop import keep_freed_memory
+from quant import nf4, ops, ternary
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+MIB = 1 << 20
+PACKAGES = ("torch", "bitsandbytes", "llvmlite", "triton")
+BUSY = 0.05  # share of the machine that others may take before it is said
+TOGETHER_S = 1e-4  # shorter calls are timed several at a time
+ENOUGH_S = 0.25  # no call is repeated for longer
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """gemm: sizes of m, n and k, all with all; up to `gemm_flops` a product. coarse: of int8, fp16 and ternary products.
+    call_seconds: what a call may take, by what a smaller one took; gemm_seconds: after which no further round begins.
+    results: bytes of what one elementwise call gives, on both sides of 32 MiB: glibc gives larger blocks back at once, so that
+    their pages are made anew each time. The largest is at least `beyond` last caches.
+    weights: (out, in) of what is quantized and dequantized. lengths, heads: of attention, (heads, kv heads, width), in rows of
+    `tokens`. parameters: of the optimizer's step. repeats: of everything but products.
+    """
+
+    gemm: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)
+    gemm_flops: float = 4e10
+    coarse: tuple[int, ...] = (64, 512, 4096)
+    call_seconds: float = 0.4
+    gemm_seconds: float = 20.0
+    rounds: int = 7
+    results: tuple[int, ...] = (128 << 10, 2 * MIB, 12 * MIB, 28 * MIB, 40 * MIB, 128 * MIB)
+    beyond: int = 2
+    weights: tuple[int, int] = (2048, 5632)
+    lengths: tuple[int, ...] = (64, 256, 1024)
+    heads: tuple[tuple[int, int, int], ...] = ((9, 3, 64), (32, 8, 128))
+    tokens: int = 1024
+    parameters: int = 4 * MIB
+    repeats: int = 7
+
+
+SIZES = Sizes()
+Product = tuple[str, str, tuple[int, int, int], Callable[[], object]]  # dtype, layout, (m, n, k), a call
+
+
+def quiet(times: list[float]) -> float:
+    """The lower quartile: what others take of a machine only ever lengthens a time. On an idle one it is nearly the median."""
+    return sorted(times)[(len(times) - 1) // 4]
+
+
+class Watch:
+    """Seconds of calls on one device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.cuda = device, device.type == "cuda"
+        self.launch = 0.0  # what calling costs on the CPU; on CUDA it is no part of a time
+
+    def together(self, call: Callable[[], object], count: int) -> float:
+        """Seconds of one of `count` calls, one behind the other."""
+        if not self.cuda:
+            start = time.perf_counter()
+            for _ in range(count):
+                call()
+            return (time.perf_counter() - start) / count
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda._sleep(20_000 * min(count, 200))  # clocks: some 10 µs a call, in which the host gets ahead
+        begin.record()
+        for _ in range(count):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3 / count
+
+    def one(self, call: Callable[[], object]) -> float:
+        """Seconds of a call that has run before, without what calling costs: of several where it is short."""
+        seconds = self.together(call, 1)
+        if seconds < TOGETHER_S:
+            seconds = self.together(call, min(100, math.ceil(TOGETHER_S / max(seconds, 1e-6))))
+        return max(seconds - self.launch, seconds / 10)
+
+    def typical(self, call: Callable[[], object], repeats: int) -> float:
+        """Seconds of a call: of as many as `repeats`, or as there is time for."""
+        call()  # compiles, allocates, loads libraries
+        self.wait()
+        began = time.monotonic()
+        times: list[float] = []
+        while len(times) < repeats and (not times or time.monotonic() - began < ENOUGH_S):
+            times.append(self.one(call))
+        return quiet(times)
+
+    def wait(self) -> None:
+        if self.cuda:
+            torch.cuda.synchronize()
+
+
+class Pool:
+    """Random numbers of one dtype, from which matrices are taken that were not used lately."""
+
+    def __init__(self, dtype: torch.dtype, count: int, device: torch.device) -> None:
+        if dtype == torch.int8:
+            self.numbers = torch.randint(-127, 128, (count,), dtype=dtype, device=device)
+        else:
+            self.numbers = torch.randn(count, device=device).to(dtype)
+        self.at = 0
+
+    def take(self, rows: int, columns: int) -> Tensor:
+        """(rows, columns), another one at each call as far as there are."""
+        size = rows * columns
+        start = self.at if self.at + size <= self.numbers.numel() else 0
+        self.at = start + -(-size // 64) * 64  # where cache lines begin
+        return self.numbers[start : start + size].view(rows, columns)
+
+
+def last_cache(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else cache_bytes(0)[0]
+
+
+# ------------------------------------------------------------------------------------------------------------------ products
+
+
+def _factors(a: Tensor, pool: Pool, layout: str, shape: tuple[int, int, int]) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Gives (m, k) and (k, n) that lie as `layout` says."""
+    m, n, k = shape
+    left = a[: m * k].view(m, k) if layout[0] == "n" else a[: m * k].view(k, m).t()
+    return lambda: (left, pool.take(k, n) if layout[1] == "n" else pool.take(n, k).t())
+
+
+def _multiplication(multiply: Callable[..., Tensor], factors: Callable[[], tuple[Tensor, Tensor]]) -> Callable[[], object]:
+    return lambda: multiply(*factors())
+
+
+def _gemms(watch: Watch, sizes: Sizes, tick: Callable[[float], None]) -> list[dict[str, Any]]:
+    cache = min(2 * last_cache(watch.device), 256 * MIB)
+    cases: list[Product] = []
+    for dtype, (axis, layouts) in _what(watch, sizes).items():
+        kind, largest = DTYPES[dtype], max(axis) ** 2
+        a = Pool(kind, largest, watch.device).numbers
+        pool = Pool(kind, max(largest, cache // kind.itemsize), watch.device)
+        multiply: Callable[..., Tensor] = torch._int_mm if dtype == "int8" else torch.mm
+        shapes = [shape for shape in product(axis, axis, axis) if 2.0 * math.prod(shape) <= sizes.gemm_flops]
+        if not watch.cuda:  # what their pages take is counted by itself
+            shapes = [(m, n, k) for m, n, k in shapes if m * n * (2 if kind.itemsize == 2 else 4) < LARGE]
+        for shape, layout in product(shapes, layouts):
+            # Of products of one row only the forward pass exists, which is generation; n and k are widths.
+            if min(shape[1:]) > 1 and (shape[0] > 1 or layout == "nt"):
+                cases.append((dtype, layout, shape, _multiplication(multiply, _factors(a, pool, layout, shape))))
+    cases += _ternary_products(watch, sizes)
+    cases.sort(key=lambda case: math.prod(case[2]))
+    return _rounds(watch, sizes, cases, tick)
+
+
+def _what(watch: Watch, sizes: Sizes) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """dtype → sizes and layouts; of dtypes that the device multiplies."""
+    all_layouts = ("nt", "nn", "tn")
+    found = {"fp32": (sizes.gemm, all_layouts), "bf16": (sizes.gemm, all_layouts), "int8": (sizes.coarse, ("nt",))}
+    found["fp16"] = (sizes.gemm if watch.cuda else sizes.coarse, all_layouts if watch.cuda else ("nt",))
+    if watch.cuda and torch.cuda.get_device_capability(watch.device) < (8, 0):
+        del found["bf16"]
+    return found
+
+
+def _ternary_products(watch: Watch, sizes: Sizes) -> list[Product]:
+    """Frozen ternary layers whole, on rows that are quantized already."""
+    low = _low(watch)
+    cases: list[Product] = []
+    for n, k in product(sizes.coarse, repeat=2):
+        weight = ternary.quantize(torch.randn(n, k, device=watch.device)).parts()
+        for m in sizes.coarse:
+            if 2.0 * m * n * k <= sizes.gemm_flops:
+                rows = list(torch.ops.quant12g.rows("ternary", torch.randn(m, k, device=watch.device).to(low)))
+
+                def call(rows: list[Tensor] = rows, weight: list[Tensor] = weight, n: int = n, k: int = k) -> object:
+                    return torch.ops.quant12g.linear("ternary", rows, None, weight, True, n, k, low)
+
+                cases.append(("ternary", "nt", (m, n, k), call))
+    return cases
+
+
+def _low(watch: Watch) -> torch.dtype:
+    half = watch.cuda and torch.cuda.get_device_capability(watch.device) < (8, 0)
+    return torch.float16 if half else torch.bfloat16
+
+
+def _rounds(
+    watch: Watch, sizes: Sizes, cases: list[Product],
+    tick: Callable[[float], None],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Rates of what could be measured; cases: from the least work to the most."""
+    began = time.monotonic()
+    times: dict[int, list[float]] = {}
+    last: dict[tuple[str, str], float] = {}  # what the last one of this kind reached, FLOP/s
+    for turn in range(sizes.rounds):
+        for index, (dtype, layout, shape, call) in enumerate(cases):
+            flops, kind = 2.0 * math.prod(shape), (dtype, layout)
+            if turn == 0:
+                late = time.monotonic() - began > sizes.gemm_seconds / 2  # on a slow machine: no more large ones
+                if flops / last.get(kind, math.inf) > sizes.call_seconds * (0.05 if late else 1.0):
+                    continue
+                call()
+                watch.wait()
+            elif index not in times:
+                continue
+            times.setdefault(index, []).append(watch.one(call))
+            last[kind] = flops / times[index][-1]
+            tick(min((time.monotonic() - began) / sizes.gemm_seconds, 1.0))
+            if turn and time.monotonic() - began > sizes.gemm_seconds:
+                break
+        if time.monotonic() - began > sizes.gemm_seconds:
+            break
+    found = []
+    for index, seconds in sorted(times.items()):
+        dtype, layout, (m, n, k), _ = cases[index]
+        rate = 2.0 * m * n * k / quiet(seconds)
+        found.append({"dtype": dtype, "layout": layout, "m": m, "n": n, "k": k, "flops_per_second": rate})
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------- memory and calls
+
+
+def _elementwise(watch: Watch, sizes: Sizes, tick: Callable[[float], None]) -> dict[str, list[list[float]]]:
+    """Each operator at each size; what it reads is in the caches as far as they hold it, what it gives is allocated anew."""
+    low, results = _low(watch), (*sizes.results[:-1], _beyond(watch, sizes))
+    name = "bf16" if low == torch.bfloat16 else "fp16"
+    # operator → dtype, bytes moved an element, x → call; a result of the mean is counted as large as what it reads
+    operators: dict[str, tuple[torch.dtype, int, Callable[[Tensor], Callable[[], object]]]] = {
+        f"add {name}": (low, 6, lambda x: partial(torch.add, x, x.clone())),
+        "add fp32": (torch.float32, 12, lambda x: partial(torch.add, x, x.clone())),
+        f"mul {name}": (low, 4, lambda x: partial(torch.mul, x, 0.5)),
+        f"silu {name}": (low, 4, lambda x: partial(torch.nn.functional.silu, x)),
+        "silu fp32": (torch.float32, 8, lambda x: partial(torch.nn.functional.silu, x)),
+        f"to_fp32 {name}": (low, 6, lambda x: x.float),
+        f"to_{name} fp32": (torch.float32, 6, lambda x: partial(x.to, low)),
+        f"copy {name}": (low, 4, lambda x: x.clone),
+        f"transpose {name}": (low, 4, lambda x: x.t().contiguous),
+        "rsqrt fp32": (torch.float32, 8, lambda x: partial(torch.rsqrt, x)),
+        "mean fp32": (torch.float32, 4, lambda x: partial(torch.mean, x, -1)),
+        "softmax fp32": (torch.float32, 8, lambda x: partial(torch.softmax, x, -1)),
+    }
+    columns = 1024
+    found: dict[str, list[list[float]]] = {}
+    for number, (op, (dtype, per, make)) in enumerate(operators.items()):
+        found[op] = []
+        gives = 4 if op.startswith("to_fp32") else 2 if op.startswith("to_") else dtype.itemsize
+        for result in results:
+            rows = max(1, result // gives // columns)
+            call = make(torch.full((rows, columns), 0.7, dtype=dtype, device=watch.device))
+            size = float(rows * columns * per)
+            found[op].append([size, size / watch.typical(call, sizes.repeats)])
+        tick((number + 1) / len(operators))
+    return found
+
+
+def _beyond(watch: Watch, sizes: Sizes) -> int:
+    return max(sizes.results[-1], sizes.beyond * last_cache(watch.device))
+
+
+def _bandwidth(watch: Watch, sizes: Sizes) -> tuple[float, float]:
+    """bytes/s of a copy into memory that is there, both ways counted, and of reading."""
+    size = _beyond(watch, sizes)
+    a, b = torch.ones(size // 4, device=watch.device), torch.zeros(size // 4, device=watch.device)
+    return 2 * size / watch.typical(lambda: b.copy_(a), sizes.repeats), size / watch.typical(a.sum, sizes.repeats)
+
+
+def _fresh(watch: Watch, sizes: Sizes) -> float:
+    """Seconds a byte that a result of over 32 MiB takes beside what it costs to write it; nothing on CUDA."""
+    if watch.cuda:
+        return 0.0
+    count = (LARGE + 8 * MIB) // 4
+    kept = torch.ones(count)
+    new = watch.typical(lambda: torch.ones(count), sizes.repeats) - watch.typical(lambda: kept.fill_(1.0), sizes.repeats)
+    return max(0.0, new / (4 * count))
+
+
+def _launch(watch: Watch, repeats: int) -> float:
+    """Seconds of the host for one operator on 64 numbers."""
+    x, y = torch.ones(64, device=watch.device), torch.ones(64, device=watch.device)
+
+    def once(count: int = 500) -> float:  # CUDA holds a thousand launches before the host has to wait
+        watch.wait()
+        start = time.perf_counter()
+        for _ in range(count):
+            torch.add(x, y)
+        return (time.perf_counter() - start) / count
+
+    once()
+    return quiet([once() for _ in range(3 * repeats)])
+
+
+def _node(watch: Watch, launch: float, repeats: int, nodes: int = 200) -> float:
+    """Seconds of the host that recording one node and going through it in the backward pass add, beside two operators."""
+    x = torch.ones(64, device=watch.device, requires_grad=True)
+    factor, ones = torch.ones(64, device=watch.device), torch.ones(64, device=watch.device)
+
+    def once() -> float:
+        watch.wait()
+        start = time.perf_counter()
+        y = x
+        for _ in range(nodes):
+            y = y * factor
+        torch.autograd.grad(y, x, ones)
+        return (time.perf_counter() - start) / nodes
+
+    once()
+    return max(quiet([once() for _ in range(3 * repeats)]) - 2 * launch, launch / 10)
+
+
+# -------------------------------------------------------------------------------------------------------- what training calls
+
+
+def _quantized(watch: Watch, sizes: Sizes) -> tuple[dict[str, float], dict[str, float]]:
+    """weights/s of the schemes, from codes and to them."""
+    out, inner = sizes.weights
+    low, count = _low(watch), out * inner
+    weight = (torch.randn(out, inner, device=watch.device) * 0.02).to(low)
+    packed = {
+        "nf4": nf4.quantize(weight, double=False).parts(),
+        "nf4-double": nf4.quantize(weight).parts(),
+        "ternary": ternary.quantize(weight).parts(),
+    }
+    from_codes = {
+        scheme: count
+        / watch.typical(
+            lambda scheme=scheme, parts=parts: torch.ops.quant12g.dequantize(scheme, parts, True, out, inner, low),  # type: ignore[misc]
+            sizes.repeats,
+        )
+        for scheme, parts in packed.items()
+    }
+    master = weight.float()
+    to_codes = {
+        scheme: count / watch.typical(lambda scheme=scheme: ops.ARITHMETIC[scheme].pack(master), max(3, sizes.repeats // 2))  # type: ignore[misc]
+        for scheme in packed
+    }
+    to_codes["ternary rows"] = count / watch.typical(lambda: torch.ops.quant12g.rows("ternary", weight), sizes.repeats)
+    return from_codes, to_codes
+
+
+def _attention(watch: Watch, sizes: Sizes) -> Iterator[dict[str, Any]]:
+    """Packed attention of as many samples of one length as `tokens` holds."""
+    names = {"bf16": torch.bfloat16, "fp32": torch.float32} if _low(watch) == torch.bfloat16 else {"fp16": torch.float16}
+    for (heads, kv_heads, width), length, (name, dtype) in product(sizes.heads, sizes.lengths, names.items()):
+        samples = max(1, sizes.tokens // length)
+        position_ids = torch.arange(length).repeat(samples)[None]
+        segments = attention.segments_of(position_ids, (1, samples * length), watch.device)
+
+        def fresh(heads: int, dtype: torch.dtype = dtype, tokens: int = samples * length, width: int = width) -> Tensor:
+            return torch.randn(1, tokens, heads, width, device=watch.device).to(dtype).transpose(1, 2).requires_grad_()
+
+        q, k, v = fresh(heads), fresh(kv_heads), fresh(kv_heads)
+        scale = width**-0.5
+        grad = attention.packed_attention(q, k, v, segments, scale=scale).detach()
+
+        def forward(q: Tensor = q, k: Tensor = k, v: Tensor = v, segments: Any = segments, scale: float = scale) -> Tensor:
+            return attention.packed_attention(q, k, v, segments, scale=scale)
+
+        def both(forward: Any = forward, of: tuple[Tensor, ...] = (q, k, v), grad: Tensor = grad) -> object:
+            return torch.autograd.grad(forward(), of, grad)
+
+        point: dict[str, Any] = {"dtype": name, "length": length, "heads": heads, "kv_heads": kv_heads, "width": width}
+        for which, call, backward in (("forward", forward, False), ("both", both, True)):
+            flops = samples * attention_flops(length, heads, width, backward=backward)
+            point[which] = flops / watch.typical(call, max(3, sizes.repeats // 2))
+        yield point
+
+
+def _optimizers(watch: Watch, sizes: Sizes) -> tuple[dict[str, float], dict[str, float]]:
+    """parameters/s of a large matrix, and seconds a tensor of small ones beyond that."""
+    rates: dict[str, float] = {}
+    tensors: dict[str, float] = {}
+    low = _low(watch)
+    kinds = [("fp32", torch.float32, False)] + (
+        [("bf16", low, False), ("bf16 rounded", low, True)] if low is torch.bfloat16 else []
+    )
+    for name, (label, dtype, rounded) in product(("adamw", "adamw_8bit"), kinds):
+        if name == "adamw_8bit" and not _has_bitsandbytes():
+            continue
+
+        def stepper(shapes: list[tuple[int, int]], name: str = name, dtype: torch.dtype = dtype, rounded: bool = rounded) -> Any:
+            parameters = {}
+            for number, shape in enumerate(shapes):
+                one = torch.nn.Parameter(torch.randn(shape, device=watch.device).to(dtype))
+                one.grad = torch.randn_like(one)
+                parameters[str(number)] = one
+            optimizer, _ = optim.build(
+                parameters, name=name, lr=1e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, device=watch.device.type,
+                stochastic_rounding=rounded,
+            )  # fmt: skip
+            return optimizer.step
+
+        key = f"{name} {label}"
+        rates[key] = sizes.parameters / watch.typical(stepper([(sizes.parameters // 1024, 1024)]), max(3, sizes.repeats // 2))
+        many, shape = 64, (16, 1024)
+        seconds = watch.typical(stepper([shape] * many), max(3, sizes.repeats // 2))
+        tensors[key] = max(0.0, seconds / many - math.prod(shape) / rates[key])
+    return rates, tensors
+
+
+def _has_bitsandbytes() -> bool:
+    return "bitsandbytes" in provenance.versions(["bitsandbytes"])
+
+
+# ---------------------------------------------------------------------------------------------------------------- the command
+
+
+def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -> Calibration:
+    """All of it, of `device`."""
+    from finetune.bench.qlora import Bystanders
+
+    if device.type == "cpu":
+        keep_freed_memory()  # as a run does
+    watch, bystanders = Watch(device), Bystanders([])
+
+    def tick(start: float, share: float, note: str) -> Callable[[float], None]:
+        """Shares of the whole, of 100, as they are on two cores of an EPYC 9005."""
+
+        def tell(part: float) -> None:
+            if progress is not None:
+                progress(round(start + share * part), 100, note)
+
+        tell(0.0)
+        return tell
+
+    torch.manual_seed(0)
+    with torch.no_grad():
+        tick(0, 5, "calls")
+        launch = _launch(watch, sizes.repeats)
+    node = _node(watch, launch, sizes.repeats)
+    watch.launch = 0.0 if watch.cuda else launch
+    with torch.no_grad():
+        gemm = _gemms(watch, sizes, tick(5, 55, "products"))
+        bandwidth, read = _bandwidth(watch, sizes)
+        fresh = _fresh(watch, sizes)
+        elementwise = _elementwise(watch, sizes, tick(60, 20, "memory"))
+        tick(80, 5, "codes")
+        from_codes, to_codes = _quantized(watch, sizes)
+    tick(85, 8, "attention")
+    attended = list(_attention(watch, sizes))
+    tick(93, 7, "optimizers")
+    rates, tensors = _optimizers(watch, sizes)
+    return Calibration(
+        device=provenance.device_name(device),
+        date=datetime.now(UTC).isoformat(timespec="seconds"),
+        versions=provenance.versions(PACKAGES),
+        threads=torch.get_num_threads(),
+        gemm=gemm,
+        bandwidth_bytes_per_second=bandwidth,
+        read_bytes_per_second=read,
+        fresh_seconds_per_byte=fresh,
+        elementwise=elementwise,
+        launch_seconds=launch,
+        node_seconds=node,
+        dequantize=from_codes,
+        quantize=to_codes,
+        attention=attended,
+        optimizer=rates,
+        optimizer_tensor=tensors,
+        others=bystanders.share(),
+    )
+
+
+def rows(measured: Calibration, table: Device) -> list[Row]:
+    """What was measured beside what the table of devices says, which is None where it says nothing."""
+    known = table.kind != "cpu"  # what the table has of a CPU is a guess
+
+    def row(case: str, ours: float, theirs: float | None, unit: str, note: str = "") -> Row:
+        better = "lower" if unit in ("µs", "ms") else "higher"
+        return {
+            "case": case, "ours": ours, "baseline": theirs, "ratio": ours / theirs if theirs else None, "unit": unit,
+            "target": None, "better": better, "low": None, "high": None, "pairs": 0, "met": None,  # type: ignore[typeddict-item]
+            "against": f"table: {table.key}" if theirs else "", "backend": None, "note": note,
+        }  # fmt: skip
+
+    found = []
+    for dtype in dict.fromkeys(point["dtype"] for point in measured.gemm):
+        points = [point for point in measured.gemm if point["dtype"] == dtype]
+        best = max(points, key=lambda point: point["flops_per_second"])
+        theirs = table.rates.get(dtype, None) if known else None
+        note = f"{best['m']}×{best['k']}·{best['k']}×{best['n']} {best['layout']}"
+        found.append(row(f"product {dtype}", best["flops_per_second"] / 1e9, theirs and theirs / 1e9, "GFLOP/s", note))
+    for what, speed in (("copy", measured.bandwidth_bytes_per_second), ("read", measured.read_bytes_per_second)):
+        found.append(row(f"memory, {what}", speed / 1e9, table.bandwidth / 1e9 if known else None, "GB/s"))
+    for op, curve in measured.elementwise.items():
+        for size, rate in (curve[min(1, len(curve) - 1)], curve[-1]):
+            found.append(row(f"{op}, {size / MIB:.3g} MiB", rate / 1e9, None, "GB/s"))
+    if measured.fresh_seconds_per_byte:
+        found.append(row("memory, new pages", 1e-9 / measured.fresh_seconds_per_byte, None, "GB/s", "results over 32 MiB"))
+    found.append(row("call of an operator", measured.launch_seconds * 1e6, None, "µs"))
+    found.append(row("node of a backward pass", measured.node_seconds * 1e6, None, "µs"))
+    for verb, speeds in (("dequantize", measured.dequantize), ("quantize", measured.quantize)):
+        found += [row(f"{verb} {scheme}", speed / 1e6, None, "M/s") for scheme, speed in speeds.items()]
+    for point in measured.attention:
+        shape = f"{point['heads']} × {point['width']}, {point['length']}, {point['dtype']}"
+        found.append(row(f"attention {shape}", point["forward"] / 1e9, None, "GFLOP/s", "forward"))
+        found.append(row(f"attention {shape}", point["both"] / 1e9, None, "GFLOP/s", "forward and backward"))
+    found += [row(f"step {name}", rate / 1e6, None, "M/s", "parameters") for name, rate in measured.optimizer.items()]
+    return found
+
+
+def show(found: list[Row], table: Device, screen: Screen) -> None:
+    from rich.table import Table
+
+    known = any(row["baseline"] is not None for row in found)
+    columns = ["what", "measured", *([f"table: {table.key}", "share"] if known else []), ""]
+    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        shown.add_column(column, justify="right" if column not in ("what", "") else "left")
+    for row in found:
+        assert row["ours"] is not None
+        beside = []
+        if known:
+            says = row["baseline"], row["ratio"]
+            beside = ["–", "–"] if says[0] is None or says[1] is None else [f"{_amount(says[0])} {row['unit']}", f"{says[1]:.0%}"]
+        shown.add_row(row["case"], f"{_amount(row['ours'])} {row['unit']}", *beside, row["note"])
+    screen.console.print(shown, soft_wrap=False)
+
+
+def _amount(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES) -> None:
+    """Measure the device that a run takes, keep it for the plan, show it, and write `json_file`.
+
+    Raises:
+        OSError: the measurement cannot be kept.
+    """
+    import sys
+
+    table = present(measured=False)  # an old measurement, damaged even, does not matter
+    place = torch.device(table.kind)
+    with screen.phase(f"device {table.key}") as progress:
+        measured = measure(place, sizes, progress)
+    path = save_calibration(table.key, measured)
+    found = rows(measured, table)
+    show(found, table, screen)
+    screen.say(f"{table.name}: kept for finetune plan in {path}")
+    if measured.others > BUSY:
+        screen.warn(f"other programs took {measured.others:.0%} of this machine meanwhile: measure again when it is idle")
+    if json_file is not None:
+        collected = provenance.collect(place, 0, " ".join(sys.argv))
+        write_json(json_file, {"name": "device", "rows": found, "calibration": str(path), "provenance": collected})
+        screen.say(f"written to {json_file}")

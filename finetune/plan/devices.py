@@ -1,0 +1,686 @@
+"""The devices that a plan can be made for: a table of GPUs, and this machine as `finetune bench device` measured it.
+
+The table says what a vendor says. What a product or a pass over memory takes is told by the measurement where there is one
+(`Calibration`), else by the table's rates and a share of them that is reached (`REACHED`); callers need only
+`gemm_seconds`, `memory_seconds` and `launch_seconds`, and a few more of the same kind.
+
+Rates are dense (no sparsity), with fp32 accumulation, which is what torch asks for. Of GeForce cards they are derived, from
+CUDA cores and boost clock, which is how the appendices of the whitepapers come to theirs (Ampere GA102, Ada, RTX Blackwell):
+
+    fp32          2 · cores · clock     one multiply-add a core and clock
+    bf16, fp16    2 · fp32              the tensor cores do 4 · fp32 with fp16 accumulation, and half of that with fp32: an
+                                        RTX 4070 has 29.1, 58.3 (not 116.6) and, with int8, 233
+    int8          8 · fp32
+
+and in data centre chips fp32 accumulation costs nothing. fp32 is without TF32, as torch multiplies by itself. A card of
+"12 GB" has 12 GiB; GB/s and TFLOP/s are powers of ten.
+
+A device of one's own is a line of ~/.config/finetune12g/devices.yaml (or below $XDG_CONFIG_HOME), rates in TFLOP/s, bandwidth
+in GB/s:
+
+    my-card: {name: My Card, memory: 12GB, bandwidth: 504, bf16: 58.3, fp16: 58.3, fp32: 29.1, int8: 233, watts: 200,
+              source: "https://…"}
+
+and one for everybody is a line of the table below. A measurement lies in ~/.cache/finetune12g/device-KEY.json (or below
+$XDG_CACHE_HOME); one that was made on another machine can be put there.
+"""
+
+from __future__ import annotations
+
+import bisect
+import difflib
+import functools
+import itertools
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from finetune.errors import Mistake
+from finetune.files import write_json
+
+GIB = 1 << 30
+FORMAT = 1  # of the file of a measurement
+
+# Share of a rate that a large product reaches where nothing was measured. bf16: 80 % (H100) to 87 % (A100) of it in the best
+# shape (github.com/stas00/ml-engineering, compute/accelerator, MAMF), 77 to 99 % on an RTX 4090 from 1024 × 1024 to 10240 ×
+# 10240 (zzc0721/torch-performance-test-data#78), where fp32 reached 56 to 65 %; the shapes of a model are seldom the best ones.
+# int8: 200 and some of the 284 of an RTX 4070 SUPER (hibagus/CUDA_Bench#2).
+REACHED = {"bf16": 0.75, "fp16": 0.75, "fp32": 0.6, "int8": 0.6}
+BANDWIDTH_REACHED = 0.8  # by elementwise kernels of large tensors
+ATTENTION_REACHED = (0.5, 0.45)  # of the rate, forward and both passes: 50 to 73 % on an A100 (arXiv 2307.08691), long samples
+SHORTEST_KERNEL_S = 2e-6
+LAUNCH_S = {"cuda": 6e-6, "mps": 2e-5, "cpu": 2e-6}  # host cost of one eager operator, where it was not measured
+NODE_S = {"cuda": 6e-6, "mps": 1e-5, "cpu": 2e-6}  # and of one node in the backward pass, without its arithmetic
+
+# What a CUDA process holds beside tensors: 300 to 430 MiB with lazily loaded modules (pytorch/pytorch#107667; 426 on Ada with
+# CUDA 13.0, unslothai/unsloth-zoo#1053). Of a card without ECC the driver keeps 0.24 GiB (11.76 of 12) to 0.36 (23.64 of 24)
+# for itself, which torch does not count as memory: the table, which counts the whole card, adds it.
+CONTEXT = 430 << 20
+WITHHELD = 0.015
+LARGE = 32 << 20  # bytes from which on glibc takes a block from the system, and gives it back when it is freed
+CPU_CONTEXT = 520 << 20  # a process that has imported what a run imports: 516 MiB resident (torch 2.13, Linux)
+
+# Dtypes that are measured as themselves, and else taken as another: the product of a ternary layer is one of integers.
+STANDS_FOR = {"ternary": "int8"}
+
+
+def _log_between(points: list[tuple[float, float]], at: float) -> float:
+    """The value at `at` of a curve through points (x, y), straight in logarithms of both; flat outside."""
+    where = bisect.bisect_left(points, (at, -math.inf))
+    if where in (0, len(points)):
+        return points[min(where, len(points) - 1)][1]
+    (x0, y0), (x1, y1) = points[where - 1 : where + 1]
+    share = math.log(at / x0) / math.log(x1 / x0)
+    return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was measured of one device; medians, in seconds and the units that are said.
+
+    gemm: {dtype, layout, m, n, k, flops_per_second} of (m, k) · (k, n), what calling it costs left out. layout: how the factors
+    lie, n row by row, t column by column: nt is a linear's forward pass, nn its input's gradient, tn its weight's gradient.
+    dtype: bf16, fp16, fp32, int8, or ternary: the whole product of a ternary layer with quantized rows.
+    bandwidth, read: bytes/s of a large copy (both ways counted), and of reading. fresh_seconds_per_byte: what a CPU's result of
+    over 32 MiB takes beside being written, for its pages are made anew.
+    elementwise: "add bf16" → [[bytes that one call moves, bytes/s], …] of an eager operator with what it allocates, smallest
+    first: the first are in the caches, the last are not.
+    launch_seconds: the host's part of one small operator; node_seconds: of one node of the backward pass, beside the operator.
+    dequantize, quantize: weights/s by scheme, as the training step does it; "ternary rows": numbers of activations/s.
+    attention: {dtype, length, heads, kv_heads, width, forward, both}: FLOP/s of the packed attention as `attention_flops`
+    counts, of the forward pass and of both. optimizer: parameters/s by "adamw fp32" …; optimizer_tensor: seconds a tensor.
+    others: share of the machine that other programs took meanwhile.
+    """
+
+    device: str
+    date: str
+    versions: dict[str, str]
+    threads: int
+    gemm: list[dict[str, Any]]
+    bandwidth_bytes_per_second: float
+    read_bytes_per_second: float
+    fresh_seconds_per_byte: float
+    elementwise: dict[str, list[list[float]]]
+    launch_seconds: float
+    node_seconds: float
+    dequantize: dict[str, float]
+    quantize: dict[str, float]
+    attention: list[dict[str, Any]]
+    optimizer: dict[str, float]
+    optimizer_tensor: dict[str, float]
+    others: float = 0.0
+
+    @functools.cached_property
+    def _grids(self) -> dict[tuple[str, str], dict[tuple[int, int, int], float]]:
+        grids: dict[tuple[str, str], dict[tuple[int, int, int], float]] = {}
+        for point in self.gemm:
+            shape = (point["m"], point["n"], point["k"])
+            grids.setdefault((point["dtype"], point["layout"]), {})[shape] = math.log(point["flops_per_second"])
+        return grids
+
+    @functools.cached_property
+    def _found(self) -> dict[tuple[str, str, int, int, int], float]:
+        return {}
+
+    def rates(self) -> dict[str, float]:
+        """The highest rate that each dtype reached."""
+        found: dict[str, float] = {}
+        for point in self.gemm:
+            found[point["dtype"]] = max(found.get(point["dtype"], 0.0), point["flops_per_second"])
+        return found
+
+    def measured(self, dtype: str) -> str | None:
+        """The name under which products of `dtype` were measured; None when they were not."""
+        known = {dtype for dtype, _ in self._grids}
+        return next((name for name in (dtype, STANDS_FOR.get(dtype, dtype)) if name in known), None)
+
+    def gemm_seconds(self, dtype: str, m: int, n: int, k: int, layout: str = "nt") -> float:
+        """(m, k) · (k, n), without what calling it costs: between the shapes that were measured by the logarithms of sizes and
+        rates, beyond them at the rate of the nearest. A layout that was not measured counts as nt.
+
+        Raises:
+            Mistake: nothing of this dtype was measured.
+        """
+        name = self.measured(dtype)
+        if name is None:
+            known = sorted({dtype for dtype, _ in self._grids})
+            raise Mistake(f"products in {dtype} were not measured on this device", where=self.device, found=", ".join(known),
+                          do="finetune bench device")  # fmt: skip
+        if not m * n * k:
+            return 0.0
+        key = (name, layout if (name, layout) in self._grids else "nt", m, n, k)
+        if key not in self._found:
+            size = m * n * (2 if name in ("bf16", "fp16", "ternary") else 4)
+            fresh = self.fresh_seconds_per_byte * size if size >= LARGE else 0.0
+            self._found[key] = 2.0 * m * n * k / math.exp(self._log_rate(self._grids[key[0], key[1]], (m, n, k))) + fresh
+        return self._found[key]
+
+    @staticmethod
+    def _log_rate(grid: dict[tuple[int, int, int], float], shape: tuple[int, int, int]) -> float:
+        """Linear in the logarithms of the three sizes, within the cell of the grid; a corner that was not measured is taken
+        from the nearest shape that was."""
+        corners: list[list[tuple[int, float]]] = []
+        for axis, size in enumerate(shape):
+            known = sorted({point[axis] for point in grid})
+            size = min(max(size, known[0]), known[-1])
+            above = bisect.bisect_left(known, size)
+            if known[above] == size:
+                corners.append([(size, 1.0)])
+            else:
+                low, high = known[above - 1 : above + 1]
+                share = math.log(size / low) / math.log(high / low)
+                corners.append([(low, 1 - share), (high, share)])
+        total = 0.0
+        for (m, a), (n, b), (k, c) in itertools.product(*corners):
+            point = (m, n, k)
+            if point not in grid:
+                point = min(grid, key=lambda one: sum(math.log(x / y) ** 2 for x, y in zip(one, (m, n, k), strict=True)))
+            total += a * b * c * grid[point]
+        return total
+
+    def bandwidth_seconds(self, count: float) -> float:
+        """A large copy that reads and writes `count` bytes in all."""
+        return count / self.bandwidth_bytes_per_second
+
+    def elementwise_seconds(self, count: float, op: str = "add", dtype: str = "bf16") -> float:
+        """One eager operator that moves `count` bytes in all, without what calling it costs. What was not measured is as add."""
+        if count <= 0:
+            return 0.0
+        names = (f"{op} {dtype}", f"add {dtype}", "add bf16", next(iter(self.elementwise)))
+        points = self.elementwise[next(name for name in names if name in self.elementwise)]
+        return count / _log_between([(size, rate) for size, rate in points], count)
+
+    def attention_seconds(self, dtype: str, length: int, heads: int, width: int, *, backward: bool = False) -> float | None:
+        """One sample of `length` tokens: forward, or with `backward` both passes. None where this dtype was not measured."""
+        known = [point for point in self.attention if point["dtype"] == dtype]
+        if not known:
+            return None
+        shapes = {(point["heads"], point["width"]) for point in known}
+        shape = min(shapes, key=lambda one: abs(math.log(one[0] * one[1] / (heads * width))))
+        which = "both" if backward else "forward"
+        points = sorted((p["length"], p[which]) for p in known if (p["heads"], p["width"]) == shape)
+        return attention_flops(length, heads, width, backward=backward) / _log_between(points, length)
+
+
+def attention_flops(length: int, heads: int, width: int, *, backward: bool = False) -> float:
+    """Of causal attention of one sample: two products of which half is seen, 2 · length² · heads · width; and with the backward
+    pass, which has five products for these two, 3.5 times that (as arXiv 2307.08691 counts)."""
+    return (7.0 if backward else 2.0) * length * length * heads * width
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device. rates: FLOP/s by dtype, int8: integer operations/s; what is missing is not supported there.
+
+    watts: the board's limit (of a Mac the whole machine's highest). context_bytes: what driver and libraries take, typically.
+    """
+
+    key: str
+    name: str
+    kind: str  # cuda, cpu, mps
+    memory_bytes: int
+    bandwidth: float
+    rates: dict[str, float]
+    watts: float
+    capability: str | None
+    source: str
+    context_bytes: int
+    measured: Calibration | None = field(default=None, repr=False)
+
+    def rate(self, dtype: str) -> float:
+        """FLOP/s as the table has it.
+
+        Raises:
+            Mistake: the device has none in this dtype.
+        """
+        for name in (dtype, STANDS_FOR.get(dtype, dtype)):
+            if name in self.rates:
+                return self.rates[name]
+        do = "model.dtype=fp16" if dtype == "bf16" and "fp16" in self.rates else f"one of {', '.join(self.rates)}"
+        raise Mistake(f"{self.name} does not multiply in {dtype}", where=self.key, found=dtype, do=do)
+
+    def gemm_seconds(self, dtype: str, m: int, n: int, k: int, layout: str = "nt") -> float:
+        """(m, k) · (k, n), as `Calibration.gemm_seconds` where that was measured; else arithmetic or memory, whichever takes
+        longer, at the shares of the table's figures that are reached.
+
+        Raises:
+            Mistake: the device has nothing for this dtype.
+        """
+        if self.measured is not None and self.measured.measured(dtype) is not None:
+            return self.measured.gemm_seconds(dtype, m, n, k, layout)
+        rate = self.rate(dtype) * REACHED[dtype if dtype in REACHED else STANDS_FOR[dtype]]
+        size = {"fp32": 4, "int8": 1, "ternary": 1}.get(dtype, 2)
+        moved = (m * k + k * n) * size + m * n * max(size, 2)
+        return max(2.0 * m * n * k / rate, self._moving(moved)) if m * n * k else 0.0
+
+    def memory_seconds(self, count: float, op: str = "add", dtype: str = "bf16") -> float:
+        """One eager elementwise operator (`Calibration.elementwise` has the names) that moves `count` bytes in all."""
+        if self.measured is not None:
+            return self.measured.elementwise_seconds(count, op, dtype)
+        return self._moving(count) if count > 0 else 0.0
+
+    def _moving(self, count: float) -> float:
+        shortest = SHORTEST_KERNEL_S if self.kind != "cpu" else 0.0
+        return max(count / (self.bandwidth * BANDWIDTH_REACHED), shortest)
+
+    @property
+    def launch_seconds(self) -> float:
+        """What the host takes to call one operator."""
+        return self.measured.launch_seconds if self.measured is not None else LAUNCH_S[self.kind]
+
+    @property
+    def node_seconds(self) -> float:
+        """What the host takes for one node of the backward pass, beside its operators."""
+        return self.measured.node_seconds if self.measured is not None else NODE_S[self.kind]
+
+    def attention_seconds(self, dtype: str, length: int, heads: int, width: int, *, backward: bool = False) -> float:
+        """Causal attention of one sample of `length` tokens, forward, or both passes; samples of a packed row add up."""
+        if self.measured is not None:
+            found = self.measured.attention_seconds(dtype, length, heads, width, backward=backward)
+            if found is not None:
+                return found
+        return attention_flops(length, heads, width, backward=backward) / (self.rate(dtype) * ATTENTION_REACHED[backward])
+
+    def dequantize_seconds(self, scheme: str, weights: int) -> float:
+        """Codes to bf16: as measured; else as long as moving codes (at most a byte) and floats takes."""
+        if self.measured is not None and scheme in self.measured.dequantize:
+            return weights / self.measured.dequantize[scheme]
+        return self._moving(2.5 * weights)
+
+    def quantize_seconds(self, scheme: str, numbers: int) -> float:
+        """Floats to codes ("ternary", "nf4": weights; "ternary rows": activations); else as three passes over bf16."""
+        if self.measured is not None and scheme in self.measured.quantize:
+            return numbers / self.measured.quantize[scheme]
+        return self._moving(6.0 * numbers)
+
+    def optimizer_seconds(self, name: str, parameters: int, tensors: int = 1, dtype: str = "fp32") -> float:
+        """One step of "adamw", "adamw_8bit", … over `parameters` in `tensors`; not measured: weight, gradient and two moments
+        read, weight and moments written."""
+        if self.measured is not None:
+            plain = name.removeprefix("paged_")
+            for key in (f"{plain} {dtype}", f"{plain} fp32"):
+                if key in self.measured.optimizer:
+                    return parameters / self.measured.optimizer[key] + tensors * self.measured.optimizer_tensor.get(key, 0.0)
+        size, moments = (2 if dtype in ("bf16", "fp16") else 4), (2 if "8bit" in name else 2 * 4)
+        return self._moving(parameters * (3 * size + 2 * moments)) + tensors * (self.launch_seconds if "8bit" in name else 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------ the table
+
+_CARDS = "https://www.nvidia.com/en-us/geforce/graphics-cards/"
+_LAPTOPS = "https://www.nvidia.com/de-de/geforce/gaming-laptops/compare/"
+_CENTRE = "https://www.nvidia.com/en-us/data-center/"
+_MACS = "https://arxiv.org/abs/2502.05317"  # table 1; Apple gives no rates after the M2
+
+
+def _cuda(
+    key: str, name: str, gib: float, bandwidth: float, rates: dict[str, float], watts: float, capability: str, source: str
+) -> Device:
+    """gib: of the whole card; bandwidth: GB/s; rates: TFLOP/s."""
+    # ECC in GDDR6 takes its place from the memory, as gib says already; the driver's own part is in the context.
+    memory = round(gib * GIB)
+    numbers = {dtype: rate * 1e12 for dtype, rate in rates.items()}
+    return Device(
+        key, name, "cuda", memory, bandwidth * 1e9, numbers, watts, capability, source, CONTEXT + int(WITHHELD * memory)
+    )
+
+
+def geforce_rates(cores: int, clock: float) -> dict[str, float]:
+    """TFLOP/s of a GeForce card from the RTX 30 series on; clock in GHz."""
+    fp32 = 2 * cores * clock / 1e3
+    return {"bf16": 2 * fp32, "fp16": 2 * fp32, "fp32": fp32, "int8": 8 * fp32}
+
+
+def _rtx(name: str, gib: int, bandwidth: float, cores: int, clock: float, watts: float, page: str) -> Device:
+    """A GeForce card; clock: boost, GHz. The key is the name, and the memory too where two cards share a name."""
+    model, _, twin = name.partition(" / ")
+    key = "-".join(f"rtx {model} {twin}".lower().split())
+    capability = {"3": "8.6", "4": "8.9", "5": "12.0"}[name[0]]
+    source = _LAPTOPS if page == "laptop" else f"{_CARDS}{name[0]}0-series/{page}/"
+    full = f"GeForce RTX {model}{' ' + twin if twin else ''}{' GPU' if page == 'laptop' else ''}"
+    return _cuda(key, full, gib, bandwidth, geforce_rates(cores, clock), watts, capability, source)
+
+
+def _centre(
+    key: str, gib: float, bandwidth: float, tflops: tuple[float | None, float, float, float], watts: float, cap: str, page: str
+) -> Device:
+    """A data centre card; tflops: bf16 (None: it has none), fp16, fp32, int8."""
+    rates = {dtype: rate for dtype, rate in zip(("bf16", "fp16", "fp32", "int8"), tflops, strict=True) if rate is not None}
+    name = key.upper().replace("-", " ").replace("PCIE", "PCIe").replace("GB", " GB")
+    return _cuda(key, f"NVIDIA {name}", gib, bandwidth, rates, watts, cap, f"{_CENTRE}{page}/")
+
+
+def _mac(key: str, gib: int, bandwidth: float, cores: int, gflops: float, watts: float, *, bf16: bool = True) -> Device:
+    """An Apple chip in its largest memory; gflops: fp32, of one core of its GPU. 16-bit floats are multiplied at that rate.
+
+    The GPU may take two thirds of a Mac's memory up to 36 GB, three quarters beyond, unless iogpu.wired_limit_mb says more.
+    """
+    rate = cores * gflops * 1e9
+    rates = {"bf16": rate, "fp16": rate, "fp32": rate}
+    if not bf16:
+        del rates["bf16"]
+    memory = int(gib * GIB * (2 / 3 if gib <= 36 else 3 / 4))
+    name = "Apple " + key.upper().replace("MAX", "Max").replace("-", " ")
+    return Device(key, name, "mps", memory, bandwidth * 1e9, rates, watts, None, _MACS, 300 << 20)
+
+
+TABLE: tuple[Device, ...] = (
+    #    name           GiB  GB/s   cores  clock  watts
+    _rtx("3060", 12, 360, 3584, 1.777, 170, "rtx-3060-3060ti"),
+    _rtx("3060 Ti", 8, 448, 4864, 1.665, 200, "rtx-3060-3060ti"),
+    _rtx("3070", 8, 448, 5888, 1.725, 220, "rtx-3070-3070ti"),
+    _rtx("3070 Ti", 8, 608, 6144, 1.770, 290, "rtx-3070-3070ti"),
+    _rtx("3080", 10, 760, 8704, 1.710, 320, "rtx-3080-3080ti"),
+    _rtx("3080 / 12GB", 12, 912, 8960, 1.710, 350, "rtx-3080-3080ti"),
+    _rtx("3080 Ti", 12, 912, 10240, 1.665, 350, "rtx-3080-3080ti"),
+    _rtx("3090", 24, 936, 10496, 1.695, 350, "rtx-3090-3090ti"),
+    _rtx("3090 Ti", 24, 1008, 10752, 1.860, 450, "rtx-3090-3090ti"),
+    _rtx("4060", 8, 272, 3072, 2.460, 115, "rtx-4060-4060ti"),
+    _rtx("4060 Ti", 8, 288, 4352, 2.535, 160, "rtx-4060-4060ti"),
+    _rtx("4060 Ti / 16GB", 16, 288, 4352, 2.535, 165, "rtx-4060-4060ti"),
+    _rtx("4070", 12, 504, 5888, 2.475, 200, "rtx-4070-family"),
+    _rtx("4070 Super", 12, 504, 7168, 2.475, 220, "rtx-4070-family"),
+    _rtx("4070 Ti", 12, 504, 7680, 2.610, 285, "rtx-4070-family"),
+    _rtx("4070 Ti Super", 16, 672, 8448, 2.610, 285, "rtx-4070-family"),
+    _rtx("4080", 16, 717, 9728, 2.505, 320, "rtx-4080-family"),
+    _rtx("4080 Super", 16, 736, 10240, 2.550, 320, "rtx-4080-family"),
+    _rtx("4090", 24, 1008, 16384, 2.520, 450, "rtx-4090"),
+    # Laptops: clock and power at the upper end of the range; many have less of both.
+    _rtx("4050 Laptop", 6, 192, 2560, 2.370, 115, "laptop"),
+    _rtx("4060 Laptop", 8, 256, 3072, 2.370, 115, "laptop"),
+    _rtx("4070 Laptop", 8, 256, 4608, 2.175, 115, "laptop"),
+    _rtx("4080 Laptop", 12, 432, 7424, 2.280, 150, "laptop"),
+    _rtx("4090 Laptop", 16, 576, 9728, 2.040, 150, "laptop"),
+    _rtx("5060", 8, 448, 3840, 2.497, 145, "rtx-5060-family"),
+    _rtx("5060 Ti", 8, 448, 4608, 2.572, 180, "rtx-5060-family"),
+    _rtx("5060 Ti / 16GB", 16, 448, 4608, 2.572, 180, "rtx-5060-family"),
+    _rtx("5070", 12, 672, 6144, 2.512, 250, "rtx-5070-family"),
+    _rtx("5070 Ti", 16, 896, 8960, 2.452, 300, "rtx-5070-family"),
+    _rtx("5080", 16, 960, 10752, 2.617, 360, "rtx-5080"),
+    _rtx("5090", 32, 1792, 21760, 2.407, 575, "rtx-5090"),
+    # Memory without what ECC takes: 15360, 23028 and 23034 MiB of nvidia-smi (modal-labs/modal-client#2797); H200: of torch.
+    _centre("t4", 15.0, 320, (None, 65, 8.1, 130), 70, "7.5", "tesla-t4"),
+    _centre("a10", 22.49, 600, (125, 125, 31.2, 250), 150, "8.6", "products/a10-gpu"),
+    _centre("l4", 22.49, 300, (121, 121, 30.3, 242), 72, "8.9", "l4"),
+    _centre("a100-40gb", 40, 1555, (312, 312, 19.5, 624), 400, "8.0", "a100"),
+    _centre("a100-80gb", 80, 2039, (312, 312, 19.5, 624), 400, "8.0", "a100"),
+    _centre("h100-pcie", 79.6, 2000, (756, 756, 51, 1513), 350, "9.0", "h100"),
+    _centre("h100-sxm", 79.6, 3350, (989, 989, 67, 1979), 700, "9.0", "h100"),
+    _centre("h200", 139.8, 4800, (989, 989, 67, 1979), 700, "9.0", "h200"),
+    # Watts: the highest of a Mac mini or Mac Studio (support.apple.com/103253 and 102027); an M3 Max is taken as an M2 Max.
+    _mac("m1", 16, 67, 8, 326, 39, bf16=False),  # bf16 came with the M2
+    _mac("m1-max", 64, 400, 32, 326, 115, bf16=False),
+    _mac("m2", 24, 100, 10, 357, 50),
+    _mac("m2-max", 96, 400, 38, 357, 145),
+    _mac("m3-max", 128, 400, 40, 353, 145),
+    _mac("m4", 32, 120, 10, 426, 65),
+    _mac("m4-max", 128, 546, 40, 426, 145),
+)
+
+
+# -------------------------------------------------------------------------------------------------------------------- lookups
+
+
+def _base(variable: str, otherwise: str) -> Path:
+    return Path(os.environ.get(variable) or Path.home() / otherwise) / "finetune12g"
+
+
+def own_path() -> Path:
+    return _base("XDG_CONFIG_HOME", ".config") / "devices.yaml"
+
+
+def devices() -> dict[str, Device]:
+    """Every device that has a name, by key; those of the user's own file last, in place of the table's where the keys are the
+    same.
+
+    Raises:
+        Mistake: that file cannot be understood.
+    """
+    return {one.key: one for one in TABLE} | _own(own_path())
+
+
+def _own(path: Path) -> dict[str, Device]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return {}
+    import yaml
+
+    form = "KEY: {name: …, memory: 12GB, bandwidth: 504, bf16: 58.3, fp32: 29.1, watts: 200, source: https://…}"
+    try:
+        lines = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise Mistake("the file of your own devices is not YAML", where=str(path), found=str(error), do=form) from None
+    if not isinstance(lines, dict):
+        raise Mistake("the file of your own devices holds no devices", where=str(path), found=type(lines).__name__, do=form)
+    found = {}
+    for key, line in lines.items():
+        try:
+            said = dict(line)
+            rates = {dtype: float(said.pop(dtype)) for dtype in REACHED if dtype in said}
+            memory = parse_bytes(str(said.pop("memory"))) / GIB
+            numbers = [float(said.pop(word)) for word in ("bandwidth", "watts")]
+            if not rates or min(*numbers, *rates.values()) <= 0:
+                raise ValueError("rates, bandwidth and watts must be there, and positive")
+            name, source = str(said.pop("name", key)), str(said.pop("source", f"{path}"))
+            capability = str(said.pop("capability", "8.0"))
+            if said:
+                raise ValueError(f"unknown: {', '.join(map(str, said))}")
+        except (KeyError, TypeError, ValueError) as error:
+            what = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise Mistake("one of your own devices is not described well", where=f"{path}: {key}", found=what, do=form) from None
+        found[str(key)] = _cuda(str(key), name, memory, numbers[0], rates, numbers[1], capability, source)
+    return found
+
+
+def _letters(text: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", text.lower())
+
+
+def _chip(name: str) -> str:
+    """What of a name says which chip it is: no vendor, no memory, no kind of board."""
+    text = re.sub(r"\b\d+\s*gb\b|hbm\d\w*|sxm\d?|pcie|nvidia|geforce|tesla|apple|rtx|\bgpu\b", " ", name.lower())
+    return _letters(text)
+
+
+def device(name: str) -> Device:
+    """The device of that name, with its measurement where there is one: "rtx-4070", "RTX 4070", "4070", "4060 ti 16gb", "cpu".
+
+    Raises:
+        Mistake: there is none, or the name fits several.
+    """
+    asked = _letters(re.sub("nvidia|geforce|apple|rtx", "", name.lower()))
+    if asked == "cpu":
+        return present("cpu")
+    known = devices()
+    keys = {_letters(key): key for key in known}
+    exact = next((keys[word] for word in (_letters(name), asked, f"rtx{asked}") if word in keys), None)
+    fits = [exact] if exact else [key for key, one in known.items() if _chip(one.name) == _chip(name)]
+    if len(fits) > 1 and (said := re.search(r"(\d+)\s*gb", name.lower())):
+        fits = [key for key in fits if round(known[key].memory_bytes / GIB) == int(said[1])] or fits
+    if len(fits) == 1:
+        return _with_measurement(known[fits[0]])
+    listed = ", ".join(known)
+    if fits:
+        raise Mistake("several devices have this name", where="--gpu", found=name, do=f"one of {', '.join(fits)}")
+    close = difflib.get_close_matches(f"rtx{asked}", keys, n=3) or difflib.get_close_matches(_letters(name), keys, n=3)
+    meant = f"did you mean {' or '.join(keys[word] for word in close)}? " if close else ""
+    raise Mistake(
+        "this device is not known", where="--gpu", found=name, do=f"{meant}there are cpu, {listed}; yours: {own_path()}"
+    )
+
+
+def present(torch_device: Any = None, *, measured: bool = True) -> Device:
+    """The device of this machine that `torch_device` names (None: a CUDA one if there is one, else the CPU, as a run takes
+    them): memory as the system reports it, the rest of the table, and its measurement where there is one and it is asked for.
+
+    Raises:
+        Mistake: it is not there; or its measurement is damaged.
+    """
+    import torch
+
+    kind = torch.device(torch_device if torch_device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    if kind.type == "cuda" and torch.cuda.is_available():
+        found = _present_cuda(kind.index or 0)
+    elif kind.type == "cpu":
+        found = _present_cpu()
+    elif kind.type == "mps" and torch.backends.mps.is_available():
+        found = _present_mps()
+    else:
+        do = "cpu, or --gpu NAME"
+        raise Mistake(f"there is no {kind.type} device", where="device", found=f"torch {torch.__version__}", do=do)
+    if not measured:
+        return found
+    found = _with_measurement(found)
+    if found.kind != "cpu" or found.measured is None:
+        return found
+    return replace(
+        found,
+        bandwidth=found.measured.bandwidth_bytes_per_second,
+        rates=found.rates | found.measured.rates(),
+        source=f"measured {found.measured.date}",
+    )
+
+
+def _present_cuda(index: int) -> Device:
+    import torch
+
+    about = torch.cuda.get_device_properties(index)
+    return match(about.name, about.total_memory, about.multi_processor_count, (about.major, about.minor))
+
+
+def match(name: str, memory: int, processors: int, capability: tuple[int, int]) -> Device:
+    """The table's device that calls itself `name` and has about `memory` bytes, with that memory. One that the table has not is
+    made up of its multiprocessors, as if it were a GeForce card of 1.7 GHz, 250 W and, as an RTX 4070, 17 GB/s of bandwidth for
+    each TFLOP/s of fp32: `finetune bench device` says better."""
+
+    def differs(one: Device) -> tuple[bool, int]:
+        return ("pcie" in one.name.lower()) != ("pcie" in name.lower()), abs(one.memory_bytes - memory)
+
+    of_chip = [one for one in TABLE if one.kind == "cuda" and _chip(one.name) == _chip(name)]
+    if of_chip:
+        return replace(min(of_chip, key=differs), memory_bytes=memory, context_bytes=CONTEXT)
+    rates = geforce_rates(128 * processors, 1.7)
+    if capability < (8, 0):
+        del rates["bf16"]
+    key, of = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), f"{capability[0]}.{capability[1]}"
+    made_up = _cuda(key, name, memory / GIB, rates["fp32"] * 17, rates, 250, of, "not in the table: from its multiprocessors")
+    return replace(made_up, memory_bytes=memory, context_bytes=CONTEXT)
+
+
+def _present_mps() -> Device:
+    import subprocess
+
+    import torch
+
+    asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    name = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    found = next((one for one in TABLE if one.kind == "mps" and _chip(one.name) == _chip(name)), None)
+    if found is None:
+        raise Mistake("this chip is not in the table of devices", where="device", found=name, do=f"describe it in {own_path()}")
+    return replace(found, memory_bytes=torch.mps.recommended_max_memory())
+
+
+def _present_cpu() -> Device:
+    """The CPU with as many threads as torch has. Not measured, it is a guess from its instructions."""
+    import psutil
+    import torch
+
+    from finetune import provenance
+
+    threads = torch.get_num_threads()
+    name = provenance.device_name(torch.device("cpu")).removeprefix("cpu: ")
+    key = "cpu-" + re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    flags = _cpu_flags()
+    frequency = psutil.cpu_freq()
+    clock = (frequency.max or frequency.current) * 1e6 if frequency else 3e9
+    # Multiply-adds of fp32 a cycle: two units of 512 or 256 bits, or of the 128 that every 64-bit core has.
+    fp32 = threads * clock * (64 if "avx512f" in flags else 32 if "avx2" in flags else 16)
+    bf16 = 16 if "amx_bf16" in flags else 2 if flags & {"avx512_bf16", "bf16"} else 0.5
+    int8 = 32 if "amx_int8" in flags else 4 if flags & {"avx512_vnni", "avx_vnni", "i8mm"} else 1
+    rates = {"bf16": bf16 * fp32, "fp16": fp32 / 64, "fp32": fp32, "int8": int8 * fp32}
+    # Ten bytes a nanosecond and thread, and no more than two channels of DDR4-3200 have; watts: about a desktop's ten a core.
+    bandwidth, watts = min(10e9 * threads, 50e9), 10.0 * threads
+    source = "a guess from its instructions: finetune bench device measures it"
+    return Device(key, name, "cpu", memory_here(), bandwidth, rates, watts, None, source, CPU_CONTEXT)
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return set()
+    return set(next((line.split(":", 1)[1].split() for line in lines if line.lower().startswith(("flags", "features"))), []))
+
+
+def memory_here() -> int:
+    """Bytes of this machine's memory, or of the share of it that its container may take."""
+    import psutil
+
+    total = psutil.virtual_memory().total
+    if sys.platform == "linux":
+        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+            try:
+                total = min(total, int(Path(path).read_text(encoding="utf-8")))
+            except (OSError, ValueError):  # no such limit, or "max"
+                continue
+    return total
+
+
+_UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
+
+
+def parse_bytes(text: str) -> int:
+    """"12GB", "11.5GiB", "8 gb" → bytes. GB is GiB here: the "12 GB" of a card are 12 · 2³⁰ bytes, and a budget of 12GB means
+    such a card.
+
+    Raises:
+        Mistake: it is no amount of memory.
+    """  # fmt: skip
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])i?b?\s*", text, re.IGNORECASE)
+    count = round(float(found[1]) * (1 << _UNITS[found[2].lower()])) if found else 0
+    if count <= 0:
+        raise Mistake("this is no amount of memory", where="memory", found=repr(text), do="a number and a unit: 12GB, 11.5GiB")
+    return count
+
+
+# --------------------------------------------------------------------------------------------------------------- measurements
+
+
+def calibration_path(key: str) -> Path:
+    return _base("XDG_CACHE_HOME", ".cache") / f"device-{key}.json"
+
+
+def save_calibration(key: str, measured: Calibration) -> Path:
+    path = calibration_path(key)
+    write_json(path, {"format": FORMAT} | asdict(measured))
+    return path
+
+
+def load_calibration(key: str) -> Calibration | None:
+    """The measurement of a device; None when there is none, or one of another version of this program.
+
+    Raises:
+        Mistake: the file is damaged.
+    """
+    path = calibration_path(key)
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved.pop("format") != FORMAT:
+            return None
+        return Calibration(**{one.name: saved[one.name] for one in fields(Calibration)})
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
+        found = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        do = f"finetune bench device writes a new one; or delete it: rm {path}"
+        raise Mistake("the measurement of this device cannot be read", where=str(path), found=found, do=do) from None
+
+
+def _with_measurement(one: Device) -> Device:
+    return replace(one, measured=load_calibration(one.key))
