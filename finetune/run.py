@@ -301,9 +301,11 @@ class _Story:
         if self.plan is not None:
             self.record["plan"] = self.plan.as_dict() | ({"fit": self.fit.as_dict()} if self.fit is not None else {})
             training = self.plan.phase("train")
-            apart = 0 if self.device.type == "cpu" else sum(training.terms.get(term, 0) for term in ("context", "fragmentation"))
-            self.record["planned"] = {  # as the loop measures it: the process on a CPU, allocated tensors on a card
-                "peak_bytes": training.peak_bytes - apart,
+            apart = sum(training.terms.get(term, 0) for term in ("context", "fragmentation"))
+            self.record[
+                "planned"
+            ] = {  # as the loop measures it: the process on a CPU, with what it has by now; tensors on a card
+                "peak_bytes": training.peak_bytes - apart + (resident() if self.device.type == "cpu" else 0),
                 "step_seconds": self.plan.step_seconds,
                 "seconds": training.seconds,
             }
@@ -926,7 +928,14 @@ def free_memory(device: torch.device) -> int:
 
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    return psutil.virtual_memory().available + resident()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def _now() -> str:

@@ -155,7 +155,8 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         teacher = (of, models.load_config(of))
     prompt = facts.prompt if facts.answers else 0
     try:
-        found = trace(recipe, source, config, place, facts.micro, teacher=teacher, evaluate=facts.evaluate, generate=prompt)
+        with torch.random.fork_rng(devices=[]):  # a run that plans draws the same random numbers as one that finds its plan
+            found = trace(recipe, source, config, place, facts.micro, teacher=teacher, evaluate=facts.evaluate, generate=prompt)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
         said = str(error).strip().splitlines()
         raise Untraceable(
@@ -166,8 +167,12 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         ) from error
     phases = _Phases(recipe, device, place, facts, found, config, teacher).all()
     training = next(phase for phase in phases if phase.name == "train")
-    flops = flops_of(found.train.work) * recipe.train.accumulation * facts.steps
-    flops *= facts.mean_tokens / facts.micro.tokens
+    flops = flops_of(found.train.work)
+    if recipe.train.checkpointing and found.evaluate is not None and facts.evaluate is not None:
+        forward = flops_of(found.evaluate.work) / facts.evaluate.tokens * facts.micro.tokens
+        text = config.get_text_config()
+        flops -= forward - 2.0 * text.hidden_size * text.vocab_size * facts.micro.tokens  # the head is not computed again
+    flops *= recipe.train.accumulation * facts.steps * facts.mean_tokens / facts.micro.tokens
     if recipe.twin:
         notes.append("the twin doubles the time; its memory is that of the same model in floats, which is not more")
     if device.measured is None:

@@ -40,7 +40,7 @@ class Plan:
     """What a run of `recipe` needs on `device`.
 
     budget_bytes: what may be used of the device. step_seconds: one optimizer step of `tokens_per_step` tokens. flops: of the
-    whole training. watts: of the device at work. notes: assumptions and reasons, each one sentence.
+    whole training, what is recomputed left out. watts: of the device at work. notes: assumptions and reasons, each one sentence.
     traced: how the memory was found: layers traced, layers of the model, whether that was extrapolated.
     """
 

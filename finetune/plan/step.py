@@ -18,7 +18,7 @@ from finetune import model as models
 from finetune.data.packing import Batch
 from finetune.data.samples import IGNORE
 from finetune.model import Source
-from finetune.plan.trace import Pieces, Recorder, Trace, extrapolate, fake_tensors, place, watch_layers
+from finetune.plan.trace import Grouped, Pieces, Recorder, Trace, extrapolate, fake_tensors, place, watch_layers
 from finetune.recipe import Recipe, Train
 from finetune.train import checkpoint, fast, kernels, offload, optim, shapes, step
 from finetune.train.pretrain import Pretraining
@@ -227,7 +227,7 @@ def _trace(
     count = layers_in(config)
     with _quiet(), mode:
         was = kernels.switched_on()
-        with shapes.traced(Pieces(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)):
+        with shapes.traced(Pieces(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)), Grouped():
             found = _speed_up(model, recipe, place_)
         try:
             with shapes.traced(Pieces(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)):

@@ -169,11 +169,8 @@ class Recorder(TorchDispatchMode):
             out = found.new_empty((min(self.supervised, found.numel()), found.ndim), dtype=torch.int64)
         elif name == "_local_scalar_dense":  # a number out of a tensor: any will do
             return 0.0 if args[0].is_floating_point() else 0
-        elif name == "_grouped_mm":  # torch's shapes for it know bf16 alone, its CPU kernel floats too
-            a, b = args[:2]
-            groups = (args[2] if len(args) > 2 else kwargs["offs"]).shape[0]
-            shape = (groups, a.shape[-2], b.shape[-1]) if a.ndim == b.ndim == 2 else (a.shape[-2], b.shape[-1])
-            out = a.new_empty(shape)
+        elif name == "_grouped_mm":
+            out = _grouped_mm(args, kwargs)
         else:
             out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
@@ -218,6 +215,22 @@ class Recorder(TorchDispatchMode):
             widest = max((t for t in results or tensors), key=lambda t: t.numel(), default=None)
             if widest is not None:
                 self.moved(name, widest.dtype, size)
+
+
+def _grouped_mm(args: Any, kwargs: Any) -> Tensor:
+    """Room for the product of each expert's rows; torch's shapes for it know bf16 alone, its CPU kernel floats too."""
+    a, b = args[:2]
+    groups = (args[2] if len(args) > 2 else kwargs["offs"]).shape[0]
+    shape = (groups, a.shape[-2], b.shape[-1]) if a.ndim == b.ndim == 2 else (a.shape[-2], b.shape[-1])
+    return a.new_empty(shape)
+
+
+class Grouped(TorchDispatchMode):
+    """Within it, where nothing is recorded, fake tensors have that product too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        grouped = func is torch.ops.aten._grouped_mm.default
+        return _grouped_mm(args, kwargs or {}) if grouped else func(*args, **(kwargs or {}))
 
 
 def _layout(a: Tensor, b: Tensor) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -588,3 +589,49 @@ def test_recipes_of_the_shelf_build(tiny_model: Path, tmp_path: Path, finetune: 
         assert code == 0, (path, err)
         assert (tmp_path / "shelf" / path.stem / "merged" / "config.json").exists()
     assert seen >= 4
+
+
+# ------------------------------------------------------------------------------------------------------------------ the plan
+
+
+def test_a_run_is_planned_and_tells_what_came_of_it(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    code, out, err = finetune("run", str(recipe), "run.dir=planned", "train.epochs=30", "train.max_steps=24", "run.merge=false")
+    assert code == 0, err
+    record = json.loads((tmp_path / "planned" / "run.json").read_text())
+    assert "fits: " in out
+    assert {phase["name"] for phase in record["plan"]["phases"]} == {"load", "evaluate", "generate", "train", "save", "merge"}
+    planned, actual = record["planned"]["peak_bytes"], record["train"]["peak_bytes"]
+    assert 0.5 < planned / actual < 1.5  # a tiny model: what is compared here is mostly the process itself
+    assert "planned" in out.split("peak ")[-1]
+    noted = (Path(os.environ["XDG_CACHE_HOME"]) / "finetune12g" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(noted[-1])["planned_peak"] == planned
+    assert json.loads(noted[-1])["step"] > 0
+
+
+def test_a_run_that_would_not_fit_does_not_begin(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    message = bad(finetune, recipe, "plan.memory=300MB", "run.dir=small", code=3)
+    assert "would not fit" in message
+    assert "0.29" in message
+    assert not (tmp_path / "small").exists()
+    code, out, err = finetune("run", str(recipe), "plan.memory=300MB", "run.dir=small", "--force", "run.merge=false")
+    assert code == 0, err
+    assert "--force: by the plan it does not fit" in out + err
+
+
+def test_fit_auto_changes_the_recipe_and_a_resumed_run_keeps_the_change(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    options = ["fit=auto", "train.micro_batch=8", "data.packing=false", "train.loss_chunk=0", "run.dir=fitted", "run.merge=false"]
+    options += ["data.heldout=0", "eval.samples=0", "eval.prompts=[]"]
+    code, plain, err = finetune("plan", str(recipe), *options[1:], "--json")
+    assert code == 0, err
+    memory = f"plan.memory={json.loads(plain)['peak_bytes'] - 1 >> 10}KiB"
+    code, out, err = finetune("run", str(recipe), *options, memory)
+    assert code == 0, err
+    assert "fit: train.loss_chunk 0 → 256" in out
+    record = json.loads((tmp_path / "fitted" / "run.json").read_text())
+    assert record["plan"]["fits"]
+    assert record["plan"]["fit"]["keys"]["train.loss_chunk"] == 256
+    assert "loss_chunk: 256" in (tmp_path / "fitted" / "recipe.yaml").read_text()
+    (tmp_path / "fitted" / "run.json").write_text(json.dumps(record | {"state": "stopped"}))
+    code, out, err = finetune("run", str(recipe), *options, memory, "--resume")
+    assert code == 0, err
+    assert "fit: " not in out
