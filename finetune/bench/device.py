@@ -24,6 +24,7 @@ from torch import Tensor
 
 from finetune import provenance
 from finetune.bench.measure import Row, cache_bytes
+from finetune.errors import Mistake
 from finetune.files import write_json
 from finetune.plan.devices import LARGE, Calibration, Device, attention_flops, present, save_calibration
 from finetune.screen import Screen, Shown
@@ -47,6 +48,8 @@ class Sizes:
     their pages are made anew each time. The largest is at least `beyond` last caches.
     weights: (out, in) of what is quantized and dequantized. lengths, heads: of attention, (heads, kv heads, width), in rows of
     `tokens`. parameters: of the optimizer's step. repeats: of everything but products.
+    too_busy: share of the machine that others may take; beyond it what was measured is not kept. (A third taken on two cores
+    made attention up to twenty times slower: its threads wait for each other at the end of each small loop.)
     """
 
     gemm: tuple[int, ...] = (1, 16, 64, 256, 1024, 4096)
@@ -63,6 +66,7 @@ class Sizes:
     tokens: int = 1024
     parameters: int = 4 * MIB
     repeats: int = 7
+    too_busy: float = 0.15
 
 
 SIZES = Sizes()
@@ -548,7 +552,7 @@ def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES)
     """Measure the device that a run takes, keep it for the plan, show it, and write `json_file`.
 
     Raises:
-        OSError: the measurement cannot be kept.
+        Mistake: other programs took so much of the machine that it is not kept.
     """
     import sys
 
@@ -556,12 +560,19 @@ def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES)
     place = torch.device(table.kind)
     with screen.phase(f"device {table.key}") as progress:
         measured = measure(place, sizes, progress)
-    path = save_calibration(table.key, measured)
     found = rows(measured, table)
     show(found, table, screen)
+    if measured.others > sizes.too_busy:
+        raise Mistake(
+            "this machine was too busy: what was measured is not kept",
+            where=table.name,
+            found=f"other programs took {measured.others:.0%} of it",
+            do="finetune bench device when nothing else runs",
+        )
+    path = save_calibration(table.key, measured)
     screen.say(f"{table.name}: kept for finetune plan in {path}")
     if measured.others > BUSY:
-        screen.warn(f"other programs took {measured.others:.0%} of this machine meanwhile: measure again when it is idle")
+        screen.warn(f"other programs took {measured.others:.0%} of this machine meanwhile: on an idle one figures are others")
     if json_file is not None:
         collected = provenance.collect(place, 0, " ".join(sys.argv))
         write_json(json_file, {"name": "device", "rows": found, "calibration": str(path), "provenance": collected})

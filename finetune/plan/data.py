@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from finetune.material import Material
 
 SAMPLE = 4000  # rows that are turned into tokens; of more rows the rest is taken to be like them
+CHARACTERS, TURN = 4, 8  # of a token; tokens that a template puts around a message
 PACKED = 0.97  # share of a packed row that is tokens, where samples are not known
 
 
@@ -46,12 +47,10 @@ def facts_of(recipe: Recipe, source: Source, material: Material | None = None) -
     if recipe.kind == "pretrain":
         return _text(recipe)
     notes: list[str] = []
-    scale = 1.0
-    if material is None:
-        material, scale = _read(recipe, source, notes)
-    if material is None:
-        return _by_rule(recipe, notes)
-    return _conversations(recipe, material, scale, notes)
+    found = (material, 1.0) if material is not None else _read(recipe, source, notes)
+    if found is None or isinstance(found, known.Rows):
+        return _by_rule(recipe, found, notes)
+    return _conversations(recipe, found[0], found[1], notes)
 
 
 def _answers(recipe: Recipe) -> int:
@@ -85,8 +84,9 @@ def _evaluation(recipe: Recipe, longest: int, tokens: int, supervised: int) -> M
     return MicroBatch((1, rows * longest), bounds, min(rows * supervised, rows * longest))
 
 
-def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]:
-    """The recipe's rows as tokens (the first SAMPLE of them), and how many times as many there are; None if they are not here."""
+def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float] | known.Rows | None:
+    """The recipe's rows as tokens (the first SAMPLE of them) and how many times as many there are; without the model's tokenizer
+    a guess of them; None if they are not on this machine."""
     from finetune import model as models
     from finetune.data.rows import PACKAGE, load_rows
     from finetune.material import gather
@@ -94,24 +94,28 @@ def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]
 
     data = recipe.data
     if data.path is None and not str(data.name).startswith(PACKAGE):
-        return None, 1.0
+        return known.DATA.get(str(data.name))
+    rows = load_rows(
+        name=data.name, path=data.path, files=data.files, split=data.split, format_=data.format, max_rows=data.max_rows,
+        skip_bad=data.bad_rows == "skip",
+    ).rows  # fmt: skip
     try:
         tokenizer = tokenizer_of(recipe, source, Path(recipe.run.dir or "runs"))
-    except Mistake as mistake:
-        notes.append(f"tokens are guessed from characters: {mistake.what}")
-        return None, 1.0
-    rows = len(
-        load_rows(
-            name=data.name, path=data.path, files=data.files, split=data.split, format_=data.format, max_rows=data.max_rows,
-            skip_bad=data.bad_rows == "skip",
-        ).rows
-    )  # fmt: skip
+    except Mistake:
+        lengths = [
+            min(
+                data.max_length,
+                len(row.text or "") // CHARACTERS + sum(TURN + len(m["content"]) // CHARACTERS for m in row.messages),
+            )
+            for row in rows
+        ]
+        notes.append(f"tokens are guessed, as {CHARACTERS} characters each: the model's tokenizer is not here")
+        return known.Rows(len(rows), sum(lengths), max(lengths))
     some = recipe
-    if rows > SAMPLE:
+    if len(rows) > SAMPLE:
         some = recipe.model_copy(update={"data": data.model_copy(update={"max_rows": SAMPLE})})
-        notes.append(f"tokens are counted in {SAMPLE} of {rows} rows")
-    material = gather(some, tokenizer, models.stop_ids(source, tokenizer), limits=Limits())
-    return material, max(1.0, rows / SAMPLE)
+        notes.append(f"tokens are counted in {SAMPLE} of {len(rows)} rows")
+    return gather(some, tokenizer, models.stop_ids(source, tokenizer), limits=Limits()), max(1.0, len(rows) / SAMPLE)
 
 
 def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]) -> Facts:
@@ -168,13 +172,12 @@ def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]
     )
 
 
-def _by_rule(recipe: Recipe, notes: list[str]) -> Facts:
-    """Rows that cannot be looked at: full ones."""
+def _by_rule(recipe: Recipe, of_set: known.Rows | None, notes: list[str]) -> Facts:
+    """Rows that cannot be looked at, or only counted: packed ones are full, single ones as long as the longest."""
     settings, data = recipe.train, recipe.data
     length = settings.micro_batch * data.max_length
     length += -length % MULTIPLE
-    of_set = known.DATA.get(str(data.name))
-    held = int(data.heldout) if data.heldout >= 1 else 64
+    held = int(data.heldout) if data.heldout >= 1 or of_set is None else int(of_set.rows * data.heldout)
     if of_set is None:
         if settings.max_steps is None:
             notes.append("how many rows there are is not known before they are fetched: planned for 1,000 steps")
@@ -187,7 +190,7 @@ def _by_rule(recipe: Recipe, notes: list[str]) -> Facts:
         steps = min(steps, settings.max_steps) if settings.max_steps else steps
         if not data.packing:
             length = -(-settings.micro_batch * row // MULTIPLE) * MULTIPLE
-        notes.append(f"{data.name} is taken as {of_set.rows} rows of {of_set.tokens} tokens")
+        notes.append(f"{data.path or data.name} is taken as {of_set.rows:,} rows of {of_set.tokens:,} tokens in all")
     bounds = (*range(0, length, data.max_length), length)
     of_row = of_set.tokens // of_set.rows if of_set else row
     evaluate = _evaluation(recipe, row, held * of_row, row - 1) if held else None

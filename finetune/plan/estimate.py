@@ -35,6 +35,7 @@ from finetune.recipe import Recipe
 from finetune.train.fast import WORTH_COMPILING
 
 DISK = 0.7e9  # bytes/s, read or written: a SATA disk's; NVMe is several times faster
+LINK = {"memory": 12e9, "disk": DISK}  # bytes/s to the device of layers that stream: PCIe 4.0 by 8 lanes, as laptops have it
 WASTE = 0.04  # of what comes and goes: blocks that CUDA's allocator cannot use for the next size. Assumed, not measured here.
 
 
@@ -154,9 +155,10 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         of = models.find(recipe.distill.teacher, where="distill.teacher")
         teacher = (of, models.load_config(of))
     prompt = facts.prompt if facts.answers else 0
+    reads = facts.evaluate or facts.micro
     try:
         with torch.random.fork_rng(devices=[]):  # a run that plans draws the same random numbers as one that finds its plan
-            found = trace(recipe, source, config, place, facts.micro, teacher=teacher, evaluate=facts.evaluate, generate=prompt)
+            found = trace(recipe, source, config, place, facts.micro, teacher=teacher, evaluate=reads, generate=prompt)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
         said = str(error).strip().splitlines()
         raise Untraceable(
@@ -167,12 +169,9 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         ) from error
     phases = _Phases(recipe, device, place, facts, found, config, teacher).all()
     training = next(phase for phase in phases if phase.name == "train")
-    flops = flops_of(found.train.work)
-    if recipe.train.checkpointing and found.evaluate is not None and facts.evaluate is not None:
-        forward = flops_of(found.evaluate.work) / facts.evaluate.tokens * facts.micro.tokens
-        text = config.get_text_config()
-        flops -= forward - 2.0 * text.hidden_size * text.vocab_size * facts.micro.tokens  # the head is not computed again
-    flops *= recipe.train.accumulation * facts.steps * facts.mean_tokens / facts.micro.tokens
+    # What is recomputed is no work of the model: its forward pass, and twice that backward, or once where weights are frozen.
+    forward = flops_of(found.evaluate.work) / reads.tokens
+    flops = forward * (2 if recipe.adapter.kind == "lora" else 3) * facts.mean_tokens * recipe.train.accumulation * facts.steps
     if recipe.twin:
         notes.append("the twin doubles the time; its memory is that of the same model in floats, which is not more")
     if device.measured is None:
@@ -281,7 +280,7 @@ class _Phases:
 
     def all(self) -> list[Phase]:
         phases = [self.load()]
-        if self.found.evaluate is not None:
+        if self.facts.evaluate is not None:
             phases.append(self.evaluate())
         if self.found.generate is not None:
             phases.append(self.generate())
@@ -298,9 +297,9 @@ class _Phases:
 
     def evaluate(self) -> Phase:
         traced, micro = self.found.evaluate, self.facts.evaluate
-        assert traced is not None
         assert micro is not None
-        once = seconds_of(traced.work, self.device) * self.facts.held_out_tokens / micro.tokens
+        batches = self.facts.held_out_tokens / micro.tokens
+        once = batches * max(seconds_of(traced.work, self.device), self.streaming())
         every = self.recipe.train.eval_steps
         times = 2 + ((self.facts.steps - 1) // every if every else 0)
         static = Counter(self.weights)
@@ -330,7 +329,7 @@ class _Phases:
         if self.recipe.quant.scheme == "nf4":
             each += self.device.dequantize_seconds("nf4", self.static.parameters)
         host = traced.work[("operations",)] * self.device.launch_seconds
-        each = each + host if self.device.kind == "cpu" else max(each, host)
+        each = max(each + host if self.device.kind == "cpu" else max(each, host), self.streaming())
         answers = 2 * self.facts.answers
         return self._phase("generate", terms, answers * (prompt + each * self.recipe.eval.max_new_tokens))
 
@@ -342,23 +341,38 @@ class _Phases:
         step = static + Counter(gradients=self.static.optimizer["gradients"], workspace=self.static.optimizer["temporary"])
         terms = max(passes, step, key=lambda found: sum(found.values()))
         host = 0
-        if self.recipe.model.stream == "cpu":
+        if self.recipe.model.stream == "memory":
             host += sum(self.static.frozen_in_layers)
         if self.recipe.train.checkpointing == "offload":
-            host += self.facts.micro.tokens * self.config.get_text_config().hidden_size * self.found.layers[1] * 4
+            host += self.offloaded()
         return self._phase("train", terms, self.step_seconds() * self.facts.steps * (2 if self.recipe.twin else 1), host)
 
     def step_seconds(self) -> float:
         """One optimizer step of mean micro-batches."""
         settings = self.recipe.train
         share = self.facts.mean_tokens / self.facts.micro.tokens
-        micro = seconds_of(self.found.train.work, self.device) * share
+        # Layers come while the one before computes: forward, and once more for the backward pass.
+        micro = max(seconds_of(self.found.train.work, self.device) * share, 2 * self.streaming())
+        if settings.checkpointing == "offload":
+            micro += 2 * share * self.offloaded() / LINK["memory"]
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.place.dtype, "fp32")
         if self.recipe.adapter.kind == "lora":
             dtype = "fp32"
         tensors = max(1, round(self.static.trainable / 1e6))
         update = self.device.optimizer_seconds(settings.optimizer, self.static.trainable, tensors, dtype)
         return micro * settings.accumulation + update
+
+    def streaming(self) -> float:
+        """Seconds in which all layers that stream come to the device once."""
+        where = self.recipe.model.stream
+        return 0.0 if where == "none" else sum(self.static.frozen_in_layers) / LINK[where]
+
+    def offloaded(self) -> int:
+        """Bytes that wait in the CPU's memory: each layer's input."""
+        text = self.config.get_text_config()
+        return (
+            self.facts.micro.tokens * text.hidden_size * self.found.layers[1] * (self.place.autocast or self.place.dtype).itemsize
+        )
 
     def save(self) -> Phase:
         """A checkpoint: trained weights and states, copied to the host and written."""
@@ -379,7 +393,7 @@ class _Phases:
         size = self.place.dtype.itemsize
         written = parameters * size
         compared = 0.0
-        if self.found.evaluate is not None and self.facts.evaluate is not None and self.facts.held_out_tokens:
+        if self.facts.evaluate is not None and self.facts.held_out_tokens:
             rows = min(1.0, recipe.eval.merge_rows / max(1, recipe.data.heldout)) if recipe.data.heldout >= 1 else 1.0
             batches = self.facts.held_out_tokens / self.facts.evaluate.tokens
             compared = 2 * rows * batches * seconds_of(self.found.evaluate.work, self.device)
@@ -391,6 +405,6 @@ class _Phases:
             # The merged model is read again when the first is gone, and cast one weight at a time.
             floats = 4 * parameters if exact else written
             return self._phase("merge", Counter({f"weights ({'fp32' if exact else 'bf16'})": floats}), seconds)
-        if self.found.evaluate is not None:
+        if self.facts.evaluate is not None:
             terms = self._of_moments(self.found.evaluate, terms)
         return self._phase("merge", terms, seconds, host=round(1.05 * written))

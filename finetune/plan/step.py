@@ -71,7 +71,7 @@ class Traced:
 
     static: Static
     train: Trace
-    evaluate: Trace | None
+    evaluate: Trace
     generate: Trace | None
     fast: list[str]
     layers: tuple[int, int]
@@ -211,13 +211,14 @@ def trace(
         None if x is None or y is None else extrapolate(x, y, layers) for x, y in zip(a[1:4], b[1:4], strict=True)
     )
     assert train is not None
+    assert evaluated is not None
     return Traced(line(a[0], b[0], layers), train, evaluated, generated, b[4], (LARGE, layers), True)
 
 
 def _trace(
     recipe: Recipe, source: Source, config: Any, place_: Place, micro: MicroBatch, *, evaluate: MicroBatch | None, generate: int,
     teacher: Any = None,
-) -> tuple[Static, Trace, Trace | None, Trace | None, list[str]]:  # fmt: skip
+) -> tuple[Static, Trace, Trace, Trace | None, list[str]]:  # fmt: skip
     prepared = without_weights(recipe, source, config, place_)
     model = prepared.model
     static = static_of(recipe, model, prepared)
@@ -233,9 +234,8 @@ def _trace(
             with shapes.traced(Pieces(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)):
                 distillation = _distillation(teacher, recipe, model, mode, place_)
             train = _train(model, recipe, place_, micro, found, vocabulary, count, distillation)
-            evaluated = generated = None
-            if evaluate is not None:
-                evaluated = _evaluate(model, recipe, place_, evaluate, found, vocabulary, count)
+            generated = None
+            evaluated = _evaluate(model, recipe, place_, evaluate or micro, found, vocabulary, count)
             if generate:
                 with found.paused():
                     generated = _generate(model, place_, generate, vocabulary, count)

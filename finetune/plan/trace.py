@@ -51,6 +51,9 @@ VIEWS = {
 }  # fmt: skip
 
 
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "baddbmm_", "addmm_"}
+
+
 @dataclass
 class Moment:
     """The highest point between two marks. total and terms: bytes of what came to live since the trace began."""
@@ -125,6 +128,9 @@ class Recorder(TorchDispatchMode):
 
     def look(self, extra: int = 0) -> None:
         """Is this the highest point of the moment? extra: bytes of workspace that live now."""
+        if self.within:
+            self.within[-1][1] = max(self.within[-1][1], self.within[-1][0] + extra)
+            return
         total = sum(self.terms.values()) + extra
         moment = self.moments.setdefault(self.at, Moment())
         if total > moment.total:
@@ -176,6 +182,8 @@ class Recorder(TorchDispatchMode):
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in results:
             self.begins(tensor)
+        if name in PRODUCTS and not self.cuda:
+            self.look(_copied(args))
         if func.namespace == "quant12g":
             self._quantized(name, args)
         elif not self.within and name not in VIEWS:
@@ -215,6 +223,16 @@ class Recorder(TorchDispatchMode):
             widest = max((t for t in results or tensors), key=lambda t: t.numel(), default=None)
             if widest is not None:
                 self.moved(name, widest.dtype, size)
+
+
+def _copied(args: Any) -> int:
+    """Bytes that a product in low precision copies while it runs: oneDNN takes factors that lie row by row or column by column,
+    without gaps, and ATen makes such ones of others (mkldnn_matmul, aten/src/ATen/native/mkldnn/Matmul.cpp)."""
+    a, b = [leaf for leaf in args if isinstance(leaf, Tensor) and leaf.ndim >= 2][-2:]
+    if a.dtype not in (torch.bfloat16, torch.float16) or a.numel() * b.shape[-1] <= 16**3 * (a.shape[0] if a.ndim == 3 else 1):
+        return 0
+    whole = [t.is_contiguous() or t.transpose(-2, -1).is_contiguous() for t in (a, b)]
+    return sum(t.numel() * t.element_size() for t, is_whole in zip((a, b), whole, strict=True) if not is_whole)
 
 
 def _grouped_mm(args: Any, kwargs: Any) -> Tensor:

@@ -133,6 +133,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "eval.limit": (1, {"eval.include_path": "TASKS", "eval.tasks": ["tiny_sums"], "eval.limit": 2}),
     "export.formats": (["bitnet"], SCRATCH),
     "export.gate_tokens": (20, SCRATCH),
+    "plan.memory": ("100MB", {}),
     "run.dir": ("OTHER_DIR", {}),
     "run.seed": (18, {}),
     "run.device": ("cuda", {}),
@@ -141,12 +142,18 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "run.trackers": (["tensorboard"], {}),
 }
 # Tried on their own: in test_run.py, and in plan/test_command.py.
-ELSEWHERE = {"model.trust_remote_code", "fit", "plan.gpu", "plan.memory", "plan.price_per_kwh"}
+ELSEWHERE = {"model.trust_remote_code", "fit", "plan.gpu", "plan.price_per_kwh"}
 
 # The other value cannot run here: the refusal is what shows that the key is read.
-REFUSED = {"model.revision", "data.revision", "eval.include_path", *([] if torch.cuda.is_available() else ["run.device"])}
+REFUSED = {
+    "model.revision",
+    "data.revision",
+    "eval.include_path",
+    "plan.memory",
+    *([] if torch.cuda.is_available() else ["run.device"]),
+}
 
-VOLATILE = {"provenance", "phases", "next", "error"}
+VOLATILE = {"provenance", "phases", "next", "error", "plan", "planned"}  # a plan knows every key; whether the run does is asked
 CLOCK = {"tokens_per_second", "step_seconds", "memory_bytes", "time", "seconds", "peak_bytes"}
 
 

@@ -322,6 +322,7 @@ def test_bench_device_measures_and_keeps_it(
         gemm=(1, 16, 64), coarse=(32, 64), gemm_seconds=1.0, rounds=2, results=(4096, 65536), beyond=0, weights=(64, 128),
         lengths=(16, 32),
         heads=((2, 1, 16),), tokens=64, parameters=65536, repeats=2,
+        too_busy=9.0,
     )  # fmt: skip
     monkeypatch.setattr(bench.device_command, "__defaults__", (small,))
     file = own_folders / "found.json"
@@ -356,6 +357,24 @@ def test_bench_device_measures_and_keeps_it(
     assert document["name"] == "device"
     assert {"case", "ours", "baseline", "ratio", "unit", "target"} <= document["rows"][0].keys()
     assert all(row["baseline"] is None for row in document["rows"])  # of a CPU the table knows nothing
+
+
+def test_what_a_busy_machine_measured_is_not_kept(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    from rich.console import Console
+
+    from finetune.bench import device as bench
+    from finetune.screen import Screen
+
+    monkeypatch.setattr(bench, "measure", lambda *args: calibration(others=0.3))
+    screen = Screen(Console(file=io.StringIO()))
+    with pytest.raises(Mistake, match="30% of it"):
+        bench.device_command(own_folders / "found.json", screen)
+    assert list(own_folders.iterdir()) == []
+    monkeypatch.setattr(bench, "measure", lambda *args: calibration(others=0.1))
+    bench.device_command(None, screen)
+    assert devices.present("cpu").measured == calibration(others=0.1)
 
 
 def test_measured_beside_the_table_is_a_share_of_it() -> None:
