@@ -371,7 +371,7 @@ def _evaluate(
         targets = torch.zeros(micro.supervised, dtype=torch.int64)
         recorder.phase = "workspace"
         if found.head is not None:
-            hidden = found.head.hidden(ids, positions)[0][: micro.supervised]
+            hidden = found.head.hidden(ids, positions).flatten(0, 1)[: micro.supervised]
             step.token_losses(hidden, found.head, targets, chunk=recipe.train.loss_chunk)
         else:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]

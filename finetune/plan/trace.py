@@ -226,13 +226,15 @@ class Recorder(TorchDispatchMode):
 
 
 def _copied(args: Any) -> int:
-    """Bytes that a product in low precision copies while it runs: oneDNN takes factors that lie row by row or column by column,
-    without gaps, and ATen makes such ones of others (mkldnn_matmul, aten/src/ATen/native/mkldnn/Matmul.cpp)."""
+    """Bytes that a product on the CPU copies while it runs: where oneDNN computes it, in low precision, it takes factors that
+    lie row by row or column by column without gaps, and others are made so (mkldnn_matmul, aten/src/ATen/native/mkldnn/
+    Matmul.cpp)."""
     a, b = [leaf for leaf in args if isinstance(leaf, Tensor) and leaf.ndim >= 2][-2:]
-    if a.dtype not in (torch.bfloat16, torch.float16) or a.numel() * b.shape[-1] <= 16**3 * (a.shape[0] if a.ndim == 3 else 1):
+    setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    low = a.dtype in (torch.bfloat16, torch.float16) or (a.dtype == torch.float32 and setting.fp32_precision == "bf16")
+    if not low or a.shape[-2] * a.shape[-1] * b.shape[-1] <= 16**3:
         return 0
-    whole = [t.is_contiguous() or t.transpose(-2, -1).is_contiguous() for t in (a, b)]
-    return sum(t.numel() * t.element_size() for t, is_whole in zip((a, b), whole, strict=True) if not is_whole)
+    return sum(t.numel() * t.element_size() for t in (a, b) if not (t.is_contiguous() or t.transpose(-2, -1).is_contiguous()))
 
 
 def _grouped_mm(args: Any, kwargs: Any) -> Tensor:

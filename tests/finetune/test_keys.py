@@ -239,7 +239,7 @@ class Workshop:
         return self.done[key]
 
     def _run(self, extra: dict[str, Any]) -> dict[str, Any]:
-        from finetune.run import run
+        from finetune.run import _Story, run
 
         self.count += 1
         recipe = {section: dict(keys) for section, keys in self.base.items()}
@@ -254,7 +254,10 @@ class Workshop:
         path.write_text(yaml.safe_dump({**recipe, **top}))
         self.seen = {}
         try:
-            run(read_recipe(path), "keys")
+            with pytest.MonkeyPatch.context() as patch:
+                if not any(key.startswith("plan.") for key in extra):  # a second each; has its own tests
+                    patch.setattr(_Story, "_plan", lambda story: None)
+                run(read_recipe(path), "keys")
         except Stop as stop:
             return {"refused": stop.what}
         finally:
