@@ -10,9 +10,11 @@ burst of other work then meets a call of each shape, not all calls of one.
 from __future__ import annotations
 
 import math
+import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import product
@@ -57,7 +59,7 @@ class Sizes:
     coarse: tuple[int, ...] = (64, 512, 4096)
     call_seconds: float = 0.4
     gemm_seconds: float = 20.0
-    rounds: int = 7
+    rounds: int = 5
     results: tuple[int, ...] = (128 << 10, 2 * MIB, 12 * MIB, 28 * MIB, 40 * MIB, 128 * MIB)
     beyond: int = 2
     weights: tuple[int, int] = (2048, 5632)
@@ -66,6 +68,11 @@ class Sizes:
     tokens: int = 1024
     parameters: int = 4 * MIB
     repeats: int = 7
+    steps: tuple[tuple[str, str, str, str, bool], ...] = (
+        ("llama", "S", "lora", "pairs", False),
+        ("llama", "M", "full", "packed", False),
+        ("llama", "M", "qlora", "packed", True),
+    )
     too_busy: float = 0.15
 
 
@@ -317,24 +324,6 @@ def _launch(watch: Watch, repeats: int) -> float:
     return quiet([once() for _ in range(3 * repeats)])
 
 
-def _node(watch: Watch, launch: float, repeats: int, nodes: int = 200) -> float:
-    """Seconds of the host that recording one node and going through it in the backward pass add, beside two operators."""
-    x = torch.ones(64, device=watch.device, requires_grad=True)
-    factor, ones = torch.ones(64, device=watch.device), torch.ones(64, device=watch.device)
-
-    def once() -> float:
-        watch.wait()
-        start = time.perf_counter()
-        y = x
-        for _ in range(nodes):
-            y = y * factor
-        torch.autograd.grad(y, x, ones)
-        return (time.perf_counter() - start) / nodes
-
-    once()
-    return max(quiet([once() for _ in range(3 * repeats)]) - 2 * launch, launch / 10)
-
-
 # -------------------------------------------------------------------------------------------------------- what training calls
 
 
@@ -454,7 +443,6 @@ def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -
     with torch.no_grad():
         tick(0, 5, "calls")
         launch = _launch(watch, sizes.repeats)
-    node = _node(watch, launch, sizes.repeats)
     watch.launch = 0.0 if watch.cuda else launch
     with torch.no_grad():
         gemm = _gemms(watch, sizes, tick(5, 55, "products"))
@@ -467,7 +455,7 @@ def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -
     attended = list(_attention(watch, sizes))
     tick(93, 7, "optimizers")
     rates, tensors = _optimizers(watch, sizes)
-    return Calibration(
+    by_itself = Calibration(
         device=provenance.device_name(device),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=provenance.versions(PACKAGES),
@@ -478,14 +466,53 @@ def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -
         fresh_seconds_per_byte=fresh,
         elementwise=elementwise,
         launch_seconds=launch,
-        node_seconds=node,
+        step={"busy": 1.0, "operation": launch},
         dequantize=from_codes,
         quantize=to_codes,
         attention=attended,
         optimizer=rates,
         optimizer_tensor=tensors,
-        others=bystanders.share(),
+        others=0.0,
     )
+    step = _in_steps(device, by_itself, sizes, tick(100, 0, "real steps"))
+    return replace(by_itself, step=step, others=bystanders.share())
+
+
+def _in_steps(device: torch.device, by_itself: Calibration, sizes: Sizes, tell: Callable[[float], None]) -> dict[str, float]:
+    """What operators and arithmetic take within real training steps (cases of `finetune bench plan`): caches have held everything
+    else meanwhile, and Python and autograd stand around each call. Of as many steps as are measured, the factors that put their
+    plans relatively nearest: seconds = busy · arithmetic by itself + operation · operators (on a card the larger of the two)."""
+    import numpy as np
+
+    from finetune.bench import plan as grid
+    from finetune.plan.estimate import fresh_plan
+
+    if not sizes.steps:
+        return by_itself.step
+    here = replace(present(device, measured=False), measured=by_itself)
+    lines = []
+    with tempfile.TemporaryDirectory(prefix="finetune-bench-", ignore_cleanup_errors=True) as temporary:
+        folder = Path(temporary)
+        grid.make_data(folder)
+        for number, (architecture, size, of, rows_, checkpointing) in enumerate(sizes.steps):
+            case = grid.Case(architecture, size, of, rows_, checkpointing=checkpointing)
+            recipe = grid.recipe_of(case, folder, device.type)
+            seconds = grid.in_a_child(case, folder, device.type, grid.Steps(1, 2, 7), lambda part: None)["seconds"]
+            told = fresh_plan(recipe, case.name, here).traced
+            took = statistics.median(seconds) - told["update_seconds"]
+            lines.append((told["busy_seconds"], told["operations"], max(took, told["update_seconds"] / 10)))
+            tell((number + 1) / len(sizes.steps))
+    busy, operations, seconds_ = np.array(lines, dtype=float).T
+    if device.type == "cpu":
+        factors, *_ = np.linalg.lstsq(np.stack([busy, operations], 1) / seconds_[:, None], np.ones(len(lines)), rcond=None)
+        factor, operation = float(factors[0]), float(factors[1])
+        if operation < by_itself.launch_seconds:  # all of it is arithmetic
+            factor, operation = float(np.median(seconds_ / busy)), by_itself.launch_seconds
+        elif factor < 1:
+            factor, operation = 1.0, float(np.median(np.maximum(seconds_ - busy, 0) / operations))
+    else:  # the host's part shows in the step that has least arithmetic
+        factor, operation = 1.0, float(np.min(seconds_ / operations))
+    return {"busy": factor, "operation": operation}
 
 
 def rows(measured: Calibration, table: Device) -> list[Row]:
@@ -493,7 +520,7 @@ def rows(measured: Calibration, table: Device) -> list[Row]:
     known = table.kind != "cpu"  # what the table has of a CPU is a guess
 
     def row(case: str, ours: float, theirs: float | None, unit: str, note: str = "") -> Row:
-        better = "lower" if unit in ("µs", "ms") else "higher"
+        better = "lower" if unit in ("µs", "ms", "×") else "higher"
         return {
             "case": case, "ours": ours, "baseline": theirs, "ratio": ours / theirs if theirs else None, "unit": unit,
             "target": None, "better": better, "low": None, "high": None, "pairs": 0, "met": None,  # type: ignore[typeddict-item]
@@ -515,7 +542,8 @@ def rows(measured: Calibration, table: Device) -> list[Row]:
     if measured.fresh_seconds_per_byte:
         found.append(row("memory, new pages", 1e-9 / measured.fresh_seconds_per_byte, None, "GB/s", "results over 32 MiB"))
     found.append(row("call of an operator", measured.launch_seconds * 1e6, None, "µs"))
-    found.append(row("node of a backward pass", measured.node_seconds * 1e6, None, "µs"))
+    found.append(row("an operator in a step", measured.step["operation"] * 1e6, None, "µs"))
+    found.append(row("arithmetic in a step", measured.step["busy"], None, "×", "the same by itself"))
     for verb, speeds in (("dequantize", measured.dequantize), ("quantize", measured.quantize)):
         found += [row(f"{verb} {scheme}", speed / 1e6, None, "M/s") for scheme, speed in speeds.items()]
     for point in measured.attention:

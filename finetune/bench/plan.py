@@ -353,14 +353,7 @@ def found_of(
     with tempfile.TemporaryDirectory(dir=folder) as own:
         meter, seconds, busy, fast = measured(recipe, device, steps, Path(own) / "run", tick)
         gc.collect()
-        cache = os.environ.get("XDG_CACHE_HOME")
-        os.environ["XDG_CACHE_HOME"] = own  # no plan is kept, and what runs have said of theirs corrects none
-        try:
-            plan = estimate.plan(recipe, case.name, here)
-        finally:
-            del os.environ["XDG_CACHE_HOME"]
-            if cache is not None:
-                os.environ["XDG_CACHE_HOME"] = cache
+        plan = estimate.fresh_plan(recipe, case.name, here)
     terms = plan.phase("train").terms
     tensors = sum(size for name, size in terms.items() if name not in ("context", "fragmentation"))
     return {
@@ -399,7 +392,7 @@ class Lost(Exception):
     """A case failed; with the end of what it said."""
 
 
-def _in_a_child(case: Case, folder: Path, device: str, steps: Steps, tick: Callable[[float], None]) -> Found:
+def in_a_child(case: Case, folder: Path, device: str, steps: Steps, tick: Callable[[float], None]) -> Found:
     """The case in a process of its own, which ends with this one.
 
     Raises:
@@ -456,7 +449,7 @@ def grid(
 
             tick(0.0)
             try:
-                found.append(_in_a_child(case, folder, device, steps, tick))
+                found.append(in_a_child(case, folder, device, steps, tick))
             except Lost as why:
                 lost[case.name] = str(why)
             progress.end(case.name not in lost)

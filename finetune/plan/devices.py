@@ -2,7 +2,7 @@
 
 The table says what a vendor says. What a product or a pass over memory takes is told by the measurement where there is one
 (`Calibration`), else by the table's rates and a share of them that is reached (`REACHED`); callers need only
-`gemm_seconds`, `memory_seconds` and `launch_seconds`, and a few more of the same kind.
+`gemm_seconds`, `memory_seconds` and a few more of the same kind, and `together` for all that a pass does.
 
 Rates are dense (no sparsity), with fp32 accumulation, which is what torch asks for. Of GeForce cards they are derived, from
 CUDA cores and boost clock, which is how the appendices of the whitepapers come to theirs (Ampere GA102, Ada, RTX Blackwell):
@@ -44,7 +44,7 @@ from finetune.errors import Mistake
 from finetune.files import write_json
 
 GIB = 1 << 30
-FORMAT = 1  # of the file of a measurement
+FORMAT = 2  # of the file of a measurement
 
 # Share of a rate that a large product reaches where nothing was measured. bf16: 80 % (H100) to 87 % (A100) of it in the best
 # shape (github.com/stas00/ml-engineering, compute/accelerator, MAMF), 77 to 99 % on an RTX 4090 from 1024 × 1024 to 10240 ×
@@ -54,8 +54,11 @@ REACHED = {"bf16": 0.75, "fp16": 0.75, "fp32": 0.6, "int8": 0.6}
 BANDWIDTH_REACHED = 0.8  # by elementwise kernels of large tensors
 ATTENTION_REACHED = (0.5, 0.45)  # of the rate, forward and both passes: 50 to 73 % on an A100 (arXiv 2307.08691), long samples
 SHORTEST_KERNEL_S = 2e-6
-LAUNCH_S = {"cuda": 6e-6, "mps": 2e-5, "cpu": 2e-6}  # host cost of one eager operator, where it was not measured
-NODE_S = {"cuda": 6e-6, "mps": 1e-5, "cpu": 2e-6}  # and of one node in the backward pass, without its arithmetic
+# Host cost of one operator within a training step, with what Python and autograd do around it. A loop of nothing else takes 1 µs
+# where a step takes 37 (two cores of an EPYC 9005, 38 real steps: finetune/bench/MEASURED.md), since everything else has been in
+# the caches meanwhile; a desktop's core is taken to be twice as fast.
+OPERATION_S = {"cuda": 1.5e-5, "mps": 3e-5, "cpu": 3.5e-5}
+BUSY = 1.2  # and what products and passes over memory take within a step of the CPU, against the same by themselves
 
 # What a CUDA process holds beside tensors: 300 to 430 MiB with lazily loaded modules (pytorch/pytorch#107667; 426 on Ada with
 # CUDA 13.0, unslothai/unsloth-zoo#1053). Of a card without ECC the driver keeps 0.24 GiB (11.76 of 12) to 0.36 (23.64 of 24)
@@ -90,7 +93,8 @@ class Calibration:
     over 32 MiB takes beside being written, for its pages are made anew.
     elementwise: "add bf16" → [[bytes that one call moves, bytes/s], …] of an eager operator with what it allocates, smallest
     first: the first are in the caches, the last are not.
-    launch_seconds: the host's part of one small operator; node_seconds: of one node of the backward pass, beside the operator.
+    launch_seconds: the host's part of one small operator in a loop. step: of real training steps, `busy`: what arithmetic takes
+    against the same by itself, `operation`: seconds of the host for each operator.
     dequantize, quantize: weights/s by scheme, as the training step does it; "ternary rows": numbers of activations/s.
     attention: {dtype, length, heads, kv_heads, width, forward, both}: FLOP/s of the packed attention as `attention_flops`
     counts, of the forward pass and of both. optimizer: parameters/s by "adamw fp32" …; optimizer_tensor: seconds a tensor.
@@ -107,7 +111,7 @@ class Calibration:
     fresh_seconds_per_byte: float
     elementwise: dict[str, list[list[float]]]
     launch_seconds: float
-    node_seconds: float
+    step: dict[str, float]
     dequantize: dict[str, float]
     quantize: dict[str, float]
     attention: list[dict[str, Any]]
@@ -269,14 +273,15 @@ class Device:
         return max(count / (self.bandwidth * BANDWIDTH_REACHED), shortest)
 
     @property
-    def launch_seconds(self) -> float:
-        """What the host takes to call one operator."""
-        return self.measured.launch_seconds if self.measured is not None else LAUNCH_S[self.kind]
+    def operation_seconds(self) -> float:
+        """What the host takes for one operator within a training step."""
+        return self.measured.step["operation"] if self.measured is not None else OPERATION_S[self.kind]
 
-    @property
-    def node_seconds(self) -> float:
-        """What the host takes for one node of the backward pass, beside its operators."""
-        return self.measured.node_seconds if self.measured is not None else NODE_S[self.kind]
+    def together(self, busy: float, operations: float) -> float:
+        """Seconds of a pass of `busy` seconds by itself, in so many operations. A card computes while the host calls."""
+        factor = self.measured.step["busy"] if self.measured is not None else BUSY if self.kind == "cpu" else 1.0
+        host = operations * self.operation_seconds
+        return busy * factor + host if self.kind == "cpu" else max(busy * factor, host)
 
     def attention_seconds(self, dtype: str, length: int, heads: int, width: int, *, backward: bool = False) -> float:
         """Causal attention of one sample of `length` tokens, forward, or both passes; samples of a packed row add up."""
@@ -307,7 +312,7 @@ class Device:
                 if key in self.measured.optimizer:
                     return parameters / self.measured.optimizer[key] + tensors * self.measured.optimizer_tensor.get(key, 0.0)
         size, moments = (2 if dtype in ("bf16", "fp16") else 4), (2 if "8bit" in name else 2 * 4)
-        return self._moving(parameters * (3 * size + 2 * moments)) + tensors * (self.launch_seconds if "8bit" in name else 0.0)
+        return self._moving(parameters * (3 * size + 2 * moments)) + tensors * (self.operation_seconds if "8bit" in name else 0.0)
 
 
 # ------------------------------------------------------------------------------------------------------------------ the table

@@ -66,6 +66,11 @@ def plan(
     return local.corrected(replace(saved, recipe=name, budget_bytes=budget, price_per_kwh=recipe.plan.price_per_kwh), recipe)
 
 
+def fresh_plan(recipe: Recipe, name: str, device: Device) -> Plan:
+    """A plan that is neither kept nor corrected by what runs have said: for whoever measures how good plans are."""
+    return _plan(recipe, name, device, models.source_of(recipe.model), None, None)
+
+
 # ----------------------------------------------------------------------------------------------------------------- the cache
 
 
@@ -167,7 +172,8 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
             found=f"{type(error).__name__}: {said[0][:300] if said else ''}",
             do="finetune run trains it without a plan",
         ) from error
-    phases = _Phases(recipe, device, place, facts, found, config, teacher).all()
+    made = _Phases(recipe, device, place, facts, found, config, teacher)
+    phases = made.all()
     training = next(phase for phase in phases if phase.name == "train")
     # What is recomputed is no work of the model: its forward pass, and twice that backward, or once where weights are frozen.
     forward = flops_of(found.evaluate.work) / reads.tokens
@@ -192,7 +198,15 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         device.watts,
         recipe.plan.price_per_kwh,
         notes,
-        {"layers": found.layers[0], "of": found.layers[1], "uniform": found.uniform, "fast": found.fast},
+        {
+            "layers": found.layers[0],
+            "of": found.layers[1],
+            "uniform": found.uniform,
+            "fast": found.fast,
+            "operations": found.train.work[("operations",)] * recipe.train.accumulation,
+            "busy_seconds": made.step_busy()[0] * recipe.train.accumulation,
+            "update_seconds": made.step_busy()[1],
+        },
     )
 
 
@@ -208,7 +222,12 @@ def flops_of(work: Work) -> float:
 
 
 def seconds_of(work: Work, device: Device) -> float:
-    """What the device takes for it."""
+    """What the device takes for it, the host's part included."""
+    return device.together(busy_seconds(work, device), work[("operations",)])
+
+
+def busy_seconds(work: Work, device: Device) -> float:
+    """What its arithmetic takes, each operation by itself."""
     busy = 0.0
     for key, count in work.items():
         if count <= 0:
@@ -229,8 +248,7 @@ def seconds_of(work: Work, device: Device) -> float:
                 busy += device.dequantize_seconds(key[1], round(count))
             case "quantize":
                 busy += device.quantize_seconds(key[1], round(count))
-    host = work[("operations",)] * device.launch_seconds + work[("nodes",)] * device.node_seconds
-    return max(busy, host) if device.kind != "cpu" else busy + host
+    return busy
 
 
 class Untraceable(GateStop):
@@ -328,8 +346,7 @@ class _Phases:
         each = self.device.memory_seconds(sum(self.static.weights.values()))
         if self.recipe.quant.scheme == "nf4":
             each += self.device.dequantize_seconds("nf4", self.static.parameters)
-        host = traced.work[("operations",)] * self.device.launch_seconds
-        each = max(each + host if self.device.kind == "cpu" else max(each, host), self.streaming())
+        each = max(self.device.together(each, traced.work[("operations",)]), self.streaming())
         answers = 2 * self.facts.answers
         return self._phase("generate", terms, answers * (prompt + each * self.recipe.eval.max_new_tokens))
 
@@ -350,17 +367,23 @@ class _Phases:
     def step_seconds(self) -> float:
         """One optimizer step of mean micro-batches."""
         settings = self.recipe.train
-        share = self.facts.mean_tokens / self.facts.micro.tokens
         # Layers come while the one before computes: forward, and once more for the backward pass.
-        micro = max(seconds_of(self.found.train.work, self.device) * share, 2 * self.streaming())
+        micro, update = self.step_busy()
+        micro = max(self.device.together(micro, self.found.train.work[("operations",)]), 2 * self.streaming())
         if settings.checkpointing == "offload":
-            micro += 2 * share * self.offloaded() / LINK["memory"]
+            micro += 2 * self.offloaded() / LINK["memory"]
+        return micro * settings.accumulation + update
+
+    def step_busy(self) -> tuple[float, float]:
+        """Seconds of arithmetic, each operation by itself: of a mean micro-batch, and of the optimizer's update."""
+        settings = self.recipe.train
+        micro = busy_seconds(self.found.train.work, self.device) * self.facts.mean_tokens / self.facts.micro.tokens
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.place.dtype, "fp32")
         if self.recipe.adapter.kind == "lora":
             dtype = "fp32"
         tensors = max(1, round(self.static.trainable / 1e6))
         update = self.device.optimizer_seconds(settings.optimizer, self.static.trainable, tensors, dtype)
-        return micro * settings.accumulation + update
+        return micro, update
 
     def streaming(self) -> float:
         """Seconds in which all layers that stream come to the device once."""

@@ -41,7 +41,8 @@ class Plan:
 
     budget_bytes: what may be used of the device. step_seconds: one optimizer step of `tokens_per_step` tokens. flops: of the
     whole training, what is recomputed left out. watts: of the device at work. notes: assumptions and reasons, each one sentence.
-    traced: how the memory was found: layers traced, layers of the model, whether that was extrapolated.
+    traced: how it was found: layers traced, layers of the model, whether that was extrapolated, operations and seconds of
+    arithmetic of a step.
     """
 
     recipe: str

@@ -39,7 +39,7 @@ Terms = dict[str, float]
 
 # Work: ("gemm", dtype, m, n, k, layout), ("attention" or "attention backward", dtype, length, heads, width): how often.
 # ("bytes", operation, dtype): how many in all, and ("calls", operation, dtype): in how many calls. ("dequantize", scheme),
-# ("quantize", scheme): how many numbers. ("operations",), ("nodes",): how many, of the backward pass too. The words are those of
+# ("quantize", scheme): how many numbers. ("operations",): how many. The words are those of
 # finetune/plan/devices.py, which knows what each takes.
 Work = Counter[tuple[Any, ...]]
 
@@ -353,22 +353,43 @@ def _apart(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: 
     return fresh[0] if isinstance(out, Tensor) else tuple(fresh)
 
 
+def _needed(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
+    """The inputs that a compiled kernel keeps for its backward pass: those that the plain function would keep, or all where it
+    keeps something that is made of them, which is made again."""
+    kept: set[int] = set()
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    recorder.within.append([0, 0])
+    try:
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
+            function(*own, **kwargs)
+    finally:
+        recorder.within.pop()
+    inputs = {a.untyped_storage()._cdata: a for a in args if isinstance(a, Tensor)}
+    return [inputs[key] for key in kept] if kept <= inputs.keys() else list(inputs.values())
+
+
 class _Fused(torch.autograd.Function):
     """A compiled kernel: of its inputs it makes its output, and its gradients of the same inputs."""
 
     @staticmethod
     def forward(ctx: Any, recorder: Recorder, function: Callable[..., Any], kwargs: Any, *args: Any) -> Any:
-        ctx.recorder, ctx.needs = recorder, [isinstance(a, Tensor) and a.requires_grad for a in args]
-        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
-        ctx.tensors = [isinstance(a, Tensor) for a in args]
+        ctx.recorder, ctx.shapes = recorder, [a.shape if isinstance(a, Tensor) else () for a in args]
+        ctx.dtypes = [a.dtype if isinstance(a, Tensor) else torch.float32 for a in args]
+        ctx.save_for_backward(*_needed(recorder, function, args, kwargs))
         return _apart(recorder, function, args, kwargs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if tensor else None for tensor in ctx.tensors]
-        found = [torch.empty_like(x) if x is not None and ctx.needs_input_grad[i + 3] else None for i, x in enumerate(inputs)]
-        tensors = [t for t in [*inputs, *grads, *found] if t is not None]
+        found = [
+            torch.empty(shape, dtype=dtype) if ctx.needs_input_grad[i + 3] else None
+            for i, (shape, dtype) in enumerate(zip(ctx.shapes, ctx.dtypes, strict=True))
+        ]
+        tensors = [t for t in [*ctx.saved_tensors, *grads, *found] if t is not None]
         size = sum(t.numel() * t.element_size() for t in tensors)
         ctx.recorder.moved("fused", tensors[0].dtype, size)
         ctx.recorder.work[("operations",)] += 1

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}  # parameters × tokens: some ten seconds of training
 SAME = 1e-4  # relative difference in fp32 up to which two computations are the same
+SAME_LOW = 3e-2  # and in 16 bits, which one of them rounds to more often
 TRIAL = "finetune_trial"
 TRIAL_SAMPLES = (5, 11)  # tokens of the two samples in the row that is tried
 
@@ -450,11 +451,12 @@ def _as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]])
         candidate = together
     else:
         return None
-    x = _numbers((1, 3, hidden), next(module.parameters()).device)
+    low = _takes(children[names[0]])
+    x = _numbers((1, 3, hidden), next(module.parameters()).device).to(low)
     before = kernels.switch(False)
     try:
         with torch.no_grad(), evaluating(module):
-            if _difference(candidate(x), module(x)) < SAME:
+            if _difference(candidate(x), module(x)) < (SAME if low == torch.float32 else SAME_LOW):
                 return candidate
     except (RuntimeError, TypeError, ValueError):
         return None
@@ -468,6 +470,12 @@ def _shape(module: Any) -> tuple[int, int] | None:
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     features = getattr(base, "out_features", None), getattr(base, "in_features", None)
     return features if all(isinstance(n, int) for n in features) else None  # type: ignore[return-value]
+
+
+def _takes(module: Any) -> torch.dtype:
+    """The dtype that a linear wants its input in: a packed one computes in any, a plain one in its weight's."""
+    weight = getattr(module.get_base_layer() if hasattr(module, "get_base_layer") else module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
 
 
 def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:

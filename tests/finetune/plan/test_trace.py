@@ -133,7 +133,7 @@ def test_a_case_that_fails_does_not_end_the_others(monkeypatch: pytest.MonkeyPat
         return made_up(**{case.name: (1, 1, 1.0, 1.0)})[0]
 
     monkeypatch.setattr(bench, "make_data", lambda folder: None)
-    monkeypatch.setattr(bench, "_in_a_child", in_a_child)
+    monkeypatch.setattr(bench, "in_a_child", in_a_child)
     found, lost = bench.grid("cpu", lambda *told: said.append(told), cases, FEW)
     assert [one["case"] for one in found] == [cases[1].name]
     assert lost == {cases[0].name: "exit code 1: no room"}
