@@ -301,11 +301,11 @@ class _Story:
         if self.plan is not None:
             self.record["plan"] = self.plan.as_dict() | ({"fit": self.fit.as_dict()} if self.fit is not None else {})
             training = self.plan.phase("train")
-            apart = sum(training.terms.get(term, 0) for term in ("context", "fragmentation"))
-            self.record[
-                "planned"
-            ] = {  # as the loop measures it: the process on a CPU, with what it has by now; tensors on a card
-                "peak_bytes": training.peak_bytes - apart + (resident() if self.device.type == "cpu" else 0),
+            context, waste = (training.terms.get(term, 0) for term in ("context", "fragmentation"))
+            # As the loop measures it: the process on a CPU, with what it has by now; what is allocated on a card.
+            other = resident() - context if self.device.type == "cpu" else -context - waste
+            self.record["planned"] = {
+                "peak_bytes": training.peak_bytes + other,
                 "step_seconds": self.plan.step_seconds,
                 "seconds": training.seconds,
             }

@@ -71,7 +71,6 @@ class Sizes:
     steps: tuple[tuple[str, str, str, str, bool], ...] = (
         ("llama", "S", "lora", "pairs", False),
         ("llama", "M", "full", "packed", False),
-        ("llama", "M", "qlora", "packed", True),
     )
     too_busy: float = 0.15
 
@@ -472,10 +471,10 @@ def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -
         attention=attended,
         optimizer=rates,
         optimizer_tensor=tensors,
-        others=0.0,
+        others=bystanders.share(),
     )
     step = _in_steps(device, by_itself, sizes, tick(100, 0, "real steps"))
-    return replace(by_itself, step=step, others=bystanders.share())
+    return replace(by_itself, step=step)
 
 
 def _in_steps(device: torch.device, by_itself: Calibration, sizes: Sizes, tell: Callable[[float], None]) -> dict[str, float]:
