@@ -40,6 +40,8 @@ LINK = {"memory": 12e9, "disk": DISK}  # bytes/s to the device of layers that st
 # Of the process on a CPU: glibc keeps what is freed, in pieces (as much again as comes and goes), and oneDNN machine code and
 # rearranged weights for each length of rows. Measured on the quickstart: 616 MB beside tensors and libraries, this says 590.
 WASTE_CPU, LENGTH_CPU = 1.0, 20 << 20
+# What torch has cuBLAS work in, counted as allocated: ":4096:2:16:8" of CUBLAS_WORKSPACE_CONFIG, on Hopper ":4096:8".
+CUBLAS, CUBLAS_HOPPER = 8_519_680, 32 << 20
 WASTE = 0.04  # of what comes and goes: blocks that CUDA's allocator cannot use for the next size. Assumed, not measured here.
 
 
@@ -289,6 +291,8 @@ class _Phases:
         moving = sum(value for key, value in whole.items() if key in ("activations", "logits", "workspace", "gradients", "cache"))
         whole["context"] = self.device.context_bytes
         if self.device.kind != "cpu":
+            if self.device.kind == "cuda" and name != "load":
+                whole["workspace"] += CUBLAS_HOPPER if self.device.capability == "9.0" else CUBLAS
             whole["fragmentation"] = round(WASTE * moving)
         else:
             lengths = 1 if self.recipe.kind == "pretrain" else -(-self.facts.micro.tokens // MULTIPLE)

@@ -374,8 +374,8 @@ def _evaluate(
             hidden = found.head.hidden(ids, positions).flatten(0, 1)[: micro.supervised]
             step.token_losses(hidden, found.head, targets, chunk=recipe.train.loss_chunk)
         else:
-            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
-            torch.nn.functional.cross_entropy(logits.float(), torch.zeros(micro.shape[1], dtype=torch.int64), reduction="none")
+            logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)
+            torch.nn.functional.cross_entropy(logits.float(), ids.flatten(), reduction="none")
     return Trace(count, {place(at, count): moment for at, moment in recorder.moments.items()}, recorder.work)
 
 
