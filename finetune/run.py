@@ -223,7 +223,7 @@ class _Story:
             "this run would not fit",
             where=device.name,
             found=cannot(self.fit) if self.fit is not None else found,
-            do=f"finetune plan {self.name} --fit {gib(limit)}GB says what would; fit=auto does it; --force begins all the same",
+            do=f"finetune plan RECIPE --fit {gib(limit)}GB says what would; fit=auto does it; --force begins all the same",
         )
 
     def _check_exports(self) -> None:
