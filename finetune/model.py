@@ -566,8 +566,9 @@ def packed(model: Any, quant: Quant, progress: Callable[[int, int], None] | None
         return quantizer.report
     if quant.scheme == "none":
         return None
+    options: dict[str, Any] = {"double": quant.double} if quant.scheme == "nf4" else {}
     try:
-        return swap(model, scheme=quant.scheme, double=quant.double, keep=(*DEFAULT_KEEP, *quant.keep), progress=progress)
+        return swap(model, scheme=quant.scheme, keep=(*DEFAULT_KEEP, *quant.keep), progress=progress, **options)
     except ValueError as error:
         raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
 

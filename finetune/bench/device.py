@@ -496,7 +496,8 @@ def _in_steps(device: torch.device, by_itself: Calibration, sizes: Sizes, tell: 
         for number, (architecture, size, of, rows_, checkpointing) in enumerate(sizes.steps):
             case = grid.Case(architecture, size, of, rows_, checkpointing=checkpointing)
             recipe = grid.recipe_of(case, folder, device.type)
-            seconds = grid.in_a_child(case, folder, device.type, grid.Steps(1, 2, 7), lambda part: None)["seconds"]
+            done = grid.in_a_child(case, folder, device.type, grid.Steps(1, 2, 7), lambda part: None, cache=folder)
+            seconds = done["seconds"]
             told = fresh_plan(recipe, case.name, here).traced
             took = statistics.median(seconds) - told["update_seconds"]
             lines.append((told["busy_seconds"], told["operations"], max(took, told["update_seconds"] / 10)))

@@ -392,8 +392,10 @@ class Lost(Exception):
     """A case failed; with the end of what it said."""
 
 
-def in_a_child(case: Case, folder: Path, device: str, steps: Steps, tick: Callable[[float], None]) -> Found:
-    """The case in a process of its own, which ends with this one.
+def in_a_child(
+    case: Case, folder: Path, device: str, steps: Steps, tick: Callable[[float], None], *, cache: Path | None = None
+) -> Found:
+    """The case in a process of its own, which ends with this one. cache: in place of the user's own.
 
     Raises:
         Lost: it failed.
@@ -402,6 +404,7 @@ def in_a_child(case: Case, folder: Path, device: str, steps: Steps, tick: Callab
 
     spec = {"case": asdict(case), "folder": str(folder), "device": device, "steps": asdict(steps)}
     environment = os.environ | QUIET | {"TMPDIR": str(folder)} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    environment |= {} if cache is None else {"XDG_CACHE_HOME": str(cache)}
     # -P: what lies in the user's folder is not imported
     command = [sys.executable, "-P", "-m", "finetune.bench.plan", json.dumps(spec)]
     found = None

@@ -358,13 +358,12 @@ def _needed(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs:
     keeps something that is made of them, which is made again."""
     kept: set[int] = set()
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> None:  # nothing is kept: a result that its own node keeps would be a circle, and never go
         kept.add(tensor.untyped_storage()._cdata)
-        return tensor
 
     recorder.within.append([0, 0])
     try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda nothing: nothing):
             own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
             function(*own, **kwargs)
     finally:

@@ -51,7 +51,8 @@ def calibration(**changes: Any) -> Calibration:
         "device": "a test", "date": "2026-01-01T00:00:00+00:00", "versions": {"torch": "2.13.0"}, "threads": 2, "gemm": gemm,
         "bandwidth_bytes_per_second": 2e10, "read_bytes_per_second": 3e10, "fresh_seconds_per_byte": 0.0,
         "elementwise": {"add bf16": [[1e6, 1e11], [1e8, 1e9]], "silu bf16": [[1e6, 2e10], [1e8, 2e9]]},
-        "launch_seconds": 1e-6, "node_seconds": 3e-6, "dequantize": {"nf4": 1e9}, "quantize": {"ternary": 5e8},
+        "launch_seconds": 1e-6, "step": {"busy": 1.25, "operation": 4e-5},
+        "dequantize": {"nf4": 1e9}, "quantize": {"ternary": 5e8},
         "attention": attention, "optimizer": {"adamw fp32": 1e9}, "optimizer_tensor": {"adamw fp32": 1e-5},
     }  # fmt: skip
     return Calibration(**(known | changes))
@@ -187,7 +188,8 @@ def test_without_a_measurement_products_take_arithmetic_or_memory() -> None:
     # AdamW in fp32 reads weight, gradient and two moments and writes three of them; 8-bit moments are less.
     assert one.optimizer_seconds("adamw", 10**8) == pytest.approx(28e8 / (504e9 * 0.8))
     assert one.optimizer_seconds("adamw_8bit", 10**8) < 0.7 * one.optimizer_seconds("adamw", 10**8)
-    assert one.launch_seconds > 0 < one.node_seconds
+    assert one.together(0.0, 10) == pytest.approx(10 * devices.OPERATION_S["cuda"])
+    assert one.together(1.0, 10) == 1.0  # a card computes while the host calls
 
 
 def test_a_dtype_that_a_device_has_not_is_refused_with_another() -> None:
@@ -254,7 +256,8 @@ def test_a_device_counts_with_its_measurement() -> None:
         "fp32", 4096, 4096, 4096
     )  # was not measured
     assert one.memory_seconds(1e6) == measured.elementwise_seconds(1e6)
-    assert (one.launch_seconds, one.node_seconds) == (1e-6, 3e-6)
+    assert one.operation_seconds == 4e-5
+    assert one.together(1.0, 1000) == pytest.approx(1.25 + 0.04 if one.kind == "cpu" else 1.25)
     assert one.dequantize_seconds("nf4", 10**9) == 1
     assert one.dequantize_seconds("ternary", 10**9) == device("rtx-4070").dequantize_seconds("ternary", 10**9)
     assert one.quantize_seconds("ternary", 10**9) == 2
@@ -273,7 +276,7 @@ def test_a_measurement_comes_back_as_it_was_kept(own_folders: Path) -> None:
     # One of another version is not used; a damaged one is told.
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": devices.FORMAT + 1}))
     assert device("4070").measured is None
-    for damaged in ('{"format": 1}', "{", "[]"):
+    for damaged in (json.dumps({"format": devices.FORMAT}), "{", "[]"):
         path.write_text(damaged)
         with pytest.raises(Mistake, match="finetune bench device"):
             device("4070")
@@ -322,7 +325,7 @@ def test_bench_device_measures_and_keeps_it(
         gemm=(1, 16, 64), coarse=(32, 64), gemm_seconds=1.0, rounds=2, results=(4096, 65536), beyond=0, weights=(64, 128),
         lengths=(16, 32),
         heads=((2, 1, 16),), tokens=64, parameters=65536, repeats=2,
-        too_busy=9.0,
+        too_busy=9.0, steps=(),
     )  # fmt: skip
     monkeypatch.setattr(bench.device_command, "__defaults__", (small,))
     file = own_folders / "found.json"
@@ -351,7 +354,7 @@ def test_bench_device_measures_and_keeps_it(
     assert measured.dequantize.keys() == {"nf4", "nf4-double", "ternary"}
     assert [len(curve) for curve in measured.elementwise.values()] == [2] * len(measured.elementwise)
     assert len(measured.attention) == 4
-    assert measured.launch_seconds > 0 < measured.node_seconds
+    assert measured.launch_seconds > 0 < measured.step["operation"]
     assert one.gemm_seconds("bf16", 100, 50, 50) > 0
     document = json.loads(file.read_text())
     assert document["name"] == "device"
@@ -387,3 +390,17 @@ def test_measured_beside_the_table_is_a_share_of_it() -> None:
     assert product["ratio"] == pytest.approx(1e6 * 4096**1.5 / table.rates["bf16"])
     assert found["memory, copy"]["ratio"] == pytest.approx(20 / 504)
     assert found["call of an operator"]["ratio"] is None
+
+
+@pytest.mark.slow
+def test_real_steps_tell_what_calls_and_arithmetic_take_within_them(own_folders: Path) -> None:
+    from dataclasses import replace
+
+    import torch
+
+    from finetune.bench import device as bench
+
+    told = bench._in_steps(torch.device("cpu"), calibration(), bench.SIZES, lambda part: None)
+    assert told["busy"] >= 1
+    assert told["operation"] >= calibration().launch_seconds
+    assert bench._in_steps(torch.device("cpu"), calibration(), replace(bench.SIZES, steps=()), print) == calibration().step
