@@ -117,6 +117,7 @@ CASES = [
     Case("llama", "M", "qlora", more={"train.loss_chunk": 0}),
     Case("llama", "M", "qlora", more={"fast.compile": True}),
     Case("llama", "M", "lora", more={"fast.compile": True}),
+    Case("llama", "M", "lora", checkpointing=True, more={"fast.compile": True}),
     Case("gpt2", "S", "full", checkpointing=True, more={"fast.compile": True}),
 ]  # fmt: skip
 
