@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -41,6 +42,33 @@ def randomness_kept() -> Iterator[None]:
         torch.set_rng_state(cpu)
         if cuda is not None:
             torch.cuda.set_rng_state_all(cuda)
+
+
+# What says that memory has run out, beside torch's own exception: its CPU allocator, and libraries that allocate by themselves.
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory has run out, of the device or of the process."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
+
+
+def forget(error: BaseException) -> str:
+    """The first line of an error of which nothing is kept: its frames hold what filled the memory, and that is given back."""
+    said = str(error).strip().splitlines()
+    error.__traceback__ = error.__context__ = error.__cause__ = None
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    return said[0][:300] if said else type(error).__name__
 
 
 def device_of(model: nn.Module) -> torch.device:

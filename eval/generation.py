@@ -6,6 +6,7 @@ any other it changes the rounding, so that an answer would depend on its neighbo
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval._common import adds_bos, device_of, evaluating, randomness_kept
+from eval._common import adds_bos, device_of, evaluating, forget, out_of_memory, randomness_kept
 
 Message = dict[str, Any]  # role, content, …: what the tokenizer's chat template takes
 Prompt = Sequence[Message] | str  # a conversation, or a text that the model goes on with
 Progress = Callable[[int, int], None]  # (done, total)
+PIECE = 128  # tokens of a prompt that are read at once where all of it is too much for the memory
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,21 @@ def _seed(seed: int | None) -> None:
         torch.manual_seed(seed)
 
 
+def _whole_answer(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+    """Prompt and answer (1, T). Where memory runs out, once more: the prompt in pieces, and on a card the cache in CPU memory."""
+    try:
+        return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        forget(error)
+    smaller = copy.deepcopy(options["generation_config"])
+    smaller.prefill_chunk_size = PIECE
+    if prompt.device.type == "cuda":
+        smaller.cache_implementation = "offloaded"
+    return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options | {"generation_config": smaller})
+
+
 def generate(
     model: nn.Module,
     tokenizer: Any,
@@ -116,7 +133,7 @@ def generate(
             prompt = torch.tensor([_prompt(tokenizer, messages)], device=device)
             _seed(seed)
             begin = time.perf_counter()
-            output = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)  # type: ignore[operator]
+            output = _whole_answer(model, prompt, options)
             new = output[0, prompt.shape[1] :].tolist()  # waits for the device
             seconds = time.perf_counter() - begin
             text = tokenizer.decode(new, skip_special_tokens=True)

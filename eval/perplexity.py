@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval._common import adds_bos, device_of, evaluating
+from eval._common import adds_bos, device_of, evaluating, forget, out_of_memory
 
 Row = tuple[list[int], list[int]]  # input ids, labels: the label AT each position (unshifted), IGNORED where none
 Progress = Callable[[int, int], None]  # (done, total)
@@ -190,7 +190,8 @@ def evaluate_loss(
     Args:
         rows: (input ids, labels), lists of equal length; labels[i] is the token AT position i, or −100 for "not supervised"
             (the shift by one is done here, so a label at position 0 never counts).
-        batch_tokens: rows are run together up to this many tokens; a longer row runs alone.
+        batch_tokens: rows are run together up to this many tokens; a longer row runs alone. Where memory runs out, half as many
+            from there on, down to one row.
         device: where the input ids go; by default where the model's first parameter is.
         of_tokens: computes the losses in place of the model's logits, which are then never whole.
         progress: called with (rows done, rows in all).
@@ -219,8 +220,22 @@ def evaluate_loss(
         together = any(len(group) > 1 for group in groups)
         if together and not rows_stay_apart(model, highest_id=max(max(rows[i][0]) for i in todo), device=device):
             groups = [[i] for i in todo]
-        for group in groups:
-            for i, loss in zip(group, _losses(model, [rows[i] for i in group], device, of_tokens), strict=True):
+        while groups:
+            group = groups[0]
+            try:
+                losses = _losses(model, [rows[i] for i in group], device, of_tokens)
+            except Exception as error:
+                if len(group) == 1 or not out_of_memory(error):
+                    raise
+                forget(error)
+                losses = None
+            if losses is None:  # out of memory: half of the tokens at once, from here on
+                batch_tokens = max(1, sum(lengths[i] for i in group) // 2)
+                halved = group[: len(group) // 2], group[len(group) // 2 :]
+                groups = [*halved, *(part for rest in groups[1:] for part in _groups(rest, lengths, batch_tokens))]
+                continue
+            del groups[0]
+            for i, loss in zip(group, losses, strict=True):
                 sums[i] = loss
             done += len(group)
             if progress:

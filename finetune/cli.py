@@ -25,7 +25,7 @@ RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override keys, such as train.lr=1e-4.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Go on where the preflight refuses; the reason is recorded.")]
+Force = Annotated[bool, typer.Option("--force", help="Go on where the preflight or the plan refuses; the reason is recorded.")]
 Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 
 
@@ -35,9 +35,14 @@ def run(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     force: Force = False,
+    processes: Annotated[
+        int, typer.Option("--processes", metavar="N", min=1, help="Train with N processes of this machine, one GPU each.")
+    ] = 1,
 ) -> None:
-    """Execute a recipe: check, preflight, load, measure, train, measure, merge, export, report."""
+    """Execute a recipe: check, preflight, plan, load, measure, train, measure, merge, export, report."""
     path, resolved = _checked(recipe, overrides)
+    if processes > 1:
+        _spawned(processes, ["run", recipe, *(overrides or []), *["--resume"] * resume, *["--force"] * force])
     from finetune.run import run as story
 
     story(resolved, path.stem, resume=resume, force=force)
@@ -183,7 +188,7 @@ def chat(
 @app.command()
 def bench(
     name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="What to measure: quant, qlora, bitnet, device.", show_default=False)
+        str | None, typer.Argument(metavar="NAME", help="To measure: quant, qlora, bitnet, plan, device.", show_default=False)
     ] = None,
     overrides: Overrides = None,
     recipe: Annotated[str | None, typer.Option("--recipe", metavar="RECIPE", help="qlora: what to train.")] = None,
@@ -193,6 +198,20 @@ def bench(
     from finetune.bench import bench_command
 
     bench_command(name, json_file, recipe=recipe, overrides=overrides)
+
+
+def _spawned(count: int, arguments: list[str]) -> None:
+    """Run this command in `count` processes, and exit as they do."""
+    from finetune import processes
+
+    if processes.world() > 1:
+        raise Mistake(
+            "this process is one of several already",
+            where="--processes",
+            found=f"{count}, under a launcher that started {processes.world()} (WORLD_SIZE)",
+            do="leave --processes out; or start it without the launcher",
+        )
+    sys.exit(processes.spawn(arguments, count))
 
 
 def _checked(name: str, overrides: list[str] | None) -> tuple[Path, Recipe]:

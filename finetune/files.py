@@ -37,6 +37,11 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
+def sync_file(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
 def _beside(path: Path, what: str) -> Path:
     """A name of our own beside `path`; what a kill left under it is taken over by the next writer."""
     return path.parent / f".{path.name}.finetune-{what}"
@@ -49,8 +54,7 @@ def atomic_file(path: Path) -> Iterator[Path]:
     temporary = _beside(path, "new")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        sync_file(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
@@ -108,6 +112,14 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
     sync_folder(path.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a kill on the way leaves all of it or nothing under its name."""
+    gone = _beside(path, "old")
+    shutil.rmtree(gone, ignore_errors=True)
+    os.replace(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
 def sha256(path: Path) -> str:
@@ -202,17 +214,15 @@ class RunFolder:
             file.write(json.dumps(finite(metrics)) + "\n")
 
     def metrics_bytes(self) -> int:
-        """The size of metrics.jsonl, once it is safely on the disk."""
-        if not self.metrics.exists():
-            return 0
-        with open(self.metrics, "rb") as file:
-            os.fsync(file.fileno())
-        return self.metrics.stat().st_size
+        return self.metrics.stat().st_size if self.metrics.exists() else 0
 
-    def cut_metrics(self, size: int) -> None:
-        """Forget the metrics written after a checkpoint: a resumed run writes them again."""
-        if self.metrics.exists():
-            os.truncate(self.metrics, size)
+    def cut_metrics(self, size: int, keep: tuple[str, ...] = ()) -> list[dict[str, Any]]:
+        """Forget the metrics written after a checkpoint, which a resumed run writes again; returns lines with a key of `keep`."""
+        if not self.metrics.exists():
+            return []
+        lines = self.metrics.read_bytes()[size:].decode("utf-8", "replace").splitlines() if keep else []
+        os.truncate(self.metrics, min(size, self.metrics_bytes()))
+        return [json.loads(line) for line in lines if any(f'"{key}"' in line for key in keep)]
 
 
 def read_run(path: Path) -> dict[str, Any]:

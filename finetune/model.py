@@ -253,11 +253,14 @@ def default_dtype(device: str) -> torch.dtype:
     return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
 
 
-def dtype_of(recipe: Recipe, device: str) -> torch.dtype:
-    """The dtype of the unquantized weights. auto is fp32 where all of them are trained: in bf16 small updates would vanish."""
+def dtype_of(recipe: Recipe, device: str, low: torch.dtype | None = None) -> torch.dtype:
+    """The dtype of the unquantized weights. auto is fp32 where all of them are trained: in bf16 small updates would vanish.
+
+    low: the device's own, where that is not here.
+    """
     if recipe.train.precision == "fp32" or (recipe.model.dtype == "auto" and recipe.adapter.kind == "none"):
         return torch.float32
-    return default_dtype(device) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
+    return (low or default_dtype(device)) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

@@ -15,7 +15,15 @@ if TYPE_CHECKING:
 
 # A resumed run may differ from what was begun in these alone: they do not touch the weights.
 SECTIONS = ("eval.", "run.", "plan.")
-MAY_CHANGE = ("about", "data.bad_rows", "fit", "model.stream", "train.save_steps", "train.keep_checkpoints")
+MAY_CHANGE = (
+    "about",
+    "data.bad_rows",
+    "fit",
+    "model.stream",
+    "train.save_steps",
+    "train.keep_checkpoints",
+    "train.max_bad_steps",
+)
 MUST_STAY = ("run.seed",)
 UNBEGUN = {
     ".lock",
@@ -114,7 +122,8 @@ def bytes_to_write(recipe: Recipe, bones: Skeleton, trainable: int) -> int:
     it runs the base, where that is streamed from there."""
     stored = 4 if recipe.model.dtype == "fp32" or recipe.adapter.kind == "none" else 2
     one = trainable * (4 + 8)
-    total = one * (recipe.train.keep_checkpoints + 1)  # the new one stands beside the kept ones for a moment
+    # The new one stands beside the kept ones for a moment.
+    total = one * (recipe.train.keep_checkpoints + (recipe.train.best != "none") + 1)
     if recipe.adapter.kind == "lora":
         total += 4 * trainable
     if recipe.run.merge or recipe.adapter.kind == "none":

@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from finetune.train.offload import Streamed
 
 
-def autocast_of(recipe: Recipe, dtype: torch.dtype, device_type: str) -> torch.dtype | None:
-    """The dtype of the matrix products, where it is not that of the weights."""
+def autocast_of(recipe: Recipe, dtype: torch.dtype, device_type: str, low: torch.dtype | None = None) -> torch.dtype | None:
+    """The dtype of the matrix products, where it is not that of the weights. low: the device's own, where that is not here."""
     precision = recipe.train.precision
     mixed = precision == "bf16" or (precision == "auto" and recipe.kind == "pretrain")
     if dtype != torch.float32 or not mixed:
         return None
-    return torch.bfloat16 if precision == "bf16" or models.default_dtype(device_type) == torch.bfloat16 else None
+    return torch.bfloat16 if precision == "bf16" or (low or models.default_dtype(device_type)) == torch.bfloat16 else None
 
 
 def optimizer_of(settings: Train, model: Any, device_type: str) -> tuple[torch.optim.Optimizer, str | None]:
@@ -66,7 +66,7 @@ def batching(recipe: Recipe, model: Any, material: Material) -> tuple[Train, boo
 
 @dataclass
 class Ready:
-    """All that the loop takes. model: as accelerate wraps it; prepared.model: the module itself."""
+    """All that the loop takes."""
 
     source: Source
     config: Any
@@ -144,8 +144,7 @@ def ready(recipe: Recipe, device: torch.device, folder: Path, changes: dict[str,
     optimizer, _ = optimizer_of(settings, prepared.model, device.type)
     set_seed(recipe.run.seed)
     accelerator = Accelerator(cpu=device.type == "cpu")
-    wrapped, optimizer = accelerator.prepare(prepared.model, optimizer)
     return Ready(
         source, config, material, bones, targets, dtype, prepared, streamed, found, settings, kind,
-        accelerator, wrapped, optimizer, autocast_of(recipe, dtype, device.type),
+        accelerator, prepared.model, optimizer, autocast_of(recipe, dtype, device.type),
     )  # fmt: skip

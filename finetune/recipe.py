@@ -305,6 +305,24 @@ class Train(Section):
         None, description="Optimizer steps between checkpoints; null saves at the end only. Not given: 500 for pretrain."
     )
     keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
+    best: Literal["none", "keep", "use"] = Field(
+        "none",
+        description="keep: the checkpoint with the lowest held-out loss is written and stays beside the last ones; use: and its "
+        "weights are what the run ends with. Needs train.eval_steps.",
+    )
+    on_bad_step: Literal["skip", "back", "stop"] = Field(
+        "skip",
+        description="Where loss or gradient is NaN or infinite, or the loss a spike: leave the step's samples out and go "
+        "on with the next, go back to the last checkpoint and leave them out, or stop. The samples are written down.",
+    )
+    max_bad_steps: int = Field(3, ge=0, description="How many bad steps a run may have before it stops.")
+    spike: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="A loss so many spreads (as standard deviations) above the median of the last 64 makes a bad step; such "
+        "as 8. null: only NaN and infinity do.",
+    )
     eval_steps: Positive | None = Field(
         None, description="Optimizer steps between held-out evaluations; null: before and after only."
     )
@@ -354,6 +372,11 @@ class Run(Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train. auto: the GPU where there is one.")
     threads: Positive | None = Field(
         None, description="CPU threads; null lets torch decide. Bit-equal resume needs the same number."
+    )
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="With several processes: ddp, each has the whole model; fsdp, the layers' weights, packed ones too, gradients "
+        "and optimizer states are shared out among them.",
     )
     merge: bool = Field(True, description="Merge the adapter into a model folder that plain transformers loads.")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
@@ -419,6 +442,8 @@ class Recipe(Section):
         if value.get("kind") == "pretrain":
             adapter.setdefault("kind", "none")
             train.setdefault("save_steps", 500)
+        if train.get("step_in_backward"):
+            train.setdefault("on_bad_step", "back")
         trained = value.get("quant", {}).get("scheme") == "ternary" and adapter.get("kind") == "none"
         if (base := FLOAT_LR.get(value.get("kind", "sft"))) is not None:
             train.setdefault("lr", base * (TERNARY_LR if trained else 1))
@@ -548,6 +573,10 @@ class Recipe(Section):
                     "distill.teacher goes with kind: pretrain and adapter.kind: none",
                 ),
                 (
+                    self.model.stream != "none" and self.run.parallel == "fsdp",
+                    "model.stream and run.parallel: fsdp are two ways to hold a model that one device cannot: choose one",
+                ),
+                (
                     self.model.stream != "none" and self.adapter.kind == "none",
                     "model.stream brings weights that are never written back: that is a frozen base, adapter.kind: lora",
                 ),
@@ -564,6 +593,18 @@ class Recipe(Section):
                 (
                     train.step_in_backward and train.save_steps is None,
                     "train.step_in_backward goes back to the last checkpoint after a bad step: give train.save_steps",
+                ),
+                (
+                    train.step_in_backward and train.on_bad_step == "skip",
+                    "train.step_in_backward: weights have taken a bad step when it is known to be one: train.on_bad_step: back",
+                ),
+                (
+                    train.on_bad_step == "back" and train.save_steps is None,
+                    "train.on_bad_step: back goes to the last checkpoint: give train.save_steps",
+                ),
+                (
+                    train.best != "none" and not (train.eval_steps and (self.data.heldout_path or self.data.heldout)),
+                    "train.best is known by held-out rows: give train.eval_steps, and data.heldout or heldout_path",
                 ),
                 (
                     train.step_in_backward and train.max_grad_norm != 0,

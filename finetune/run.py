@@ -6,15 +6,19 @@ Nothing is written before the preflight has passed. From then on everything lies
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import json
 import math
 import os
+import secrets
 import shlex
 import shutil
+import signal
 import statistics
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,6 +39,7 @@ if TYPE_CHECKING:
     from finetune.model import Source
     from finetune.plan.fit import Fit
     from finetune.plan.result import Plan
+    from finetune.train.checkpoint import Progress
     from finetune.train.fast import FastStep
     from finetune.train.offload import Streamed
 
@@ -66,7 +71,8 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     """Execute a recipe; returns run.json's content. `name` is what the run is called (the recipe's file name).
 
     Raises:
-        Mistake: the user's; nothing was written. GateStop: a gate refused (with `force`, only the preflight's are overridden).
+        Mistake: the user's; nothing was written. GateStop: a gate refused (`force` overrides those before
+            anything is loaded: the preflight's and the plan's).
     """
     screen = screen or Screen()
     recipe = absolute(recipe)
@@ -85,15 +91,32 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     fresh = not folder.path.exists()
     story = _Story(recipe, name, folder, screen, force)
     try:
-        story.prepare()
-        folder.acquire()
-        story.tell(resume)
+        with _signals_as_ctrl_c():
+            story.prepare()
+            folder.acquire()
+            story.tell(resume)
     except BaseException as error:
         story.ended_by(error, fresh)
+        if isinstance(error, KeyboardInterrupt) and story.record and folder.exists:
+            raise Interruption("stopped", do=f"finetune resume {folder.path}") from None
         raise
     finally:
         folder.release()
     return story.record
+
+
+@contextlib.contextmanager
+def _signals_as_ctrl_c() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP do as Ctrl-C does: what is half-done is cleared away, and the record says how it ended."""
+    before = {}
+    for which in (signal.SIGTERM, signal.SIGHUP):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(which) is signal.SIG_DFL:
+            before[which] = signal.signal(which, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for which, old in before.items():
+            signal.signal(which, old)
 
 
 class _Story:
@@ -183,7 +206,7 @@ class _Story:
             GateStop: it will not fit, and nobody forces.
         """
         from finetune.plan.devices import parse_bytes, present
-        from finetune.plan.estimate import Untraceable, plan
+        from finetune.plan.estimate import Untraceable
         from finetune.plan.fit import fit
         from finetune.plan.table import cannot, gib, verdict
 
@@ -194,11 +217,7 @@ class _Story:
             if recipe.plan.memory is not None
             else min(device.memory_bytes, free_memory(self.device))
         )
-        begun = self.folder.exists
-
-        def plan_of(other: Recipe) -> Plan:
-            return plan(other, self.name, device, budget_bytes=limit, material=self.material, config=self.config)
-
+        begun, plan_of = self.folder.exists, self._plan_of(limit)
         try:
             with screen.phase("plan"):
                 if recipe.fit == "auto" and not begun:
@@ -225,6 +244,13 @@ class _Story:
             found=cannot(self.fit) if self.fit is not None else found,
             do=f"finetune plan RECIPE --fit {gib(limit)}GB says what would; fit=auto does it; --force begins all the same",
         )
+
+    def _plan_of(self, limit: int) -> Callable[[Recipe], Plan]:
+        from finetune.plan.devices import present
+        from finetune.plan.estimate import plan
+
+        device = present(self.device)
+        return lambda other: plan(other, self.name, device, budget_bytes=limit, material=self.material, config=self.config)
 
     def _check_exports(self) -> None:
         """What the trained model could not be written to is refused before it is trained."""
@@ -323,16 +349,13 @@ class _Story:
 
         self._load()
         self._speed_up()
-        from accelerate import Accelerator
-
-        accelerator = self._accelerator(Accelerator)
         if "before" not in self.record["eval"] and self.held_out:
             self._measure("before")
         if not any("before" in sample for sample in self.record["samples"]):
             self._sample("before")
         self._score_tasks("before")
 
-        self._train(accelerator, resume)
+        self._train(resume)
 
         if self.held_out:
             self._measure("after")
@@ -507,16 +530,29 @@ class _Story:
             distillation.attach(self.model)
         return distillation
 
-    def _accelerator(self, kind: type) -> Any:
+    def _accelerator(self, progress: Progress) -> Any:
+        """accelerate's, with the trackers: a run that goes on is the same run there, without what came after its checkpoint."""
+        from accelerate import Accelerator
 
         recipe = self.recipe
-        accelerator = kind(
+        accelerator = Accelerator(
             cpu=self.device.type == "cpu",
             log_with=list(recipe.run.trackers) or None,
             project_dir=str(self.folder.path),
         )
         if recipe.run.trackers:
-            accelerator.init_trackers(self.name, config=_flat(recipe.model_dump(mode="json")))
+            own = self.record.setdefault("tracker_id", secrets.token_hex(4))
+            self._save()
+            options = {
+                "tensorboard": {"purge_step": progress.step + 1} if progress.step else {},
+                "wandb": {"id": own, "resume": "allow"},
+                "trackio": {"name": f"{self.name}-{own}", "resume": "allow"},
+            }
+            accelerator.init_trackers(
+                self.name,
+                config=_flat(recipe.model_dump(mode="json")),
+                init_kwargs={name: options[name] for name in recipe.run.trackers},
+            )
         return accelerator
 
     # -- measuring
@@ -581,12 +617,12 @@ class _Story:
 
     # -- training
 
-    def _train(self, accelerator: Any, resume: bool) -> None:
+    def _train(self, resume: bool) -> None:
         from accelerate.utils import set_seed
 
         from finetune.ready import autocast_of, batching, optimizer_of
         from finetune.train import checkpoint, optim
-        from finetune.train.loop import Interrupted, train
+        from finetune.train.loop import Interrupted, NoMemory, train
         from finetune.train.ternary import Ternary
 
         settings, packing = batching(self.recipe, self.model, self.material)
@@ -612,7 +648,7 @@ class _Story:
         set_seed(self.recipe.run.seed)  # of python, numpy and torch
         if resume:
             progress = self._go_back(optimizer)
-        model, optimizer = accelerator.prepare(self.model, optimizer)
+        accelerator = self._accelerator(progress)
         rows, watch = self.held_out, None
         if self.recipe.trains_ternary:
             watch = Ternary(self.model, self.recipe, total, self.folder.metrics, self.screen.warn)
@@ -626,7 +662,7 @@ class _Story:
         with self.screen.phase("train") as shown:
             try:
                 figures = train(
-                    model,
+                    self.model,
                     kind,
                     settings,
                     accelerator=accelerator,
@@ -644,13 +680,16 @@ class _Story:
                 )
             except Interrupted as stop:
                 raise Interruption(str(stop), do=f"finetune resume {self.folder.path}") from None
+            except NoMemory as stop:
+                raise self._with_what_would_fit(stop) from None
+        if settings.best == "use" and "best" in figures:
+            self._take_best(figures["best"], figures["steps"])
         accelerator.end_training()
         if watch is not None:
             watch.end()
             self.record["ternary"] = watch.summary()
         if teacher is not None:
             teacher.detach()  # else its hooks on the model would keep it
-        accelerator.free_memory()  # it would hold model and optimizer until the end, beside a twin's
         self.record["data"] = self.material.record()  # a stream knows only now what it skipped
         for line in self.material.warnings():
             self.screen.warn(line)
@@ -665,6 +704,35 @@ class _Story:
         self._learn_from(figures)
         self._save()
 
+    def _take_best(self, best: dict[str, Any], last: int) -> None:
+        """The weights with the lowest held-out loss, from their checkpoint."""
+        from finetune.train import checkpoint
+
+        step, loss = best["step"], best["loss"]
+        path = self.folder.path / "checkpoints" / f"{checkpoint.PREFIX}{step:06d}"
+        if step != last and (wrong := checkpoint.damage(path)) is not None:
+            self.screen.warn(f"the best checkpoint, {path.name}, is damaged ({wrong}): the last weights are used")
+            return
+        if step != last:
+            checkpoint.load_weights(path, self.model)
+        self.screen.say(f"  the best held-out loss was {loss:.4f} after step {step} of {last}: these weights are used")
+
+    def _with_what_would_fit(self, stop: GateStop) -> GateStop:
+        """Out of memory with nothing left to halve: with what the plan says of less."""
+        from finetune.plan.fit import fit
+        from finetune.plan.rewrite import scalar
+        from finetune.plan.table import cannot
+
+        if self.plan is None:
+            return stop
+        limit = int(0.9 * min(self.plan.peak_bytes, self.plan.budget_bytes))  # it was more, whatever the plan said
+        made = fit(self.recipe, limit, self._plan_of(limit), kind="cpu" if self.device.type == "cpu" else "cuda")
+        if not made.plan.fits:
+            return type(stop)(stop.what, where=stop.where, found=f"{stop.found}; {cannot(made)}", do=stop.do)
+        keys = " ".join(f"{key}={scalar(new)}" for change in made.steps for key, (_, new) in change.keys.items())
+        saves = f"by the plan {human_bytes(made.plan.peak_bytes)} instead of {human_bytes(self.plan.peak_bytes)}"
+        return type(stop)(stop.what, where=stop.where, found=stop.found, do=f"{keys} ({saves}), in a new run.dir")
+
     def _learn_from(self, figures: dict[str, Any]) -> None:
         """Tell later plans on this machine how far this one was off."""
         from finetune.plan import local
@@ -676,6 +744,7 @@ class _Story:
                 self.plan,
                 self.recipe,
                 steps=len(took),
+                planned_bytes=self.record["planned"]["peak_bytes"],
                 peak_bytes=figures["peak_bytes"],
                 step_seconds=statistics.median(took[1:]),  # the first compiles
             )
@@ -703,7 +772,9 @@ class _Story:
     def _go_back(self, optimizer: Any) -> Any:
         from finetune.train import checkpoint
 
-        path, notes = checkpoint.newest(self.folder.path / "checkpoints")
+        checkpoint.sweep(self.folder.path / "checkpoints")
+        with self.screen.phase("checkpoint"):
+            path, notes = checkpoint.newest(self.folder.path / "checkpoints")
         for note in notes:
             self.screen.warn(f"damaged checkpoint {note}; using the one before")
         self.record["provenance"]["resumed"].append({"time": _now(), "from": path.name if path else None})

@@ -10,10 +10,11 @@ The order is a function of (seed, epoch) alone, so that a resumed run meets the 
 from __future__ import annotations
 
 import bisect
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from finetune.data.samples import IGNORE, Sample
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     import torch
 
 
+T = TypeVar("T")
 MULTIPLE = 64  # oneDNN takes 20 MB and some 50 ms for each new length of a row of a small model
 
 
@@ -55,6 +57,13 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
             bins.append([index])
         bisect.insort(room, (left - length, number))
     return bins
+
+
+def divide(items: tuple[T, ...], parts: int) -> list[tuple[T, ...]]:
+    """Neighbours in at most so many parts, in their order, each with about as many."""
+    parts = min(parts, len(items))
+    cuts = [len(items) * part // parts for part in range(parts + 1)]
+    return [items[begin:end] for begin, end in itertools.pairwise(cuts)]
 
 
 class Batches:

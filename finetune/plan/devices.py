@@ -55,7 +55,7 @@ BANDWIDTH_REACHED = 0.8  # by elementwise kernels of large tensors
 ATTENTION_REACHED = (0.5, 0.45)  # of the rate, forward and both passes: 50 to 73 % on an A100 (arXiv 2307.08691), long samples
 SHORTEST_KERNEL_S = 2e-6
 # Host cost of one operator within a training step, with what Python and autograd do around it. A loop of nothing else takes 1 µs
-# where a step takes 37 (two cores of an EPYC 9005, 38 real steps: finetune/bench/MEASURED.md), since everything else has been in
+# where a step takes 38 (two cores of an EPYC 9005, 38 real steps: finetune/bench/MEASURED.md), since everything else has been in
 # the caches meanwhile; a desktop's core is taken to be twice as fast.
 OPERATION_S = {"cuda": 1.5e-5, "mps": 3e-5, "cpu": 3.5e-5}
 BUSY = 1.2  # and what products and passes over memory take within a step of the CPU, against the same by themselves

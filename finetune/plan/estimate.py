@@ -32,17 +32,21 @@ from finetune.plan.devices import Device
 from finetune.plan.result import Phase, Plan
 from finetune.plan.step import Place, Static, Traced, trace
 from finetune.plan.trace import Trace, Work
+from finetune.ready import autocast_of
 from finetune.recipe import Recipe
 from finetune.train.fast import WORTH_COMPILING
 
 DISK = 0.7e9  # bytes/s, read or written: a SATA disk's; NVMe is several times faster
 LINK = {"memory": 12e9, "disk": DISK}  # bytes/s to the device of layers that stream: PCIe 4.0 by 8 lanes, as laptops have it
 # Of the process on a CPU: glibc keeps what is freed, in pieces (as much again as comes and goes), and oneDNN machine code and
-# rearranged weights for each length of rows. Measured on the quickstart: 616 MB beside tensors and libraries, this says 590.
+# rearranged weights for each length of rows. Measured on the quickstart: 616 MB beside tensors and libraries.
 WASTE_CPU, LENGTH_CPU = 1.0, 20 << 20
 # What torch has cuBLAS work in, counted as allocated: ":4096:2:16:8" of CUBLAS_WORKSPACE_CONFIG, on Hopper ":4096:8".
 CUBLAS, CUBLAS_HOPPER = 8_519_680, 32 << 20
 WASTE = 0.04  # of what comes and goes: blocks that CUDA's allocator cannot use for the next size. Assumed, not measured here.
+
+
+MOST_KEPT = 200  # plans
 
 
 def plan(
@@ -96,7 +100,8 @@ def _program() -> str:
 def _key(recipe: Recipe, device: Device, material: Any, config: Any) -> str:
     said = recipe.model_dump(mode="json", exclude={"run", "about", "plan", "fit"}) | {"seed": recipe.run.seed}
     data = None if material is None else material.digest
-    files = [recipe.data.path, recipe.model.name and str(Path(recipe.model.name) / "config.json")]
+    models_named = [str(Path(name) / "config.json") for name in (recipe.model.name, recipe.distill.teacher) if name]
+    files = [recipe.data.path, recipe.data.heldout_path, *models_named]
     stamps = [os.stat(path).st_mtime_ns if path and Path(path).exists() else None for path in files]
     told = [said, asdict(device), data, None if config is None else config.to_dict(), stamps, _program()]
     return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
@@ -112,8 +117,9 @@ def _kept(key: str) -> Plan | None:
 def _keep(key: str, made: Plan) -> None:
     path = local.folder() / "plans" / f"{key[:32]}.json"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, asdict(made))
+        for old in sorted(path.parent.glob("*.json"), key=lambda plan: plan.stat().st_mtime)[:-MOST_KEPT]:
+            old.unlink(missing_ok=True)
     except OSError:  # a home that cannot be written to: the next plan takes a few seconds again
         return
 
@@ -145,13 +151,9 @@ def place_of(recipe: Recipe, device: Device, work: float) -> Place:
     """Dtypes and compilation as a run on `device` has them."""
     kind = "cpu" if device.kind == "cpu" else "cuda"
     low = models.default_dtype("cpu") if kind == "cpu" else torch.bfloat16 if "bf16" in device.rates else torch.float32
-    full = recipe.train.precision == "fp32" or (recipe.model.dtype == "auto" and recipe.adapter.kind == "none")
-    dtype = torch.float32 if full else low if recipe.model.dtype == "auto" else models.DTYPES[recipe.model.dtype]
-    precision = recipe.train.precision
-    mixed = precision == "bf16" or (precision == "auto" and recipe.kind == "pretrain" and low == torch.bfloat16)
-    autocast = torch.bfloat16 if mixed and dtype == torch.float32 else None
+    dtype = models.dtype_of(recipe, kind, low)
     compiled = recipe.fast.compile is True or (recipe.fast.compile == "auto" and work >= WORTH_COMPILING[kind])
-    return Place(kind, dtype, autocast, compiled)
+    return Place(kind, dtype, autocast_of(recipe, dtype, kind, low), compiled)
 
 
 def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: Any, config: Any) -> Plan:

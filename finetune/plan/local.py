@@ -32,15 +32,15 @@ def kind_of(recipe: Recipe) -> str:
     return f"{recipe.kind} {recipe.adapter.kind} {recipe.quant.scheme} {'recomputed' if recipe.train.checkpointing else 'kept'}"
 
 
-def note(plan: Plan, recipe: Recipe, *, steps: int, peak_bytes: int, step_seconds: float) -> None:
-    """Add a run's error. A machine whose cache cannot be written to learns nothing."""
+def note(plan: Plan, recipe: Recipe, *, steps: int, planned_bytes: int, peak_bytes: int, step_seconds: float) -> None:
+    """Add a run's error, both peaks as the run measures its own. A machine whose cache cannot be written to learns nothing."""
     if steps < ENOUGH:
         return
     line = {
         "time": round(time.time()),
         "device": plan.device,
         "kind": kind_of(recipe),
-        "planned_peak": plan.phase("train").peak_bytes,
+        "planned_peak": planned_bytes,
         "peak": peak_bytes,
         "planned_step": plan.traced.get("uncorrected", plan.step_seconds),
         "step": step_seconds,

@@ -62,7 +62,6 @@ class Static:
     optimizer: dict[str, int]
     parameters: int
     trainable: int
-    linears: int
 
 
 @dataclass
@@ -164,7 +163,7 @@ def static_of(recipe: Recipe, model: Any, prepared: Any) -> Static:
     frozen = [sum(p.numel() * p.element_size() for p in layer.parameters() if not p.requires_grad) for layer in layers]
     return Static(
         weights, of_layers, adapters, frozen, optim.memory_of(trained, name=recipe.train.optimizer, **low),
-        prepared.parameters, prepared.trainable, len(getattr(prepared.swap, "swapped", ())),
+        prepared.parameters, prepared.trainable,
     )  # fmt: skip
 
 
@@ -181,7 +180,6 @@ def line(a: Any, b: Any, layers: int) -> Any:
     return Static(
         counter(a.weights, b.weights), counter(a.layers, b.layers), at(a.adapters, b.adapters),
         [b.frozen_in_layers[-1]] * layers, largest, at(a.parameters, b.parameters), at(a.trainable, b.trainable),
-        at(a.linears, b.linears),
     )  # fmt: skip
 
 
@@ -289,7 +287,7 @@ def _train(
     """One micro-batch forward and backward; a second one on top of its gradients, where gradients are accumulated."""
     recorder = _recorder(vocabulary, micro, place_, model, *([] if teacher is None else [teacher.teacher]))
     pieces = Pieces(recorder, micro.bounds, micro.shape)
-    settings, base = recipe.train, model
+    settings = recipe.train
     kind: Any
     device = torch.device("cpu")
     if recipe.kind == "pretrain":
@@ -309,10 +307,10 @@ def _train(
             recorder.phase, recorder.at = "inputs", ("forward", -1)
             kept = _offloaded() if settings.checkpointing == "offload" else nullcontext()
             with shapes.traced(pieces), recorder:
-                batch = _batch(recipe, micro, vocabulary)
+                batch = _batch(recipe, micro)
                 recorder.phase = "activations"
                 with torch.autocast("cpu", dtype=place_.autocast, enabled=place_.autocast is not None), kept:
-                    loss, _ = kind.loss(base, batch)
+                    loss, _ = kind.loss(model, batch)
                 recorder.phase, recorder.at = "workspace", ("backward", -1)
                 recorder.look()
                 loss.backward()
@@ -327,7 +325,7 @@ def _train(
     return Trace(count, moments, recorder.work)
 
 
-def _batch(recipe: Recipe, micro: MicroBatch, vocabulary: int) -> Any:
+def _batch(recipe: Recipe, micro: MicroBatch) -> Any:
     ids = torch.zeros(micro.shape, dtype=torch.int64)
     if recipe.kind == "pretrain":
         return ids

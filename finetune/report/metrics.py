@@ -33,8 +33,11 @@ def look(entry: dict[str, Any]) -> Look:
     return Look(int(entry["step"]), float(seen["flips"]), float(seen["zeros"]), number(seen.get("blend")), layers)
 
 
+EVENTS = ("rolled_back", "skipped", "out_of_memory")
+
+
 class Metrics:
-    """metrics.jsonl: training steps, evaluations and looks at ternary codes in order, and rollbacks.
+    """metrics.jsonl: training steps, evaluations and looks at ternary codes in order, and what went wrong on the way.
 
     A step that was written twice counts as it was last.
     """
@@ -43,7 +46,7 @@ class Metrics:
         steps: dict[int, dict[str, Any]] = {}
         evaluations: dict[int, dict[str, Any]] = {}
         looks: dict[int, Look] = {}
-        self.rollbacks: list[dict[str, Any]] = []
+        self.events: dict[str, list[dict[str, Any]]] = {name: [] for name in EVENTS}
         self.unreadable = 0  # lines, such as the last one of a process that was killed
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
@@ -52,8 +55,8 @@ class Metrics:
                 step = int(entry["step"])
                 if "ternary" in entry:
                     looks[step] = look(entry)
-                elif "rolled_back" in entry:
-                    self.rollbacks.append({"step": step, **entry["rolled_back"]})
+                elif event := next((name for name in EVENTS if name in entry), None):
+                    self.events[event].append({"step": step, **entry[event]})
                 else:
                     (evaluations if "eval_loss" in entry else steps)[step] = entry
             except (ValueError, KeyError, TypeError, AttributeError):

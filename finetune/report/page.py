@@ -15,6 +15,7 @@ from typing import Any
 
 from finetune.files import read_run, write_atomic
 from finetune.report.elements import (
+    DASH,
     MINUS,
     Html,
     count,
@@ -48,7 +49,6 @@ from finetune.report.ternary import (
     gap_in_words,
     health_section,
     reternarized_section,
-    rollback_part,
     trains_ternary,
     twin_part,
 )
@@ -167,7 +167,7 @@ def loss_section(record: dict[str, Any], metrics: Metrics, twin: Twin | None, re
     part = "ce" if metrics.has("ce") else "loss"
     losses, steps = metrics.column(part), metrics.column("step")
     if not metrics.has(part) and len(held) < 2:
-        return section("Loss", not_made(record, "no training step was recorded"), rollback_part(metrics))
+        return section("Loss", not_made(record, "no training step was recorded"), events_part(metrics))
     window = plots.smoothing_window(len(losses))
     smoothed = f" (faint: every step; line: mean over {window} steps)" if window > 1 else ""
     other = None
@@ -202,8 +202,35 @@ def loss_section(record: dict[str, Any], metrics: Metrics, twin: Twin | None, re
         el("p", " ".join(notes), class_="note") if notes else None,
         twin_part(record, metrics, twin, recipe) if twin is not None else None,
         distillation_part(metrics),
-        rollback_part(metrics),
+        events_part(metrics),
     )
+
+
+def events_part(metrics: Metrics) -> Html | None:
+    """Steps that went wrong on the way, with what was left out for them, and where memory ran out."""
+    back, skipped, memory = (metrics.events[name] for name in ("rolled_back", "skipped", "out_of_memory"))
+    parts: list[Html] = []
+    if back or skipped:
+        rows = [
+            [count(entry.get("from", entry["step"])), how, entry.get("found") or DASH, entry.get("where") or DASH]
+            for entries, told in ((back, "back to step {}"), (skipped, "begun again with the next samples"))
+            for entry in entries
+            for how in [told.format(count(entry["step"]))]
+        ]
+        said = f"{plural(len(rows), 'step')} went wrong and {'was' if len(rows) == 1 else 'were'} not taken."
+        if back:
+            said += f" The run went back to a checkpoint {plural(len(back), 'time')} and left the rows of the bad step out."
+        parts += [el("h3", "Steps that went wrong"), el("p", said, class_="note")]
+        parts.append(table(["step", "what was done", "found", "left out"], rows))
+    if memory:
+        rows = [[count(entry["step"]), count(entry.get("parts")), entry.get("found") or DASH] for entry in memory]
+        said = (
+            "From these steps on each micro-batch went through the model in so many parts, one after the other: the same samples "
+            "in the same order, and the same step but for rounding."
+        )
+        parts += [el("h3", "Out of memory"), el("p", said, class_="note")]
+        parts.append(table(["step", "parts", "found"], rows))
+    return join(parts) if parts else None
 
 
 def eval_section(record: dict[str, Any]) -> Html:

@@ -124,19 +124,6 @@ def distillation_part(metrics: Metrics) -> Html | None:
     return join((el("h3", "What the teacher adds"), el("p", *legend, class_="legend"), body))
 
 
-def rollback_part(metrics: Metrics) -> Html | None:
-    """Steps that went wrong in a run whose optimizer steps inside the backward pass, and from where it went on."""
-    if not metrics.rollbacks:
-        return None
-    rows = []
-    for entry in metrics.rollbacks:
-        found, where = (entry.get(name) or DASH for name in ("found", "where"))
-        rows.append([count(entry.get("from")), count(entry.get("step")), found, where])
-    said = f"The run went back to a checkpoint {plural(len(rows), 'time')} and left the rows of the bad step out."
-    head = ["step that went wrong", "back to step", "found", "left out"]
-    return join((el("h3", "Steps taken back"), el("p", said, class_="note"), table(head, rows)))
-
-
 def reternarized_section(figures: dict[str, Any], written: str) -> Html:
     """Adapters merged into a ternary base: what rounding to three values left of them."""
     names = {

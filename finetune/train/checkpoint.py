@@ -3,7 +3,7 @@
     checkpoints/step-000100/
         weights.safetensors     every trained parameter, by its name in the model
         optimizer.safetensors   PARAMETER/STATE, such as …lora_A.default.weight/exp_avg
-        rng.safetensors         generators of torch (cpu, cuda:N) and numpy
+        rng.safetensors         generators of torch (cpu, cuda:N; rank1/cpu of another process) and numpy
         state.json              format, step, epoch, position, place, token counts, python's generator, the optimizer's
                                 scalars, bytes of metrics.jsonl that belong to it
         manifest.json           {file: {bytes, sha256}} of the others
@@ -14,19 +14,26 @@ later format must read it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import shutil
+import threading
+import time
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import Mistake
-from finetune.files import atomic_folder, sha256, write_json
+from finetune.files import atomic_folder, human_bytes, remove_folder, sha256, sync_file, write_json
+from finetune.processes import is_first, rank
+from finetune.train import parallel
 
 FORMAT = 1
 PREFIX = "step-"
@@ -37,7 +44,9 @@ class Progress:
     """Where a run stands. `epoch` and `position` name the next micro-batch; token counts are of all steps so far.
 
     `place`: where it is found, for a kind whose micro-batches are a stream (JSON). `bad`: (epoch, position) of micro-batches
-    that are left out, because the step with them went wrong when the weights had taken it already.
+    that are left out, because the step with them went wrong and the run went back. `wrong`: how many steps did. `split`: parts
+    in which each micro-batch goes through the model, since memory ran out. `recent`: losses of the last steps, by which a spike
+    is known. `best`: {step, loss} of the lowest held-out loss, where that is asked for.
     """
 
     step: int = 0
@@ -47,6 +56,10 @@ class Progress:
     supervised: int = 0
     place: Any = None
     bad: list[list[int]] = field(default_factory=list)
+    wrong: int = 0
+    split: int = 1
+    recent: list[float] = field(default_factory=list)
+    best: dict[str, Any] | None = None
 
 
 def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -54,10 +67,28 @@ def trained(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def _rng_tensors() -> dict[str, torch.Tensor]:
+def generators() -> dict[str, torch.Tensor]:
+    """The states of torch's generators that this process draws from."""
     tensors = {"cpu": torch.get_rng_state()}
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        tensors[f"cuda:{index}"] = torch.cuda.get_rng_state(index)
+    if torch.cuda.is_available():
+        tensors[f"cuda:{torch.cuda.current_device()}"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def set_generators(states: dict[str, torch.Tensor]) -> None:
+    """Put back what `generators` gave."""
+    torch.set_rng_state(states["cpu"])
+    cuda = [state for name, state in states.items() if name.startswith("cuda:")]
+    if cuda and torch.cuda.is_available():
+        torch.cuda.set_rng_state(cuda[0])
+
+
+def _rng_tensors() -> dict[str, torch.Tensor]:
+    """Those of the first process by their names, those of the others as rank1/cpu, rank1/cuda:1."""
+    tensors: dict[str, torch.Tensor] = {}
+    for who, states in enumerate(parallel.everyone({name: state.tolist() for name, state in generators().items()})):
+        for name, state in states.items():
+            tensors[f"rank{who}/{name}" if who else name] = torch.tensor(state, dtype=torch.uint8)
     tensors["numpy"] = torch.from_numpy(np.asarray(np.random.get_state(legacy=False)["state"]["key"], dtype=np.int64))
     return tensors
 
@@ -76,10 +107,13 @@ def _rng_scalars() -> dict[str, Any]:
 
 
 def _restore_rng(tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-    torch.set_rng_state(tensors["cpu"])
-    for name, state in tensors.items():
-        if name.startswith("cuda:") and torch.cuda.is_available() and int(name[5:]) < torch.cuda.device_count():
-            torch.cuda.set_rng_state(state, int(name[5:]))
+    """A process that was not there then draws numbers of its own, which follow from the first one's."""
+    prefix = f"rank{rank()}/" if rank() else ""
+    own = {name.removeprefix(prefix): state for name, state in tensors.items() if name.startswith(prefix)}
+    if "cpu" in own:
+        set_generators(own)
+    else:
+        torch.manual_seed(int.from_bytes(hashlib.sha256(tensors["cpu"].numpy().tobytes() + bytes([rank()])).digest()[:7]))
     version, words, gauss = scalars["python"]
     random.setstate((version, tuple(words), gauss))
     np.random.set_state(
@@ -92,19 +126,45 @@ def _restore_rng(tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> N
     )
 
 
-def save(
-    folder: Path,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    progress: Progress,
-    *,
-    metrics_bytes: int,
-    keep: int,
-) -> Path:
-    """Write checkpoints/step-N under `folder` and remove all but the newest `keep`. Returns the checkpoint's folder."""
+@dataclass
+class Snapshot:
+    """A checkpoint's content as it is at this moment; training may go on meanwhile."""
+
+    step: int
+    weights: dict[str, torch.Tensor]
+    optimizer: dict[str, torch.Tensor]
+    rng: dict[str, torch.Tensor]
+    state: dict[str, Any]
+
+    @property
+    def bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in (*self.weights.values(), *self.optimizer.values()))
+
+
+def snapshot(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int, copy: bool
+) -> Snapshot | None:
+    """What belongs into a checkpoint now, in CPU memory; None where another process has it, who all take part.
+
+    Without `copy`, what lies in CPU memory already is not copied: it must stay as it is until all is written.
+    """
+    rng = _rng_tensors()
+    if not is_first() and not parallel.is_sharded(model):
+        return None
     parameters = trained(model)
     state = optimizer.state_dict()
     names = _names_in_optimizer(optimizer, parameters)
+    seen: set[int] = set()
+
+    def now(tensor: torch.Tensor) -> torch.Tensor:
+        there = parallel.whole(tensor).contiguous()
+        shared = there.untyped_storage().data_ptr() in seen  # bitsandbytes' parameters share their maps; safetensors refuses that
+        if there.data_ptr() == tensor.data_ptr() and (copy or shared):
+            there = there.clone()
+        seen.add(there.untyped_storage().data_ptr())
+        return there
+
+    weights = {name: now(parameter.detach()) for name, parameter in parameters.items()}
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
@@ -112,34 +172,122 @@ def save(
         flat = {k: v for key, value in values.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
         for key, value in flat.items():
             if isinstance(value, torch.Tensor):
-                # A copy: bitsandbytes' parameters share their maps, and safetensors refuses shared storage.
-                tensors[f"{names[index]}/{key}"] = value.detach().cpu().clone()
+                tensors[f"{names[index]}/{key}"] = now(value.detach())
             else:
                 scalars.setdefault(names[index], {})[key] = value
-    path = folder / f"{PREFIX}{progress.step:06d}"
-    with atomic_folder(path) as temporary:
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "weights.safetensors")
-        save_file(tensors, temporary / "optimizer.safetensors")
-        save_file(_rng_tensors(), temporary / "rng.safetensors")
-        write_json(
-            temporary / "state.json",
-            {
-                "format": FORMAT,
-                **asdict(progress),
-                "metrics_bytes": metrics_bytes,
-                "optimizer": scalars,
-                "rng": _rng_scalars(),
-            },
-        )
-        write_json(
-            temporary / "manifest.json",
-            {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())},
-        )
+    said = {
+        "format": FORMAT,
+        **asdict(progress),
+        "metrics_bytes": metrics_bytes,
+        "optimizer": scalars,
+        "rng": _rng_scalars(),
+    }
+    return Snapshot(progress.step, weights, tensors, rng, said) if is_first() else None
+
+
+def write(folder: Path, taken: Snapshot, *, keep: int) -> Path:
+    """Write checkpoints/step-N under `folder` and remove all but the newest `keep` and the best. Returns the checkpoint's folder.
+
+    Raises:
+        Mistake: the disk is full, or cannot be written to; the checkpoints before it stand.
+    """
+    path, metrics = folder / f"{PREFIX}{taken.step:06d}", folder.parent / "metrics.jsonl"
+    try:
+        if metrics.exists():
+            sync_file(metrics)  # what belongs to the checkpoint must be there when it is
+        with atomic_folder(path) as temporary:
+            save_file(taken.weights, temporary / "weights.safetensors")
+            save_file(taken.optimizer, temporary / "optimizer.safetensors")
+            save_file(taken.rng, temporary / "rng.safetensors")
+            write_json(temporary / "state.json", taken.state)
+            write_json(
+                temporary / "manifest.json",
+                {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())},
+            )
+    except (OSError, SafetensorError) as error:
+        standing = [old.name for old in checkpoints(folder)]
+        raise Mistake(
+            f"the checkpoint of step {taken.step} cannot be written",
+            where=str(path),
+            found=f"{str(error).splitlines()[0]}; it takes {human_bytes(taken.bytes)}",
+            do=f"make room, then finetune resume {folder.parent}, which goes on "
+            + (f"from {standing[-1]}" if standing else "from the beginning"),
+        ) from None
     # Later ones are of a course that was left (a resumed run went back behind them); they must not push this one out.
-    standing = [old for old in checkpoints(folder) if old.name <= path.name]
-    for gone in {*checkpoints(folder)} - {*standing[-keep:]}:
-        shutil.rmtree(gone)
+    standing_now = [old for old in checkpoints(folder) if step_of(old) <= taken.step]
+    best = taken.state["best"] and taken.state["best"]["step"]
+    for gone in {*checkpoints(folder)} - {*standing_now[-keep:]}:
+        if step_of(gone) != best:
+            remove_folder(gone)
     return path
+
+
+def save(
+    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int, keep: int
+) -> Path:
+    """Write a checkpoint before anything else happens."""
+    taken = snapshot(model, optimizer, progress, metrics_bytes=metrics_bytes, copy=False)
+    assert taken is not None
+    return write(folder, taken, keep=keep)
+
+
+class Saver:
+    """Writes checkpoints while training goes on: what changes is copied at once, and a thread of its own writes and hashes it.
+
+    Where the copy would take more than half of the memory that is free, it is written at once instead, and training waits.
+    waited: seconds that training lost to it. An error in writing is raised by the next call.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep, self.waited = folder, keep, 0.0
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int) -> None:
+        begun = time.monotonic()
+        self.wait()
+        # On the CPU a copy takes as much again as is saved; from a card it comes into this memory in any case.
+        size = sum(p.nbytes for p in trained(model).values()) * 3
+        copy = 2 * size < psutil.virtual_memory().available
+        taken = snapshot(model, optimizer, progress, metrics_bytes=metrics_bytes, copy=copy)
+        if taken is not None:
+            if copy:
+                # A daemon: a second Ctrl-C does not wait for it, and a checkpoint that is half-written is none.
+                self._thread = threading.Thread(target=self._write, args=(taken,), name="checkpoint", daemon=True)
+                self._thread.start()
+            else:
+                self._write(taken)
+                self._raise()
+        self.waited += time.monotonic() - begun
+
+    def _write(self, taken: Snapshot) -> None:
+        try:
+            write(self.folder, taken, keep=self.keep)
+        except BaseException as error:  # carried over to the one who trains
+            self._error = error
+
+    def _raise(self) -> None:
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def look(self) -> None:
+        """Raise what went wrong, if what was begun has ended already."""
+        if self._thread is None or not self._thread.is_alive():
+            self.wait()
+
+    def wait(self) -> None:
+        """Until what was begun is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        self._raise()
+
+
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder; -1 of what is none."""
+    number = path.name.removeprefix(PREFIX)
+    return int(number) if number.isdecimal() else -1
 
 
 def _names_in_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, torch.nn.Parameter]) -> list[str]:
@@ -150,7 +298,14 @@ def _names_in_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints under `folder`, oldest first."""
-    return sorted(path for path in folder.glob(f"{PREFIX}*") if (path / "manifest.json").exists())
+    found = [path for path in folder.glob(f"{PREFIX}*") if step_of(path) >= 0 and (path / "manifest.json").exists()]
+    return sorted(found, key=step_of)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what a kill has left half-written or half-removed under `folder`."""
+    for left in folder.glob(f".{PREFIX}*.finetune-*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def damage(path: Path) -> str | None:
@@ -205,7 +360,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
                     found=f"{tuple(weights[name].shape)} {weights[name].dtype}",
                     do=f"the model has {tuple(parameter.shape)} {parameter.dtype} there",
                 )
-            parameter.copy_(weights[name])
+            parallel.put(parameter, weights[name])
 
 
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, int]:
@@ -214,12 +369,13 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     if state["format"] > FORMAT:
         raise Mistake("the checkpoint was written by a newer version", where=str(path), found=f"format {state['format']}")
     load_weights(path, model)
-    names = _names_in_optimizer(optimizer, trained(model))
+    parameters = trained(model)
+    names = _names_in_optimizer(optimizer, parameters)
     index = {name: number for number, name in enumerate(names)}
     loaded: dict[int, dict[str, Any]] = {}
     for name, tensor in load_file(path / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")
-        loaded.setdefault(index[parameter], {})[key] = tensor
+        loaded.setdefault(index[parameter], {})[key] = parallel.like(parameters[parameter], tensor)
     for parameter, values in state["optimizer"].items():
         loaded.setdefault(index[parameter], {}).update(values)
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})

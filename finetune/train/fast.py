@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from eval._common import device_of, evaluating
 from finetune.errors import Mistake
-from finetune.train import attention, kernels, shapes, step
+from finetune.train import attention, kernels, parallel, shapes, step
 from quant.lora import LoraGroup, why_not
 
 if TYPE_CHECKING:
@@ -328,7 +328,7 @@ def _alike(one: Any, other: Any) -> bool:
 def _blocks(base: Any, seen: _Seen, replacements: list[Replacement], plain: dict[str, str]) -> None:
     rotary, known = {}, set(seen.differences)
     gates: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
-    for path, module in base.named_modules():
+    for path, module in parallel.named_modules(base):
         if _like_norm(module):
             known.add(module)
             if (norm := _as_norm(module)) is not None:

@@ -8,21 +8,25 @@ averaged averages; issue 34191 there).
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import math
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
+from eval._common import forget, out_of_memory
 from finetune.errors import GateStop
-from finetune.train import checkpoint
+from finetune.processes import rank, world
+from finetune.train import checkpoint, parallel
 from finetune.train.checkpoint import Progress
 from finetune.train.schedule import decays, learning_rate
 
@@ -52,6 +56,9 @@ class Kind(Protocol):
 
     def batch(self, key: Any) -> Any:
         """The micro-batch behind a key."""
+
+    def split(self, key: Any, parts: int) -> list[Any]:
+        """The samples of a micro-batch, in their order, as keys of at most so many; fewer where it has fewer samples."""
 
     def tokens(self, batch: Any) -> int:
         """How many tokens the model reads in it."""
@@ -138,17 +145,22 @@ class Memory:
 
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C or SIGTERM only sets a flag (the step is finished and saved); a second one ends at once."""
+    """Within it the first Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) only sets a flag: the step is finished and saved. A
+    second one ends at once."""  # fmt: skip
     caught = False
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal caught
         caught = True
-        print("\nfinishing this step, then saving (again: ends at once)", file=sys.stderr)
+        with suppress(OSError):  # of a terminal that is gone
+            print("\nfinishing this step, then saving (again: ends at once)", file=sys.stderr)
         signal.signal(number, before[signal.Signals(number)])
 
     try:
-        before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+            numbers.remove(signal.SIGHUP)  # nohup
+        before = {number: signal.signal(number, handler) for number in numbers}
     except ValueError:  # not the main thread: signals belong to somebody else
         yield lambda: False
         return
@@ -174,7 +186,44 @@ def keep_freed_memory() -> None:
         mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
-MOST_ROLLBACKS = 3  # in one process; a model that goes wrong more often has a cause that skipping rows does not mend
+SPIKE_WINDOW, SPIKE_FEWEST = 64, 16  # losses that a spike is judged by, and fewer than which judge none
+SPREAD_LEAST = 0.01  # of the median: the least that counts as the spread of losses
+
+
+def spike(loss: float, recent: Sequence[float]) -> float:
+    """How many spreads a loss lies above the median of the recent ones; 0.0 where there are too few to tell.
+
+    The spread is 1.4826 times the median absolute deviation: the standard deviation of normal numbers, which outliers leave alone
+    (Rousseeuw and Croux, Alternatives to the Median Absolute Deviation, 1993, section 1).
+    """
+    if len(recent) < SPIKE_FEWEST:
+        return 0.0
+    median = statistics.median(recent)
+    spread = 1.4826 * statistics.median(abs(one - median) for one in recent)
+    return (loss - median) / max(spread, SPREAD_LEAST * abs(median), 1e-12)
+
+
+class NoMemory(GateStop):
+    """Out of memory with micro-batches that cannot be made smaller."""
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """Of all micro-batches of a step, over all processes. backward: whether one of them had anything to learn."""
+
+    loss: float
+    count: int
+    tokens: int
+    backward: bool
+    interrupted: bool
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """A micro-batch of a step. place: (epoch, position)."""
+
+    key: Any
+    place: list[int]
 
 
 def train(
@@ -204,188 +253,358 @@ def train(
     afterwards; a step that went wrong then has changed the weights, and the run goes back to its last checkpoint.
     `went_back(step)` is told so, when the model, the optimizer and the metrics are those of `step` again.
 
+    Where memory runs out, the step begins again with each micro-batch in twice as many parts. With several processes each takes
+    its share of a step's micro-batches; what they do together is the same step.
+
     Returns:
-        seconds, tokens_per_second (of this process's steps), peak_bytes, memory_kind, and the totals of `progress`; where the
-        run went back, `rollbacks`: how many micro-batches are left out for it.
+        seconds, tokens_per_second (of this process's steps), saving_seconds (how long training waited for checkpoints),
+        peak_bytes, memory_kind, and the totals of `progress`; where steps went wrong `bad_steps`, where memory ran out `split`.
 
     Raises:
-        GateStop: the loss or the gradient is not finite; the model has not taken that step.
+        GateStop: too many steps went wrong (NaN, infinity, a spike), or the recipe wants none; the model has not taken the last.
+        NoMemory: not even one row at a time fits.
         Interrupted: a signal came; the step is finished and saved.
+        Mistake: a checkpoint cannot be written.
         What fetching a micro-batch raises (a line that is no row, a hub that cannot be reached): the last step is saved.
     """
-    parameters = list(checkpoint.trained(model).values())
-    decay_of_groups = [group["weight_decay"] for group in optimizer.param_groups]
-    inner: Any = getattr(optimizer, "optimizer", optimizer)
-    in_backward = bool(getattr(inner, "in_backward", False))
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
-    memory = Memory(accelerator.device)
-    memory.reset()
-    model.train()
-    begun, tokens_before, evaluating, rollbacks = time.monotonic(), progress.tokens, 0.0, 0
-    keys = _Keys(kind, progress)
+    return _Training(
+        model, kind, settings, accelerator, optimizer, total_steps, folder, progress, autocast, offload, evaluate, before_step,
+        after_step, went_back, show,
+    ).run()  # fmt: skip
 
-    def save(reached: Progress) -> None:
-        checkpoint.save(
-            folder.path / "checkpoints",
-            accelerator.unwrap_model(model),
-            inner,
-            reached,
-            metrics_bytes=folder.metrics_bytes(),
-            keep=settings.keep_checkpoints,
+
+class _Training:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        kind: Kind,
+        settings: Train,
+        accelerator: Accelerator,
+        optimizer: torch.optim.Optimizer,
+        total_steps: int,
+        folder: RunFolder,
+        progress: Progress,
+        autocast: torch.dtype | None,
+        offload: bool,
+        evaluate: Callable[[int], dict[str, float]] | None,
+        before_step: Callable[[int], None] | None,
+        after_step: Callable[[int], dict[str, Any]] | None,
+        went_back: Callable[[int], None] | None,
+        show: Callable[[int, int, str], None] | None,
+    ) -> None:
+        self.model, self.kind, self.settings, self.accelerator, self.optimizer = model, kind, settings, accelerator, optimizer
+        self.total_steps, self.folder, self.progress, self.autocast, self.offload = (
+            total_steps,
+            folder,
+            progress,
+            autocast,
+            offload,
+        )
+        self.evaluate, self.before_step, self.after_step, self.went_back = evaluate, before_step, after_step, went_back
+        self.show = show if show is not None else lambda step, total, note: None
+        self.device = accelerator.device
+        self.parameters = list(checkpoint.trained(model).values())
+        self.decay_of_groups = [group["weight_decay"] for group in optimizer.param_groups]
+        self.in_backward = bool(getattr(optimizer, "in_backward", False))
+        self.sharded = parallel.is_sharded(model)
+        self.checkpoints = folder.path / "checkpoints"
+        self.saver = checkpoint.Saver(self.checkpoints, settings.keep_checkpoints)
+        self.saved = progress.step
+        self.memory = Memory(self.device)
+
+    def run(self) -> dict[str, Any]:
+        if self.device.type == "cpu":
+            keep_freed_memory()
+        self.memory.reset()
+        self.model.train()
+        begun, tokens_before, self.evaluating = time.monotonic(), self.progress.tokens, 0.0
+        self.keys = _Keys(self.kind, self.progress)
+        if self.in_backward and not checkpoint.checkpoints(self.checkpoints):
+            self._save(self.progress)  # something to go back to
+        try:
+            with _signals() as self.interrupted:
+                while self.progress.step < self.total_steps:
+                    self._step()
+            self.saver.wait()
+        except Exception:
+            self.saver.wait()  # what was begun is worth having; a second Ctrl-C is no Exception, and does not wait
+            raise
+        finally:
+            self.keys.close()
+        progress, seconds = self.progress, time.monotonic() - begun - self.evaluating
+        return {
+            "steps": progress.step,
+            "seconds": round(seconds, 3),
+            "tokens": progress.tokens,
+            "supervised_tokens": progress.supervised,
+            "tokens_per_second": round((progress.tokens - tokens_before) / seconds, 1) if seconds else 0.0,
+            "saving_seconds": round(self.saver.waited, 3),
+            "peak_bytes": self.memory.peak(),
+            "memory_kind": self.memory.kind,
+            **({"bad_steps": progress.wrong} if progress.wrong else {}),
+            **({"split": progress.split} if progress.split > 1 else {}),
+            **({"best": progress.best} if progress.best else {}),
+        }
+
+    # -- one step
+
+    def _step(self) -> None:
+        settings, progress, started = self.settings, self.progress, time.monotonic()
+        step = progress.step + 1
+        lr = self._set_rates(step)
+        if self.before_step is not None:
+            self.before_step(step)
+        finished = replace(progress)
+        try:
+            fetched = [self._fetch() for _ in range(settings.accumulation)]  # should one fail, nothing has moved
+        except GateStop:
+            raise
+        except Exception:
+            self._save_unless_saved(finished)  # hours of work, perhaps: how often is saved is up to the recipe
+            raise
+        sums = self._sums(step, [one.key for one in fetched])
+        mean = sums.loss / max(1, sums.count)
+        if self.in_backward:
+            none = 0.0 if math.isfinite(mean) else math.nan  # the optimizer still has the norm of the step before
+            norm = self.optimizer.grad_norm() if sums.backward else none  # type: ignore[attr-defined]
+        else:
+            parallel.sum_gradients(self.parameters)
+            if sums.count:
+                parallel.scale_gradients(self.parameters, 1 / sums.count)
+            norm = parallel.grad_norm(self.parameters)
+        if (stop := self._wrong(step, fetched, mean, norm)) is not None:
+            self._leave_out(step, fetched, stop, finished)
+            return
+        if not self.in_backward and settings.max_grad_norm and norm > settings.max_grad_norm:
+            parallel.scale_gradients(self.parameters, settings.max_grad_norm / norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        progress.step, progress.tokens, progress.supervised = (
+            step,
+            progress.tokens + sums.tokens,
+            progress.supervised + sums.count,
+        )
+        if settings.spike is not None:
+            progress.recent = [*progress.recent, mean][-SPIKE_WINDOW:]
+        self._tell(step, fetched, sums, mean, norm, lr, time.monotonic() - started)
+        best = self._evaluate(step)
+        self.saver.look()
+        interrupted = sums.interrupted or (world() == 1 and self.interrupted())  # several have to be of one mind
+        if (settings.save_steps and step % settings.save_steps == 0) or step == self.total_steps or interrupted or best:
+            self._save(progress)
+            if interrupted and step < self.total_steps:
+                raise Interrupted(f"stopped after step {step} of {self.total_steps}")
+
+    def _set_rates(self, step: int) -> float:
+        settings = self.settings
+        lr = learning_rate(
+            step,
+            self.total_steps,
+            peak=settings.lr,
+            schedule=settings.schedule,
+            warmup=settings.warmup,
+            min_lr=settings.min_lr,
+        )
+        decaying = decays(step, self.total_steps, schedule=settings.schedule)
+        for group, decay in zip(self.optimizer.param_groups, self.decay_of_groups, strict=True):
+            group["lr"], group["weight_decay"] = lr, decay if decaying else 0.0
+        return lr
+
+    def _fetch(self) -> _Fetched:
+        key = self.keys.next()
+        return _Fetched(key, [self.progress.epoch, self.progress.position - 1])
+
+    def _sums(self, step: int, keys: list[Any]) -> _Sums:
+        """Forward and backward of a step's micro-batches; the gradients are those of this process's share.
+
+        Raises:
+            NoMemory: it has run out, and nothing can be made smaller.
+        """
+        while True:
+            generators, failed = checkpoint.generators(), ""
+            loss, count, tokens, backward = 0.0, 0, 0, False
+            try:
+                loss, count, tokens, backward = self._passes(keys)
+            except Exception as error:
+                if not out_of_memory(error):
+                    raise
+                self.optimizer.zero_grad(set_to_none=True)
+                failed = forget(error)
+                if self.sharded:  # the others wait for this one's layers, and cannot be told
+                    raise self._no_memory(step, failed) from None
+            told = [loss, float(count), float(tokens), float(bool(failed)), float(backward), float(self.interrupted())]
+            loss, total, read, out, learnt, interrupted = parallel.total(told)
+            if not out:
+                return _Sums(loss, int(total), int(read), bool(learnt), bool(interrupted))
+            self.optimizer.zero_grad(set_to_none=True)
+            self._halve(step, keys, failed or "in another process")
+            checkpoint.set_generators(generators)
+
+    def _passes(self, keys: list[Any]) -> tuple[float, int, int, bool]:
+        """(sum of losses, targets, tokens, whether there was a backward pass) of this process's share."""
+        loss_sum, count, tokens, backward = torch.zeros((), device=self.device), 0, 0, False
+        own, idle = self._share(keys)
+        for part in own:
+            batch = self.kind.batch(part)
+            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None), self._kept():
+                loss, targets = self.kind.loss(self.model, batch)
+            if (targets or self.sharded) and not (self.in_backward and not math.isfinite(float(loss.detach()))):
+                (loss / targets if self.in_backward else loss).backward()
+                backward = True
+            if targets:
+                loss_sum += loss.detach()
+            del loss  # and with it what its graph still has, before the next pass begins
+            count += targets
+            tokens += self.kind.tokens(batch)
+        if idle:
+            parallel.idle(self.model)
+        return float(loss_sum), count, tokens, backward
+
+    def _share(self, keys: list[Any]) -> tuple[list[Any], bool]:
+        """This process's parts of the micro-batches, dealt out in turn; and whether others have one more.
+
+        Layers that are sharded run in all processes or in none.
+        """
+        many, mine = world(), rank()
+        split = self.progress.split
+        ways = split * (many // math.gcd(len(keys) * split, many))  # so that there is something to deal out
+        parts = [part for key in keys for part in self.kind.split(key, ways)]
+        return parts[mine::many], mine >= len(parts) % many > 0
+
+    def _kept(self) -> AbstractContextManager[object]:
+        pinned = self.device.type == "cuda"
+        return torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offload else nullcontext()
+
+    # -- when it goes wrong
+
+    def _halve(self, step: int, keys: list[Any], found: str) -> None:
+        split = self.progress.split
+        smaller = any(len(self.kind.split(key, 2 * split)) > len(self.kind.split(key, split)) for key in keys)
+        if self.in_backward or not smaller:
+            raise self._no_memory(step, found)
+        self.progress.split = 2 * split
+        self.folder.append({"step": step, "out_of_memory": {"parts": 2 * split, "found": found}})
+        self.show(step - 1, self.total_steps, f"out of memory: each micro-batch goes in {2 * split} parts from step {step} on")
+
+    def _no_memory(self, step: int, found: str) -> NoMemory:
+        why = "with one sample at a time"
+        if self.sharded:
+            why = "in one of several processes with sharded layers, where a step cannot be repeated"
+        elif self.in_backward:
+            why = "and with train.step_in_backward a step cannot be repeated in parts"
+        return NoMemory(
+            f"out of memory in step {step}, {why}", where="train", found=found, do=f"the last checkpoint is step {self.saved}"
         )
 
-    def wrong(step: int, fetched: list[tuple[Any, list[int], Any]], mean: float, norm: float) -> GateStop:
+    def _wrong(self, step: int, fetched: list[_Fetched], mean: float, norm: float) -> GateStop | None:
+        """What is wrong with a step, or None."""
+        settings, many = self.settings, 0.0
+        finite = math.isfinite(mean) and math.isfinite(norm)
+        if finite and settings.spike is not None:
+            many = spike(mean, self.progress.recent)
+        if finite and (settings.spike is None or many <= settings.spike):
+            return None
+        what = f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite"
+        if finite:
+            what = f"the loss of step {step} is a spike, {many:.1f} spreads above the last {len(self.progress.recent)}"
         return GateStop(
-            f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite; the step was not taken",
-            where=f"samples {', '.join(str(s) for key, _, _ in fetched for s in kind.samples(key))}"[:400],
+            f"{what}; the step was not taken",
+            where=f"samples {', '.join(self._samples(fetched))}"[:400],
             found=f"loss {mean}, gradient norm {norm}",
             do=f"look at these samples, or begin anew with a lower train.lr (it was {settings.lr:g}); "
-            f"the last checkpoint is step {saved}",
+            f"the last checkpoint is step {self.saved}; train.on_bad_step and max_bad_steps say what may be left out",
         )
 
-    def go_back(step: int, places: list[list[int]], stop: GateStop) -> Progress:
-        """The weights have taken a bad step: put back the last checkpoint, and leave the step's micro-batches out."""
-        nonlocal rollbacks
-        rollbacks += 1
-        path, _ = checkpoint.newest(folder.path / "checkpoints")
-        if path is None or rollbacks > MOST_ROLLBACKS:
+    def _samples(self, fetched: list[_Fetched]) -> list[str]:
+        return [str(sample) for one in fetched for sample in self.kind.samples(one.key)]
+
+    def _leave_out(self, step: int, fetched: list[_Fetched], stop: GateStop, finished: Progress) -> None:
+        """Go on without a step that went wrong: with the next samples, or from the last checkpoint.
+
+        Raises:
+            GateStop: that is not wanted, or not any more. The steps before it are saved.
+        """
+        progress, settings = self.progress, self.settings
+        back = self.in_backward or settings.on_bad_step == "back"
+        self.optimizer.zero_grad(set_to_none=True)
+        self.saver.wait()
+        path = checkpoint.newest(self.checkpoints)[0] if back else None
+        if settings.on_bad_step == "stop" or progress.wrong >= settings.max_bad_steps or (back and path is None):
+            if not self.in_backward:  # else the weights have taken the step already
+                self._save_unless_saved(finished)
             raise stop
-        restored, size = checkpoint.load(path, accelerator.unwrap_model(model), inner)
-        restored.bad += [place for place in progress.bad + places if place not in restored.bad]
-        folder.cut_metrics(size)
-        folder.append({"step": restored.step, "rolled_back": {"from": step, "found": stop.found, "where": stop.where}})
-        if went_back is not None:
-            went_back(restored.step)
-        if show is not None:
-            show(restored.step, total_steps, f"step {step} went wrong: back to step {restored.step}, without its rows")
-        return restored
+        progress.wrong += 1
+        event = {"found": stop.found, "where": stop.where, "samples": self._samples(fetched)}
+        if path is None:
+            self.folder.append({"step": step, "skipped": event})
+            self.show(step - 1, self.total_steps, f"step {step} went wrong: begun again with the next samples")
+            return
+        restored, size = checkpoint.load(path, self.model, self.optimizer)
+        restored.bad += [place for place in progress.bad + [one.place for one in fetched] if place not in restored.bad]
+        restored.wrong = progress.wrong
+        events = self.folder.cut_metrics(size, keep=("skipped", "rolled_back", "out_of_memory"))
+        for line in [*events, {"step": restored.step, "rolled_back": {"from": step, **event}}]:
+            self.folder.append(line)
+        if self.went_back is not None:
+            self.went_back(restored.step)
+        self.show(restored.step, self.total_steps, f"step {step} went wrong: back to step {restored.step}, without its rows")
+        self.keys.close()
+        self.progress, self.saved = restored, restored.step
+        self.keys = _Keys(self.kind, restored)
 
-    pinned = accelerator.device.type == "cuda"
+    # -- what is told and kept
 
-    def kept() -> AbstractContextManager[object]:
-        return torch.autograd.graph.save_on_cpu(pin_memory=pinned) if offload else nullcontext()
+    def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, lr: float, seconds: float) -> None:
+        progress = self.progress
+        length = self.kind.length(progress.epoch)
+        met = hashlib.sha256("\n".join(self._samples(fetched)).encode()).hexdigest()[:16]
+        metrics: dict[str, Any] = {
+            "step": step,
+            "epoch": round(progress.epoch + progress.position / length, 4) if length else progress.epoch,
+            "loss": mean,
+            **self.kind.parts,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": progress.tokens,
+            "supervised": progress.supervised,
+            "samples": met,  # equal where the same samples came in the same order
+            "tokens_per_second": round(sums.tokens / seconds, 1),
+            "step_seconds": round(seconds, 4),
+            "memory_bytes": self.memory.peak(),
+            "time": round(time.time(), 3),
+        }
+        self._log(step, metrics)
+        if self.after_step is not None and (seen := self.after_step(step)):
+            self.folder.append({"step": step, **seen})
+        self.show(step, self.total_steps, f"loss {mean:.3f}  {sums.tokens / seconds:.0f} tok/s")
 
-    def fetch() -> list[tuple[Any, list[int], Any]]:
-        """The step's micro-batches: (key, its place, batch). All before the first is used: should one fail, nothing has moved."""
-        fetched = []
-        for _ in range(settings.accumulation):
-            key = keys.next()
-            fetched.append((key, [progress.epoch, progress.position - 1], kind.batch(key)))
-        return fetched
+    def _log(self, step: int, metrics: dict[str, Any]) -> None:
+        self.folder.append(metrics)
+        self.accelerator.log(
+            {k: v for k, v in metrics.items() if isinstance(v, int | float) and k not in ("step", "time")}, step=step
+        )
 
-    saved = progress.step
-    if in_backward and not checkpoint.checkpoints(folder.path / "checkpoints"):
-        save(progress)  # something to go back to
-    try:
-        with _signals() as interrupted:
-            while progress.step < total_steps:
-                started = time.monotonic()
-                step = progress.step + 1
-                lr = learning_rate(
-                    step,
-                    total_steps,
-                    peak=settings.lr,
-                    schedule=settings.schedule,
-                    warmup=settings.warmup,
-                    min_lr=settings.min_lr,
-                )
-                decaying = decays(step, total_steps, schedule=settings.schedule)
-                for group, decay in zip(optimizer.param_groups, decay_of_groups, strict=True):
-                    group["lr"], group["weight_decay"] = lr, decay if decaying else 0.0
-                if before_step is not None:
-                    before_step(step)
-                finished = replace(progress)
-                try:
-                    fetched = fetch()
-                except GateStop:
-                    raise
-                except Exception:
-                    if finished.step > saved:  # hours of work, perhaps: how often is saved is up to the recipe
-                        save(finished)
-                    raise
-                loss_sum, count, tokens, backward = torch.zeros((), device=accelerator.device), 0, 0, False
-                for _, _, batch in fetched:
-                    with torch.autocast(accelerator.device.type, dtype=autocast, enabled=autocast is not None), kept():
-                        loss, targets = kind.loss(model, batch)
-                    if targets and not (in_backward and not math.isfinite(float(loss.detach()))):
-                        accelerator.backward(loss / targets if in_backward else loss)
-                        backward = True
-                    if targets:
-                        loss_sum += loss.detach()
-                    del loss  # and with it what its graph still has, before the next pass begins
-                    count += targets
-                    tokens += kind.tokens(batch)
-                mean = float(loss_sum) / max(1, count)
-                if in_backward:
-                    none = 0.0 if math.isfinite(mean) else math.nan  # the optimizer still has the norm of the step before
-                    norm = inner.grad_norm() if backward else none
-                    if not (math.isfinite(mean) and math.isfinite(norm)):
-                        keys.close()
-                        progress = go_back(step, [place for _, place, _ in fetched], wrong(step, fetched, mean, norm))
-                        saved = progress.step
-                        keys = _Keys(kind, progress)
-                        continue
-                else:
-                    gradients = [p.grad for p in parameters if p.grad is not None]
-                    if count:
-                        torch._foreach_div_(gradients, float(count))
-                    norm = float(torch.nn.utils.get_total_norm(gradients)) if gradients else 0.0
-                    if not (math.isfinite(mean) and math.isfinite(norm)):
-                        raise wrong(step, fetched, mean, norm)
-                    if settings.max_grad_norm and norm > settings.max_grad_norm:
-                        torch._foreach_mul_(gradients, settings.max_grad_norm / norm)
-                    del gradients  # else they live on through the next step's passes, beside its own
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-                progress.step, progress.tokens, progress.supervised = (
-                    step,
-                    progress.tokens + tokens,
-                    progress.supervised + count,
-                )
-                seconds = time.monotonic() - started
-                length = kind.length(progress.epoch)
-                metrics: dict[str, Any] = {
-                    "step": step,
-                    "epoch": round(progress.epoch + progress.position / length, 4) if length else progress.epoch,
-                    "loss": mean,
-                    **kind.parts,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    "tokens": progress.tokens,
-                    "supervised": progress.supervised,
-                    "tokens_per_second": round(tokens / seconds, 1),
-                    "step_seconds": round(seconds, 4),
-                    "memory_bytes": memory.peak(),
-                    "time": round(time.time(), 3),
-                }
-                folder.append(metrics)
-                accelerator.log({k: v for k, v in metrics.items() if k not in ("step", "time")}, step=step)
-                if after_step is not None and (seen := after_step(step)):
-                    folder.append({"step": step, **seen})
-                if show is not None:
-                    show(step, total_steps, f"loss {mean:.3f}  {tokens / seconds:.0f} tok/s")
-                if evaluate is not None and settings.eval_steps and step % settings.eval_steps == 0 and step < total_steps:
-                    before = time.monotonic()
-                    measured = {"step": step, **evaluate(step)}
-                    evaluating += time.monotonic() - before
-                    folder.append(measured)
-                    accelerator.log({k: v for k, v in measured.items() if k != "step"}, step=step)
-                if (settings.save_steps and step % settings.save_steps == 0) or step == total_steps or interrupted():
-                    save(progress)
-                    saved = step
-                    if interrupted() and step < total_steps:
-                        raise Interrupted(f"stopped after step {step} of {total_steps}")
-    finally:
-        keys.close()
-    seconds = time.monotonic() - begun - evaluating
-    return {
-        "steps": progress.step,
-        "seconds": round(seconds, 3),
-        "tokens": progress.tokens,
-        "supervised_tokens": progress.supervised,
-        "tokens_per_second": round((progress.tokens - tokens_before) / seconds, 1) if seconds else 0.0,
-        "peak_bytes": memory.peak(),
-        "memory_kind": memory.kind,
-        **({"rollbacks": len(progress.bad)} if progress.bad else {}),
-    }
+    def _evaluate(self, step: int) -> bool:
+        """Measure the model where it is time to; whether it is the best so far, and that is asked for."""
+        settings, last = self.settings, step == self.total_steps
+        wanted = settings.best != "none"
+        if self.evaluate is None or not settings.eval_steps or (step % settings.eval_steps != 0 if not last else not wanted):
+            return False
+        before = time.monotonic()
+        measured = {"step": step, **self.evaluate(step)}
+        self.evaluating += time.monotonic() - before
+        self._log(step, measured)
+        best, loss = self.progress.best, measured["eval_loss"]
+        if not wanted or not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
+            return False
+        self.progress.best = {"step": step, "loss": loss}
+        return True
+
+    def _save(self, reached: Progress) -> None:
+        self.saver.save(self.model, self.optimizer, reached, metrics_bytes=self.folder.metrics_bytes())
+        self.saved = reached.step
+
+    def _save_unless_saved(self, finished: Progress) -> None:
+        if finished.step > self.saved:
+            self._save(finished)
+            self.saver.wait()

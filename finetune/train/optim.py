@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from finetune.errors import Mistake
+from finetune.train import parallel
 
 ROUNDED = 1 << 22  # elements that are rounded at a time: a large embedding needs no second copy of itself for its noise
 SMALL = 4096  # elements below which bitsandbytes keeps states in fp32
@@ -183,11 +184,13 @@ def build(
     others are updated as they are; with it or `in_backward` the optimizer is a `LowMemory`.
 
     Raises:
-        Mistake: bitsandbytes is missing; either option with several processes; nothing to round but float16.
+        Mistake: bitsandbytes is missing; either option with several processes; 8-bit states of weights that are shared out;
+            nothing to round but float16.
     """
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in parameters.values() if (p.ndim >= 2) == matrix and parallel.is_shard(p) == shard], "weight_decay": d}
+        for matrix, d in ((True, weight_decay), (False, 0.0))
+        for shard in (False, True)  # one fused step takes no mixture
     ]
     groups = [group for group in groups if group["params"]]
     notes: list[str] = []
@@ -212,6 +215,13 @@ def build(
         if not any(p.dtype == torch.bfloat16 for p in parameters.values()):
             notes.append("stochastic rounding: no trained weight is in bfloat16, there is nothing to round")
             stochastic_rounding = False
+    if name != "adamw" and any(parallel.is_shard(p) for p in parameters.values()):
+        raise Mistake(
+            "8-bit optimizers keep states of whole weights, and these are shared out",
+            where="train.optimizer",
+            found=f"{name}, with run.parallel: fsdp",
+            do="train.optimizer=adamw, whose states are shared out too; or run.parallel=ddp",
+        )
     make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     if name == "adamw":
 

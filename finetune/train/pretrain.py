@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from finetune.data.packing import divide
 from finetune.train import step
 
 if TYPE_CHECKING:
@@ -58,6 +59,9 @@ class Pretraining:
     def batch(self, key: tuple[Row, ...]) -> torch.Tensor:
         """Token ids (rows, length)."""
         return torch.stack([torch.as_tensor(row.ids) for row in key]).to(self.device, torch.int64)
+
+    def split(self, key: tuple[Row, ...], parts: int) -> list[tuple[Row, ...]]:
+        return divide(key, parts)
 
     def tokens(self, batch: torch.Tensor) -> int:
         return batch.numel()

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from eval.perplexity import kept_logits
-from finetune.data.packing import Batch, Batches
+from finetune.data.packing import Batch, Batches, divide
 from finetune.data.samples import IGNORE
 from finetune.train import step
 
@@ -38,6 +38,9 @@ class SupervisedFineTuning:
         batch = self.batches.batch(key)
         ids, labels, positions = (t.to(self.device) for t in (batch.input_ids, batch.labels, batch.position_ids))
         return Batch(ids, labels, positions, key, batch.tokens)
+
+    def split(self, key: tuple[int, ...], parts: int) -> list[tuple[int, ...]]:
+        return divide(key, parts)
 
     def tokens(self, batch: Batch) -> int:
         return batch.tokens

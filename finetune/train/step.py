@@ -259,8 +259,6 @@ def head_of(model: nn.Module) -> tuple[Head | None, str | None]:
 
 def _find(model: nn.Module) -> tuple[Any, nn.Module, nn.Linear] | str:
     """(model inside its wrappers, decoder, head), or what is in the way."""
-    if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-        return "with several processes gradients are averaged by the wrapper around the whole model"
     base: Any = model
     if hasattr(base, "get_base_model"):  # PEFT
         base = base.get_base_model()

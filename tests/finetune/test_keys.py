@@ -141,8 +141,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "run.merge": (True, {}),
     "run.trackers": (["tensorboard"], {}),
 }
-# Tried on their own: in test_run.py, and in plan/test_command.py.
-ELSEWHERE = {"model.trust_remote_code", "fit", "plan.gpu", "plan.price_per_kwh"}
+# Tried on their own: in test_run.py, in plan/test_command.py, and with several processes in train/test_parallel.py.
+ELSEWHERE = {"model.trust_remote_code", "fit", "plan.gpu", "plan.price_per_kwh", "run.parallel"}
 
 # The other value cannot run here: the refusal is what shows that the key is read.
 REFUSED = {

@@ -151,7 +151,7 @@ def test_low_memory_training_rolls_back_a_bad_step(finetune: Terminal, recipe: P
     back = [line for line in lines if "rolled_back" in line]
     assert [(line["step"], line["rolled_back"]["from"]) for line in back] == [(4, 5)]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert read_run(tmp_path / "low")["train"]["rollbacks"] == 1
+    assert read_run(tmp_path / "low")["train"]["bad_steps"] == 1
     state = json.loads((tmp_path / "low" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert state["bad"] == [[0, 4]]
     assert state["position"] == 7  # six were trained, one left out

@@ -752,7 +752,7 @@ def test_kinds_of_metrics_do_not_overwrite_each_other(tmp_path: Path) -> None:
     assert read.column("loss") == [3.0]
     assert read.evaluations == [evaluation]
     assert [(seen.step, seen.zeros, len(seen.layers)) for seen in read.looks] == [(1, 0.31, 6)]
-    assert read.rollbacks == [{"step": 1, "from": 2, "found": "loss nan", "where": "rows 8 to 15"}] * 2
+    assert read.events["rolled_back"] == [{"step": 1, "from": 2, "found": "loss nan", "where": "rows 8 to 15"}] * 2
     assert read.unreadable == 1
 
 
@@ -880,7 +880,7 @@ def test_from_a_float_model_with_a_teacher_and_a_step_taken_back(tmp_path: Path)
     assert "the float model3.90 ± 0.05" in seen
     assert "made ternary, not trained7.65 ± 0.01" in seen
     assert "divergence from the teacher's next tokens2.52.5" in seen
-    assert "4740loss nanrows 376 to 383" in seen
+    assert "47back to step 40loss nanrows 376 to 383" in seen
     assert "went back to a checkpoint 1 time" in seen
 
 

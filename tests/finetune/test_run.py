@@ -201,12 +201,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
 
     def fails(self: Any, model: Any, batch: Any) -> Any:
         if next(calls) == 4:  # one forward proves the swap
-            raise MemoryError("gone")
+            raise RuntimeError("gone")
         return loss(self, model, batch)
 
     with monkeypatch.context() as patch:
         patch.setattr(sft.SupervisedFineTuning, "loss", fails)
-        with pytest.raises(MemoryError):
+        with pytest.raises(RuntimeError):
             finetune("run", str(recipe), *options, "run.dir=cut")
     failed = json.loads((tmp_path / "cut" / "run.json").read_text())
     assert failed["state"] == "failed"
@@ -608,8 +608,7 @@ def test_a_run_is_planned_and_tells_what_came_of_it(finetune: Terminal, recipe: 
     assert 0.5 < planned / actual < 1.5  # a tiny model: what is compared here is mostly the process itself
     assert "planned" in out.split("peak ")[-1]
     noted = (Path(os.environ["XDG_CACHE_HOME"]) / "finetune12g" / "errors.jsonl").read_text().splitlines()
-    training = next(phase for phase in record["plan"]["phases"] if phase["name"] == "train")
-    assert json.loads(noted[-1])["planned_peak"] == training["peak_bytes"]
+    assert json.loads(noted[-1])["planned_peak"] == planned
     assert json.loads(noted[-1])["step"] > 0
 
 

@@ -289,7 +289,7 @@ def test_going_back_leaves_each_bad_micro_batch_out_once_and_tells(tmp_path: Pat
     )  # fmt: skip
     assert told == [2, 4]  # position 2 is step 3; without it position 5 is step 5
     assert begun == [1, 2, 3, 3, 4, 5, 5, 6]
-    assert figures["rollbacks"] == 2
+    assert figures["bad_steps"] == 2
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert state["bad"] == [[0, 2], [0, 5]]
     back = [line["rolled_back"] for line in metrics if "rolled_back" in line]
@@ -307,7 +307,7 @@ def test_bad_micro_batches_behind_one_checkpoint_are_all_left_out(tmp_path: Path
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert told == [0, 0]
     assert state["bad"] == [[0, 1], [0, 3]]
-    assert figures["rollbacks"] == 2
+    assert figures["bad_steps"] == 2
 
 
 def test_ctrl_c_finishes_the_step_saves_and_goes_on(tmp_path: Path, accelerator: Any) -> None:

@@ -424,9 +424,3 @@ def test_other_models_are_refused() -> None:
     assert "not a model of transformers" in (head_of(nn.Sequential(nn.Linear(2, 2)))[1] or "")
     config = transformers.T5Config(vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4)
     assert "encoder" in (head_of(transformers.T5ForConditionalGeneration(config))[1] or "")
-
-
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    assert "several processes" in (head_of(tiny("Llama"))[1] or "")

@@ -1,0 +1,416 @@
+"""Several processes that train one model: what they say to each other. With one process all of this is plain torch.
+
+    ddp    each has the whole model. After a step's last micro-batch the gradients are summed, a bucket at a time.
+    fsdp   the decoder's layers are shared out (FSDP2, `fully_shard`): packed codes and scales, adapters and master weights, with
+           their gradients and optimizer states. A layer is whole while it runs. Embedding, last norm and head stay whole, and
+           what of them is trained is summed as under ddp.
+
+Gradients are SUMS over micro-batches, here as in the loop, which divides once by the number of targets: so the micro-batches of
+a step can be dealt out in any way, and the step is that of one process but for the order in which fp32 numbers are added.
+
+There is no wrapper around the model (DistributedDataParallel): the loss takes decoder and head apart (step.py), processes may
+have different numbers of micro-batches, and experts may get no gradient on one of them. Under fsdp each forward and each
+backward pass asks all processes for the layers: they must run equally many, `idle` where one has nothing to do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from finetune import processes
+from finetune.errors import Mistake
+from finetune.train import offload
+
+BUCKET = 25 << 20  # bytes of gradients that are summed at a time
+PATIENCE = timedelta(hours=12)  # others wait while one evaluates; who has died is known to the launcher
+# What `accelerate launch` sets by its own configuration, and `Accelerator` would do besides: here the recipe says it.
+ACCELERATE = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+
+_idle = False  # the backward pass that runs is nobody's gradient
+
+
+# -------------------------------------------------------------------------------------------------------- begin and end
+
+
+def begin(device_type: str) -> torch.device:
+    """Join the other processes, where there are any; the device of this one. cpu: by gloo; cuda: by nccl, one GPU each.
+
+    Raises:
+        Mistake: there are fewer GPUs than processes.
+    """
+    if processes.world() == 1:
+        return torch.device(device_type)
+    os.environ.setdefault("LOCAL_RANK", "0")  # which accelerate asks for
+    for name in ACCELERATE:
+        os.environ.pop(f"ACCELERATE_USE_{name}", None)
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    if device_type == "cuda" and processes.local_rank() >= torch.cuda.device_count():
+        raise Mistake(
+            "there are fewer GPUs than processes",
+            where="run.device",
+            found=f"process {processes.local_rank()} of this machine, and {torch.cuda.device_count()} GPUs",
+            do="as many processes as GPUs; or run.device=cpu",
+        )
+    from accelerate import PartialState
+
+    cpu = device_type == "cpu"
+    state = PartialState(cpu=cpu, backend="gloo" if cpu else "nccl", timeout=PATIENCE)
+    return torch.device("cpu") if cpu else torch.device("cuda", state.local_process_index)
+
+
+def end() -> None:
+    """Leave the others. For the end of a process that went well; one that fails just ends."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def several() -> bool:
+    """Whether this process trains with others."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _device() -> torch.device:
+    """Where tensors must lie that all processes combine."""
+    return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
+
+
+# ------------------------------------------------------------------------------------------------------------- sharding
+
+
+def shard(model: Any, device: torch.device) -> None:
+    """Share the decoder's layers out among the processes, and take the rest to `device`.
+
+    model: on the CPU, a causal language model of transformers, with adapters attached and checkpointing enabled. Layers come to
+    the device one by one. Parameters of layers are DTensors from now on; who holds the old ones (an optimizer) holds nothing.
+    It is used as ever, by all processes alike.
+
+    Raises:
+        Mistake: no layers are found.
+    """
+    if not several():
+        model.to(device)
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    try:
+        layers = offload.layers_of(model)
+    except Mistake as error:
+        raise Mistake(
+            "this model has no list of layers that could be shared out",
+            where="run.parallel",
+            found=error.found,
+            do="run.parallel=ddp",
+        ) from None
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    whole = _unfit(model, layers)
+    for layer in layers:
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            if parameter is not None and not is_shard(parameter):
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else buffer.to(device)
+    # As the root of its layers the decoder has them fetched ahead of their turn; it has no weights of its own to share out.
+    fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if not is_shard(p)})
+    for layer in cast(list[Any], layers):
+        layer.set_gradient_divide_factor(1.0)
+        layer.set_force_sum_reduction_for_comms(True)  # else the factor is gloo's business, which knows none
+        layer.set_reduce_scatter_unused_params(True)  # experts that no token of this process reached
+        _watch(layer)
+
+
+def _unfit(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters of the layers that stay whole: used in other places too, without dimensions, or of another dtype than most
+    that are trained in their layer, whose gradients are combined as one tensor."""  # fmt: skip
+    places = {part: number for number, layer in enumerate(layers) for part in layer.modules()}
+    holders: dict[nn.Parameter, set[int]] = {}
+    for module in model.modules():
+        for held in module._parameters.values():
+            if held is not None:
+                holders.setdefault(held, set()).add(places.get(module, -1))
+    unfit = {parameter for parameter, where in holders.items() if len(where) > 1 or parameter.ndim == 0}
+    for layer in layers:
+        sizes: dict[torch.dtype, int] = {}
+        trained = [p for p in layer.parameters() if p.requires_grad and p not in unfit]
+        for p in trained:
+            sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
+        most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
+        unfit |= {p for p in trained if p.dtype != most}
+    return unfit
+
+
+def _watch(layer: Any) -> None:
+    """Tell of a layer's whole parameters, which are the same objects each time: nothing that is derived of them is kept
+    (quant/derived.py), and whether this process has a gradient for them."""  # fmt: skip
+    shards = dict(layer.named_parameters())
+    with gathered(layer):
+        for name, parameter in layer.named_parameters():
+            shard = shards[name]
+            if parameter is shard:
+                continue
+            parameter.streamed = True
+            if parameter.requires_grad:
+                shard.has_gradient = False  # type: ignore[attr-defined]
+                parameter.register_post_accumulate_grad_hook(lambda _, shard=shard: _seen(shard))
+
+
+def _seen(shard: Any) -> None:
+    if not _idle:
+        shard.has_gradient = True
+
+
+def is_shard(tensor: Tensor) -> bool:
+    """Whether a tensor is shared out, and this process has its part."""
+    if not several():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether layers of `model` are shared out."""
+    return several() and any(is_shard(parameter) for parameter in model.parameters())
+
+
+@contextmanager
+def gathered(layer: Any) -> Iterator[None]:
+    """Within it the weights of one of the decoder's layers are whole, to be read; all processes together."""
+    layer.unshard()
+    try:
+        yield
+    finally:
+        layer.reshard()
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`model.named_modules()`; while the modules of a layer that is shared out have their turn, its weights are whole.
+
+    All processes go through them together, to the end.
+    """
+    if not is_sharded(model):
+        yield from model.named_modules()
+        return
+    layers = {id(layer) for layer in offload.layers_of(model)}
+    within = None
+    for path, module in model.named_modules():
+        if within is not None and not path.startswith(within[0] + "."):
+            within[1].reshard()
+            within = None
+        if id(module) in layers:
+            within = path, cast(Any, module)
+            within[1].unshard()
+        yield path, module
+    if within is not None:
+        within[1].reshard()
+
+
+def restore(model: Any) -> None:
+    """The model as it was before `shard`: whole, on the CPU of every process, to be merged and written."""
+    if not is_sharded(model):
+        return
+    layers = offload.layers_of(model)
+    for layer in layers:
+        full: dict[Tensor, nn.Parameter] = {}
+        for module in layer.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and is_shard(parameter):
+                    if parameter not in full:
+                        full[parameter] = nn.Parameter(whole(parameter), parameter.requires_grad)
+                    module._parameters[name] = full[parameter]
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    for sharded in cast(list[Any], [*layers, decoder]):  # torch has no way back: its hooks, and the class that it put on
+        state = sharded._get_fsdp_state()
+        state._pre_forward_hook_handle.remove()
+        state._post_forward_hook_handle.remove()
+        for group in state._fsdp_param_groups:
+            for parameter in group.fsdp_params:
+                parameter._post_load_hook_handle.remove()
+            group.fsdp_params = []
+        sharded.__class__ = type(sharded).__mro__[type(sharded)._orig_cls_mro_index]
+    model.to("cpu")
+
+
+def idle(model: Any) -> None:
+    """A forward and a backward pass through the decoder that give no gradient: for a process without a micro-batch while others
+    have one. Under fsdp, in training mode; elsewhere nothing is to be done."""  # fmt: skip
+    global _idle
+    if not is_sharded(model):
+        return
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    device = base.get_input_embeddings().weight.device
+    _idle = True
+    try:
+        hidden = decoder(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)[0]
+        hidden.backward(torch.zeros_like(hidden))
+    finally:
+        _idle = False
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
+    """Those that there are, as plain tensors: whole ones, and this process's part of those that are shared out."""
+    return [_local(p.grad) for p in parameters if p.grad is not None]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return cast(Any, tensor).to_local() if is_shard(tensor) else tensor
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Add up the processes' gradients of parameters that each has whole; of those that are shared out they are summed already.
+
+    A parameter without a gradient counts as zeros where another process has one, and stays without where none has.
+    """
+    if not several():
+        return
+    parameters = list(parameters)
+    shared = [is_shard(p) for p in parameters]
+    here = [
+        bool(cast(Any, p).has_gradient) if part else p.grad is not None for p, part in zip(parameters, shared, strict=True)
+    ]
+    anywhere = torch.tensor(here, dtype=torch.int32, device=_device())
+    dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
+    by_dtype: dict[torch.dtype, list[Tensor]] = {}
+    for p, part, there in zip(parameters, shared, anywhere.tolist(), strict=True):
+        if part:
+            cast(Any, p).has_gradient = False
+        if not there:
+            p.grad = None  # of what is shared out: zeros, which an optimizer would take for a gradient
+        elif not part:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
+    for bucket in (bucket for found in by_dtype.values() for bucket in _buckets(found)):
+        if len(bucket) == 1 and bucket[0].is_contiguous():
+            dist.all_reduce(bucket[0])
+            continue
+        flat = torch.cat([grad.reshape(-1) for grad in bucket])
+        dist.all_reduce(flat)
+        for grad, total in zip(bucket, flat.split([grad.numel() for grad in bucket]), strict=True):
+            grad.copy_(total.view(grad.shape))
+
+
+def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    bucket: list[Tensor] = []
+    size = 0
+    for tensor in tensors:
+        if bucket and size + tensor.nbytes > BUCKET:
+            yield bucket
+            bucket, size = [], 0
+        bucket.append(tensor)
+        size += tensor.nbytes
+    if bucket:
+        yield bucket
+
+
+def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
+    """The L2 norm of all gradients together, the same on every process; 0.0 where there are none. After `sum_gradients`."""
+    plain, parts = [], []
+    for p in parameters:
+        if p.grad is not None:
+            (parts if is_shard(p.grad) else plain).append(_local(p.grad))
+    norm = float(torch.nn.utils.get_total_norm(plain)) if plain else 0.0
+    if not several():
+        return norm
+    (squares,) = total([float(torch.nn.utils.get_total_norm(parts)) ** 2 if parts else 0.0])
+    return (norm**2 + squares) ** 0.5 if squares else norm
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
+    """Multiply all gradients by `factor`."""
+    if found := gradients(parameters):
+        torch._foreach_mul_(found, factor)
+
+
+# --------------------------------------------------------------------------------------------------------------- tensors
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A parameter or an optimizer's state, whole, on the CPU, detached. Shared out: all processes ask together.
+
+    It may share its memory with `tensor`.
+    """
+    tensor = tensor.detach()
+    if is_shard(tensor):
+        tensor = cast(Any, tensor).full_tensor()
+    return tensor.cpu()
+
+
+def put(target: Tensor, full: Tensor) -> None:
+    """Copy a whole tensor into one of its shape, or into this process's part of it; what was derived from it is forgotten."""
+    from quant.derived import weights_changed
+
+    with torch.no_grad():
+        _local(target).copy_(_local(like(target, full)))
+    weights_changed()
+
+
+def like(parameter: Tensor, full: Tensor) -> Tensor:
+    """A whole tensor of the parameter's shape, laid out as the parameter is: on its device, or this process's part there."""
+    if not is_shard(parameter):
+        return full.to(parameter.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    laid_out: Any = parameter
+    mesh, placements = laid_out.device_mesh, laid_out.placements
+    part = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local().clone()  # else a view, which keeps it all
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
+
+
+# ------------------------------------------------------------------------------------------------------------------ words
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Each value's sum over the processes, in float64."""
+    if not several():
+        return list(values)
+    numbers = torch.tensor(values, dtype=torch.float64, device=_device())
+    dist.all_reduce(numbers)
+    return cast(list[float], numbers.tolist())
+
+
+def any_of(flag: bool) -> bool:
+    """Whether it is true on any process."""
+    return total([float(flag)])[0] > 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if several():
+        dist.barrier()
+
+
+def share(value: Any) -> Any:
+    """The first process's `value`, which JSON must be able to say, on all of them."""
+    if not several():
+        return value
+    said = [json.dumps(value) if processes.is_first() else None]
+    dist.broadcast_object_list(said, src=0)
+    return json.loads(cast(str, said[0]))
+
+
+def everyone(value: Any) -> list[Any]:
+    """Each process's `value`, which JSON must be able to say, in their order."""
+    if not several():
+        return [value]
+    said: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(said, json.dumps(value))
+    return [json.loads(one) for one in said]
