@@ -240,10 +240,11 @@ def evaluate_loss(
             done += len(group)
             if progress:
                 progress(done, len(rows))
-    return _result(sums, tokens)
+    return loss_of(sums, tokens)
 
 
-def _result(sums: Sequence[float], tokens: Sequence[int]) -> LossResult:
+def loss_of(sums: Sequence[float], tokens: Sequence[int]) -> LossResult:
+    """The loss of rows from their summed losses (nats) and their supervised tokens."""
     loss, stderr = _ratio(sums, tokens)
     perplexity = math.exp(loss) if loss < 709 else math.inf  # exp(710) leaves the floats
     return LossResult(loss, stderr, perplexity, sum(tokens), len(tokens), tuple(sums), tuple(tokens))

@@ -232,6 +232,21 @@ def _dtype(name: str) -> str:
     return name
 
 
+def _mistake_in(error: Exception) -> Mistake | None:
+    """The user's mistake that an error of a library means, wherever it came from; None of a fault of ours."""
+    from finetune.files import refusal
+
+    kind = type(error).__name__  # their modules are not loaded by --help
+    if kind == "BackendError" and isinstance(error, ValueError):  # of quant.backends
+        return Mistake("this backend cannot be used", where="QUANT_BACKEND", found=str(error))
+    if (mistake := refusal(error)) is not None:
+        return mistake
+    if kind == "SafetensorError":
+        do = "fetch the model again, or take the checkpoint before"
+        return Mistake("a file that should be safetensors cannot be read", found=str(error), do=do)
+    return None
+
+
 def main() -> None:
     """Run a command; exit 0 done, 2 the user's mistake, 3 a gate stopped it, 130 Ctrl-C, 1 a fault of ours (with traceback)."""
     try:
@@ -239,16 +254,16 @@ def main() -> None:
     except Stop as stop:
         print(f"error: {stop}", file=sys.stderr)
         sys.exit(stop.exit_code)
-    except ValueError as error:
-        if type(error).__name__ != "BackendError":  # of quant.backends, which --help does not load
-            raise
-        print(f"error: {Mistake('this backend cannot be used', where='QUANT_BACKEND', found=str(error))}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+    except Exception as error:
+        if (mistake := _mistake_in(error)) is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
+        sys.exit(mistake.exit_code)
 
 
 if __name__ == "__main__":

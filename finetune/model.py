@@ -7,6 +7,7 @@ downloaded or loaded.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 FAULTS = (NameError, AttributeError, AssertionError)  # ours, never to be told as a damaged model
+AGAIN = "fetch or save it again: a file in it is damaged or missing"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -84,12 +86,13 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
     path = Path(name).expanduser()
     if name.endswith(".gguf"):
         if not path.is_file():
-            raise Mistake("there is no such model file", where=where, found=name)
-        with open(path, "rb") as file:
-            if file.read(4) != b"GGUF":
-                raise Mistake("this file is no GGUF", where=where, found=str(path))
+            raise Mistake("there is no such model file", where=where, found=name, do="give the path of a .gguf file")
+        _check_gguf(path, where)
         return Source(name, str(path.parent), path.name)
     if path.is_dir():
+        if (path / "adapter_config.json").is_file():  # transformers would load it too, and whatever base it names
+            do = f"merge it first: finetune merge {path} --out DIR"
+            raise Mistake("this folder holds an adapter", where=where, found=str(path / "adapter_config.json"), do=do)
         if not (path / "config.json").is_file():
             raise Mistake(
                 "this folder holds no model",
@@ -107,9 +110,94 @@ def find(name: str, *, revision: str | None = None, trust_remote_code: bool = Fa
             "there is no such model folder",
             where=where,
             found=name,
-            do=f"did you mean {path.parent / near}?" if near else None,
+            do=f"did you mean {path.parent / near}?" if near else "give a model folder, a .gguf file or a hub id",
         )
     return Source(name, name, revision=revision, trust_remote_code=trust_remote_code)
+
+
+def _check_gguf(path: Path, where: str) -> None:
+    """Raise Mistake when the beginning of a GGUF is none: what it counts must at least fit into the file."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(24)
+    if head[:4] != b"GGUF":
+        raise Mistake("this file is no GGUF", where=where, found=f"{path} begins with {head[:4]!r}", do="give a .gguf file")
+    wrong = None
+    if len(head) < 24:
+        wrong = f"it ends after {size} bytes"
+    else:
+        version, tensors, keys = struct.unpack("<IQQ", head[4:])
+        if version not in (2, 3):
+            wrong = f"version {version}; 2 and 3 can be read"
+        elif 24 + 32 * tensors + 13 * keys > size:  # the least that each takes: empty names, one dimension, one byte
+            wrong = f"{tensors} tensors and {keys} keys in {size} bytes"
+    if wrong is not None:
+        raise Mistake("the header of this GGUF is damaged", where=where, found=f"{path}: {wrong}", do="fetch the file again")
+
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+def check_files(source: Source, where: str = "model.name") -> None:
+    """Look at the names and headers of a local model's weights, which takes no time: all are in its folder, whole, and belong
+    together. A folder without any weights is not refused: a plan needs none.
+
+    Raises:
+        Mistake: a file is damaged, is missing, lies elsewhere, belongs to another model, or is a pickle.
+    """
+    folder = Path(source.folder)
+    if source.scratch is not None or source.gguf is not None or not folder.is_dir():
+        return
+    if (folder / "model.safetensors").is_file():
+        shapes_in(folder / "model.safetensors", where)
+        return
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles and not any(folder.glob("*.safetensors")):
+            found = f"{folder / pickles[0]}, which can run any code"
+            do = "give its safetensors: huggingface.co/spaces/safetensors/convert makes them"
+            raise Mistake("the weights of this model cannot be read: pickles are not opened", where=where, found=found, do=do)
+        return
+    try:
+        place = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(place.values()))
+        outside = next((name for name in names if Path(name).is_absolute() or ".." in Path(name).parts), None)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        found = f"{type(error).__name__}: {error}"
+        raise Mistake("the index of this model's weights cannot be read", where=str(index), found=found, do=AGAIN) from None
+    if outside is not None:
+        do = "put the file into the model's folder, or fetch the model again"
+        raise Mistake("the index of this model's weights leads out of its folder", where=str(index), found=outside, do=do)
+    held: set[str] = set()
+    for name in names:
+        if not (folder / name).is_file():
+            raise Mistake("a file of this model is missing", where=str(folder), found=name, do=AGAIN)
+        held |= shapes_in(folder / name, where).keys()
+    if lost := [name for name in place if name not in held]:
+        found = f"{place[lost[0]]} has no {lost[0]}" + (f", nor {len(lost) - 1} others" if len(lost) > 1 else "")
+        raise Mistake("a file of this model does not belong to it", where=str(index), found=found, do=AGAIN)
+
+
+def shapes_in(path: Path, where: str = "model.name") -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors in a safetensors file, by its header.
+
+    Raises:
+        Mistake: it is damaged, or none.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no dict
+    except (SafetensorError, OSError) as error:
+        found = f"{path}: {error}"
+        if isinstance(error, SafetensorError):
+            with open(path, "rb") as raw:
+                begin = raw.read(2)
+            found += f"; {path.stat().st_size} bytes"
+            found += ", which are a pickle" if begin == b"PK" or begin in {bytes([0x80, n]) for n in range(2, 6)} else ""
+        raise Mistake("this safetensors file cannot be read", where=where, found=found, do=AGAIN) from None
 
 
 def find_tokenizer(name: str, *, where: str = "tokenizer.name") -> Source:
@@ -130,9 +218,9 @@ def _unavailable(source: Source, error: Exception) -> Mistake:
     if source.local:
         return Mistake(
             "the model cannot be read",
-            where=source.folder,
+            where=source.folder if source.gguf is None else str(Path(source.folder) / source.gguf),
             found=reason,
-            do="fetch or save it again: a file in it is damaged or missing",
+            do=AGAIN,
         )
     return Mistake(
         "unknown model, or the hub cannot be reached",
@@ -218,6 +306,11 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     except FAULTS:
         raise
     except Exception as error:
+        if source.local and source.gguf is None and "trust_remote_code" not in str(error):
+            files = [path.name for path in Path(source.folder).iterdir() if "token" in path.name or "vocab" in path.name]
+            found = f"{', '.join(sorted(files)) or 'no file of one'}: {(str(error).strip().splitlines() or [''])[0]}"
+            do = "put there the tokenizer.json and tokenizer_config.json that came with the model"
+            raise Mistake("the tokenizer cannot be read", where=source.folder, found=found, do=do) from None
         raise _unavailable(source, error) from None
 
 
@@ -379,6 +472,7 @@ def load_weights(
 
     from quant.pretrained import PackedNF4Config, PackingError
 
+    check_files(source, source.folder)
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
     if source.scratch is not None:
         torch.manual_seed(seed)
@@ -424,6 +518,8 @@ def load_weights(
             raise Mistake(
                 "this model has no such attention", where="model.attention", found=attention, do="model.attention=auto"
             ) from None
+        if "ignore_mismatched_sizes" in str(error) and (misfit := _misfit(source, config)) is not None:
+            raise Mistake("the weights are of another model", where=source.folder, found=misfit, do=AGAIN) from None
         raise _unavailable(source, error) from None
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -431,6 +527,19 @@ def load_weights(
         raise _incomplete(source, f"{len(missing)}, such as {missing[0]}")
     model.eval()
     return model
+
+
+def _misfit(source: Source, config: PretrainedConfig) -> str | None:
+    """The first tensor in a local model's files that has not the shape which its config gives it."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code).state_dict()
+    for path in sorted(Path(source.folder).glob("*.safetensors")):
+        for name, shape in shapes_in(path).items():
+            if name in wanted and shape != tuple(wanted[name].shape):
+                return f"{name} in {path.name} is {list(shape)}; config.json makes it {list(wanted[name].shape)}"
+    return None
 
 
 def _incomplete(source: Source, found: str) -> Mistake:
@@ -655,14 +764,13 @@ def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -
 
 def adapter_base(folder: Path) -> str:
     """The base model that an adapter folder names."""
+    path = folder / "adapter_config.json"
     try:
-        name = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, json.JSONDecodeError) as error:
-        raise Mistake("the adapter cannot be read", where=str(folder / "adapter_config.json"), found=str(error)) from None
-    if not name:
-        raise Mistake(
-            "the adapter does not name its base model",
-            where=str(folder / "adapter_config.json"),
-            found="base_model_name_or_path",
-        )
-    return str(name)
+        name = dict(json.loads(path.read_text(encoding="utf-8"))).get("base_model_name_or_path")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise Mistake("the adapter cannot be read", where=str(path), found=str(error), do=AGAIN) from None
+    if not isinstance(name, str) or not name:
+        found = f"base_model_name_or_path: {str(name)[:80]!r}"
+        do = "write the base model's hub id or folder there"
+        raise Mistake("the adapter does not name its base model", where=str(path), found=found, do=do)
+    return name

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import Mistake
-from finetune.files import RunFolder
+from finetune.files import RunFolder, plain
 from finetune.recipe import Recipe, differences, read_recipe
 
 if TYPE_CHECKING:
@@ -52,6 +52,8 @@ def choose_folder(recipe: Recipe, name: str, resume: bool) -> Path:
                 do="give another run.dir, remove it, or add --resume",
             )
         return path
+    if not plain(name):
+        raise Mistake("no folder can be named after this recipe", where="runs/", found=repr(name), do="give run.dir=FOLDER")
     own = re.compile(rf"{re.escape(name)}(-\d+)?")
     taken = sorted(
         (path for path in Path("runs").glob(f"{name}*") if own.fullmatch(path.name)), key=lambda path: _number(path, name)

@@ -151,7 +151,7 @@ class _Together:
         if not failures:
             return 0
         # One that lost its connection to another which failed may be reaped before that; a signal's end is nobody's fault.
-        code, number = min(failures, key=lambda one: 0 if one[0] in VERDICTS else 2 if one[0] == INTERRUPTED else 1)
+        code, number = min(failures, key=lambda one: (0 if one[0] in VERDICTS else 2 if one[0] == INTERRUPTED else 1, one[1]))
         if code != INTERRUPTED:
             self._tell(code, number)
         return code

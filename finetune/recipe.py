@@ -375,8 +375,8 @@ class Run(Section):
     )
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp",
-        description="With several processes: ddp, each has the whole model; fsdp, the layers' weights, packed ones too, gradients "
-        "and optimizer states are shared out among them.",
+        description="With several processes. ddp: each has the whole model; fsdp: the layers' weights, packed ones too, their "
+        "gradients and optimizer states are shared out among them.",
     )
     merge: bool = Field(True, description="Merge the adapter into a model folder that plain transformers loads.")
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
@@ -659,12 +659,13 @@ class _Source:
                 do="mend that line; keys are indented by spaces and end with a colon",
             ) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise Mistake("the recipe is not valid YAML", where=name, found=str(error).splitlines()[0]) from None
+            do = "a recipe is a few dozen plain keys: finetune schema"
+            raise Mistake("the recipe is not valid YAML", where=name, found=str(error).splitlines()[0], do=do) from None
         if not isinstance(self.value, dict):
             raise Mistake("a recipe is a mapping of sections", where=name, found=type(self.value).__name__, do="finetune recipes")
 
     def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
-        self._nodes += 1
+        self._nodes += 1 + (len(node.value) // 1000 if isinstance(node, yaml.ScalarNode) else 0)
         if self._nodes > MAX_NODES:
             raise ValueError(f"unfolds into more than {MAX_NODES} values")
         self.lines.setdefault(path, node.start_mark.line + 1)
@@ -741,7 +742,7 @@ def _apply_overrides(value: dict[str, Any], overrides: list[str]) -> set[str]:
             )
         try:
             parsed = yaml.safe_load(text) if text else None
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError: what looks like a date, and is none
             parsed = text
         *sections, last = key.split(".")
         there = value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import json
 import math
 import os
@@ -25,8 +26,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateStop, Interruption, Mistake
-from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, human_bytes, require_space, write_atomic, write_json
+from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, human_bytes, require_space, write_atomic
 from finetune.place import absolute, bytes_to_write, check_resumable, choose_folder, same_data
+from finetune.processes import is_first, rank, world
 from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train, dump_recipe
 from finetune.screen import Screen, clock, number
 
@@ -76,7 +78,7 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     """
     screen = screen or Screen()
     recipe = absolute(recipe)
-    folder = RunFolder(choose_folder(recipe, name, resume))
+    folder = RunFolder(_agreed_folder(recipe, name, resume))
     if resume:
         recipe = as_it_was_fitted(recipe, folder)
         check_resumable(folder, recipe)
@@ -93,6 +95,8 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     try:
         with _signals_as_ctrl_c():
             story.prepare()
+            if world() > 1:
+                story.agree()  # and none is ahead of another that still looks at the folder
             folder.acquire()
             story.tell(resume)
     except BaseException as error:
@@ -103,6 +107,17 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     finally:
         folder.release()
     return story.record
+
+
+def _agreed_folder(recipe: Recipe, name: str, resume: bool) -> Path:
+    """Where the run lives; of several processes the first one chooses."""
+    if world() == 1:
+        return choose_folder(recipe, name, resume)
+    from finetune.train import parallel
+    from finetune.use import pick_device
+
+    parallel.begin(pick_device(recipe.run.device).type)
+    return Path(parallel.share(str(choose_folder(recipe, name, resume)) if is_first() else None))
 
 
 @contextlib.contextmanager
@@ -127,6 +142,7 @@ class _Story:
         self.streamed: Streamed | None = None  # where the frozen layers lie elsewhere
         self.plan: Plan | None = None  # None where the model's step cannot be traced
         self.fit: Fit | None = None  # what was changed of the recipe
+        self.before: LossResult | None = None  # measured in this process
 
     # -- before anything is written
 
@@ -141,14 +157,16 @@ class _Story:
             from finetune import model as models
             from finetune import provenance
             from finetune.material import gather, open_stream
-            from finetune.train import offload
+            from finetune.train import offload, parallel
             from finetune.use import pick_device, tokenizer_of
         _require_trackers(recipe.run.trackers)
         if recipe.run.threads is not None:
             torch.set_num_threads(recipe.run.threads)
-        self.device = pick_device(recipe.run.device)
+        self.device = parallel.begin(pick_device(recipe.run.device).type)
         offload.check(recipe.model.stream, self.device)
-        screen.say(f"  {provenance.device_name(self.device)}")
+        several = f", {world()} processes ({recipe.run.parallel})" if world() > 1 else ""
+        screen.say(f"  {provenance.device_name(self.device)}{several}")
+        self._enough_to_deal_out()
         if recipe.train.checkpointing == "offload" and self.device.type == "cpu":
             raise Mistake(
                 "on the CPU activations are in its memory already",
@@ -198,6 +216,29 @@ class _Story:
             f"  {self.bones.architecture}, {self.bones.parameters / 1e6:.1f} M parameters, {trainable / 1e6:.2f} M trained"
             + (f" in {len(self.targets)} adapters" if self.targets else "")
         )
+
+    def _enough_to_deal_out(self) -> None:
+        """Refuse processes that would have nothing to do, in any step."""
+        train = self.recipe.train
+        if train.micro_batch * train.accumulation < world():
+            raise Mistake(
+                "there are more processes than rows in a step",
+                where="train.accumulation",
+                found=f"micro_batch {train.micro_batch} × accumulation {train.accumulation}, {world()} processes",
+                do=f"train.accumulation={-(-world() // train.micro_batch)}; it is dealt out, and the batch of a step stays the "
+                "same however many processes there are",
+            )
+
+    def agree(self) -> None:
+        """Raise GateStop where processes have read other data, or other tokens: what they train together would be neither."""
+        from finetune.train import parallel
+
+        vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
+        seen = parallel.everyone([self.material.digest, hashlib.sha256(vocabulary.encode()).hexdigest()])
+        for what, values in zip(("data", "tokenizer"), zip(*seen, strict=True), strict=True):
+            if len(set(values)) > 1:
+                found = ", ".join(f"process {number}: {value[:12]}…" for number, value in enumerate(values))
+                raise GateStop(f"the processes do not have the same {what}", where=self.material.source, found=found)
 
     def _plan(self) -> None:
         """What the run will need, before anything of it is loaded; with fit: auto the recipe changes until that is there.
@@ -303,6 +344,7 @@ class _Story:
 
     def tell(self, resume: bool) -> None:
         from finetune import provenance
+        from finetune.train import parallel
 
         recipe, screen, folder = self.recipe, self.screen, self.folder
         if resume:
@@ -323,7 +365,8 @@ class _Story:
                 "eval": {},
                 "samples": [],
             }
-            write_atomic(folder.path / "recipe.yaml", dump_recipe(recipe))
+            if is_first():
+                write_atomic(folder.path / "recipe.yaml", dump_recipe(recipe))
         if self.plan is not None:
             self.record["plan"] = self.plan.as_dict() | ({"fit": self.fit.as_dict()} if self.fit is not None else {})
             training = self.plan.phase("train")
@@ -343,7 +386,7 @@ class _Story:
             "rows": self.record["data"].get("rows"),
         }
         self._save()
-        if recipe.model.config is not None and recipe.tokenizer.name is None:  # it was trained on this data
+        if recipe.model.config is not None and recipe.tokenizer.name is None and is_first():  # it was trained on this data
             with atomic_folder(folder.path / TOKENIZER) as temporary:
                 self.tokenizer.save_pretrained(temporary)
 
@@ -364,11 +407,16 @@ class _Story:
         if self.fast is not None:
             self.fast.remove()
         self.fast = None  # it would hold the model
-        self._finish_weights()
-        if recipe.export.formats:
-            self._exports()
+        parallel.restore(self.model)
+        if is_first():
+            self._finish_weights()
+            if recipe.export.formats:
+                self._exports()
+        parallel.wait()
         if recipe.twin:
             self._train_twin(resume)
+        if not is_first():
+            return
 
         self.record["state"] = "done"
         self.record["next"] = self._next()
@@ -395,7 +443,7 @@ class _Story:
 
     def _load(self) -> None:
         from finetune import model as models
-        from finetune.train import offload, scratch
+        from finetune.train import offload, parallel, scratch
         from quant import backends
 
         recipe = self.recipe
@@ -426,6 +474,11 @@ class _Story:
         def stream(whole: Any) -> None:
             self.streamed = offload.stream(whole, self.device, disk)
 
+        def shard(whole: Any) -> None:
+            parallel.shard(whole, self.device)
+
+        sharded = world() > 1 and recipe.run.parallel == "fsdp"
+
         with self.screen.phase("prepare") as progress:
             if recipe.quant.sub_norms:
                 model = self._with_sub_norms(model)
@@ -438,7 +491,7 @@ class _Story:
                 device=self.device,
                 checkpointing=bool(recipe.train.checkpointing),
                 seed=recipe.run.seed,
-                move=stream if recipe.model.stream != "none" else None,
+                move=stream if recipe.model.stream != "none" else shard if sharded else None,
                 progress=lambda done, total: progress(done, total, "linears"),
             )
         self.model, self.swap = prepared.model, prepared.swap
@@ -558,12 +611,23 @@ class _Story:
     # -- measuring
 
     def _loss(self, rows: Any, progress: Callable[[int, int], None] | None = None) -> LossResult:
-        from eval.perplexity import evaluate_loss
-        from finetune.train import step
+        from eval.perplexity import IGNORED, evaluate_loss, loss_of
+        from finetune.train import parallel, step
 
         head = self.fast.head if self.fast is not None else None
         of_tokens = step.evaluator(head, self.recipe.train.loss_chunk) if head is not None else None
-        return evaluate_loss(self.model, rows, batch_tokens=self.recipe.eval.batch_tokens, of_tokens=of_tokens, progress=progress)
+        shares = [rows[number :: world()] for number in range(world())]
+        learnt = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
+        # Layers that are shared out run in all processes alike: then each measures all rows.
+        own = shares[rank()] if all(learnt) and not parallel.is_sharded(self.model) else rows
+        result = evaluate_loss(
+            self.model, own, batch_tokens=self.recipe.eval.batch_tokens, of_tokens=of_tokens, progress=progress
+        )
+        if len(own) == len(rows):
+            return result
+        parts = parallel.everyone([result.row_loss_sums, result.row_tokens])
+        sums, tokens = ([parts[at % world()][which][at // world()] for at in range(len(rows))] for which in (0, 1))
+        return loss_of(sums, tokens)
 
     def _measure(self, when: str) -> None:
         from eval.perplexity import paired_difference
@@ -571,15 +635,17 @@ class _Story:
         said = {"float": "evaluate the float model"}.get(when, f"evaluate {when}")
         with self.screen.phase(said) as progress:
             result = self._loss(self.held_out, lambda done, total: progress(done, total, "held-out rows"))
-        write_json(self.folder.path / "eval" / f"{when}.json", result.as_dict(by_row=True))
+        self.folder.write_json(f"eval/{when}.json", result.as_dict(by_row=True))
         self.record["eval"][when] = result.as_dict()
+        if when == "before":
+            self.before = result
         self.screen.say(
             f"  held-out loss {when}: {result.loss:.4f} ± {number(result.as_dict()['stderr'])} nats, "
             f"perplexity {result.perplexity:.2f}"
         )
         if when == "after" and "before" in self.record["eval"]:
-            before = json.loads((self.folder.path / "eval" / "before.json").read_text(encoding="utf-8"))
-            difference, error = paired_difference(_result(before), result)
+            before = self.before or _result(json.loads((self.folder.path / "eval" / "before.json").read_text(encoding="utf-8")))
+            difference, error = paired_difference(before, result)
             self.record["eval"] |= {"difference": difference, "difference_stderr": error if math.isfinite(error) else None}
         self._save()
 
@@ -600,7 +666,7 @@ class _Story:
         for sample, answer in zip(samples, answers, strict=True):
             sample |= {when: answer.text, f"{when}_ended": answer.ended}
         self.record["samples"] = samples
-        write_json(self.folder.path / "samples" / "samples.json", samples)
+        self.folder.write_json("samples/samples.json", samples)
         self._save()
 
     def _score_tasks(self, when: str) -> None:
@@ -612,7 +678,7 @@ class _Story:
                 self.model, self.tokenizer, recipe.tasks, recipe.include_path, recipe.limit, self.screen, f"tasks {when}"
             )
         self.record["eval"].setdefault("tasks", {})[when] = scores
-        write_json(self.folder.path / "eval" / f"tasks-{when}.json", scores)
+        self.folder.write_json(f"eval/tasks-{when}.json", scores)
         self._save()
 
     # -- training
@@ -645,7 +711,7 @@ class _Story:
             self.screen.warn(note)
         self._prove_swap(kind)
         progress = checkpoint.Progress()
-        set_seed(self.recipe.run.seed)  # of python, numpy and torch
+        set_seed(self.recipe.run.seed + rank())  # of python, numpy and torch; each process drops out by its own chance
         if resume:
             progress = self._go_back(optimizer)
         accelerator = self._accelerator(progress)
@@ -684,7 +750,8 @@ class _Story:
                 raise self._with_what_would_fit(stop) from None
         if settings.best == "use" and "best" in figures:
             self._take_best(figures["best"], figures["steps"])
-        accelerator.end_training()
+        for tracker in accelerator.trackers:  # its end_training would leave the other processes, too
+            tracker.finish()
         if watch is not None:
             watch.end()
             self.record["ternary"] = watch.summary()
@@ -695,7 +762,7 @@ class _Story:
             self.screen.warn(line)
         # A resumed process knows the speed of its own steps only; one that found training finished knows none.
         if figures["tokens_per_second"] or "train" not in self.record:
-            self.record["train"] = figures
+            self.record["train"] = figures | ({"processes": world(), "parallel": self.recipe.run.parallel} if world() > 1 else {})
         planned = f", planned {human_bytes(self.record['planned']['peak_bytes'])}" if self.plan is not None else ""
         self.screen.say(
             f"  {figures['steps']} steps, {figures['tokens']} tokens, {figures['tokens_per_second']:.0f} tok/s, "
@@ -739,7 +806,7 @@ class _Story:
 
         lines = self.folder.metrics.read_text(encoding="utf-8").splitlines() if self.folder.metrics.exists() else []
         took = [seconds for line in lines if (seconds := json.loads(line).get("step_seconds"))]
-        if self.plan is not None and len(took) > 1:
+        if self.plan is not None and len(took) > 1 and world() == 1:
             local.note(
                 self.plan,
                 self.recipe,
@@ -777,7 +844,9 @@ class _Story:
             path, notes = checkpoint.newest(self.folder.path / "checkpoints")
         for note in notes:
             self.screen.warn(f"damaged checkpoint {note}; using the one before")
-        self.record["provenance"]["resumed"].append({"time": _now(), "from": path.name if path else None})
+        several = {"processes": world()} if world() > 1 else {}
+        self.record["provenance"]["resumed"].append({"time": _now(), "from": path.name if path else None} | several)
+        self._save()
         if path is None:
             self.screen.say("  no checkpoint yet: beginning again")
             self.folder.cut_metrics(0)
@@ -963,7 +1032,7 @@ class _Story:
     def ended_by(self, error: BaseException, fresh: bool) -> None:
         """Leave nothing half-written: a run that trained nothing vanishes, another says why it ended."""
         path = self.folder.path
-        if not self.record:
+        if not self.record or not self.folder.writes:
             return
         trained = (path / "checkpoints").is_dir() or self.folder.metrics.exists()
         stopped = isinstance(error, KeyboardInterrupt | Interruption)

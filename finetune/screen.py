@@ -15,6 +15,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
+from finetune.processes import is_first
+
 LINE_EVERY_S = 5.0
 Shown = Callable[[int, int, str], None]  # progress(done, total, note)
 
@@ -67,7 +69,8 @@ class Screen:
     """Prints to `console`; remembers how long each phase took."""
 
     def __init__(self, console: Console | None = None) -> None:
-        self.console = console or Console(highlight=False, soft_wrap=True)
+        # Of several processes the first one speaks.
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not is_first())
         self.phases: list[dict[str, Any]] = []
 
     def say(self, text: str | Text) -> None:

@@ -111,7 +111,7 @@ class _Run:
         """(model on the CPU, packed if it is not a GGUF; tokenizer; source)."""
         recipe = self.recipe
         source = models.source_of(recipe.model)
-        dtype = getattr(torch, self.record["model"]["dtype"])
+        dtype, stops = self._told()
         tokenizer = tokenizer_of(recipe, source, self.path)
         model = models.load_weights(
             source,
@@ -125,8 +125,22 @@ class _Run:
         )
         if recipe.kind == "sft":
             set_template(tokenizer, recipe.data.template)
-        models.set_stops(model, self.record["model"]["stop_ids"])
+        models.set_stops(model, stops)
         return model, tokenizer, source
+
+    def _told(self) -> tuple[torch.dtype, list[int]]:
+        """The base's dtype and the tokens at which the model stops, which the run has written down when it had loaded it."""
+        said = self.record.get("model")
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in models.DTYPES.values()}
+        try:
+            return known[said["dtype"]], [int(token) for token in said["stop_ids"]]  # type: ignore[index]
+        except (KeyError, TypeError, ValueError):
+            raise Mistake(
+                "the run's record does not say how it loaded its model",
+                where=str(self.path / MARK),
+                found=f"model: {str(said)[:80]}",
+                do=f"finetune resume {self.path}",
+            ) from None
 
 
 def _open_run(path: Path, dtype: str, device: torch.device, merged: bool, progress: Shown | None) -> Opened:
@@ -143,10 +157,16 @@ def _open_run(path: Path, dtype: str, device: torch.device, merged: bool, progre
         opened = _open_adapter(path / "adapter", run, dtype, device, progress)
         opened.note = note
         return opened
-    newest, _ = checkpoint.newest(path / "checkpoints")
+    newest, damaged = checkpoint.newest(path / "checkpoints")
+    if newest is None and damaged:
+        do = "bring one back from a copy, or train again"
+        raise Mistake("every checkpoint of this run is damaged", where=str(path), found="; ".join(damaged), do=do)
     if newest is None:
         raise Mistake("this run has made nothing to load yet", where=str(path), do=f"finetune resume {path}")
-    return _open_checkpoint(newest, run, dtype, device)
+    opened = _open_checkpoint(newest, run, dtype, device)
+    if damaged:
+        opened.note = f"damaged checkpoint {'; '.join(damaged)}; this is {newest.name}"
+    return opened
 
 
 def _open_source(
@@ -176,6 +196,12 @@ def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device
 
     from quant import register_peft
 
+    weights = path / "adapter_model.safetensors"
+    if not weights.is_file():  # peft would take adapter_model.bin, a pickle
+        found = ", ".join(sorted(file.name for file in path.glob("adapter_model*"))) or "no weights"
+        do = "save it as safetensors, which is what PEFT does by itself"
+        raise Mistake("an adapter is read from adapter_model.safetensors alone", where=str(path), found=found, do=do)
+    models.shapes_in(weights, str(path))
     if run is not None:
         model, tokenizer, _ = run.base()
         models.packed(model, run.recipe.quant)
@@ -186,7 +212,14 @@ def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device
         model, tokenizer = opened.model, opened.tokenizer
         if (path / "tokenizer_config.json").is_file():
             tokenizer = models.load_tokenizer(models.Source(str(path), str(path)))
-    config = PeftConfig.from_pretrained(str(path))
+    try:
+        config = PeftConfig.from_pretrained(str(path))
+    except (KeyError, TypeError, ValueError, OSError) as error:
+        found = f"{type(error).__name__}: {error}"
+        do = "fetch the adapter again, or update peft"
+        raise Mistake(
+            "the adapter's config cannot be read", where=str(path / "adapter_config.json"), found=found, do=do
+        ) from None
     register_peft(config)
     try:
         wrapped = PeftModel.from_pretrained(model, str(path), config=config)

@@ -14,7 +14,7 @@ holds on to those of this step, and `compare` makes those that the next forward 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -60,8 +60,13 @@ class Watch:
     Cheapest after the forward pass has run: then both take codes that are there. In between it holds 2 bits a weight.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        """Raises ValueError for a model that has no ternary master weights."""
+    def __init__(self, model: nn.Module, named_modules: Callable[[], Iterable[tuple[str, nn.Module]]] | None = None) -> None:
+        """named_modules: goes through the model's modules so that each has its weights when it is its turn, where they are
+        shared out among processes.
+
+        Raises ValueError for a model that has no ternary master weights.
+        """
+        self._modules = named_modules or model.named_modules
         found = {plain_path(path): module for path, module in model.named_modules() if isinstance(module, BitLinear | BitConv2d)}
         if not found:
             raise ValueError(f"{type(model).__name__} has no ternary master weights whose health could be watched")
@@ -71,7 +76,13 @@ class Watch:
     @torch.no_grad()
     def remember(self) -> None:
         """Keep the codes as they are now."""
-        self._before = {path: layer.codes()[0] for path, layer in self.layers.items()}
+        self._before = {path: codes for path, codes, _ in self._codes()}
+
+    def _codes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """(path, codes, scale) of every layer."""
+        for path, module in self._modules():
+            if isinstance(module, BitLinear | BitConv2d):
+                yield plain_path(path), *module.codes()
 
     @torch.no_grad()
     def compare(self) -> Health:
@@ -82,8 +93,7 @@ class Watch:
         if not self._before:
             raise ValueError("compare() tells what changed since remember(), which has to come before the optimizer step")
         counts, scales = [], []
-        for path, layer in self.layers.items():
-            codes, scale = layer.codes()
+        for path, codes, scale in self._codes():
             before = self._before.pop(path)
             now, then = _packed(codes), _packed(before)
             counts.append(torch.stack([_differing(now ^ then), now.numel() * 4 - _differing(now ^ ZEROS)]))

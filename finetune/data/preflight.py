@@ -228,7 +228,9 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
         )
     if limits.vocabulary is not None and highest >= limits.vocabulary:
         check(
-            "the model's vocabulary", FAIL, f"token id {highest} of the tokenizer, the model has {limits.vocabulary} embeddings"
+            "the model's vocabulary",
+            FAIL,
+            f"token id {highest} of the tokenizer, the model has {limits.vocabulary} embeddings: a tokenizer of another model",
         )
 
     # The split.

@@ -21,6 +21,7 @@ from finetune.errors import Mistake, nearest
 
 Raw = tuple[str, Any]  # (where, value)
 PACKAGE = "package:"
+DEEPEST = 100  # lists in lists of a .yml: a row is two or three deep
 READABLE = (".jsonl", ".json", ".txt", ".yml", ".yaml")
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
@@ -91,6 +92,8 @@ def _read_jsonl(text: str, name: str) -> list[Raw]:
             raws.append((f"{name}:{number}", json.loads(line)))
         except json.JSONDecodeError as error:
             broken.append((f"{name}:{number}", f"{error.msg} at column {error.colno}: {line[:80]!r}"))
+        except RecursionError:
+            broken.append((f"{name}:{number}", f"brackets in brackets without end: {line[:80]!r}"))
     if broken:
         raise _fits_nothing("lines are not JSON", broken, len(lines), "mend or remove them: one JSON object a line")
     return raws
@@ -109,6 +112,9 @@ def _read_json(text: str, name: str) -> list[Raw]:
             found=f"{error.msg} at column {error.colno}",
             do="mend that line",
         ) from None
+    except RecursionError:
+        found = "brackets in brackets without end"
+        raise Mistake("the file holds no rows", where=name, found=found, do="give a list of rows, or one row a line") from None
     if isinstance(value, dict):
         lists = {key: item for key, item in value.items() if isinstance(item, list)}
         if len(lists) != 1:
@@ -156,11 +162,26 @@ def _read_text(text: str, name: str) -> list[Raw]:
     return raws
 
 
+def _check_nesting(text: str, name: str, loader: Any) -> None:
+    """Raise Mistake for YAML that would fill the memory (aliases) or end the process (libyaml's loader has no limit of depth)."""
+    depth = 0
+    for event in yaml.parse(text, Loader=loader):
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
+            found = f"the alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"lists in lists, over {DEEPEST}"
+            line = event.start_mark.line + 1 if event.start_mark else 1
+            do = "write each row out; an alias can unfold into more than fits into memory"
+            raise Mistake("this YAML holds no rows", where=f"{name}:{line}", found=found, do=do)
+
+
 def _read_yaml(text: str, name: str) -> list[Raw]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
     try:
-        value = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        raise Mistake("the file is not YAML", where=name, found=str(error).splitlines()[0]) from None
+        _check_nesting(text, name, loader)
+        value = yaml.load(text, Loader=loader)
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: what looks like a date, and is none
+        said = str(error).splitlines()[0]
+        raise Mistake("the file is not YAML", where=name, found=said, do="mend it, or give .jsonl") from None
     rows = value.get("conversations") if isinstance(value, dict) else value
     if not isinstance(rows, list):
         raise Mistake("the file holds no rows", where=name, do="a list of rows, or `conversations:` with one")
@@ -178,7 +199,7 @@ READERS: dict[str, Callable[[str, str], list[Raw]]] = {
 
 def no_such_file(path: Path, where: str) -> Mistake:
     near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-    do = f"did you mean {path.parent / near}?" if near else None
+    do = f"did you mean {path.parent / near}?" if near else "put the file there, or give another: data.path=FILE"
     return Mistake("there is no such data file", where=where, found=str(path), do=do)
 
 
@@ -212,7 +233,15 @@ def package_files(name: str, where: str) -> dict[str, Path]:
         raise Mistake(
             "this package is not installed", where=where, found=name, do=f"pip install --no-deps {distribution}"
         ) from None
-    return {str(file): Path(str(file.locate())) for file in files or []}
+    return {str(file): Path(str(file.locate())) for file in files or [] if not file.is_absolute() and ".." not in file.parts}
+
+
+def check_patterns(patterns: list[str], where: str = "data.files") -> None:
+    """Raise Mistake for a pattern that leads out of what it chooses from: a dataset would read any file of this machine by it."""
+    for pattern in patterns:
+        if pattern.startswith(("/", "~")) or ".." in pattern.replace("\\", "/").split("/"):
+            do = "give patterns of files in it; a file of this machine is data.path=FILE"
+            raise Mistake("this pattern leads out of the dataset", where=where, found=pattern, do=do)
 
 
 def _read_package(name: str, patterns: list[str]) -> tuple[list[Raw], str]:
@@ -362,6 +391,7 @@ def load_rows(
     Raises:
         Mistake: the source cannot be read, or rows fit no format (the first five with their lines, and how many).
     """
+    check_patterns(files or [])
     if path is not None:
         raws, content = _read_file(Path(path), Path(path).name)
         source, digest = path, hashlib.sha256(content).hexdigest()

@@ -15,6 +15,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 import queue
 import random
 import re
@@ -23,9 +24,9 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-from finetune.data.rows import PACKAGE, no_such_file, package_files
+from finetune.data.rows import PACKAGE, check_patterns, no_such_file, package_files
 from finetune.errors import Mistake, nearest
 
 if TYPE_CHECKING:
@@ -153,6 +154,7 @@ class Source(ABC):
 
 
 MEND = "mend it, or data.bad_rows=skip"
+BACK = "mend it, or put it back as it was; a run that has begun then goes on: finetune resume RUN"
 
 
 class Files(Source):
@@ -160,6 +162,7 @@ class Files(Source):
 
     def __init__(self, name: str, files: dict[str, Path], *, text_key: str, skip_bad: bool, block_bytes: int) -> None:
         self.files = list(files.items())
+        self._stamps: dict[int, tuple[int, int]] = {}
         super().__init__(name, _digest(files), text_key=text_key, skip_bad=skip_bad, block_bytes=block_bytes)
 
     def _documents(self, place: Place) -> Iterator[tuple[Document, After]]:
@@ -167,9 +170,26 @@ class Files(Source):
         for number in range(place.get("file", 0), len(self.files)):
             reader = readers[self.files[number][1].suffix.lower()]
             try:
-                yield from reader(number, place if number == place.get("file") else {})
+                with self.files[number][1].open("rb") as file:  # its name may go meanwhile
+                    try:
+                        self._same(number, file)
+                        for found in reader(number, place if number == place.get("file") else {}):
+                            self._same(number, file)  # else what was read may have been written, or cut off, just now
+                            yield found
+                    except Mistake:
+                        self._same(number, file)  # then this is the reason
+                        raise
+                    self._same(number, file)
             except OSError as error:
-                raise Mistake("the data file cannot be read", where=self.files[number][0], found=str(error)) from None
+                raise Mistake("the data file cannot be read", where=self.files[number][0], found=str(error), do=BACK) from None
+
+    def _same(self, number: int, file: BinaryIO) -> None:
+        """Raise Mistake when an open file is not what it was when the run looked at it first. One that was only touched is."""
+        _, path = self.files[number]
+        before, now = self._stamps.setdefault(number, _stamp(file)), _stamp(file)
+        if now != before and _digest(dict(self.files)) != self.digest:
+            found = f"{now[0]} bytes, it had {before[0]}" if now[0] != before[0] else "other text"
+            raise Mistake("the data file has changed while it was read", where=str(path), found=found, do=BACK)
 
     def _text(self, number: int, place: Place) -> Iterator[tuple[Document, After]]:
         """A .txt is one long text; its documents end at the first blank line after `PIECE` characters.
@@ -276,7 +296,7 @@ class Files(Source):
                                 yield document, after
                     begin, skip = begin + row, 0
         except pyarrow.ArrowException as error:
-            raise Mistake("the parquet file cannot be read", where=name, found=str(error).splitlines()[0]) from None
+            raise Mistake("the parquet file cannot be read", where=name, found=str(error).splitlines()[0], do=BACK) from None
 
     def _decode(self, raw: bytes, number: int, offset: int, line: int) -> str:
         """The text of one line; an empty one where it is not UTF-8 and is skipped."""
@@ -330,7 +350,12 @@ class Hub(Source):
             except StopIteration:
                 return
             except Exception as error:  # the hub's client raises many kinds; each means: the rest of the data cannot be had
-                raise _not_loaded(f"{self.name}[{index}]", error) from None
+                raise Mistake(
+                    "the dataset cannot be read any further",
+                    where=f"{self.name}[{index}]",
+                    found=_in_a_line(error),
+                    do="look at the network, then: finetune resume RUN; it goes on from there",
+                ) from None
             where = f"{self.name}[{index}]"
             index += 1
             document = self._document(value, where, (0, index))
@@ -361,15 +386,25 @@ def _digest(files: dict[str, Path]) -> str:
                 file.seek(max(0, size - (1 << 20)))
                 digest.update(file.read(1 << 20))
         except OSError as error:
-            raise Mistake("the data file cannot be read", where=name, found=str(error)) from None
+            raise Mistake("the data file cannot be read", where=name, found=str(error), do=BACK) from None
     return digest.hexdigest()
+
+
+def _stamp(file: BinaryIO) -> tuple[int, int]:
+    """What changes when somebody writes into a file: bytes, and when they were written."""
+    facts = os.fstat(file.fileno())
+    return facts.st_size, facts.st_mtime_ns
+
+
+def _in_a_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _not_loaded(name: str, error: Exception) -> Mistake:
     return Mistake(
         "the dataset cannot be loaded",
         where="data.name",
-        found=f"{name}: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}",
+        found=f"{name}: {_in_a_line(error)}",
         do="check the name, split and revision on huggingface.co/datasets, the network, and `hf auth login`; "
         "or give a local file: data.path=FILE.jsonl",
     )
@@ -428,6 +463,7 @@ def open_source(
     Raises:
         Mistake: it is not there, holds no such file, is of another kind, or has no revisions.
     """
+    check_patterns(files or [])
     settings: dict[str, Any] = {"text_key": text_key, "skip_bad": skip_bad, "block_bytes": block_bytes}
     if revision is not None and (path is not None or (name or "").startswith(PACKAGE)):
         raise _no_revisions(path or name or "", revision)

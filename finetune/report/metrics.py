@@ -124,4 +124,4 @@ class Twin:
 def twin_of(run_dir: Path) -> Twin | None:
     """What the twin has left in the run's folder `twin`; None where there is none (yet)."""
     folder = run_dir / "twin"
-    return Twin(read_run(folder), Metrics(folder / "metrics.jsonl")) if (folder / "run.json").is_file() else None
+    return Twin(read_run(folder, whole=False), Metrics(folder / "metrics.jsonl")) if (folder / "run.json").is_file() else None

@@ -639,7 +639,7 @@ def next_section(record: dict[str, Any]) -> Html:
 
 def page(run_dir: Path) -> str:
     """The page's text. The same folder gives the same bytes."""
-    record = read_run(run_dir)
+    record = read_run(run_dir, whole=False)
     metrics = Metrics(run_dir / "metrics.jsonl")
     recipe_file = run_dir / "recipe.yaml"
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.exists() else None

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from eval._common import forget, out_of_memory
-from finetune.errors import GateStop
+from finetune.errors import GateStop, Mistake
 from finetune.processes import rank, world
 from finetune.train import checkpoint, parallel
 from finetune.train.checkpoint import Progress
@@ -354,14 +354,17 @@ class _Training:
         lr = self._set_rates(step)
         if self.before_step is not None:
             self.before_step(step)
-        finished = replace(progress)
+        finished, fetched = replace(progress), []
+        fault: Exception | None = None
         try:
             fetched = [self._fetch() for _ in range(settings.accumulation)]  # should one fail, nothing has moved
         except GateStop:
             raise
-        except Exception:
+        except Exception as error:
+            fault = error
+        if parallel.any_of(fault is not None):
             self._save_unless_saved(finished)  # hours of work, perhaps: how often is saved is up to the recipe
-            raise
+            raise fault or Mistake("another process could not read its data", where="data")
         sums = self._sums(step, [one.key for one in fetched])
         mean = sums.loss / max(1, sums.count)
         if self.in_backward:
@@ -528,6 +531,7 @@ class _Training:
         back = self.in_backward or settings.on_bad_step == "back"
         self.optimizer.zero_grad(set_to_none=True)
         self.saver.wait()
+        parallel.wait()  # the first process may have written one just now
         path = checkpoint.newest(self.checkpoints)[0] if back else None
         if settings.on_bad_step == "stop" or progress.wrong >= settings.max_bad_steps or (back and path is None):
             if not self.in_backward:  # else the weights have taken the step already

@@ -188,7 +188,10 @@ def build(
             nothing to round but float16.
     """
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters.values() if (p.ndim >= 2) == matrix and parallel.is_shard(p) == shard], "weight_decay": d}
+        {
+            "params": [p for p in parameters.values() if (p.ndim >= 2) == matrix and parallel.is_shard(p) == shard],
+            "weight_decay": d,
+        }
         for matrix, d in ((True, weight_decay), (False, 0.0))
         for shard in (False, True)  # one fused step takes no mixture
     ]

@@ -15,6 +15,7 @@ backward pass asks all processes for the layers: they must run equally many, `id
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -32,8 +33,12 @@ from finetune.train import offload
 
 BUCKET = 25 << 20  # bytes of gradients that are summed at a time
 PATIENCE = timedelta(hours=12)  # others wait while one evaluates; who has died is known to the launcher
-# What `accelerate launch` sets by its own configuration, and `Accelerator` would do besides: here the recipe says it.
-ACCELERATE = ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG")
+# What `accelerate launch` says by its own configuration, and `Accelerator` (and transformers, which under USE_FSDP would load
+# weights in one process alone) would do besides. Here the recipe says it.
+ACCELERATE = (
+    "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "MIXED_PRECISION", "DYNAMO_BACKEND",
+    "GRADIENT_ACCUMULATION_STEPS",
+)  # fmt: skip
 
 _idle = False  # the backward pass that runs is nobody's gradient
 
@@ -44,15 +49,16 @@ _idle = False  # the backward pass that runs is nobody's gradient
 def begin(device_type: str) -> torch.device:
     """Join the other processes, where there are any; the device of this one. cpu: by gloo; cuda: by nccl, one GPU each.
 
+    Before anything is loaded, and before there is an `Accelerator`, which then is of the same processes.
+
     Raises:
         Mistake: there are fewer GPUs than processes.
     """
+    for name in ACCELERATE:
+        os.environ.pop(f"ACCELERATE_{name}", None)
     if processes.world() == 1:
         return torch.device(device_type)
     os.environ.setdefault("LOCAL_RANK", "0")  # which accelerate asks for
-    for name in ACCELERATE:
-        os.environ.pop(f"ACCELERATE_USE_{name}", None)
-    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
     if device_type == "cuda" and processes.local_rank() >= torch.cuda.device_count():
         raise Mistake(
             "there are fewer GPUs than processes",
@@ -102,8 +108,7 @@ def shard(model: Any, device: torch.device) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
+    decoder = _decoder(model)
     try:
         layers = offload.layers_of(model)
     except Mistake as error:
@@ -114,9 +119,9 @@ def shard(model: Any, device: torch.device) -> None:
             do="run.parallel=ddp",
         ) from None
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    whole = _unfit(model, layers)
+    unfit = _unfit(model, layers)
     for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=unfit)
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and not is_shard(parameter):
@@ -130,6 +135,13 @@ def shard(model: Any, device: torch.device) -> None:
         layer.set_force_sum_reduction_for_comms(True)  # else the factor is gloo's business, which knows none
         layer.set_reduce_scatter_unused_params(True)  # experts that no token of this process reached
         _watch(layer)
+    gc.collect()
+    offload.return_memory()
+
+
+def _decoder(model: Any) -> Any:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return base.get_decoder() if hasattr(base, "get_decoder") else base
 
 
 def _unfit(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Parameter]:
@@ -163,7 +175,7 @@ def _watch(layer: Any) -> None:
                 continue
             parameter.streamed = True
             if parameter.requires_grad:
-                shard.has_gradient = False  # type: ignore[attr-defined]
+                shard.has_gradient = False
                 parameter.register_post_accumulate_grad_hook(lambda _, shard=shard: _seen(shard))
 
 
@@ -231,9 +243,7 @@ def restore(model: Any) -> None:
                     if parameter not in full:
                         full[parameter] = nn.Parameter(whole(parameter), parameter.requires_grad)
                     module._parameters[name] = full[parameter]
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    for sharded in cast(list[Any], [*layers, decoder]):  # torch has no way back: its hooks, and the class that it put on
+    for sharded in [*layers, _decoder(model)]:  # torch has no way back: its hooks, and the class that it put on
         state = sharded._get_fsdp_state()
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
@@ -251,13 +261,12 @@ def idle(model: Any) -> None:
     global _idle
     if not is_sharded(model):
         return
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    device = base.get_input_embeddings().weight.device
+    device = model.get_input_embeddings().weight.device
     _idle = True
     try:
-        hidden = decoder(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)[0]
-        hidden.backward(torch.zeros_like(hidden))
+        hidden = _decoder(model)(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=device), use_cache=False)[0]
+        if hidden.requires_grad:
+            hidden.backward(torch.zeros_like(hidden))
     finally:
         _idle = False
 
@@ -277,15 +286,14 @@ def _local(tensor: Tensor) -> Tensor:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Add up the processes' gradients of parameters that each has whole; of those that are shared out they are summed already.
 
-    A parameter without a gradient counts as zeros where another process has one, and stays without where none has.
+    A parameter without a gradient counts as zeros where another process has one, and stays without where none has. Once a step,
+    after its last backward pass, with all trained parameters, also where the step is not taken then.
     """
     if not several():
         return
     parameters = list(parameters)
     shared = [is_shard(p) for p in parameters]
-    here = [
-        bool(cast(Any, p).has_gradient) if part else p.grad is not None for p, part in zip(parameters, shared, strict=True)
-    ]
+    here = [bool(cast(Any, p).has_gradient) if part else p.grad is not None for p, part in zip(parameters, shared, strict=True)]
     anywhere = torch.tensor(here, dtype=torch.int32, device=_device())
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
@@ -323,7 +331,8 @@ def _buckets(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
     """The L2 norm of all gradients together, the same on every process; 0.0 where there are none. After `sum_gradients`."""
-    plain, parts = [], []
+    plain: list[Tensor] = []
+    parts: list[Tensor] = []
     for p in parameters:
         if p.grad is not None:
             (parts if is_shard(p.grad) else plain).append(_local(p.grad))

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from finetune.recipe import Recipe
+from finetune.train import parallel
 from finetune.train.schedule import blend, learning_rate
 from quant import set_blend
 from quant.health import Health, Layer, Watch, alarms
@@ -33,7 +34,7 @@ class Ternary:
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, total: int, metrics: Path, warn: Callable[[str], None]) -> None:
         self.model, self.total, self.quant, self.train, self.warn = model, total, recipe.quant, recipe.train, warn
-        self.watch = Watch(model)
+        self.watch = Watch(model, lambda: parallel.named_modules(model))
         self.metrics = metrics
         self._read(total)
 

@@ -86,6 +86,7 @@ def test_killed_anywhere_it_ends_the_same(
     recipe: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At least 24 kills, 5 of them inside a save; over the five cases 120 and 25. Runs that got through begin anew elsewhere."""
+    mistold: list[str] = []
     rng, report, case = random.Random(seed()), Report(), request.node.callspec.params["recipe"]
     made = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}  # machine code is made by the first start alone
     whole = Take(recipe, tmp_path / "whole", rng, made)
@@ -96,7 +97,8 @@ def test_killed_anywhere_it_ends_the_same(
         take = Take(recipe, tmp_path / f"cut-{report.runs}", rng, made)
         report += kill_until_done(take, seconds=seconds)
         assert differences(whole.run, take.run) == [], f"{take.place}, KILL_SEED={seed()}"
-        if case == "tracked":
-            assert tracked(take.run / "tiny") == tracked(whole.run / "tiny"), f"{take.place}, KILL_SEED={seed()}"
+        if case == "tracked" and tracked(take.run / "tiny") != tracked(whole.run / "tiny"):
+            mistold.append(take.place.name)
     with capsys.disabled():
         print(f"\n{case}: {report}")
+    assert not mistold, f"what the tracker shows is not each step once: {mistold} in {tmp_path}, KILL_SEED={seed()}"

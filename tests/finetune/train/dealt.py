@@ -10,19 +10,23 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from accelerate import Accelerator
+from transformers.integrations.fsdp import is_fsdp_enabled
 
 from eval.perplexity import evaluate_loss
 from finetune import model as models
 from finetune import processes
 from finetune.errors import Mistake
 from finetune.recipe import Adapter, Quant
-from finetune.train import checkpoint, fast, kernels, optim, parallel, step
+from finetune.train import checkpoint, fast, kernels, offload, optim, parallel, step
 from quant import PackedLinear
+from quant.linear import FakeQuantLinear
 
 SIZES = {
     "vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -37,6 +41,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], Quant, Adapter]] = {
 }
 STEPS, LR = 3, 1e-2
 PROMPT = [[5, 9, 17, 3]]
+FLOATS = (torch.float32, torch.bfloat16)
 
 
 def fresh(name: str) -> Any:
@@ -78,7 +83,8 @@ def quickened(model: Any, wanted: bool) -> step.Head | None:
         return None
     found = fast.find(model)
     kernels.switch(False)  # what would be compiled computes as it is written
-    assert {"attention without padding", "norms"} <= {r.of for r in found.replacements}, found.plain
+    count = Counter(replacement.of for replacement in found.replacements)
+    assert (count["attention without padding"], count["norms"], count["gated activations"]) == (1, 5, 2), found.plain
     found.install()
     head, why = step.head_of(model)
     assert head is not None, why
@@ -200,7 +206,9 @@ def together(name: str, mode: str, count: int, *, checkpointing: bool, quick: bo
         losses.append(total / all_targets)
         optimizer.step()
         optimizer.zero_grad()
-    states = {f"{n}/{key}": parallel.whole(value) for n, p in trained.items() for key, value in optimizer.state.get(p, {}).items()}
+    states = {
+        f"{n}/{key}": parallel.whole(value) for n, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
+    }
     assert states.keys() == reference["states"].keys(), sorted(states.keys() ^ reference["states"].keys())
     weights = {n: parallel.whole(p).clone() for n, p in trained.items()}
     figures = {
@@ -208,7 +216,7 @@ def together(name: str, mode: str, count: int, *, checkpointing: bool, quick: bo
         "norms": max(abs(a - b) / abs(b) for a, b in zip(norms, reference["norms"], strict=True)),
         "weights": max(far(weights[n], w) for n, w in reference["weights"].items()),
         "states": max(far(states[n], s) for n, s in reference["states"].items()),
-        "moved": min(far(w, w_before) for w, w_before in zip(weights.values(), before(name).values(), strict=True)),
+        "moved": max(far(w, w_before) for w, w_before in zip(weights.values(), before(name).values(), strict=True)),
         "untouched": sum(f"{n}/exp_avg" not in states for n in trained),  # no process ever had a gradient
         "uneven": uneven,  # gradients that came from the other process alone
         "agree": parallel.share(losses) == losses and not parallel.any_of(parallel.share(norms) != norms),
@@ -238,14 +246,18 @@ def shares(model: Any) -> dict[str, Any]:
         if ".layers." in path and p.numel() > 64:
             part = p.to_local().numel() / p.numel() if parallel.is_shard(p) else 1.0
             found["codes" if p.dtype == torch.uint8 else "floats"].append(part)
-    return {f"share of {key}": max(values, default=0.5) for key, values in found.items()}
+    kept = 0  # bytes beside the parameters, which a layer that is shared out must not have
+    for layer in offload.layers_of(model):
+        with parallel.gathered(layer):
+            kept += sum(m.cached_bytes() for m in layer.modules() if isinstance(m, PackedLinear | FakeQuantLinear))
+    return {f"share of {key}": max(values, default=0.5) for key, values in found.items()} | {"kept": kept}
 
 
 def restored(model: Any, weights: dict[str, torch.Tensor], reference: dict[str, Any], head: step.Head | None) -> dict[str, Any]:
     """`put`, `like` and `whole` go round bit for bit; the model is one process's own again."""
     torch.manual_seed(2)
     same = True
-    for p in model.parameters():
+    for p in list(model.parameters())[:80]:
         own = parallel.whole(p).clone()
         noise = torch.randint(0, 256, p.shape).to(p.dtype) if not p.is_floating_point() else torch.randn(p.shape, dtype=p.dtype)
         parallel.put(p, noise)
@@ -264,14 +276,29 @@ def restored(model: Any, weights: dict[str, torch.Tensor], reference: dict[str, 
     }
 
 
-def alone_in_words() -> dict[str, Any]:
-    """What is refused."""
+def words() -> dict[str, Any]:
+    """What processes say to each other; and what is refused."""
+    rank = processes.rank()
+    said = {
+        "total": parallel.total([1.5, rank]),
+        "any": [parallel.any_of(rank == 1), parallel.any_of(False)],
+        "share": parallel.share({"from": rank, "what": [1, None, "x"]}),
+    }
+    uneven = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 7)]  # a gradient here, there, nowhere
+    uneven[rank].grad = torch.full_like(uneven[rank], rank + 1.0)
+    parallel.sum_gradients(uneven)
+    said["uneven"] = [None if p.grad is None else p.grad.tolist() for p in uneven]
+    many = [torch.nn.Parameter(torch.zeros(n, dtype=d)) for n in (3_000_000, 5, 4_000_000, 7_000_000) for d in FLOATS]
+    for number, p in enumerate(many):
+        p.grad = torch.full_like(p, number + rank)
+    parallel.sum_gradients(many)
+    said["buckets"] = all(bool((p.grad == 2 * number + 1).all()) for number, p in enumerate(many) if p.grad is not None)
     model = made("lora", checkpointing=False, move=lambda whole: parallel.shard(whole, torch.device("cpu")))
     try:
         optimizer_of(model, "adamw_8bit")
     except Mistake as mistake:
-        return {"8bit": mistake.do}
-    return {}
+        said["8bit"] = mistake.do
+    return said
 
 
 def cases() -> list[tuple[Any, ...]]:
@@ -279,8 +306,14 @@ def cases() -> list[tuple[Any, ...]]:
     found: list[tuple[Any, ...]] = []
     for mode in ("ddp", "fsdp"):
         for name in ("lora", "qlora", "bitnet"):
-            found += [(name, mode, 4), (name, mode, 4, "recomputed"), (name, mode, 4, "fast"), (name, mode, 3, "recomputed", "fast")]
-        found += [("experts", mode, 4), ("experts", mode, 3, "recomputed"), ("masters", mode, 4), ("lora", mode, 4, "row")]
+            found += [
+                (name, mode, 4),
+                (name, mode, 4, "recomputed"),
+                (name, mode, 4, "fast"),
+                (name, mode, 3, "recomputed", "fast"),
+            ]
+        found += [("experts", mode, 3, *["recomputed"] * (mode == "fsdp")), ("lora", mode, 4, "row")]
+    found.append(("masters", "fsdp", 4))
     only = os.environ.get("CASES", "")
     return [case for case in found if only in " ".join(map(str, case))]
 
@@ -288,20 +321,22 @@ def cases() -> list[tuple[Any, ...]]:
 def main() -> None:
     torch.set_num_threads(1)
     device = parallel.begin("cpu")
-    assert device == torch.device("cpu") and parallel.several()
+    accelerator = Accelerator(cpu=True)
+    assert device == torch.device("cpu")
+    assert parallel.several()
+    assert accelerator.num_processes == 2
+    assert accelerator.mixed_precision == "no"
+    assert not is_fsdp_enabled()
     results: dict[str, Any] = {}
     references: dict[Any, dict[str, Any]] = {}
-    import time
-    for name, mode, count, *words in cases():
-        t0=time.time()
-        options = {"checkpointing": "recomputed" in words, "quick": "fast" in words}
-        order = "row" if "row" in words else mode
+    for name, mode, count, *how in cases():
+        options = {"checkpointing": "recomputed" in how, "quick": "fast" in how}
+        order = "row" if "row" in how else mode
         key = (name, order, count, options["quick"])
         if key not in references:
             references[key] = alone(*key)
-        results[" ".join(map(str, (name, mode, count, *words)))] = together(name, mode, count, reference=references[key], **options)
-        print(name, mode, words, time.time()-t0)
-    results["refused"] = alone_in_words()
+        results[" ".join(map(str, (name, mode, count, *how)))] = together(name, mode, count, reference=references[key], **options)
+    results["words"] = words()
     parallel.wait()
     if processes.is_first():
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))

@@ -30,13 +30,6 @@ VOCABULARY = 100
 WALL_CLOCK = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
 
 
-@pytest.fixture(scope="module")
-def accelerator() -> Any:
-    from accelerate import Accelerator
-
-    return Accelerator(cpu=True)
-
-
 def llama(dropout: float = 0.0, dtype: torch.dtype = torch.float32) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
