@@ -252,19 +252,30 @@ class RunFolder:
 
         if not self.writes:
             return
-        with _writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(self._lock)
-            self._lock = None
-            raise Mistake(
-                "another process is running in this folder",
-                where=str(self.path),
-                do="wait for it, or give run.dir=OTHER",
-            ) from None
+        file = self.path / ".lock"
+        while self._lock is None:
+            with _writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                owner = os.read(handle, 20).decode(errors="replace")
+                os.close(handle)
+                raise Mistake(
+                    "another process is running in this folder",
+                    where=str(self.path),
+                    found=f"process {owner}" if owner else None,
+                    do="wait for it, or give run.dir=OTHER",
+                ) from None
+            # The owner before removes the file when it ends: what was locked here need not be what the next one will open.
+            if file.exists() and os.path.samestat(os.fstat(handle), os.stat(file)):
+                with _writing(self.path):
+                    os.truncate(handle, 0)
+                    os.pwrite(handle, str(os.getpid()).encode(), 0)
+                self._lock = handle
+            else:
+                os.close(handle)
 
     def release(self) -> None:
         if self._lock is not None:

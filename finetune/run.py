@@ -61,6 +61,7 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
     for name in ("bitsandbytes", "datasets", "huggingface_hub", "accelerate"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("datasets.utils.file_utils").setLevel(logging.WARNING)  # that the network is gone, and is tried again
     warnings.filterwarnings(
         "ignore", module=r"(torch\.(utils|jit|autograd|nn)|transformers|peft|bitsandbytes|accelerate|datasets)\."
     )
@@ -328,8 +329,9 @@ class _Story:
             return None
         reasons = "; ".join(f"{check.name}: {check.detail}" for check in failed)
         nothing = any(check.name == "something to learn" for check in failed)
+        hopeless = not self.preflight.supervised_tokens or any(check.name == "the model's vocabulary" for check in failed)
         forced_before = self.folder.exists and self.folder.read().get("preflight", {}).get("forced")
-        if (self.force or forced_before) and self.preflight.supervised_tokens:
+        if (self.force or forced_before) and not hopeless:
             self.screen.warn(f"--force: {reasons}")
             return reasons
         raise (Mistake if nothing else GateStop)(
@@ -337,7 +339,7 @@ class _Story:
             where=self.material.source,
             found=reasons,
             do="mend the data or the template"
-            + ("; --force trains anyway and records why it should not have" if self.preflight.supervised_tokens else ""),
+            + ("" if hopeless else "; --force trains anyway and records why it should not have"),
         )
 
     # -- the run
@@ -407,7 +409,10 @@ class _Story:
         if self.fast is not None:
             self.fast.remove()
         self.fast = None  # it would hold the model
-        parallel.restore(self.model)
+        if parallel.is_sharded(self.model):
+            parallel.restore(self.model)
+            if is_first():
+                self.model.to(self.device)  # type: ignore[arg-type]
         if is_first():
             self._finish_weights()
             if recipe.export.formats:
@@ -844,6 +849,10 @@ class _Story:
             path, notes = checkpoint.newest(self.folder.path / "checkpoints")
         for note in notes:
             self.screen.warn(f"damaged checkpoint {note}; using the one before")
+        if path is None and notes:
+            every = self.folder.path / "checkpoints"
+            do = f"bring one back from a copy; to begin again: rm -r {every}, then finetune resume {self.folder.path}"
+            raise Mistake("every checkpoint of this run is damaged", where=str(every), found="; ".join(notes), do=do)
         several = {"processes": world()} if world() > 1 else {}
         self.record["provenance"]["resumed"].append({"time": _now(), "from": path.name if path else None} | several)
         self._save()
@@ -1041,13 +1050,13 @@ class _Story:
             return
         self.record |= {"state": "stopped" if stopped else "failed", "error": str(error) or type(error).__name__}
         self.record["next"] = [f"finetune resume {path}"]
-        self._save()
         try:
+            self._save()
             from finetune.report import write_report
 
             write_report(path)
         except Exception as second:  # the first error is the one to show
-            self.screen.warn(f"the report could not be written: {second}")
+            self.screen.warn(f"how it ended could not be written down: {second}")
 
 
 def as_it_was_fitted(recipe: Recipe, folder: RunFolder) -> Recipe:

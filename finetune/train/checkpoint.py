@@ -27,15 +27,16 @@ from typing import Any
 import numpy as np
 import psutil
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import Mistake
-from finetune.files import atomic_folder, human_bytes, remove_folder, sha256, sync_file, write_json
+from finetune.files import atomic_folder, plain, remove_folder, sha256, sync_file, write_json
 from finetune.processes import is_first, rank
 from finetune.train import parallel
 
 FORMAT = 1
+FILES = {"weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
 PREFIX = "step-"
 
 
@@ -136,10 +137,6 @@ class Snapshot:
     rng: dict[str, torch.Tensor]
     state: dict[str, Any]
 
-    @property
-    def bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in (*self.weights.values(), *self.optimizer.values()))
-
 
 def snapshot(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int, copy: bool
@@ -192,27 +189,17 @@ def write(folder: Path, taken: Snapshot, *, keep: int) -> Path:
         Mistake: the disk is full, or cannot be written to; the checkpoints before it stand.
     """
     path, metrics = folder / f"{PREFIX}{taken.step:06d}", folder.parent / "metrics.jsonl"
-    try:
-        if metrics.exists():
-            sync_file(metrics)  # what belongs to the checkpoint must be there when it is
-        with atomic_folder(path) as temporary:
-            save_file(taken.weights, temporary / "weights.safetensors")
-            save_file(taken.optimizer, temporary / "optimizer.safetensors")
-            save_file(taken.rng, temporary / "rng.safetensors")
-            write_json(temporary / "state.json", taken.state)
-            write_json(
-                temporary / "manifest.json",
-                {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())},
-            )
-    except (OSError, SafetensorError) as error:
-        standing = [old.name for old in checkpoints(folder)]
-        raise Mistake(
-            f"the checkpoint of step {taken.step} cannot be written",
-            where=str(path),
-            found=f"{str(error).splitlines()[0]}; it takes {human_bytes(taken.bytes)}",
-            do=f"make room, then finetune resume {folder.parent}, which goes on "
-            + (f"from {standing[-1]}" if standing else "from the beginning"),
-        ) from None
+    if metrics.exists():
+        sync_file(metrics)  # what belongs to the checkpoint must be there when it is
+    with atomic_folder(path) as temporary:
+        save_file(taken.weights, temporary / "weights.safetensors")
+        save_file(taken.optimizer, temporary / "optimizer.safetensors")
+        save_file(taken.rng, temporary / "rng.safetensors")
+        write_json(temporary / "state.json", taken.state)
+        write_json(
+            temporary / "manifest.json",
+            {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())},
+        )
     # Later ones are of a course that was left (a resumed run went back behind them); they must not push this one out.
     standing_now = [old for old in checkpoints(folder) if step_of(old) <= taken.step]
     best = taken.state["best"] and taken.state["best"]["step"]
@@ -312,7 +299,11 @@ def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, or None."""
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if unlisted := FILES - manifest.keys():
+            return f"{min(unlisted)} is missing in manifest.json"
         for name, facts in manifest.items():
+            if not plain(name):
+                return f"manifest.json leads out of the folder: {name}"
             file = path / name
             if not file.exists():
                 return f"{name} is missing"
@@ -320,6 +311,11 @@ def damage(path: Path) -> str | None:
                 return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
             if sha256(file) != facts["sha256"]:
                 return f"{name} is not what was written (its SHA-256 differs)"
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt"):
+                    pass
+    except SafetensorError as error:
+        return f"{name} is no safetensors file: {error}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read: {error}"
     return None

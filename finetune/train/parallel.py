@@ -234,6 +234,8 @@ def restore(model: Any) -> None:
     """The model as it was before `shard`: whole, on the CPU of every process, to be merged and written."""
     if not is_sharded(model):
         return
+    from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
+
     layers = offload.layers_of(model)
     for layer in layers:
         full: dict[Tensor, nn.Parameter] = {}
@@ -252,6 +254,8 @@ def restore(model: Any) -> None:
                 parameter._post_load_hook_handle.remove()
             group.fsdp_params = []
         sharded.__class__ = type(sharded).__mro__[type(sharded)._orig_cls_mro_index]
+        for key in (STATE_KEY, REGISTRY_KEY):  # they hold the process group, which cannot be copied with the model
+            sharded.__dict__.pop(key, None)
     model.to("cpu")
 
 

@@ -229,13 +229,11 @@ def on_a_disk(_recipe: Path) -> dict[str, Any]:
         fill_once(disk / "one/checkpoints/step-000002/manifest.json", leave=0)
         command("while it trains", "run", "tiny.yaml", "run.dir=disk/one")
         command("still full", "resume", "disk/one")
-        said["export"] = []
-        for size in (100, 1 << 22):  # numpy writes a GGUF, and has words of its own
-            try:
-                with atomic_file(disk / "a.gguf") as path:
-                    numpy.ones(size).tofile(path)
-            except Mistake as mistake:
-                said["export"].append(str(mistake))
+        try:
+            with atomic_file(disk / "a.gguf") as path:
+                numpy.ones(1 << 22).tofile(path)  # it writes a GGUF, and has words of its own
+        except Mistake as mistake:
+            said["export"] = str(mistake)
         make_room()
         command("room again", "resume", "disk/one")
 
@@ -281,7 +279,7 @@ def test_a_full_disk(on_a_disk: dict[str, Any]) -> None:
         assert re.findall(r"last whole checkpoint is (step-\d+)", ended["err"])[0] in ended["checkpoints"]
         assert f"finetune resume {run}" in ended["err"]
     assert "not enough disk space" in still["err"]
-    assert [text.splitlines()[0] for text in said["export"]] == ["the disk is full"] * 2
+    assert said["export"].startswith("the disk is full")
     assert still["checkpoints"] == trains["checkpoints"]
     assert "disk/two/merged" in merges["err"]
     assert merges["state"] == {"one": "done", "two": "failed"}

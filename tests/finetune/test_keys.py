@@ -117,6 +117,7 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "train.save_steps": (1, {}),
     "train.keep_checkpoints": (1, {"train.save_steps": 1}),
     "train.eval_steps": (1, {}),
+    "train.best": ("keep", {"train.eval_steps": 1}),
     "fast.attention": (False, {}),
     "fast.lora": (False, {}),
     "fast.blocks": (False, {}),
@@ -142,7 +143,8 @@ CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
     "run.trackers": (["tensorboard"], {}),
 }
 # Tried on their own: in test_run.py, in plan/test_command.py, and with several processes in train/test_parallel.py.
-ELSEWHERE = {"model.trust_remote_code", "fit", "plan.gpu", "plan.price_per_kwh", "run.parallel"}
+BAD_STEPS = {"train.on_bad_step", "train.max_bad_steps", "train.spike"}  # there must be some: train/test_nothing_lost.py
+ELSEWHERE = {"model.trust_remote_code", "fit", "plan.gpu", "plan.price_per_kwh", "run.parallel", *BAD_STEPS}
 
 # The other value cannot run here: the refusal is what shows that the key is read.
 REFUSED = {
@@ -154,7 +156,7 @@ REFUSED = {
 }
 
 VOLATILE = {"provenance", "phases", "next", "error", "plan", "planned"}  # a plan knows every key; whether the run does is asked
-CLOCK = {"tokens_per_second", "step_seconds", "memory_bytes", "time", "seconds", "peak_bytes"}
+CLOCK = {"tokens_per_second", "step_seconds", "memory_bytes", "time", "seconds", "saving_seconds", "peak_bytes"}
 
 
 def leaves() -> list[str]:

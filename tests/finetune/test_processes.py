@@ -141,6 +141,7 @@ def test_who_starts_them_does_not_matter(work: Path, launcher: tuple[str, ...]) 
     run = work / launcher[1].partition(".")[0]
     done(start(work, "run", "qlora.yaml", f"run.dir={run}", "run.parallel=fsdp", launcher=launcher))
     same(whole(work, "qlora"), run)
+    assert json.loads((run / "run.json").read_text())["train"]["processes"] == 2
 
 
 @pytest.mark.slow

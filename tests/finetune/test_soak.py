@@ -47,7 +47,8 @@ class Watched:
     def sample(self) -> bool:
         if time.monotonic() >= self.next and self.start.phase() == "train":
             self.next = time.monotonic() + EVERY
-            if (step := last_step(self.metrics)) is not None and self.start.code is None:
+            new = (step := last_step(self.metrics)) is not None and (not self.samples or step != self.samples[-1][0])
+            if new and self.start.code is None:
                 self.samples.append((step, self.process.memory_info().rss))
         return False
 
@@ -139,9 +140,10 @@ def test_soak(tmp_path: Path, tiny_model: Path, capsys: pytest.CaptureFixture[st
             take.damaged.add(damaged.parent)
             story.append(f"{how}: {damaged.relative_to(take.run)}")
 
-    slopes = {stretch.start.log.parent.name + "/" + stretch.start.log.stem: stretch.slope() for stretch in stretches}
+    names = [str(stretch.start.log.relative_to(tmp_path).with_suffix("")) for stretch in stretches]
+    slopes = {name: stretch.slope() for name, stretch in zip(names, stretches, strict=True)}
     told = {name: round(slope, 2) for name, slope in slopes.items() if slope is not None}
-    sampled = {stretch.start.log.stem: stretch.samples for stretch in stretches}
+    sampled = {name: stretch.samples for name, stretch in zip(names, stretches, strict=True)}
     (tmp_path / "samples.json").write_text(json.dumps({"slopes": slopes, "samples": sampled, "story": story}))
     notes = sum(log.read_text().count("damaged checkpoint") for log in take.place.glob("*.log"))
     with capsys.disabled():
