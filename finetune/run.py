@@ -347,6 +347,7 @@ class _Story:
     def tell(self, resume: bool) -> None:
         from finetune import provenance
         from finetune.train import parallel
+        from finetune.use import tokenizer_of
 
         recipe, screen, folder = self.recipe, self.screen, self.folder
         if resume:
@@ -388,9 +389,12 @@ class _Story:
             "rows": self.record["data"].get("rows"),
         }
         self._save()
-        if recipe.model.config is not None and recipe.tokenizer.name is None and is_first():  # it was trained on this data
-            with atomic_folder(folder.path / TOKENIZER) as temporary:
-                self.tokenizer.save_pretrained(temporary)
+        if recipe.model.config is not None and recipe.tokenizer.name is None:  # it was trained on this data
+            if is_first() and not (folder.path / TOKENIZER).exists():
+                with atomic_folder(folder.path / TOKENIZER) as temporary:
+                    self.tokenizer.save_pretrained(temporary)
+            parallel.wait()
+            self.tokenizer = tokenizer_of(recipe, self.source, folder.path)  # as a run that goes on has it
 
         self._load()
         self._speed_up()

@@ -24,7 +24,7 @@ import torch
 from finetune import model as models
 from finetune.data.packing import MULTIPLE
 from finetune.errors import GateStop
-from finetune.files import write_json
+from finetune.files import human_bytes, write_json
 from finetune.model import Source
 from finetune.plan import known, local
 from finetune.plan.data import Facts, facts_of
@@ -190,6 +190,8 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         notes.append("the twin doubles the time; its memory is that of the same model in floats, which is not more")
     if device.measured is None:
         notes.append(f"times are from the vendor's figures of {device.name}; finetune bench device measures this machine's")
+    kept = recipe.train.keep_checkpoints + (recipe.train.best != "none")
+    notes.append(f"a checkpoint takes {human_bytes(made.checkpoint())} of the disk, and {kept + 1} are there while one is written")
     if device.kind != "cpu":
         notes.append("memory of cards was not compared with a card yet; context and waste are assumptions")
     return Plan(
@@ -214,6 +216,7 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
             "operations": found.train.work[("operations",)] * recipe.train.accumulation,
             "busy_seconds": made.step_busy()[0] * recipe.train.accumulation,
             "update_seconds": made.step_busy()[1],
+            "checkpoint_bytes": made.checkpoint(),
         },
     )
 
@@ -367,6 +370,9 @@ class _Phases:
         static = Counter(self.weights)
         static["adapters"] += self.static.adapters
         static["optimizer"] += self.static.optimizer["states"]
+        every = self.recipe.train.save_steps
+        if self.device.kind == "cpu" and every and every < self.facts.steps:
+            static["checkpoint"] += self.checkpoint()  # the copy that is written while training goes on
         passes = self._of_moments(self.found.train, static)
         step = static + Counter(gradients=self.static.optimizer["gradients"], workspace=self.static.optimizer["temporary"])
         terms = max(passes, step, key=lambda found: sum(found.values()))
@@ -410,10 +416,13 @@ class _Phases:
             self.facts.micro.tokens * text.hidden_size * self.found.layers[1] * (self.place.autocast or self.place.dtype).itemsize
         )
 
+    def checkpoint(self) -> int:
+        """Bytes of one: trained weights and optimizer states."""
+        return self.static.optimizer["weights"] + self.static.optimizer["states"]
+
     def save(self) -> Phase:
         """A checkpoint: trained weights and states, copied to the host and written."""
-        optimizer = self.static.optimizer
-        size = optimizer["weights"] + optimizer["states"]
+        optimizer, size = self.static.optimizer, self.checkpoint()
         saves = 1 + (self.facts.steps // self.recipe.train.save_steps if self.recipe.train.save_steps else 0)
         terms = Counter(self.weights) + Counter(adapters=self.static.adapters, optimizer=optimizer["states"])
         if self.device.kind == "cpu":

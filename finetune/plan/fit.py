@@ -141,7 +141,9 @@ def levers(recipe: Recipe, kind: str) -> list[Lever]:
             found.append(Lever("weights", (keys | {"train.stochastic_rounding": True},), why))
         if not train.step_in_backward:
             why = "each gradient is used and freed at once"
-            keys = {"train.step_in_backward": True}
+            keys: dict[str, Any] = {"train.step_in_backward": True}  # which cannot take a step back
+            if train.on_bad_step == "skip":
+                keys |= {"train.on_bad_step": "back"}
             found.append(Lever("gradients", (keys,), why, ("train",), instead_of=("rows",)))
     if kind == "cuda" and train.optimizer != "paged_adamw_8bit":
         why = "Adam's states take 2 bytes a parameter, and may wait in the CPU's memory"

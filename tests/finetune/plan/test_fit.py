@@ -223,7 +223,7 @@ def test_a_step_in_the_backward_pass_in_place_of_fewer_rows() -> None:
                     "paged_adamw_8bit", "stochastic_rounding": True, "checkpointing": True})  # fmt: skip
     made, _ = fitted(before, 2.6)
     assert made.fits
-    assert made.keys == {"train.step_in_backward": (False, True)}
+    assert made.keys == {"train.step_in_backward": (False, True), "train.on_bad_step": ("skip", "back")}
 
 
 def test_weights_lose_their_fp32_copy_only_where_the_dtype_allows_it() -> None:
