@@ -191,7 +191,9 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
     if device.measured is None:
         notes.append(f"times are from the vendor's figures of {device.name}; finetune bench device measures this machine's")
     kept = recipe.train.keep_checkpoints + (recipe.train.best != "none")
-    notes.append(f"a checkpoint takes {human_bytes(made.checkpoint())} of the disk, and {kept + 1} are there while one is written")
+    notes.append(
+        f"a checkpoint takes {human_bytes(made.checkpoint())} of the disk, and {kept + 1} are there while one is written"
+    )
     if device.kind != "cpu":
         notes.append("memory of cards was not compared with a card yet; context and waste are assumptions")
     return Plan(

@@ -141,7 +141,7 @@ def levers(recipe: Recipe, kind: str) -> list[Lever]:
             found.append(Lever("weights", (keys | {"train.stochastic_rounding": True},), why))
         if not train.step_in_backward:
             why = "each gradient is used and freed at once"
-            keys: dict[str, Any] = {"train.step_in_backward": True}  # which cannot take a step back
+            keys = {"train.step_in_backward": True}  # which cannot take a step back
             if train.on_bad_step == "skip":
                 keys |= {"train.on_bad_step": "back"}
             found.append(Lever("gradients", (keys,), why, ("train",), instead_of=("rows",)))

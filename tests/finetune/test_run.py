@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -641,3 +644,86 @@ def test_fit_auto_changes_the_recipe_and_a_resumed_run_keeps_the_change(finetune
     code, out, err = finetune("run", str(recipe), *options, memory, "--resume")
     assert code == 0, err
     assert "fit: " not in out
+
+
+# ------------------------------------------------------------------------------------------------------------ nothing lost
+
+
+@pytest.mark.planned
+def test_where_one_row_does_not_fit_the_plan_says_what_would(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    from finetune.train import shapes
+    from finetune.train.sft import SupervisedFineTuning
+
+    def nothing_fits(self: Any, model: Any, batch: Any) -> Any:
+        if model.training and shapes.tracing() is None:  # the plan is asked first
+            torch.empty(1 << 50)  # the system refuses it
+        return plain(self, model, batch)
+
+    plain = SupervisedFineTuning.loss
+    finetune.monkeypatch.setattr(SupervisedFineTuning, "loss", nothing_fits)
+    code, out, err = finetune("run", str(recipe), "run.dir=large", "data.max_length=512")
+    assert code == 3, (out, err)
+    assert "out of memory in step 1, with one sample at a time" in err
+    assert "allocate" in err
+    assert "(by the plan" in err or "cannot fit into" in err, err
+
+
+def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    options = ["train.max_steps=6", "train.eval_steps=2", "run.merge=false"]
+    uphill = lambda step, total, **rest: 0.01 if step <= 2 else -0.01  # noqa: E731
+    finetune.monkeypatch.setattr("finetune.train.loop.learning_rate", uphill)
+    code, out, err = finetune("run", str(recipe), *options, "train.best=use", "train.keep_checkpoints=1", "run.dir=best")
+    assert code == 0, err
+    record = json.loads((tmp_path / "best" / "run.json").read_text())
+    best = record["train"]["best"]
+    assert best["step"] == 2
+    assert f"after step {best['step']} of 6: these weights are used" in out
+    assert record["eval"]["after"]["loss"] == pytest.approx(best["loss"], abs=1e-6)
+    folders = sorted(path.name for path in (tmp_path / "best" / "checkpoints").iterdir())
+    assert folders == [f"step-{best['step']:06d}", "step-000006"]
+    kept = load_file(tmp_path / "best" / "checkpoints" / folders[0] / "weights.safetensors")
+    used = load_file(tmp_path / "best" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, used[name.replace(".default", "")]) for name, tensor in kept.items())
+    code, _, err = finetune("run", str(recipe), "train.best=keep", "train.eval_steps=null", "run.dir=none")
+    assert code == 2
+    assert "train.eval_steps" in err
+
+
+def test_each_step_is_in_the_tracker_once_after_a_resume(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    options = ["train.max_steps=5", "train.save_steps=2", "run.trackers=[tensorboard]", "run.merge=false", "run.dir=tracked"]
+    from finetune.files import RunFolder
+
+    append = RunFolder.append
+
+    def dies(self: Any, metrics: dict[str, Any]) -> None:
+        append(self, metrics)
+        if metrics["step"] == 4:
+            raise RuntimeError("power cut")
+
+    with finetune.monkeypatch.context() as patch:
+        patch.setattr(RunFolder, "append", dies)
+        with pytest.raises(RuntimeError):
+            finetune("run", str(recipe), *options)
+    assert finetune("run", str(recipe), *options, "--resume")[0] == 0
+    folder = min((path.parent for path in (tmp_path / "tracked").rglob("events.out.tfevents.*")), key=lambda path: len(str(path)))
+    events = accumulator.EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
+
+
+def test_sigterm_before_training_leaves_nothing_and_says_so(recipe: Path, tmp_path: Path) -> None:
+    """In a process of its own: it is told to end while it loads."""
+    command = [sys.executable, "-u", "-m", "finetune.cli", "run", str(recipe), "run.dir=ended"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("data"):
+            process.send_signal(signal.SIGTERM)
+            break
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert "Traceback" not in err
+    assert not (tmp_path / "ended").exists()
