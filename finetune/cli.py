@@ -26,6 +26,9 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override keys, such as train.lr=1e-4.")
 ]
 Force = Annotated[bool, typer.Option("--force", help="Go on where the preflight or the plan refuses; the reason is recorded.")]
+Processes = Annotated[
+    int, typer.Option("--processes", metavar="N", min=1, help="Train with N processes of this machine, one GPU each.")
+]
 Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
 
 
@@ -35,9 +38,7 @@ def run(
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
     force: Force = False,
-    processes: Annotated[
-        int, typer.Option("--processes", metavar="N", min=1, help="Train with N processes of this machine, one GPU each.")
-    ] = 1,
+    processes: Processes = 1,
 ) -> None:
     """Execute a recipe: check, preflight, plan, load, measure, train, measure, merge, export, report."""
     path, resolved = _checked(recipe, overrides)
@@ -49,13 +50,17 @@ def run(
 
 
 @app.command()
-def resume(run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], force: Force = False) -> None:
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")], force: Force = False, processes: Processes = 1
+) -> None:
     """Go on with a run that was stopped, by its own resolved recipe."""
     from finetune.files import read_run
     from finetune.recipe import read_recipe
 
     name = read_run(run)["name"]
     resolved = read_recipe(run / "recipe.yaml", [f"run.dir={run}"])
+    if processes > 1:
+        _spawned(processes, ["resume", str(run), *["--force"] * force])
     from finetune.run import run as story
 
     story(resolved, name, resume=True, force=force)

@@ -371,7 +371,8 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     loaded: dict[int, dict[str, Any]] = {}
     for name, tensor in load_file(path / "optimizer.safetensors").items():
         parameter, _, key = name.rpartition("/")
-        loaded.setdefault(index[parameter], {})[key] = parallel.like(parameters[parameter], tensor)
+        laid_out = parallel.like(parameters[parameter], tensor) if tensor.shape == parameters[parameter].shape else tensor
+        loaded.setdefault(index[parameter], {})[key] = laid_out
     for parameter, values in state["optimizer"].items():
         loaded.setdefault(index[parameter], {}).update(values)
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -126,7 +126,7 @@ def test_two_processes_train_as_one(work: Path, kind: str, parallel: str) -> Non
         (
             "-m",
             "accelerate.commands.launch",
-            "--cpu",
+            "--multi_gpu",
             "--num_processes",
             "2",
             "--main_process_port",
