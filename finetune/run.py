@@ -101,9 +101,13 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
             folder.acquire()
             story.tell(resume)
     except BaseException as error:
+        if isinstance(error, Exception) and "torch" in sys.modules and (stop := story.no_memory(error)) is not None:
+            error = stop
         story.ended_by(error, fresh)
         if isinstance(error, KeyboardInterrupt) and story.record and folder.exists:
             raise Interruption("stopped", do=f"finetune resume {folder.path}") from None
+        if isinstance(error, GateStop):
+            raise error from None
         raise
     finally:
         folder.release()
@@ -697,7 +701,7 @@ class _Story:
 
         from finetune.ready import autocast_of, batching, optimizer_of
         from finetune.train import checkpoint, optim
-        from finetune.train.loop import Interrupted, NoMemory, train
+        from finetune.train.loop import Interrupted, train
         from finetune.train.ternary import Ternary
 
         settings, packing = batching(self.recipe, self.model, self.material)
@@ -755,8 +759,6 @@ class _Story:
                 )
             except Interrupted as stop:
                 raise Interruption(str(stop), do=f"finetune resume {self.folder.path}") from None
-            except NoMemory as stop:
-                raise self._with_what_would_fit(stop) from None
         if settings.best == "use" and "best" in figures:
             self._take_best(figures["best"], figures["steps"])
         for tracker in accelerator.trackers:  # its end_training would leave the other processes, too
@@ -793,8 +795,22 @@ class _Story:
             checkpoint.load_weights(path, self.model)
         self.screen.say(f"  the best held-out loss was {loss:.4f} after step {step} of {last}: these weights are used")
 
+    def no_memory(self, error: Exception) -> GateStop | None:
+        """What to say where memory has run out, and nothing is left to halve; None of any other error."""
+        from eval._common import forget, out_of_memory
+        from finetune.train.loop import NoMemory
+
+        if isinstance(error, NoMemory):
+            return self._with_what_would_fit(error)
+        if not out_of_memory(error):
+            return None
+        trained = bool(self.record) and (self.folder.path / "checkpoints").is_dir()
+        do = f"with less beside it, finetune resume {self.folder.path} goes on from the last checkpoint" if trained else None
+        said = f"out of memory in the phase {self.screen.now!r}"
+        return self._with_what_would_fit(GateStop(said, where=str(self.folder.path), found=forget(error), do=do))
+
     def _with_what_would_fit(self, stop: GateStop) -> GateStop:
-        """Out of memory with nothing left to halve: with what the plan says of less."""
+        """With what the plan says of less."""
         from finetune.plan.fit import fit
         from finetune.plan.rewrite import scalar
         from finetune.plan.table import cannot
@@ -807,7 +823,8 @@ class _Story:
             return type(stop)(stop.what, where=stop.where, found=f"{stop.found}; {cannot(made)}", do=stop.do)
         keys = " ".join(f"{key}={scalar(new)}" for change in made.steps for key, (_, new) in change.keys.items())
         saves = f"by the plan {human_bytes(made.plan.peak_bytes)} instead of {human_bytes(self.plan.peak_bytes)}"
-        return type(stop)(stop.what, where=stop.where, found=stop.found, do=f"{keys} ({saves}), in a new run.dir")
+        do = f"{keys} ({saves}), in a new run.dir" + (f"; {stop.do}" if stop.do else "")
+        return type(stop)(stop.what, where=stop.where, found=stop.found, do=do)
 
     def _learn_from(self, figures: dict[str, Any]) -> None:
         """Tell later plans on this machine how far this one was off."""

@@ -72,6 +72,7 @@ class Screen:
         # Of several processes the first one speaks.
         self.console = console or Console(highlight=False, soft_wrap=True, quiet=not is_first())
         self.phases: list[dict[str, Any]] = []
+        self.now = ""  # the phase that runs, or ran last
 
     def say(self, text: str | Text) -> None:
         self.console.print(text, markup=False)
@@ -82,7 +83,7 @@ class Screen:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Shown]:
         """A named step of the run; yields `progress(done, total, note)`, which may be called or not."""
-        started = time.monotonic()
+        started, self.now = time.monotonic(), name
         if self.console.is_terminal:
             columns = (
                 SpinnerColumn(),

@@ -668,6 +668,21 @@ def test_where_one_row_does_not_fit_the_plan_says_what_would(finetune: Terminal,
     assert "(by the plan" in err or "cannot fit into" in err, err
 
 
+def test_memory_that_runs_out_elsewhere_is_said_too(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    def large(*args: Any, **kwargs: Any) -> None:
+        torch.empty(1 << 50)
+
+    finetune.monkeypatch.setattr("finetune.merge.write_gated", large)
+    code, _, err = finetune("run", str(recipe), "run.dir=merged-not")
+    assert code == 3, err
+    assert "out of memory in the phase 'merge'" in err
+    assert "finetune resume" in err
+    assert "Traceback" not in err
+    finetune.monkeypatch.undo()
+    finetune.monkeypatch.chdir(tmp_path)
+    assert finetune("resume", str(tmp_path / "merged-not"))[0] == 0
+
+
 def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
