@@ -87,12 +87,12 @@ class Ready:
     def train(self, folder: RunFolder, steps: int, **told: Any) -> dict[str, Any]:
         """The loop from the first step on. told: more of its arguments."""
         from finetune.train.checkpoint import Progress
-        from finetune.train.loop import train
+        from finetune.train.loop import Training
 
-        return train(
+        return Training(
             self.model, self.kind, self.settings, accelerator=self.accelerator, optimizer=self.optimizer, total_steps=steps,
             folder=folder, progress=Progress(), autocast=self.autocast, offload=self.settings.checkpointing == "offload", **told,
-        )  # fmt: skip
+        ).run()  # fmt: skip
 
 
 def ready(recipe: Recipe, device: torch.device, folder: Path, changes: dict[str, Any] | None = None) -> Ready:

@@ -701,7 +701,7 @@ class _Story:
 
         from finetune.ready import autocast_of, batching, optimizer_of
         from finetune.train import checkpoint, optim
-        from finetune.train.loop import Interrupted, train
+        from finetune.train.loop import Interrupted, Training
         from finetune.train.ternary import Ternary
 
         settings, packing = batching(self.recipe, self.model, self.material)
@@ -740,7 +740,7 @@ class _Story:
         self.screen.say(f"  {total} steps ({limit})")
         with self.screen.phase("train") as shown:
             try:
-                figures = train(
+                figures = Training(
                     self.model,
                     kind,
                     settings,
@@ -756,7 +756,7 @@ class _Story:
                     after_step=watch.after if watch else None,
                     went_back=watch.rewind if watch else None,
                     show=shown,
-                )
+                ).run()
             except Interrupted as stop:
                 raise Interruption(str(stop), do=f"finetune resume {self.folder.path}") from None
         if settings.best == "use" and "best" in figures:

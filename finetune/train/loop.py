@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
@@ -226,25 +226,9 @@ class _Fetched:
     place: list[int]
 
 
-def train(
-    model: torch.nn.Module,
-    kind: Kind,
-    settings: Train,
-    *,
-    accelerator: Accelerator,
-    optimizer: torch.optim.Optimizer,
-    total_steps: int,
-    folder: RunFolder,
-    progress: Progress,
-    autocast: torch.dtype | None = None,
-    offload: bool = False,
-    evaluate: Callable[[int], dict[str, float]] | None = None,
-    before_step: Callable[[int], None] | None = None,
-    after_step: Callable[[int], dict[str, Any]] | None = None,
-    went_back: Callable[[int], None] | None = None,
-    show: Callable[[int, int, str], None] | None = None,
-) -> dict[str, Any]:
-    """Train from `progress` to `total_steps`; checkpoints and metrics go into `folder`.
+@dataclass
+class Training:
+    """Training from `progress` to `total_steps`; checkpoints and metrics go into `folder`.
 
     `autocast` is the dtype of the matrix products where it is not that of the weights. `offload`: what the forward pass keeps for
     the backward pass goes to pinned CPU memory in between. `evaluate(step)` returns metrics and
@@ -255,64 +239,51 @@ def train(
 
     Where memory runs out, the step begins again with each micro-batch in twice as many parts. With several processes each takes
     its share of a step's micro-batches; what they do together is the same step.
-
-    Returns:
-        seconds, tokens_per_second (of this process's steps), saving_seconds (how long training waited for checkpoints),
-        peak_bytes, memory_kind, and the totals of `progress`; where steps went wrong `bad_steps`, where memory ran out `split`.
-
-    Raises:
-        GateStop: too many steps went wrong (NaN, infinity, a spike), or the recipe wants none; the model has not taken the last.
-        NoMemory: not even one row at a time fits.
-        Interrupted: a signal came; the step is finished and saved.
-        Mistake: a checkpoint cannot be written.
-        What fetching a micro-batch raises (a line that is no row, a hub that cannot be reached): the last step is saved.
     """
-    return _Training(
-        model, kind, settings, accelerator, optimizer, total_steps, folder, progress, autocast, offload, evaluate, before_step,
-        after_step, went_back, show,
-    ).run()  # fmt: skip
 
+    model: torch.nn.Module
+    kind: Kind
+    settings: Train
+    _: KW_ONLY
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    folder: RunFolder
+    progress: Progress
+    autocast: torch.dtype | None = None
+    offload: bool = False
+    evaluate: Callable[[int], dict[str, float]] | None = None
+    before_step: Callable[[int], None] | None = None
+    after_step: Callable[[int], dict[str, Any]] | None = None
+    went_back: Callable[[int], None] | None = None
+    show: Callable[[int, int, str], None] | None = None
 
-class _Training:
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        kind: Kind,
-        settings: Train,
-        accelerator: Accelerator,
-        optimizer: torch.optim.Optimizer,
-        total_steps: int,
-        folder: RunFolder,
-        progress: Progress,
-        autocast: torch.dtype | None,
-        offload: bool,
-        evaluate: Callable[[int], dict[str, float]] | None,
-        before_step: Callable[[int], None] | None,
-        after_step: Callable[[int], dict[str, Any]] | None,
-        went_back: Callable[[int], None] | None,
-        show: Callable[[int, int, str], None] | None,
-    ) -> None:
-        self.model, self.kind, self.settings, self.accelerator, self.optimizer = model, kind, settings, accelerator, optimizer
-        self.total_steps, self.folder, self.progress, self.autocast, self.offload = (
-            total_steps,
-            folder,
-            progress,
-            autocast,
-            offload,
-        )
-        self.evaluate, self.before_step, self.after_step, self.went_back = evaluate, before_step, after_step, went_back
-        self.show = show if show is not None else lambda step, total, note: None
-        self.device = accelerator.device
-        self.parameters = list(checkpoint.trained(model).values())
-        self.decay_of_groups = [group["weight_decay"] for group in optimizer.param_groups]
-        self.in_backward = bool(getattr(optimizer, "in_backward", False))
-        self.sharded = parallel.is_sharded(model)
-        self.checkpoints = folder.path / "checkpoints"
-        self.saver = checkpoint.Saver(self.checkpoints, settings.keep_checkpoints)
-        self.saved = progress.step
+    def __post_init__(self) -> None:
+        self.device = self.accelerator.device
+        self.parameters = list(checkpoint.trained(self.model).values())
+        self.decay_of_groups = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.in_backward = bool(getattr(self.optimizer, "in_backward", False))
+        self.sharded = parallel.is_sharded(self.model)
+        self.checkpoints = self.folder.path / "checkpoints"
+        self.saver = checkpoint.Saver(self.checkpoints, self.settings.keep_checkpoints)
+        self.saved = self.progress.step
         self.memory = Memory(self.device)
 
     def run(self) -> dict[str, Any]:
+        """Train.
+
+        Returns:
+            seconds, tokens_per_second (of this process's steps), saving_seconds (how long training waited for checkpoints),
+            peak_bytes, memory_kind, and the totals of `progress`; where steps went wrong `bad_steps`, where memory ran out
+            `split`, and `best` where that is kept.
+
+        Raises:
+            GateStop: too many steps went wrong (NaN, infinity, a spike), or the recipe wants none; the last was not taken.
+            NoMemory: not even one row at a time fits.
+            Interrupted: a signal came; the step is finished and saved.
+            Mistake: a checkpoint cannot be written.
+            What fetching a micro-batch raises (a line that is no row, a hub that cannot be reached): the last step is saved.
+        """
         if self.device.type == "cpu":
             keep_freed_memory()
         self.memory.reset()
@@ -487,7 +458,7 @@ class _Training:
             raise self._no_memory(step, found)
         self.progress.split = 2 * split
         self.folder.append({"step": step, "out_of_memory": {"parts": 2 * split, "found": found}})
-        self.show(step - 1, self.total_steps, f"out of memory: each micro-batch goes in {2 * split} parts from step {step} on")
+        self._show(step - 1, f"out of memory: each micro-batch goes in {2 * split} parts from step {step} on")
 
     def _no_memory(self, step: int, found: str) -> NoMemory:
         why = "with one sample at a time"
@@ -541,7 +512,7 @@ class _Training:
         event = {"found": stop.found, "where": stop.where, "samples": self._samples(fetched)}
         if path is None:
             self.folder.append({"step": step, "skipped": event})
-            self.show(step - 1, self.total_steps, f"step {step} went wrong: begun again with the next samples")
+            self._show(step - 1, f"step {step} went wrong: begun again with the next samples")
             return
         restored, size = checkpoint.load(path, self.model, self.optimizer)
         restored.bad += [place for place in progress.bad + [one.place for one in fetched] if place not in restored.bad]
@@ -551,12 +522,16 @@ class _Training:
             self.folder.append(line)
         if self.went_back is not None:
             self.went_back(restored.step)
-        self.show(restored.step, self.total_steps, f"step {step} went wrong: back to step {restored.step}, without its rows")
+        self._show(restored.step, f"step {step} went wrong: back to step {restored.step}, without its rows")
         self.keys.close()
         self.progress, self.saved = restored, restored.step
         self.keys = _Keys(self.kind, restored)
 
     # -- what is told and kept
+
+    def _show(self, step: int, note: str) -> None:
+        if self.show is not None:
+            self.show(step, self.total_steps, note)
 
     def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, lr: float, seconds: float) -> None:
         progress = self.progress
@@ -580,7 +555,7 @@ class _Training:
         self._log(step, metrics)
         if self.after_step is not None and (seen := self.after_step(step)):
             self.folder.append({"step": step, **seen})
-        self.show(step, self.total_steps, f"loss {mean:.3f}  {sums.tokens / seconds:.0f} tok/s")
+        self._show(step, f"loss {mean:.3f}  {sums.tokens / seconds:.0f} tok/s")
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
         self.folder.append(metrics)

@@ -214,22 +214,22 @@ class Workshop:
         import finetune.report
         import finetune.train.loop as loop
 
-        train, evaluate_loss = loop.train, perplexity.evaluate_loss
+        train, evaluate_loss = loop.Training.run, perplexity.evaluate_loss
 
-        def watched_train(model: Any, kind: Any, settings: Any, **options: Any) -> Any:
-            inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        def watched_train(training: Any) -> Any:
+            inner = training.model.get_base_model() if hasattr(training.model, "get_base_model") else training.model
             self.seen["loop"] = [
                 inner.is_gradient_checkpointing,
                 inner.config._attn_implementation,
-                type(getattr(options["optimizer"], "optimizer", options["optimizer"])).__name__,
+                type(training.optimizer).__name__,
             ]
-            return train(model, kind, settings, **options)
+            return train(training)
 
         def watched_loss(*arguments: Any, **options: Any) -> Any:
             self.seen.setdefault("batch_tokens", options.get("batch_tokens"))
             return evaluate_loss(*arguments, **options)
 
-        monkeypatch.setattr(loop, "train", watched_train)
+        monkeypatch.setattr(loop.Training, "run", watched_train)
         monkeypatch.setattr(perplexity, "evaluate_loss", watched_loss)
         monkeypatch.setattr(finetune.report, "write_report", lambda path: path)  # seconds each; has its own tests
 

@@ -22,7 +22,7 @@ from finetune.files import RunFolder
 from finetune.recipe import Train
 from finetune.train import checkpoint, optim
 from finetune.train.checkpoint import Progress
-from finetune.train.loop import Interrupted, steps_in, train
+from finetune.train.loop import Interrupted, Training, steps_in
 from finetune.train.schedule import learning_rate
 from finetune.train.sft import SupervisedFineTuning
 
@@ -86,10 +86,10 @@ def go(
         assert path is not None
         progress, size = checkpoint.load(path, model, optimizer)
         run.cut_metrics(size)
-    figures = train(
+    figures = Training(
         model, kind, chosen, accelerator=accelerator, optimizer=optimizer, total_steps=total, folder=run, progress=progress,
         evaluate=evaluate, show=show, went_back=went_back, before_step=before_step,
-    )  # fmt: skip
+    ).run()  # fmt: skip
     return model, [json.loads(line) for line in run.metrics.read_text().splitlines()], figures
 
 
@@ -138,11 +138,11 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, acce
 
         folder = tmp_path / f"{micro_batch}"
         folder.mkdir()
-        train(
+        Training(
             model, kind, Train(micro_batch=micro_batch, accumulation=len(keys) if packing else accumulation, max_grad_norm=0),
             accelerator=accelerator, optimizer=Watch(model.parameters(), lr=0.0), total_steps=1, folder=RunFolder(folder),
             progress=Progress(),
-        )  # fmt: skip
+        ).run()  # fmt: skip
         line = json.loads((folder / "metrics.jsonl").read_text())
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
         assert line["supervised"] == count
