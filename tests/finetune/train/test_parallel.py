@@ -24,19 +24,22 @@ from tests.conftest import Terminal
 from tests.finetune.train.dealt import cases
 
 REPOSITORY = Path(__file__).parents[3]
-CASES = [" ".join(map(str, case)) for case in cases()]
+FEW, ALL = ([" ".join(map(str, case)) for case in cases(every)] for every in (False, True))
+REST = [pytest.param(case, marks=pytest.mark.slow) for case in ALL if case not in FEW]
 # What `accelerate launch --use_fsdp --mixed_precision bf16` sets besides, which must not meddle.
 MEDDLING = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}
 
 
 @pytest.fixture(scope="module")
-def dealt(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What the program of two processes found."""
+def dealt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """What the program of two processes found: of every case where a slow one is asked for."""
+    slow = any(item.get_closest_marker("slow") and item.module is request.module for item in request.session.items)
     file = tmp_path_factory.mktemp("dealt") / "results.json"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | MEDDLING
+    together |= {"EVERY_CASE": "1"} if slow else {}
     started = [
         subprocess.Popen(
             [sys.executable, "-W", "error::UserWarning:torch.distributed.fsdp", Path(__file__).with_name("dealt.py"), file],
@@ -56,7 +59,7 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [*FEW, *REST])
 def test_two_processes_train_as_one(dealt: Any, case: str) -> None:
     """Added up in the order in which two processes add them, floats give the same bits. In a row they do not: fp32 is rounded at
     2⁻²⁴ ≈ 6e-8, and Adam divides gradients by their own size, so that small ones, mostly rounding, move weights as large ones do.
@@ -75,7 +78,7 @@ def test_two_processes_train_as_one(dealt: Any, case: str) -> None:
     assert (found["untouched"] > 0) == ("experts" in case), "and such as no token reached, which are left alone"
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if "fsdp" in case])
+@pytest.mark.parametrize("case", [case for case in [*FEW, *REST] if "fsdp" in str(case)])
 def test_layers_are_shared_out_and_come_back(dealt: Any, case: str) -> None:
     found = dealt[case]
     assert found["share of codes"] == found["share of floats"] == 0.5
