@@ -27,7 +27,7 @@ model: {{name: {model}, dtype: fp32}}
 quant: {{scheme: nf4}}
 adapter: {{rank: 8, dropout: 0.1}}
 data: {{path: {rows}, max_length: 128, heldout: 4}}
-train: {{epochs: 1000, max_steps: {steps}, save_steps: 50, eval_steps: 170, accumulation: 2, keep_checkpoints: 3}}
+train: {{epochs: 100000, max_steps: {steps}, save_steps: 50, eval_steps: 170, accumulation: 2, keep_checkpoints: 3}}
 eval: {{samples: 1, max_new_tokens: 4}}
 run: {{device: cpu, threads: 1}}
 """
