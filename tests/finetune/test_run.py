@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -742,3 +743,36 @@ def test_sigterm_before_training_leaves_nothing_and_says_so(recipe: Path, tmp_pa
     assert process.returncode == 130, err
     assert "Traceback" not in err
     assert not (tmp_path / "ended").exists()
+
+
+def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(recipe: Path, tmp_path: Path) -> None:
+    options = [
+        "train.epochs=400",
+        "run.threads=1",
+        "train.accumulation=60",  # a second a step: the first Ctrl-C would wait for its end
+        "train.max_steps=4",
+        "train.save_steps=1",
+        "run.merge=false",
+        "eval.samples=0",
+        "eval.prompts=[]",
+    ]
+    command = [sys.executable, "-m", "finetune.cli", "run", str(recipe), *options]
+    process = subprocess.Popen(
+        [*command, "run.dir=cut"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    saved = tmp_path / "cut" / "checkpoints" / "step-000001" / "manifest.json"
+    end = time.monotonic() + 100
+    while not saved.exists() and process.poll() is None and time.monotonic() < end:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.stderr is not None
+    while "again: ends at once" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert f"finetune resume {tmp_path / 'cut'}" in err or "finetune resume cut" in err
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
+    assert max(steps) < 4, "it did not finish what it was told to leave"
+    assert next(path.name for path in sorted(saved.parents[1].iterdir()) if path.name.startswith("step")) == "step-000001"
+    assert json.loads((tmp_path / "cut" / "run.json").read_text())["state"] == "stopped"
