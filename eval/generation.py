@@ -89,12 +89,12 @@ def _seed(seed: int | None) -> None:
         torch.manual_seed(seed)
 
 
-def _whole_answer(model: Any, prompt: torch.Tensor, options: dict[str, Any]) -> torch.Tensor:
+def _whole_answer(model: Any, prompt: torch.Tensor, options: dict[str, Any], *, retry: bool = True) -> torch.Tensor:
     """Prompt and answer (1, T). Where memory runs out, once more: the prompt in pieces, and on a card the cache in CPU memory."""
     try:
         return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
     except Exception as error:
-        if not out_of_memory(error):
+        if not retry or not out_of_memory(error):
             raise
         forget(error)
     smaller = copy.deepcopy(options["generation_config"])
@@ -113,6 +113,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    retry: bool = True,
     progress: Progress | None = None,
 ) -> list[Answer]:
     """The model's answer to each conversation, written with the tokenizer's chat template, or how it goes on with each text;
@@ -120,6 +121,7 @@ def generate(
 
     Args:
         seed: of the sampling, set anew for each conversation, so that an answer does not depend on the others; None draws one.
+        retry: where memory runs out, with the prompt in pieces; not where other processes run the same passes with this one.
         progress: called with (conversations done, in all).
 
     Raises:
@@ -133,7 +135,7 @@ def generate(
             prompt = torch.tensor([_prompt(tokenizer, messages)], device=device)
             _seed(seed)
             begin = time.perf_counter()
-            output = _whole_answer(model, prompt, options)
+            output = _whole_answer(model, prompt, options, retry=retry)
             new = output[0, prompt.shape[1] :].tolist()  # waits for the device
             seconds = time.perf_counter() - begin
             text = tokenizer.decode(new, skip_special_tokens=True)

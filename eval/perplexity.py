@@ -183,6 +183,7 @@ def evaluate_loss(
     batch_tokens: int = 2048,
     device: torch.device | str | None = None,
     of_tokens: TokenLosses | None = None,
+    retry: bool = True,
     progress: Progress | None = None,
 ) -> LossResult:
     """The model's loss on `rows`; nothing about the model or the random numbers is different afterwards.
@@ -193,6 +194,7 @@ def evaluate_loss(
         batch_tokens: rows are run together up to this many tokens; a longer row runs alone. Where memory runs out, half as many
             from there on, down to one row.
         device: where the input ids go; by default where the model's first parameter is.
+        retry: that, and not where other processes run the same passes with this one.
         of_tokens: computes the losses in place of the model's logits, which are then never whole.
         progress: called with (rows done, rows in all).
 
@@ -225,7 +227,7 @@ def evaluate_loss(
             try:
                 losses = _losses(model, [rows[i] for i in group], device, of_tokens)
             except Exception as error:
-                if len(group) == 1 or not out_of_memory(error):
+                if len(group) == 1 or not retry or not out_of_memory(error):
                     raise
                 forget(error)
                 losses = None

@@ -23,6 +23,7 @@ MAY_CHANGE = (
     "train.save_steps",
     "train.keep_checkpoints",
     "train.max_bad_steps",
+    "train.on_bad_step",
 )
 MUST_STAY = ("run.seed",)
 UNBEGUN = {

@@ -171,7 +171,7 @@ class _Story:
         offload.check(recipe.model.stream, self.device)
         several = f", {world()} processes ({recipe.run.parallel})" if world() > 1 else ""
         screen.say(f"  {provenance.device_name(self.device)}{several}")
-        self._enough_to_deal_out()
+        self._check_processes()
         if recipe.train.checkpointing == "offload" and self.device.type == "cpu":
             raise Mistake(
                 "on the CPU activations are in its memory already",
@@ -222,9 +222,24 @@ class _Story:
             + (f" in {len(self.targets)} adapters" if self.targets else "")
         )
 
-    def _enough_to_deal_out(self) -> None:
-        """Refuse processes that would have nothing to do, in any step."""
-        train = self.recipe.train
+    def _check_processes(self) -> None:
+        """Refuse what several processes cannot do, before anything is loaded."""
+        train, run = self.recipe.train, self.recipe.run
+        if world() == 1:
+            return
+        refused = {
+            "train.step_in_backward": (train.step_in_backward, "gradients are added up before the step"),
+            "train.stochastic_rounding": (train.stochastic_rounding, "each would round by its own chance"),
+            "train.optimizer": (run.parallel == "fsdp" and train.optimizer != "adamw", "8-bit states are not shared out"),
+            "fit": (self.recipe.fit == "auto", "each would change the recipe for itself"),
+        }
+        for key, (wrong, why) in refused.items():
+            if wrong:
+                do = {
+                    "train.optimizer": "train.optimizer=adamw, or run.parallel=ddp",
+                    "fit": "fit=none; finetune plan --fit says",
+                }
+                raise Mistake(f"this is for one process: {why}", where=key, found=f"{world()} processes", do=do.get(key))
         if train.micro_batch * train.accumulation < world():
             raise Mistake(
                 "there are more processes than rows in a step",
@@ -239,8 +254,9 @@ class _Story:
         from finetune.train import parallel
 
         vocabulary = json.dumps(self.tokenizer.get_vocab(), sort_keys=True)
-        seen = parallel.everyone([self.material.digest, hashlib.sha256(vocabulary.encode()).hexdigest()])
-        for what, values in zip(("data", "tokenizer"), zip(*seen, strict=True), strict=True):
+        said = [hashlib.sha256(text.encode()).hexdigest() for text in (vocabulary, dump_recipe(self.recipe))]
+        seen = parallel.everyone([self.material.digest, *said])
+        for what, values in zip(("data", "tokenizer", "recipe"), zip(*seen, strict=True), strict=True):
             if len(set(values)) > 1:
                 found = ", ".join(f"process {number}: {value[:12]}…" for number, value in enumerate(values))
                 raise GateStop(f"the processes do not have the same {what}", where=self.material.source, found=found)
@@ -255,14 +271,16 @@ class _Story:
         from finetune.plan.estimate import Untraceable
         from finetune.plan.fit import fit
         from finetune.plan.table import cannot, gib, verdict
+        from finetune.train import parallel
 
         recipe, screen = self.recipe, self.screen
         device = present(self.device)
         limit = (
             parse_bytes(recipe.plan.memory)
             if recipe.plan.memory is not None
-            else min(device.memory_bytes, free_memory(self.device))
+            else min(device.memory_bytes, free_memory(self.device) // (world() if device.kind == "cpu" else 1))
         )
+        limit = min(parallel.everyone(limit))
         begun, plan_of = self.folder.exists, self._plan_of(limit)
         try:
             with screen.phase("plan"):
@@ -281,6 +299,9 @@ class _Story:
         if self.plan.fits:
             return
         found = f"{gib(self.plan.peak_bytes)} GiB in {self.plan.highest.name}; there are {gib(limit)} GiB"
+        if world() > 1 and recipe.run.parallel == "fsdp":
+            screen.warn(f"the plan is of one process that has the whole model, which would not fit: {found}")
+            return
         if self.force:
             screen.warn(f"--force: by the plan it does not fit: {found}")
             return
@@ -634,10 +655,17 @@ class _Story:
         # Layers that are shared out run in all processes alike: then each measures all rows.
         own = shares[rank()] if all(learnt) and not parallel.is_sharded(self.model) else rows
         result = evaluate_loss(
-            self.model, own, batch_tokens=self.recipe.eval.batch_tokens, of_tokens=of_tokens, progress=progress
+            self.model,
+            own,
+            batch_tokens=self.recipe.eval.batch_tokens,
+            of_tokens=of_tokens,
+            retry=not parallel.is_sharded(self.model),
+            progress=progress,
         )
-        if len(own) == len(rows):
+        if world() == 1:
             return result
+        if len(own) == len(rows):  # of one mind to the last bit: what is best is decided by it
+            return loss_of(*parallel.share([result.row_loss_sums, result.row_tokens]))
         parts = parallel.everyone([result.row_loss_sums, result.row_tokens])
         sums, tokens = ([parts[at % world()][which][at // world()] for at in range(len(rows))] for which in (0, 1))
         return loss_of(sums, tokens)
@@ -664,6 +692,7 @@ class _Story:
 
     def _sample(self, when: str) -> None:
         from eval.generation import generate
+        from finetune.train import parallel
 
         samples = self.record["samples"] or self.material.questions()
         if not samples:
@@ -674,6 +703,7 @@ class _Story:
                 self.tokenizer,
                 [sample["prompt"] for sample in samples],
                 max_new_tokens=self.recipe.eval.max_new_tokens,
+                retry=not parallel.is_sharded(self.model),
                 progress=lambda done, total: progress(done, total, "answers"),
             )
         for sample, answer in zip(samples, answers, strict=True):
@@ -818,7 +848,10 @@ class _Story:
         if self.plan is None:
             return stop
         limit = int(0.9 * min(self.plan.peak_bytes, self.plan.budget_bytes))  # it was more, whatever the plan said
-        made = fit(self.recipe, limit, self._plan_of(limit), kind="cpu" if self.device.type == "cpu" else "cuda")
+        try:
+            made = fit(self.recipe, limit, self._plan_of(limit), kind="cpu" if self.device.type == "cpu" else "cuda")
+        except Exception:  # there is little memory: what is known already is what is to be said
+            return stop
         if not made.plan.fits:
             return type(stop)(stop.what, where=stop.where, found=f"{stop.found}; {cannot(made)}", do=stop.do)
         keys = " ".join(f"{key}={scalar(new)}" for change in made.steps for key, (_, new) in change.keys.items())

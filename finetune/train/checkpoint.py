@@ -209,15 +209,6 @@ def write(folder: Path, taken: Snapshot, *, keep: int) -> Path:
     return path
 
 
-def save(
-    folder: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int, keep: int
-) -> Path:
-    """Write a checkpoint before anything else happens."""
-    taken = snapshot(model, optimizer, progress, metrics_bytes=metrics_bytes, copy=False)
-    assert taken is not None
-    return write(folder, taken, keep=keep)
-
-
 class Saver:
     """Writes checkpoints while training goes on: what changes is copied at once, and a thread of its own writes and hashes it.
 

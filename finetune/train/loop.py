@@ -290,7 +290,7 @@ class Training:
         self.model.train()
         begun, tokens_before, self.evaluating = time.monotonic(), self.progress.tokens, 0.0
         self.keys = _Keys(self.kind, self.progress)
-        if self.in_backward and not checkpoint.checkpoints(self.checkpoints):
+        if (self.in_backward or self.settings.on_bad_step == "back") and not checkpoint.checkpoints(self.checkpoints):
             self._save(self.progress)  # something to go back to
         try:
             with _signals() as self.interrupted:
@@ -325,7 +325,7 @@ class Training:
         lr = self._set_rates(step)
         if self.before_step is not None:
             self.before_step(step)
-        finished, fetched = replace(progress), []
+        finished, self.generators, fetched = replace(progress), checkpoint.generators(), []
         fault: Exception | None = None
         try:
             fetched = [self._fetch() for _ in range(settings.accumulation)]  # should one fail, nothing has moved
@@ -335,8 +335,14 @@ class Training:
             fault = error
         if parallel.any_of(fault is not None):
             self._save_unless_saved(finished)  # hours of work, perhaps: how often is saved is up to the recipe
-            raise fault or Mistake("another process could not read its data", where="data")
-        sums = self._sums(step, [one.key for one in fetched])
+            faults = parallel.everyone(str(fault) if fault is not None else None)
+            raise fault or Mistake("another process could not read its data", where="data", found=next(filter(None, faults)))
+        try:
+            sums = self._sums(step, [one.key for one in fetched])
+        except NoMemory as error:
+            if not (self.in_backward or self.sharded):  # the weights are those of the step before
+                self._keep(finished)
+            raise NoMemory(error.what, where=error.where, found=error.found, do=self._stands()) from None
         mean = sums.loss / max(1, sums.count)
         if self.in_backward:
             none = 0.0 if math.isfinite(mean) else math.nan  # the optimizer still has the norm of the step before
@@ -366,7 +372,7 @@ class Training:
         interrupted = sums.interrupted or (world() == 1 and self.interrupted())  # several have to be of one mind
         if (settings.save_steps and step % settings.save_steps == 0) or step == self.total_steps or interrupted or best:
             self._save(progress)
-            if interrupted and step < self.total_steps:
+            if interrupted:
                 raise Interrupted(f"stopped after step {step} of {self.total_steps}")
 
     def _set_rates(self, step: int) -> float:
@@ -395,7 +401,7 @@ class Training:
             NoMemory: it has run out, and nothing can be made smaller.
         """
         while True:
-            generators, failed = checkpoint.generators(), ""
+            failed = ""
             loss, count, tokens, backward = 0.0, 0, 0, False
             try:
                 loss, count, tokens, backward = self._passes(keys)
@@ -412,7 +418,7 @@ class Training:
                 return _Sums(loss, int(total), int(read), bool(learnt), bool(interrupted))
             self.optimizer.zero_grad(set_to_none=True)
             self._halve(step, keys, failed or "in another process")
-            checkpoint.set_generators(generators)
+            checkpoint.set_generators(self.generators)
 
     def _passes(self, keys: list[Any]) -> tuple[float, int, int, bool]:
         """(sum of losses, targets, tokens, whether there was a backward pass) of this process's share."""
@@ -466,9 +472,7 @@ class Training:
             why = "in one of several processes with sharded layers, where a step cannot be repeated"
         elif self.in_backward:
             why = "and with train.step_in_backward a step cannot be repeated in parts"
-        return NoMemory(
-            f"out of memory in step {step}, {why}", where="train", found=found, do=f"the last checkpoint is step {self.saved}"
-        )
+        return NoMemory(f"out of memory in step {step}, {why}", where="train", found=found)
 
     def _wrong(self, step: int, fetched: list[_Fetched], mean: float, norm: float) -> GateStop | None:
         """What is wrong with a step, or None."""
@@ -485,8 +489,8 @@ class Training:
             f"{what}; the step was not taken",
             where=f"samples {', '.join(self._samples(fetched))}"[:400],
             found=f"loss {mean}, gradient norm {norm}",
-            do=f"look at these samples, or begin anew with a lower train.lr (it was {settings.lr:g}); "
-            f"the last checkpoint is step {self.saved}; train.on_bad_step and max_bad_steps say what may be left out",
+            do=f"look at these samples; --resume with more than {settings.max_bad_steps} train.max_bad_steps leaves them out; or "
+            f"begin anew with a lower train.lr (it was {settings.lr:g})",
         )
 
     def _samples(self, fetched: list[_Fetched]) -> list[str]:
@@ -506,8 +510,8 @@ class Training:
         path = checkpoint.newest(self.checkpoints)[0] if back else None
         if settings.on_bad_step == "stop" or progress.wrong >= settings.max_bad_steps or (back and path is None):
             if not self.in_backward:  # else the weights have taken the step already
-                self._save_unless_saved(finished)
-            raise stop
+                self._keep(finished)
+            raise GateStop(stop.what, where=stop.where, found=stop.found, do=f"{stop.do}; {self._stands()}")
         progress.wrong += 1
         event = {"found": stop.found, "where": stop.where, "samples": self._samples(fetched)}
         if path is None:
@@ -516,7 +520,7 @@ class Training:
             return
         restored, size = checkpoint.load(path, self.model, self.optimizer)
         restored.bad += [place for place in progress.bad + [one.place for one in fetched] if place not in restored.bad]
-        restored.wrong = progress.wrong
+        restored.wrong, restored.split = progress.wrong, max(progress.split, restored.split)
         events = self.folder.cut_metrics(size, keep=("skipped", "rolled_back", "out_of_memory"))
         for line in [*events, {"step": restored.step, "rolled_back": {"from": step, **event}}]:
             self.folder.append(line)
@@ -582,6 +586,15 @@ class Training:
     def _save(self, reached: Progress) -> None:
         self.saver.save(self.model, self.optimizer, reached, metrics_bytes=self.folder.metrics_bytes())
         self.saved = reached.step
+
+    def _keep(self, finished: Progress) -> None:
+        """Save the run as it was before the step that was begun."""
+        checkpoint.set_generators(self.generators)
+        self._save_unless_saved(finished)
+
+    def _stands(self) -> str:
+        whole = checkpoint.checkpoints(self.checkpoints)
+        return f"the last checkpoint is {whole[-1].name}" if whole else "no checkpoint was written yet"
 
     def _save_unless_saved(self, finished: Progress) -> None:
         if finished.step > self.saved:

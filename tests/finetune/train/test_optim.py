@@ -312,7 +312,9 @@ def test_a_checkpoint_brings_back_every_bit(tmp_path: Path, name: str, dtype: to
     model = Net(dtype)
     optimizer = make(model, name, **options)
     steps(model, optimizer, range(1, 4))
-    path = checkpoint.save(tmp_path, model, optimizer, Progress(step=3), metrics_bytes=0, keep=2)
+    path = checkpoint.write(
+        tmp_path, checkpoint.snapshot(model, optimizer, Progress(step=3), metrics_bytes=0, copy=False), keep=2
+    )
     steps(model, optimizer, range(4, 7))
     again = Net(dtype, seed=1)
     other = make(again, name, **options)
