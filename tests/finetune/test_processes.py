@@ -87,8 +87,9 @@ def same(one: Path, other: Path) -> None:
 
 
 def killed_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
-    end = time.monotonic() + 200
-    while time.monotonic() < end and process.poll() is None and len(lines(run)) < step:
+    """Killed as soon as the checkpoint of `step` is whole."""
+    end, whole_one = time.monotonic() + 200, run / "checkpoints" / f"step-{step:06d}" / "manifest.json"
+    while time.monotonic() < end and process.poll() is None and not whole_one.exists():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
@@ -97,8 +98,8 @@ def killed_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
 
 def test_from_one_process_to_two_and_back(work: Path) -> None:
     one, run = whole(work, "qlora"), work / "there-and-back"
-    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}"), run, 5)
-    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume", "--processes", "2"), run, 9)
+    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}"), run, 4)
+    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume", "--processes", "2"), run, 8)
     done(start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume"))
     same(one, run)
     resumed = json.loads((run / "run.json").read_text())["provenance"]["resumed"]
@@ -149,8 +150,8 @@ def test_who_starts_them_does_not_matter(work: Path, launcher: tuple[str, ...]) 
 def test_sharded_from_one_to_two_and_back(work: Path, kind: str) -> None:
     run = work / f"{kind}-sharded"
     words = ("run", f"{kind}.yaml", f"run.dir={run}")
-    killed_after(start(work, *words), run, 5)
-    killed_after(start(work, *words, "run.parallel=fsdp", "--resume", "--processes", "2"), run, 9)
+    killed_after(start(work, *words), run, 4)
+    killed_after(start(work, *words, "run.parallel=fsdp", "--resume", "--processes", "2"), run, 8)
     done(start(work, *words, "--resume"))
     same(whole(work, kind), run)
 
