@@ -84,6 +84,8 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
         recipe = as_it_was_fitted(recipe, folder)
         check_resumable(folder, recipe)
         if folder.read()["state"] == "done":
+            folder.acquire()
+            folder.release()  # of one that was killed after its last word, the lock would stay
             screen.say(f"{folder.path} is done already")
             if not (folder.path / "report.html").exists():
                 from finetune.report import write_report
