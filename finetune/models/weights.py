@@ -1,0 +1,149 @@
+"""A model's weights, read into floats or packed while they are read, and in which dtype they then compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.errors import Mistake
+from finetune.models.config import as_packed
+from finetune.models.source import AGAIN, FAULTS, Source, check_files, shapes_in, unavailable
+from finetune.recipe import Quant
+from finetune.screen import Shown, relayed_bars
+from quant.linear import PackedLinear
+from quant.swap import DEFAULT_KEEP
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+
+def load_weights(
+    source: Source,
+    config: PretrainedConfig,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    quant: Quant | None = None,
+    frozen: bool = True,
+    seed: int = 0,
+    put: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    progress: Shown | None = None,
+) -> PreTrainedModel:
+    """The model on the CPU, in `dtype`, in eval mode. `progress` shows the download and the reading; `seed` is that of a model
+    from scratch; `frozen`: the base carries adapters, or nothing is trained.
+
+    Linears are packed as `quant` says while they are read, so that a 7B never lies in memory in floats (a GGUF is packed
+    afterwards, by `build_model`), and with `put`, which takes each packed tensor elsewhere, not in codes either. A checkpoint
+    that is packed already, as bitsandbytes or bitnet, is read as it is.
+
+    Raises:
+        Mistake: the weights are missing, damaged, not all that the architecture needs, cannot be packed, or are packed
+            otherwise than `quant` says.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from quant.pretrained import PackedNF4Config, PackingError
+
+    check_files(source, source.folder)
+    chosen = {} if attention == "auto" else {"attn_implementation": attention}
+    if source.init_config is not None:
+        return _random_weights(config, dtype=dtype, seed=seed, **chosen)
+    options = dict(source.options) | chosen
+    if source.gguf is not None:
+        from transformers import GgufConfig
+
+        options["quantization_config"] = GgufConfig(dequantize=True)  # else the weights stay packed and cannot be saved
+    else:
+        options |= {"config": config, "use_safetensors": True}
+        if getattr(config, "quantization_config", None):
+            options["config"] = as_packed(source, config, quant, frozen=frozen)
+        elif quant is not None and quant.scheme == "nf4":
+            options["quantization_config"] = PackedNF4Config(keep=(*DEFAULT_KEEP, *quant.keep), double=quant.double, put=put)
+    try:
+        with relayed_bars(progress) as tqdm_class:
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.folder, dtype=dtype, output_loading_info=True, tqdm_class=tqdm_class, **options
+            )
+    except PackingError as error:
+        if "the checkpoint has no" in str(error):
+            raise _incomplete(source, str(error)) from None
+        raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
+    except FAULTS:
+        raise
+    except Exception as error:  # transformers raises many kinds for one cause: this is no readable model
+        raise _unreadable(source, config, attention, error) from None
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise _incomplete(source, f"{len(missing)}, such as {missing[0]}")
+    model.eval()
+    return model
+
+
+def _random_weights(config: PretrainedConfig, *, dtype: torch.dtype, seed: int, **chosen: str) -> PreTrainedModel:
+    """A model from scratch, once it has run."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **chosen).eval()
+        with torch.no_grad():
+            model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
+        return model
+    except RuntimeError as error:
+        found = str(error).strip().splitlines()[0]
+        raise Mistake("a model of this configuration cannot run", where="model.config", found=found) from None
+    except (ImportError, ValueError) as error:
+        found = str(error).strip().splitlines()[0]
+        raise Mistake("this model has no such attention", where="model.attention", found=found) from None
+
+
+def _unreadable(source: Source, config: PretrainedConfig, attention: str, error: Exception) -> Mistake:
+    """What an error of from_pretrained means."""
+    if isinstance(error, ImportError):
+        found = str(error).strip().splitlines()[0]
+        return Mistake("a package for this model is missing", where="model.attention", found=found)
+    if "attn_implementation" in str(error):
+        return Mistake("this model has no such attention", where="model.attention", found=attention, do="model.attention=auto")
+    if "ignore_mismatched_sizes" in str(error) and (misfit := _misfit(source, config)) is not None:
+        return Mistake("the weights are of another model", where=source.folder, found=misfit, do=AGAIN)
+    return unavailable(source, error)
+
+
+def _misfit(source: Source, config: PretrainedConfig) -> str | None:
+    """The first tensor in a local model's files that has not the shape which its config gives it."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        wanted = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code).state_dict()
+    for path in sorted(Path(source.folder).glob("*.safetensors")):
+        for name, shape in shapes_in(path).items():
+            if name in wanted and shape != tuple(wanted[name].shape):
+                return f"{name} in {path.name} is {list(shape)}; config.json makes it {list(wanted[name].shape)}"
+    return None
+
+
+def _incomplete(source: Source, found: str) -> Mistake:
+    return Mistake(
+        "weights are missing: these would stay random", where=source.folder, found=found, do="fetch or save the model again"
+    )
+
+
+def cast(model: Any, dtype: torch.dtype) -> Any:
+    """`model` with its float parameters in `dtype`. Buffers stay: rotary frequencies in bf16 would put tokens elsewhere."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            module.dtype = dtype
+    return model
+
+
+def parameters_of(model: Any) -> int:
+    """Parameters of the model that packed linears stand for."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
+    return packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())
