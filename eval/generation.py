@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from eval._common import adds_bos, device_of, evaluating, forget, out_of_memory, randomness_kept
+from eval.model_state import adds_bos, device_of, evaluating, forget, out_of_memory, randomness_kept
 
 Message = dict[str, Any]  # role, content, …: what the tokenizer's chat template takes
 Prompt = Sequence[Message] | str  # a conversation, or a text that the model goes on with

@@ -18,7 +18,7 @@ from unittest.mock import patch
 
 from torch import nn
 
-from eval._common import evaluating, randomness_kept
+from eval.model_state import evaluating, randomness_kept
 
 Progress = Callable[[int, int], None]  # (done, total)
 

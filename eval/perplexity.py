@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from eval._common import adds_bos, device_of, evaluating, forget, out_of_memory
+from eval.model_state import adds_bos, device_of, evaluating, forget, out_of_memory
 
 Row = tuple[list[int], list[int]]  # input ids, labels: the label AT each position (unshifted), IGNORED where none
 Progress = Callable[[int, int], None]  # (done, total)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eval._common import evaluating
+from eval.model_state import evaluating
 from finetune.errors import Mistake
 
 if TYPE_CHECKING:

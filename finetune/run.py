@@ -829,7 +829,7 @@ class _Story:
 
     def no_memory(self, error: Exception) -> GateStop | None:
         """What to say where memory has run out, and nothing is left to halve; None of any other error."""
-        from eval._common import forget, out_of_memory
+        from eval.model_state import forget, out_of_memory
         from finetune.train.loop import NoMemory
 
         if isinstance(error, NoMemory):

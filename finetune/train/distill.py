@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from eval._common import device_of, evaluating
+from eval.model_state import device_of, evaluating
 from finetune.errors import Mistake
 from finetune.train import shapes
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from eval._common import device_of, evaluating
+from eval.model_state import device_of, evaluating
 from finetune.errors import Mistake
 from finetune.train import attention, kernels, parallel, shapes, step
 from quant.lora import LoraGroup, why_not

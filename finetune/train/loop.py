@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from eval._common import forget, out_of_memory
+from eval.model_state import forget, out_of_memory
 from finetune.errors import GateStop, Mistake
 from finetune.processes import rank, world
 from finetune.train import checkpoint, parallel

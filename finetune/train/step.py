@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd.function import once_differentiable
 
-from eval._common import device_of, evaluating
+from eval.model_state import device_of, evaluating
 from finetune.data.samples import IGNORE
 from finetune.train import kernels, shapes
 

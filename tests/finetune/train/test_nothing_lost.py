@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval._common import out_of_memory
+from eval.model_state import out_of_memory
 from finetune.errors import GateStop, Mistake
 from finetune.train import checkpoint
 from finetune.train.loop import NoMemory, spike

@@ -1,4 +1,7 @@
-"""What scoring must leave as it found it (modes, random numbers), and two questions that every score asks."""
+"""The state that scoring puts back: a model's modes, the random generators, memory after an out-of-memory error.
+
+And two questions that every score asks: where input ids go, and whether a tokenizer adds BOS by itself.
+"""
 
 from __future__ import annotations
 
