@@ -13,7 +13,15 @@ from pathlib import Path
 
 # Rank of each room: a module imports only from rooms of lower rank (or its own). Late imports inside functions count too.
 RANKS = [
-    {"finetune.errors", "finetune.files", "finetune.processes", "finetune.recipe", "finetune.screen"},
+    {
+        "finetune.errors",
+        "finetune.files",
+        "finetune.memory",
+        "finetune.processes",
+        "finetune.recipe",
+        "finetune.screen",
+        "finetune.units",
+    },
     {"finetune.data", "finetune.model", "finetune.provenance", "finetune.convert"},
     {"finetune.train", "finetune.use"},
     {"finetune.material", "finetune.export", "finetune.place", "finetune.ready"},
