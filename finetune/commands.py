@@ -10,7 +10,8 @@ from rich.console import Console
 
 from finetune.errors import Mistake
 from finetune.files import write_json
-from finetune.screen import Screen, number
+from finetune.screen import Screen
+from finetune.units import number
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe

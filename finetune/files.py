@@ -26,6 +26,7 @@ from typing import Any
 
 from finetune.errors import Mistake, Stop
 from finetune.processes import is_first
+from finetune.units import human_bytes
 
 MARK = "run.json"
 TOKENIZER = "tokenizer"  # the folder in a run of one that it trained on its text
@@ -195,15 +196,6 @@ def remove_folder(path: Path) -> None:
 def sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def human_bytes(count: float) -> str:
-    """1536 → '1.5 KiB'."""
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(count) < 1024:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.2f} TiB"
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from finetune.errors import GateStop
 from finetune.files import atomic_folder
+from finetune.memory import free_bytes
 from quant import to_float
 from quant.ternary import unpack
 
@@ -55,12 +56,10 @@ def arithmetic(parameters: int, dtype: torch.dtype, device: torch.device) -> tup
 
     In bf16 one rounding of a massive activation moves every token's loss (seen with SmolLM2: by 0.1 nats, the merge being right).
     """
-    import psutil
-
-    free = psutil.virtual_memory().available
+    free = free_bytes()
     if device.type == "cuda":
         torch.cuda.empty_cache()
-        on_card = torch.cuda.mem_get_info(device)[0]
+        on_card = free_bytes(device)
         if on_card > 1.3 * 4 * parameters:
             return torch.float32, device
         if on_card > 1.3 * dtype.itemsize * parameters:

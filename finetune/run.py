@@ -26,14 +26,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateStop, Interruption, Mistake
-from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, human_bytes, require_space, write_atomic
+from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, require_space, write_atomic
+from finetune.memory import resident_bytes, usable_bytes
 from finetune.place import absolute, bytes_to_write, check_resumable, choose_folder, same_data
 from finetune.processes import is_first, rank, world
 from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train, dump_recipe
-from finetune.screen import Screen, clock, number
+from finetune.screen import Screen
+from finetune.units import clock, human_bytes, number
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedTokenizerBase
 
     from eval.perplexity import LossResult
@@ -280,7 +281,7 @@ class _Story:
         limit = (
             parse_bytes(recipe.plan.memory)
             if recipe.plan.memory is not None
-            else min(device.memory_bytes, free_memory(self.device) // (world() if device.kind == "cpu" else 1))
+            else min(device.memory_bytes, usable_bytes(self.device) // (world() if device.kind == "cpu" else 1))
         )
         limit = min(parallel.everyone(limit))
         begun, plan_of = self.folder.exists, self._plan_of(limit)
@@ -402,7 +403,7 @@ class _Story:
             training = self.plan.phase("train")
             context, waste = (training.terms.get(term, 0) for term in ("context", "fragmentation"))
             # As the loop measures it: the process on a CPU, with what it has by now; what is allocated on a card.
-            other = resident() - context if self.device.type == "cpu" else -context - waste
+            other = resident_bytes() - context if self.device.type == "cpu" else -context - waste
             self.record["planned"] = {
                 "peak_bytes": training.peak_bytes + other,
                 "step_seconds": self.plan.step_seconds,
@@ -1124,23 +1125,6 @@ def as_it_was_fitted(recipe: Recipe, folder: RunFolder) -> Recipe:
         if said[section][leaf] == values["old"]:
             said[section][leaf] = values["new"]
     return Recipe.model_validate(said) if changes else recipe
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that this process can have of the device's memory, those that it has among them."""
-    import psutil
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    return psutil.virtual_memory().available + resident()
-
-
-def resident() -> int:
-    """Bytes of memory that this process has."""
-    import psutil
-
-    return psutil.Process().memory_info().rss
 
 
 def _now() -> str:

@@ -16,25 +16,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.text import Text
 
 from finetune.processes import is_first
+from finetune.units import amount, clock
 
 LINE_EVERY_S = 5.0
 Shown = Callable[[int, int, str], None]  # progress(done, total, note)
-
-
-def clock(seconds: float) -> str:
-    """75 → '1:15'."""
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}" if minutes >= 60 else f"{minutes}:{seconds:02d}"
-
-
-def amount(count: int) -> str:
-    """A count as it is; a download's bytes in GB."""
-    return str(count) if count < 10_000_000 else f"{count / 1e9:.2f}G"
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A figure, or – where there is none (a standard error of one row)."""
-    return "–" if value is None else f"{value:.{digits}f}"
 
 
 @contextlib.contextmanager

@@ -8,8 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from finetune.files import human_bytes
-from finetune.screen import clock, number
+from finetune.units import clock, human_bytes, number
 
 
 def show_run(record: dict[str, Any], path: Path) -> None:

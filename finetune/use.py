@@ -12,6 +12,7 @@ from finetune import model as models
 from finetune.data.samples import set_template
 from finetune.errors import Mistake
 from finetune.files import MARK, TOKENIZER, read_run
+from finetune.memory import free_bytes
 from finetune.recipe import Recipe, read_recipe
 from finetune.screen import Shown
 from finetune.train import checkpoint
@@ -148,7 +149,7 @@ def _open_run(path: Path, dtype: str, device: torch.device, merged: bool, progre
     note = None
     if merged and folder.is_dir():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if device.type == "cpu" or not (path / "adapter").is_dir() or size < 0.9 * torch.cuda.mem_get_info(device)[0]:
+        if device.type == "cpu" or not (path / "adapter").is_dir() or size < 0.9 * free_bytes(device):
             opened = _open_source(models.find(str(folder)), dtype, device, progress, chats=run.recipe.kind == "sft")
             opened.recipe, opened.run = run.recipe, path
             return opened

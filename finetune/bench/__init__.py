@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import Mistake, nearest
 from finetune.files import write_json
 from finetune.screen import Screen
+from finetune.units import significant
 
 if TYPE_CHECKING:
     from finetune.bench.measure import Row
@@ -228,7 +229,7 @@ def _show(rows: list[Row], screen: Screen) -> None:
         table.add_column(column, no_wrap=True)
     for number, row in enumerate(rows, 1):
         unit = row["unit"].removeprefix("products").removeprefix("tokens").split()[0]
-        amounts = ("–" if value is None else f"{_amount(value)} {unit}" for value in (row["ours"], row["baseline"]))
+        amounts = ("–" if value is None else f"{significant(value, 4)} {unit}" for value in (row["ours"], row["baseline"]))
         ratio = "–" if row["ratio"] is None else f"{row['ratio']:.3g}"
         if row["low"] is not None and row["high"] is not None:
             ratio += f"\n[{row['low']:.3g}, {row['high']:.3g}]"
@@ -243,8 +244,3 @@ def _show(rows: list[Row], screen: Screen) -> None:
         screen.say(f"{', '.join(numbers)}: {note}")
     if any(verdict(row).endswith("unsure") for row in rows):
         screen.say("unsure: the target lies within the interval")
-
-
-def _amount(value: float) -> str:
-    """Four digits: '0.2956', '12.34', '1,928'."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"

@@ -37,10 +37,10 @@ from torch import Tensor
 from finetune.bench import baselines
 from finetune.bench.measure import Amounts, Case, Pairing, Side, Skip
 from finetune.errors import Mistake
-from finetune.train.loop import Memory
+from finetune.memory import PeakMemory, resident_bytes, return_freed_memory
+from finetune.units import MIB
 from quant import backends, swap
 
-MIB = 2**20
 SAME_LOSS = 2e-4
 SAME_GRADIENTS = 4e-3
 """Relative differences in fp32 beyond which two sides are not the same model; the gradients' of one layer, since an activation
@@ -224,27 +224,13 @@ def peak(device: str, sizes: Sizes, side: str) -> int:
     before.start()
     before.join()
     gc.collect()
-    memory = Memory(torch.device(device))
-    base = torch.cuda.memory_allocated() if memory.cuda else _resident()
+    memory = PeakMemory(torch.device(device))
+    if not (memory.cuda or return_freed_memory()):
+        raise Skip("peak memory is measured on Linux with glibc only")
+    base = torch.cuda.memory_allocated() if memory.cuda else resident_bytes()
     memory.reset()
     run()
     return memory.peak() - base
-
-
-def _resident() -> int:
-    """Bytes of this process in memory, once what it has freed is given back.
-
-    Raises:
-        Skip: the system does not say.
-    """
-    import ctypes
-
-    try:
-        ctypes.CDLL(None).malloc_trim(0)
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmRSS:")[1].split()[0]) * 1024
-    except (OSError, AttributeError, IndexError) as error:
-        raise Skip("peak memory is measured on Linux with glibc only") from error
 
 
 class Peaks:

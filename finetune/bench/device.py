@@ -28,14 +28,14 @@ from finetune import provenance
 from finetune.bench.measure import Row, cache_bytes
 from finetune.errors import Mistake
 from finetune.files import write_json
+from finetune.memory import keep_freed_memory
 from finetune.plan.devices import LARGE, Calibration, Device, attention_flops, present, save_calibration
 from finetune.screen import Screen, Shown
 from finetune.train import attention, optim
-from finetune.train.loop import keep_freed_memory
+from finetune.units import MIB, significant
 from quant import nf4, ops, ternary
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
-MIB = 1 << 20
 PACKAGES = ("torch", "bitsandbytes", "llvmlite", "triton")
 BUSY = 0.05  # share of the machine that others may take before it is said
 TOGETHER_S = 1e-4  # shorter calls are timed several at a time
@@ -566,14 +566,10 @@ def show(found: list[Row], table: Device, screen: Screen) -> None:
         assert row["ours"] is not None
         beside = []
         if known:
-            says = row["baseline"], row["ratio"]
-            beside = ["–", "–"] if says[0] is None or says[1] is None else [f"{_amount(says[0])} {row['unit']}", f"{says[1]:.0%}"]
-        shown.add_row(row["case"], f"{_amount(row['ours'])} {row['unit']}", *beside, row["note"])
+            says, unit = (row["baseline"], row["ratio"]), row["unit"]
+            beside = ["–", "–"] if says[0] is None or says[1] is None else [f"{significant(says[0], 3)} {unit}", f"{says[1]:.0%}"]
+        shown.add_row(row["case"], f"{significant(row['ours'], 3)} {row['unit']}", *beside, row["note"])
     screen.console.print(shown, soft_wrap=False)
-
-
-def _amount(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES) -> None:

@@ -37,8 +37,8 @@ from finetune.bench.child import Progress, follow
 from finetune.bench.measure import Row, interval
 from finetune.files import RunFolder
 from finetune.recipe import Recipe
+from finetune.units import MIB
 
-MIB = 2**20
 OVER, UNDER, MEDIAN, LATE = 0.04, 0.01, 0.01, 0.20  # the targets: memory above and below what is measured, time either way
 OVER_CUDA = 0.05
 TIMED = 12  # cases whose time is to be right

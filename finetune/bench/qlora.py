@@ -35,12 +35,12 @@ from finetune.bench.child import Progress, flags
 from finetune.bench.measure import Row, interval
 from finetune.check import check_sources
 from finetune.errors import Mistake
-from finetune.files import human_bytes
+from finetune.memory import free_bytes
 from finetune.place import absolute
 from finetune.recipe import Recipe, dump_recipe, find_recipe, locator, read_recipe
 from finetune.screen import Screen, Shown
+from finetune.units import GIB, MIB, human_bytes
 
-MIB, GIB = 2**20, 2**30
 DEFAULT = Path(__file__).parent / "qlora.yaml"
 # Rows of the default recipe: four of at most 256 tokens; packed, one of 1,024. A recipe of one's own says both itself.
 MODES = {"unpacked": "data.packing=false", "packed": "data.packing=true"}
@@ -548,8 +548,7 @@ def _no_room(stage: Stage, shape: dict[str, int]) -> str | None:
     linears = shape["num_hidden_layers"] * ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
     stored = 0.52 * linears + 2 * 2 * hidden * shape["vocab_size"]
     need = 2 * (stored + 2.5 * GIB * hidden / 4096)  # two sides, each with activations, adapters and libraries
-    cuda = stage.common["device"] == "cuda"
-    free = torch.cuda.mem_get_info()[0] if cuda else psutil.virtual_memory().available
+    free = free_bytes("cuda" if stage.common["device"] == "cuda" else "cpu")
     if free < need:
         return f"two models of this size need about {human_bytes(need)} of memory, and {human_bytes(free)} are free"
     disk = shutil.disk_usage(stage.folder).free

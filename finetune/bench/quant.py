@@ -15,10 +15,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from finetune.bench import baselines
 from finetune.bench.measure import Amounts, Case, Pairing, Side, Skip
+from finetune.units import MIB
 from quant import BitLinear, NF4Linear, PackedBitLinear, backends, ternary, weights_changed
 
 BF16 = torch.bfloat16
-MIB = 2**20
 
 
 @dataclass(frozen=True)

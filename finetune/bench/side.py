@@ -30,7 +30,8 @@ import torch
 
 from finetune.errors import Mistakes, Stop
 from finetune.files import RunFolder, write_json
-from finetune.train.loop import Memory
+from finetune.memory import PeakMemory
+from finetune.units import GIB
 
 if TYPE_CHECKING:
     from eval.perplexity import LossResult
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from finetune.recipe import Recipe
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]  # token ids, labels at their own positions
-MIB, GIB = 2**20, 2**30
 COPIES = GIB  # bytes of weights among which the bare products go round
 FOREVER = 1 << 30  # steps; the parent says when it is enough
 
@@ -55,7 +55,7 @@ class Pipe:
     """Commands in, answers out."""
 
     def __init__(self, out: int, device: torch.device) -> None:
-        self.out, self.device, self.memory = out, device, Memory(device)
+        self.out, self.device, self.memory = out, device, PeakMemory(device)
 
     def say(self, **answer: Any) -> None:
         os.write(self.out, (json.dumps(answer) + "\n").encode())

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import Mistake, nearest
-from finetune.files import atomic_file, atomic_folder, human_bytes, require_space
+from finetune.files import atomic_file, atomic_folder, require_space
+from finetune.units import human_bytes
 
 if TYPE_CHECKING:
     import torch

@@ -14,9 +14,10 @@ from finetune.files import finite, write_atomic
 from finetune.plan.fit import Fit, PlanOf, fit
 from finetune.plan.result import Plan
 from finetune.plan.rewrite import rewrite
-from finetune.plan.table import cannot, card, claim, gib, markdown, show, show_fit, show_many
+from finetune.plan.table import cannot, card, claim, markdown, show, show_fit, show_many
 from finetune.recipe import Recipe, read_recipe, shipped_recipes
 from finetune.screen import Screen
+from finetune.units import gib
 
 if TYPE_CHECKING:
     from finetune.plan.devices import Device

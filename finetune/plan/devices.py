@@ -35,15 +35,15 @@ import json
 import math
 import os
 import re
-import sys
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import Mistake
 from finetune.files import write_json
+from finetune.memory import machine_bytes
+from finetune.units import GIB
 
-GIB = 1 << 30
 FORMAT = 2  # of the file of a measurement
 
 # Share of a rate that a large product reaches where nothing was measured. bf16: 80 % (H100) to 87 % (A100) of it in the best
@@ -612,7 +612,7 @@ def _present_cpu() -> Device:
     # Ten bytes a nanosecond and thread, and no more than two channels of DDR4-3200 have; watts: about a desktop's ten a core.
     bandwidth, watts = min(10e9 * threads, 50e9), 10.0 * threads
     source = "a guess from its instructions: finetune bench device measures it"
-    return Device(key, name, "cpu", memory_here(), bandwidth, rates, watts, None, source, CPU_CONTEXT)
+    return Device(key, name, "cpu", machine_bytes(), bandwidth, rates, watts, None, source, CPU_CONTEXT)
 
 
 def _cpu_flags() -> set[str]:
@@ -621,20 +621,6 @@ def _cpu_flags() -> set[str]:
     except OSError:
         return set()
     return set(next((line.split(":", 1)[1].split() for line in lines if line.lower().startswith(("flags", "features"))), []))
-
-
-def memory_here() -> int:
-    """Bytes of this machine's memory, or of the share of it that its container may take."""
-    import psutil
-
-    total = psutil.virtual_memory().total
-    if sys.platform == "linux":
-        for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-            try:
-                total = min(total, int(Path(path).read_text(encoding="utf-8")))
-            except (OSError, ValueError):  # no such limit, or "max"
-                continue
-    return total
 
 
 _UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}

@@ -24,7 +24,7 @@ import torch
 from finetune import model as models
 from finetune.data.packing import MULTIPLE
 from finetune.errors import GateStop
-from finetune.files import human_bytes, write_json
+from finetune.files import write_json
 from finetune.model import Source
 from finetune.plan import known, local
 from finetune.plan.data import Facts, facts_of
@@ -35,6 +35,7 @@ from finetune.plan.trace import Trace, Work
 from finetune.ready import autocast_of
 from finetune.recipe import Recipe
 from finetune.train.fast import WORTH_COMPILING
+from finetune.units import human_bytes
 
 DISK = 0.7e9  # bytes/s, read or written: a SATA disk's; NVMe is several times faster
 LINK = {"memory": 12e9, "disk": DISK}  # bytes/s to the device of layers that stream: PCIe 4.0 by 8 lanes, as laptops have it

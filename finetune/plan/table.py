@@ -11,18 +11,12 @@ from finetune.plan.fit import Change, Fit
 from finetune.plan.result import Plan
 from finetune.plan.rewrite import diff
 from finetune.screen import Screen
+from finetune.units import GIB, MINUS, gib, many, rough_duration, step_time
 
-GIB = 1 << 30
 BAR = 24  # characters
-MINUS = "−"
 
 
 # ------------------------------------------------------------------------------------------------------------------- figures
-
-
-def gib(count: float) -> str:
-    """Bytes in GiB: 6.9, below one 0.53, of a few MiB 0.004."""
-    return f"{count / GIB:.{1 if count >= GIB else 2 if count >= GIB / 100 or not count else 3}f}"
 
 
 def of(peak_bytes: int, budget_bytes: int) -> str:
@@ -30,29 +24,6 @@ def of(peak_bytes: int, budget_bytes: int) -> str:
     if gib(peak_bytes) == gib(budget_bytes) and peak_bytes != budget_bytes:
         return f"{peak_bytes / GIB:.3f} of {budget_bytes / GIB:.3f} GiB"
     return f"{gib(peak_bytes)} of {gib(budget_bytes)} GiB"
-
-
-def duration(seconds: float | None) -> str:
-    """45 s · 12 min · 2 h 10 min · 3.5 days · 171 days; – where it is unknown."""
-    if seconds is None:
-        return "–"
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 9.5 or seconds == 0 else f"{seconds:.1f} s" if seconds >= 0.95 else "under 1 s"
-    if seconds < 3570:
-        return f"{round(seconds / 60)} min"
-    if seconds < 48 * 3600:
-        minutes = round(seconds / 60)
-        return f"{minutes // 60} h {minutes % 60:02d} min"
-    days = seconds / 86400
-    return f"{days:.1f} days" if days < 9.95 else f"{days:,.0f} days"
-
-
-def many(count: float) -> str:
-    """6738415616 → 6.74 B; whole below ten thousand."""
-    for scale, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if count >= max(scale, 1e4):
-            return f"{count / scale:.3g} {unit}"
-    return f"{count:,.0f}"
 
 
 def energy(plan: Plan) -> str:
@@ -67,7 +38,7 @@ def energy(plan: Plan) -> str:
 def verdict(plan: Plan) -> str:
     """The plan in one line."""
     said = "fits" if plan.fits else "does not fit"
-    taken = f"{duration(plan.seconds)}, {energy(plan)}"
+    taken = f"{rough_duration(plan.seconds)}, {energy(plan)}"
     return f"{said}: {of(plan.peak_bytes, plan.budget_bytes)}, highest in {plan.highest.name}; {taken}"
 
 
@@ -81,12 +52,6 @@ def work(plan: Plan) -> list[str]:
         f"tokens, {many(plan.tokens)} in all",
         f"{step_time(plan.step_seconds)} a step, {many(speed)} tokens/s; {plan.flops:.1e} FLOP{rate}",
     ]
-
-
-def step_time(seconds: float) -> str:
-    if seconds < 0.995:
-        return f"{1000 * seconds:.3g} ms"
-    return f"{seconds:.2f} s" if seconds < 9.95 else f"{seconds:,.1f} s" if seconds < 100 else duration(seconds)
 
 
 # --------------------------------------------------------------------------------------------------------------------- a plan
@@ -106,7 +71,7 @@ def show(plan: Plan, screen: Screen) -> None:
         style = "red" if over else "bold" if phase is plan.highest else ""
         waits = [gib(phase.host_bytes) if phase.host_bytes else ""] if host else []
         bar = Text(_bar(phase.peak_bytes, most), "red" if over else "blue")
-        phases.add_row(phase.name, gib(phase.peak_bytes), *waits, duration(phase.seconds), bar, style=style)
+        phases.add_row(phase.name, gib(phase.peak_bytes), *waits, rough_duration(phase.seconds), bar, style=style)
     screen.console.print(phases, soft_wrap=False)
     terms = {name: count for name, count in plan.highest.terms.items() if count}
     if terms:
@@ -154,7 +119,7 @@ def show_fit(fit: Fit, screen: Screen) -> None:
         return
     if fit.fits:
         said = f"fits, changed: {gib(before.peak_bytes)} → {of(fit.plan.peak_bytes, fit.budget_bytes)}; "
-        said += f"{duration(before.seconds)} → {duration(fit.plan.seconds)}"
+        said += f"{rough_duration(before.seconds)} → {rough_duration(fit.plan.seconds)}"
         _say(screen, Text(said, "bold green"))
     else:
         _say(screen, Text(cannot(fit), "bold red"))
@@ -201,7 +166,7 @@ def _longer(step: Change) -> str:
         return "the same"
     share = f" ({after / before - 1:+.0%})" if before else ""
     sign = "+" if after >= before else MINUS
-    return f"{sign}{duration(abs(after - before))}{share}".replace("-", MINUS)
+    return f"{sign}{rough_duration(abs(after - before))}{share}".replace("-", MINUS)
 
 
 # ----------------------------------------------------------------------------------------------------------------- many plans
@@ -224,7 +189,7 @@ def _cell(answer: Plan | Fit) -> tuple[str, str, str]:
         fits = "no" if not answer.fits else "changed" if answer.steps else "yes"
     else:
         fits = "yes" if plan.fits else "no"
-    return fits, f"{gib(plan.peak_bytes)} GiB", duration(plan.seconds)
+    return fits, f"{gib(plan.peak_bytes)} GiB", rough_duration(plan.seconds)
 
 
 def footnotes(rows: list[dict[str, Any]]) -> list[str]:

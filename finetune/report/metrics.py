@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import read_run
-from finetune.report.elements import number, pick
+from finetune.report.elements import pick
+from finetune.units import (
+    finite_number,
+)
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,10 @@ def look(entry: dict[str, Any]) -> Look:
     """A line of metrics as a Look; raises ValueError, KeyError or TypeError where it is none."""
     seen = entry["ternary"]
     values = (seen["flips"], seen["zeros"], *(value for layer in seen["layers"].values() for value in layer))
-    if not seen["layers"] or any(number(value) is None for value in values):
+    if not seen["layers"] or any(finite_number(value) is None for value in values):
         raise ValueError("not a number")
     layers = {path: (float(flips), float(zeros), float(scale)) for path, (flips, zeros, scale) in seen["layers"].items()}
-    return Look(int(entry["step"]), float(seen["flips"]), float(seen["zeros"]), number(seen.get("blend")), layers)
+    return Look(int(entry["step"]), float(seen["flips"]), float(seen["zeros"]), finite_number(seen.get("blend")), layers)
 
 
 EVENTS = ("rolled_back", "skipped", "out_of_memory")
@@ -67,7 +70,7 @@ class Metrics:
 
     def column(self, name: str) -> list[float]:
         """NaN where a step has no finite value."""
-        return [math.nan if (value := number(entry.get(name))) is None else value for entry in self.steps]
+        return [math.nan if (value := finite_number(entry.get(name))) is None else value for entry in self.steps]
 
     def has(self, name: str) -> bool:
         return any(math.isfinite(value) for value in self.column(name))
@@ -77,7 +80,7 @@ class Metrics:
         if not self.steps:
             return None
         last, seconds = self.steps[-1], sum(value for value in self.column("step_seconds") if math.isfinite(value))
-        tokens = number(last.get("tokens"))
+        tokens = finite_number(last.get("tokens"))
         return {
             "steps": len(self.steps),
             "tokens": tokens,
@@ -107,7 +110,7 @@ def held_out(record: dict[str, Any], metrics: Metrics) -> list[tuple[float, floa
         points.append((last, after.get("loss"), after.get("stderr")))
     made = []
     for step, loss, error in points:
-        value, spread = number(loss), number(error)
+        value, spread = finite_number(loss), finite_number(error)
         if value is not None:
             made.append((float(step), value, math.nan if spread is None else spread))
     return made

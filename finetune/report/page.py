@@ -15,31 +15,16 @@ from typing import Any
 
 from finetune.files import read_run, write_atomic
 from finetune.report.elements import (
-    DASH,
-    MINUS,
     Html,
-    count,
-    decimals,
-    digits_of,
-    duration,
     el,
     facts,
     figure,
-    fixed,
     join,
     key,
-    many,
-    moment,
     not_made,
-    number,
-    percent,
     pick,
-    plural,
     section,
-    short,
-    size,
     table,
-    with_error,
 )
 from finetune.report.metrics import Metrics, Twin, held_out, twin_of
 from finetune.report.plan import plan_section, planned_peak
@@ -52,6 +37,24 @@ from finetune.report.ternary import (
     trains_ternary,
     twin_part,
 )
+from finetune.units import (
+    DASH,
+    MINUS,
+    byte_scale,
+    count,
+    decimals,
+    digits_of,
+    duration,
+    finite_number,
+    fixed,
+    many,
+    moment,
+    percent,
+    plural,
+    short,
+    size,
+    with_error,
+)
 
 NAME = "report.html"
 STYLE = Path(__file__).with_name("page.css")
@@ -63,11 +66,11 @@ STYLE = Path(__file__).with_name("page.css")
 def verdict(record: dict[str, Any], metrics: Metrics) -> str:
     """The result in one sentence; 'fell' only where the difference is more than two of its standard errors."""
     before, after = pick(record, "eval.before"), pick(record, "eval.after")
-    difference, error = number(pick(record, "eval.difference")), number(pick(record, "eval.difference_stderr"))
+    difference, error = finite_number(pick(record, "eval.difference")), finite_number(pick(record, "eval.difference_stderr"))
     device = str(pick(record, "provenance.device") or "").partition(": ")[2] or pick(record, "provenance.device")
     taken = duration(pick(record, "provenance.seconds")) + (f" on {device}" if device else "")
     if before and after and difference is not None:
-        digits = decimals(number(before.get("stderr")), number(after.get("stderr")), error)
+        digits = decimals(finite_number(before.get("stderr")), finite_number(after.get("stderr")), error)
         certain = error is not None and abs(difference) > 2 * error
         verb = "did not change measurably:" if not certain else "fell" if difference < 0 else "rose"
         compared = [gap_in_words(record)]
@@ -84,7 +87,7 @@ def verdict(record: dict[str, Any], metrics: Metrics) -> str:
     steps = len(metrics.steps)
     said = [f"Trained {plural(steps, 'step')}." if steps else None]
     if before:
-        loss = with_error(before.get("loss"), before.get("stderr"), decimals(number(before.get("stderr"))))
+        loss = with_error(before.get("loss"), before.get("stderr"), decimals(finite_number(before.get("stderr"))))
         said.append(f"Held-out loss before training: {loss} nats over {plural(before.get('rows'), 'row')}.")
     if state == "done":
         said.append("Nothing was held out, so nothing was measured.")
@@ -123,7 +126,7 @@ def tiles(record: dict[str, Any], metrics: Metrics) -> Html:
     made: list[tuple[str, str, str]] = []  # (what, figure, what it means)
     before, after = pick(record, "eval.before"), pick(record, "eval.after")
     if before and after:
-        error = number(pick(record, "eval.difference_stderr"))
+        error = finite_number(pick(record, "eval.difference_stderr"))
         digits = decimals(error)
         made.append(
             (
@@ -132,7 +135,7 @@ def tiles(record: dict[str, Any], metrics: Metrics) -> Html:
                 f"nats per token, {fixed(before.get('loss'), digits)} → {fixed(after.get('loss'), digits)}",
             )
         )
-        gap, gap_error = number(pick(record, "twin.gap")), number(pick(record, "twin.gap_stderr"))
+        gap, gap_error = finite_number(pick(record, "twin.gap")), finite_number(pick(record, "twin.gap_stderr"))
         if gap is not None:
             figure = with_error(gap, gap_error, decimals(gap_error), sign=True)
             made.append(("Gap to the float twin", figure, "nats per token, at equal tokens"))
@@ -140,7 +143,7 @@ def tiles(record: dict[str, Any], metrics: Metrics) -> Html:
             perplexities = (short(result.get("perplexity")) for result in (before, after))
             made.append(("Perplexity", " → ".join(perplexities), "before → after, held out"))
     if model := pick(record, "model"):
-        share = (number(model.get("trainable")) or 0) / (number(model.get("parameters")) or math.inf)
+        share = (finite_number(model.get("trainable")) or 0) / (finite_number(model.get("parameters")) or math.inf)
         made.append(("Trained parameters", many(model.get("trainable")), f"{percent(share)} of {many(model.get('parameters'))}"))
     if train := pick(record, "train") or metrics.summary():
         seen = f"{many(train.get('tokens'))} read, {plural(train.get('steps'), 'step')}"
@@ -181,7 +184,7 @@ def loss_section(record: dict[str, Any], metrics: Metrics, twin: Twin | None, re
         legend = [key("train", training + smoothed)]
         if held:
             legend.append(key("held", "held-out, ± 1 standard error over rows"))
-    level = number(pick(record, "eval.float.loss"))
+    level = finite_number(pick(record, "eval.float.loss"))
     if level is not None:
         legend.append(key("muted", "dashed: the float model that it came from"))
     notes = []
@@ -238,13 +241,13 @@ def eval_section(record: dict[str, Any]) -> Html:
     parts: list[Html] = []
     if measured:
         difference, error = pick(record, "eval.difference"), pick(record, "eval.difference_stderr")
-        digits = decimals(number(error), *(number(result.get("stderr")) for result in measured.values()))
+        digits = decimals(finite_number(error), *(finite_number(result.get("stderr")) for result in measured.values()))
         rows: list[list[Any]] = []
         named = {"before": "before training", "after": "after training", "merged": "merged model"}
         if "float" in measured:
             named |= {"float": "the float model", "before": "made ternary, not trained", "after": "ternary, trained"}
         for name, result in measured.items():
-            perplexity, spread = number(result.get("perplexity")), number(result.get("stderr"))
+            perplexity, spread = finite_number(result.get("perplexity")), finite_number(result.get("stderr"))
             # The error of exp(x) is exp(x) times that of x, while the latter is small.
             around = perplexity * spread if perplexity and spread and spread < 0.5 else None
             rows.append(
@@ -256,8 +259,8 @@ def eval_section(record: dict[str, Any]) -> Html:
                     count(result.get("tokens")),
                 ]
             )
-        if number(difference) is not None:
-            ratio = math.exp(number(difference) or 0.0) - 1
+        if finite_number(difference) is not None:
+            ratio = math.exp(finite_number(difference) or 0.0) - 1
             change = f"{100 * ratio:+.0f} %".replace("-", MINUS)
             place = list(measured).index("after") + 1 if "after" in measured else len(rows)
             rows.insert(place, ["difference, paired by row", with_error(difference, error, digits, sign=True), change, "", ""])
@@ -281,7 +284,9 @@ def eval_section(record: dict[str, Any]) -> Html:
         known = [scores.get(task) or {} for scores in both]
         for metric in sorted({name for scores in known for name in scores}):
             name, _, filter_ = metric.partition(",")
-            if name.endswith("_stderr") or name in ("version", "n") or not any(number(s.get(metric)) is not None for s in known):
+            if name.endswith("_stderr") or name in ("version", "n"):
+                continue
+            if all(finite_number(scores.get(metric)) is None for scores in known):
                 continue
             error = f"{name}_stderr" + (f",{filter_}" if filter_ else "")
             values = [with_error(scores.get(metric), scores.get(error), 3) for scores in known]
@@ -371,10 +376,10 @@ def preflight_section(record: dict[str, Any]) -> Html:
     ]
     parts: list[Any] = [el("ul", *checks, class_="checks")]
     charts = []
-    share = number(preflight.get("supervised_share"))
+    share = finite_number(preflight.get("supervised_share"))
     if share is not None and not (plain and share == 1):
         supervised = f"{count(preflight.get('supervised_tokens'))} of {count(preflight.get('tokens'))} tokens are trained"
-        cut = number(preflight.get("rows_truncated"))
+        cut = finite_number(preflight.get("rows_truncated"))
         bar = el("i", style=f"width:{100 * min(1.0, share):.2f}%")
         charts.append(
             el(
@@ -424,7 +429,7 @@ def speed_section(record: dict[str, Any], metrics: Metrics) -> Html:
     if metrics.has("memory_bytes"):
         planned = planned_peak(record)
         top = max([value for value in metrics.column("memory_bytes") if math.isfinite(value)] + [planned or 0])
-        scale, name = (1 << 30, "GiB") if top >= 1 << 30 else (1 << 20, "MiB")
+        scale, name = byte_scale(top)
         svg = plots.series(
             "memory", "Peak memory so far over training time", times, [value / scale for value in metrics.column("memory_bytes")],
             x_label=f"training time ({unit})", y_label=f"peak memory so far ({name})", zero=True, raw=True,
@@ -465,7 +470,7 @@ def optimizer_section(record: dict[str, Any], metrics: Metrics) -> Html:
 def time_section(record: dict[str, Any]) -> Html:
     spent: dict[str, float] = {}
     for phase in record.get("phases") or []:
-        spent[str(phase.get("name"))] = spent.get(str(phase.get("name")), 0.0) + (number(phase.get("seconds")) or 0.0)
+        spent[str(phase.get("name"))] = spent.get(str(phase.get("name")), 0.0) + (finite_number(phase.get("seconds")) or 0.0)
     total = sum(spent.values())
     if not total:
         return section("Where the time went", not_made(record, "no phase was recorded"))
@@ -503,7 +508,7 @@ def merge_section(record: dict[str, Any]) -> Html:
     if not gate:
         said = ": the merged model was written but not measured against the trained one, for want of held-out rows."
         return section("Merge gate", el("p", el("b", "Not compared"), said, class_="none"), facts([("written to", written)]))
-    trained, merged, limit = (number(gate.get(name)) for name in ("adapter_loss", "merged_loss", "limit"))
+    trained, merged, limit = (finite_number(gate.get(name)) for name in ("adapter_loss", "merged_loss", "limit"))
     difference = None if trained is None or merged is None else merged - trained
     passed = gate.get("status") == "pass"
     rows = f" on {plural(gate['rows'], 'row')}" if gate.get("rows") is not None else ""

@@ -7,36 +7,39 @@ import statistics
 from typing import Any
 
 from finetune.report.elements import (
-    DASH,
-    MINUS,
     Html,
-    count,
-    duration,
     el,
     figure,
     join,
     key,
-    number,
     pick,
     section,
-    short,
-    size,
     table,
 )
 from finetune.report.metrics import Metrics
+from finetune.units import (
+    DASH,
+    MINUS,
+    byte_scale,
+    count,
+    duration,
+    finite_number,
+    short,
+    size,
+)
 
 FAR = 3  # a budget so many times the highest phase would make the picture one of the budget
 
 
 def planned_peak(record: dict[str, Any]) -> float | None:
     """Bytes that training was to take at most, as they are measured while it goes on."""
-    return number(pick(record, "planned.peak_bytes"))
+    return finite_number(pick(record, "planned.peak_bytes"))
 
 
 def _phases(record: dict[str, Any]) -> list[dict[str, Any]]:
     phases = pick(record, "plan.phases")
     found = phases if isinstance(phases, list) else []
-    return [phase for phase in found if isinstance(phase, dict) and number(phase.get("peak_bytes"))]
+    return [phase for phase in found if isinstance(phase, dict) and finite_number(phase.get("peak_bytes"))]
 
 
 def _colours(phases: list[dict[str, Any]]) -> dict[str, str]:
@@ -60,15 +63,15 @@ def _picture(record: dict[str, Any], phases: list[dict[str, Any]]) -> Html:
 
     colours = _colours(phases)
     highest = max(phases, key=lambda phase: float(phase["peak_bytes"]))
-    peak, budget = float(highest["peak_bytes"]), number(pick(record, "plan.budget_bytes"))
+    peak, budget = float(highest["peak_bytes"]), finite_number(pick(record, "plan.budget_bytes"))
     near = budget if budget and budget <= FAR * peak else None
-    scale, unit = (1 << 30, "GiB") if max(peak, near or 0) >= 1 << 30 else (1 << 20, "MiB")
+    scale, unit = byte_scale(max(peak, near or 0))
     bars = []
     for phase in phases:
         terms = phase.get("terms") or {}
-        parts = [(colour, float(terms[name]) / scale) for name, colour in colours.items() if number(terms.get(name))]
+        parts = [(colour, float(terms[name]) / scale) for name, colour in colours.items() if finite_number(terms.get(name))]
         figure_ = size(phase["peak_bytes"])
-        if number(phase.get("host_bytes")):
+        if finite_number(phase.get("host_bytes")):
             figure_ += f", and {size(phase['host_bytes'])} of the CPU's"
         bars.append((str(phase.get("name")), figure_, parts or [("context", float(phase["peak_bytes"]) / scale)]))
     label = "Planned memory by phase: " + ", ".join(f"{name} {said}" for name, said, _ in bars)
@@ -80,7 +83,7 @@ def _picture(record: dict[str, Any], phases: list[dict[str, Any]]) -> Html:
     ]
     at_peak = highest.get("terms") or {}  # what the legend's figures are of
     legend = [
-        key(colour.replace(" ", "-"), f"{name} {size(at_peak[name])}" if number(at_peak.get(name)) else name)
+        key(colour.replace(" ", "-"), f"{name} {size(at_peak[name])}" if finite_number(at_peak.get(name)) else name)
         for name, colour in colours.items()
     ]
     return join([el("p", *legend, el("em", f"figures: {highest.get('name')}"), class_="legend"), *drawn])
@@ -90,7 +93,8 @@ def _memory(value: float | None) -> str:
     """Three digits: what differs by a hundredth is seen to."""
     if value is None:
         return DASH
-    return f"{short(value / (1 << 30))} GiB" if value >= 1 << 30 else f"{short(value / (1 << 20))} MiB"
+    scale, unit = byte_scale(value)
+    return f"{short(value / scale)} {unit}"
 
 
 def _time(value: float | None) -> str:
@@ -108,16 +112,17 @@ def _compared(record: dict[str, Any], metrics: Metrics) -> Html:
     """Planned beside actual. A step is a median one: the first ones warm up."""
     train = pick(record, "train") or metrics.summary() or {}
     times = [value for value in metrics.column("step_seconds")[1:] if math.isfinite(value)]
-    step = number(pick(record, "planned.step_seconds")) or number(pick(record, "plan.step_seconds"))
-    tokens = number(pick(record, "plan.tokens_per_step"))
+    step = finite_number(pick(record, "planned.step_seconds")) or finite_number(pick(record, "plan.step_seconds"))
+    tokens = finite_number(pick(record, "plan.tokens_per_step"))
     done = record.get("state") == "done"
     lines = [
-        ("peak memory of training", _memory, planned_peak(record), number(train.get("peak_bytes"))),
+        ("peak memory of training", _memory, planned_peak(record), finite_number(train.get("peak_bytes"))),
         ("an optimizer step (median)", _time, step, statistics.median(times) if times else None),
-        ("tokens per second", short, tokens / step if tokens and step else None, number(train.get("tokens_per_second"))),
-        ("training", duration, number(pick(record, "planned.seconds")), number(train.get("seconds")) if done else None),
-        ("the whole run", duration, number(pick(record, "plan.seconds")),
-         number(pick(record, "provenance.seconds")) if done else None),
+        ("tokens per second", short, tokens / step if tokens and step else None, finite_number(train.get("tokens_per_second"))),
+        ("training", duration, finite_number(pick(record, "planned.seconds")),
+         finite_number(train.get("seconds")) if done else None),
+        ("the whole run", duration, finite_number(pick(record, "plan.seconds")),
+         finite_number(pick(record, "provenance.seconds")) if done else None),
     ]  # fmt: skip
     rows = [
         [what, shown(planned), shown(actual), _off(planned, actual)]
@@ -129,12 +134,12 @@ def _compared(record: dict[str, Any], metrics: Metrics) -> Html:
 
 def _note(record: dict[str, Any], phases: list[dict[str, Any]]) -> str:
     highest = max(phases, key=lambda phase: float(phase["peak_bytes"]))
-    budget = number(pick(record, "plan.budget_bytes"))
+    budget = finite_number(pick(record, "plan.budget_bytes"))
     said = f"Before anything was loaded, for {pick(record, 'plan.device')}: at most {size(highest['peak_bytes'])}"
     said += f" of {size(budget)}, highest in {highest.get('name')}" if budget else f", highest in {highest.get('name')}"
-    if (kwh := number(pick(record, "plan.kwh"))) is not None:
+    if (kwh := finite_number(pick(record, "plan.kwh"))) is not None:
         said += f"; {short(kwh)} kWh"
-        if (price := number(pick(record, "plan.price"))) is not None:
+        if (price := finite_number(pick(record, "plan.price"))) is not None:
             said += f", {short(price)} at {short(pick(record, 'plan.price_per_kwh'))} a kWh"
     said += "."
     if budget and budget > FAR * float(highest["peak_bytes"]):

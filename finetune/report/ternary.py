@@ -7,35 +7,37 @@ from collections.abc import Iterable
 from typing import Any
 
 from finetune.report.elements import (
-    DASH,
-    TIGHT,
     Html,
-    count,
-    decimals,
     el,
     facts,
     figure,
-    fixed,
     join,
     key,
     not_made,
-    number,
-    percent,
     pick,
-    plural,
-    scientific,
     section,
-    short,
-    size,
     table,
-    with_error,
 )
 from finetune.report.metrics import Look, Metrics, Twin, held_out
+from finetune.units import (
+    DASH,
+    TIGHT,
+    count,
+    decimals,
+    finite_number,
+    fixed,
+    percent,
+    plural,
+    scientific,
+    short,
+    size,
+    with_error,
+)
 
 
 def gap_in_words(record: dict[str, Any]) -> str | None:
     """The twin's result in a sentence; a gap is one where it is more than two of its standard errors."""
-    gap, error = number(pick(record, "twin.gap")), number(pick(record, "twin.gap_stderr"))
+    gap, error = finite_number(pick(record, "twin.gap")), finite_number(pick(record, "twin.gap_stderr"))
     if gap is None:
         return None
     digits = decimals(error)
@@ -55,12 +57,12 @@ def twin_part(record: dict[str, Any], metrics: Metrics, twin: Twin, recipe: dict
     if not known:
         told = not_made(record, "the twin has not come to its end", "The comparison with the twin")
         return join((el("h3", "The float twin"), told))
-    gap, error = number(known.get("gap")), number(known.get("gap_stderr"))
+    gap, error = finite_number(known.get("gap")), finite_number(known.get("gap_stderr"))
     after, its = pick(record, "eval.after") or {}, pick(twin.record, "eval.after") or {}
-    digits = decimals(error, number(after.get("stderr")), number(its.get("stderr")))
+    digits = decimals(error, finite_number(after.get("stderr")), finite_number(its.get("stderr")))
 
     def row(name: str, result: dict[str, Any], lr: Any, train: dict[str, Any]) -> list[Any]:
-        rate = f"{number(lr):g}" if number(lr) is not None else DASH
+        rate = f"{finite_number(lr):g}" if finite_number(lr) is not None else DASH
         loss = with_error(result.get("loss"), result.get("stderr"), digits)
         return [name, loss, rate, count(train.get("tokens")), short(train.get("tokens_per_second"))]
 
@@ -69,7 +71,7 @@ def twin_part(record: dict[str, Any], metrics: Metrics, twin: Twin, recipe: dict
         row("float twin", its, known.get("lr"), pick(twin.record, "train") or {}),
         ["gap, paired by row", with_error(gap, error, digits, sign=True), "", "", ""],
     ]
-    tokens = (number(pick(record, "train.tokens")), number(pick(twin.record, "train.tokens")))
+    tokens = (finite_number(pick(record, "train.tokens")), finite_number(pick(twin.record, "train.tokens")))
     equal = f"{count(tokens[0])} tokens each" if tokens[0] == tokens[1] else f"{count(tokens[0])} and {count(tokens[1])} tokens"
     said = (
         f"{equal}, the same rows in the same order, seed {known.get('seed')}. A positive gap means that the ternary model "
@@ -132,10 +134,10 @@ def reternarized_section(figures: dict[str, Any], written: str) -> Html:
         "float_loss": "merged, in floats",
         "merged_loss": "merged, ternary again",
     }
-    base, trained, merged = (number(figures.get(name)) for name in ("base_loss", "adapter_loss", "merged_loss"))
+    base, trained, merged = (finite_number(figures.get(name)) for name in ("base_loss", "adapter_loss", "merged_loss"))
     rows: list[list[Any]] = []
     for name, said in names.items():
-        loss = number(figures.get(name))
+        loss = finite_number(figures.get(name))
         apart = loss - trained if loss is not None and trained is not None and name != "adapter_loss" else None
         rows.append([said, fixed(loss, 4), fixed(apart, 4, sign=True) if apart is not None else ""])
     told = [f"{percent(figures.get('flips'))} of the ternary codes changed."]
@@ -247,7 +249,7 @@ def health_section(record: dict[str, Any], metrics: Metrics) -> Html | None:
             x_label="step", y_label="λ (0: floats, 1: ternary)", zero=True, raw=True,
         )  # fmt: skip
         charts.append(figure(svg, "How far the weights are ternary: w + λ (q(w) − w)."))
-    turnover = number(pick(record, "ternary.turnover"))
+    turnover = finite_number(pick(record, "ternary.turnover"))
     told = f"At the last look {100 * last.flips:.2g} % of the codes flipped and {percent(last.zeros)} were 0."
     if turnover is not None:
         told += f" Over the run about {turnover:.2g} flips a code were counted (each look × the steps between two looks)."
@@ -332,8 +334,8 @@ def exports_section(record: dict[str, Any]) -> Html | None:
         badge = el("span", "✓" if passed else "✗", class_="badge", title=gate.get("status"))
         path, called = str(figures.get("path")), name.upper() if name.startswith("gguf") else name
         state = "pass" if passed else "fail"
-        bits = number(figures.get("bits_per_weight"))
-        same = number(good.get("same_top"))
+        bits = finite_number(figures.get("bits_per_weight"))
+        same = finite_number(good.get("same_top"))
         losses = [fixed(good.get(f"{whose}_loss"), 4) for whose in ("trained", "export")]
         perplexities = [short(good.get(f"{whose}_perplexity")) for whose in ("trained", "export")]
         rows.append(

@@ -25,13 +25,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from finetune.errors import Mistake
 from finetune.files import atomic_folder, plain, remove_folder, sha256, sync_file, write_json
+from finetune.memory import free_bytes
 from finetune.processes import is_first, rank
 from finetune.train import parallel
 
@@ -226,7 +226,7 @@ class Saver:
         self.wait()
         # On the CPU a copy takes as much again as is saved; from a card it comes into this memory in any case.
         size = sum(p.nbytes for p in trained(model).values()) * 3
-        copy = 2 * size < psutil.virtual_memory().available
+        copy = 2 * size < free_bytes()
         taken = snapshot(model, optimizer, progress, metrics_bytes=metrics_bytes, copy=copy)
         if taken is not None:
             if copy:

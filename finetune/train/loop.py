@@ -7,7 +7,6 @@ averaged averages; issue 34191 there).
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import math
 import signal
@@ -17,7 +16,6 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import KW_ONLY, dataclass, replace
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -25,6 +23,7 @@ import torch
 
 from eval.model_state import forget, out_of_memory
 from finetune.errors import GateStop, Mistake
+from finetune.memory import PeakMemory, keep_freed_memory
 from finetune.processes import rank, world
 from finetune.train import checkpoint, parallel
 from finetune.train.checkpoint import Progress
@@ -114,35 +113,6 @@ class _Keys:
             close()
 
 
-class Memory:
-    """Peak memory since `reset`: of the process (RSS) on a CPU, of the allocator on CUDA."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.device = device
-        self.kind = "CUDA allocated" if self.cuda else "process RSS"
-
-    def reset(self) -> None:
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            return
-        try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark begins again
-        except OSError:
-            self.kind = "process RSS since its start"
-
-    def peak(self) -> int:
-        if self.cuda:
-            return torch.cuda.max_memory_allocated(self.device)
-        try:
-            status = Path("/proc/self/status").read_text()
-            return int(status.split("VmHWM:")[1].split()[0]) * 1024
-        except (OSError, IndexError):
-            import resource
-
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 @contextmanager
 def _signals() -> Iterator[Callable[[], bool]]:
     """Within it the first Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) only sets a flag: the step is finished and saved. A
@@ -169,21 +139,6 @@ def _signals() -> Iterator[Callable[[], bool]]:
     finally:
         for number, old in before.items():
             signal.signal(number, old)
-
-
-MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h
-
-
-def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, as far as it can be told to: the next step needs it again, page by page from the system.
-
-    Blocks of up to 32 MiB, the most that it takes for this, come from its heap, whose end is not given back. (Measured on the
-    quickstart, twice each: 1.33 and 1.43 instead of 1.65 million page faults; no other time than the machine's noise.)
-    """
-    with suppress(OSError, AttributeError):  # not glibc
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(MMAP_THRESHOLD, 32 << 20)
-        mallopt(TRIM_THRESHOLD, 2**31 - 1)
 
 
 SPIKE_WINDOW, SPIKE_FEWEST = 64, 16  # losses that a spike is judged by, and fewer than which judge none
@@ -267,7 +222,7 @@ class Training:
         self.checkpoints = self.folder.path / "checkpoints"
         self.saver = checkpoint.Saver(self.checkpoints, self.settings.keep_checkpoints)
         self.saved = self.progress.step
-        self.memory = Memory(self.device)
+        self.memory = PeakMemory(self.device)
 
     def run(self) -> dict[str, Any]:
         """Train.

@@ -20,7 +20,6 @@ error, or gives NaN, and is not mistaken for weights.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import gc
 from abc import ABC, abstractmethod
@@ -34,6 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from finetune.errors import Mistake
+from finetune.memory import return_freed_memory
 from finetune.train.scratch import Scratch, let_go, read_ahead
 
 ALIGNED = 256  # bytes: kernels read vectors, and the scales of packed weights are fp32 in bytes
@@ -61,15 +61,8 @@ def stream(model: Any, device: torch.device, scratch: Scratch | None) -> Streame
     """
     streamed = Mapped(model, scratch) if device.type == "cpu" and scratch is not None else Fetched(model, device, scratch)
     gc.collect()
-    return_memory()
+    return_freed_memory()
     return streamed
-
-
-def return_memory() -> None:
-    """Give back to the system what was freed: glibc keeps it, and many freed weights lie between others that are not."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc alone has it
-    if trim is not None:
-        trim(0)
 
 
 # --------------------------------------------------------------------------------------------------------------- the layers

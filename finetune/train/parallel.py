@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from finetune import processes
 from finetune.errors import Mistake
+from finetune.memory import return_freed_memory
 from finetune.train import offload
 
 BUCKET = 25 << 20  # bytes of gradients that are summed at a time
@@ -136,7 +137,7 @@ def shard(model: Any, device: torch.device) -> None:
         layer.set_reduce_scatter_unused_params(True)  # experts that no token of this process reached
         _watch(layer)
     gc.collect()
-    offload.return_memory()
+    return_freed_memory()
 
 
 def _decoder(model: Any) -> Any:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.files import RunFolder, atomic_folder, human_bytes, write_atomic, write_json
+from finetune.files import RunFolder, atomic_folder, write_atomic, write_json
 
 
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
@@ -57,7 +57,3 @@ def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     one.release()
     two.acquire()
     two.release()
-
-
-def test_bytes_are_told_in_units_that_people_read() -> None:
-    assert [human_bytes(n) for n in (5, 1536, 3 << 30, 5 << 40)] == ["5 B", "1.5 KiB", "3.0 GiB", "5.00 TiB"]

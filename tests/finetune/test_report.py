@@ -17,8 +17,9 @@ import pytest
 
 from finetune.errors import Mistake
 from finetune.files import finite
-from finetune.report import elements, page, plots, write_report
+from finetune.report import page, plots, write_report
 from finetune.report.metrics import Metrics
+from finetune.units import DASH, GIB, TIGHT
 
 SECTIONS = [
     "Loss", "Before and after", "Answers", "Labels", "Speed and memory", "Learning rate and gradient norm", "Where the time went",
@@ -508,30 +509,7 @@ def test_importing_the_report_imports_nothing_heavy() -> None:
     assert done.stdout.strip() == "set()"
 
 
-@pytest.mark.parametrize("value", [None, True, "nan", "3", math.nan, math.inf, [1]])
-def test_what_is_no_finite_number(value: Any) -> None:
-    assert elements.number(value) is None
-    assert elements.short(value) == elements.with_error(value, value, 2) == elements.DASH
-
-
-def test_numbers_as_they_are_read() -> None:
-    assert [elements.duration(s) for s in (0.04, 9.96, 59.96, 192.3, 3600, 7384)] == [
-        text.replace(" ", elements.TIGHT) for text in ("0.0 s", "10 s", "1 min 00 s", "3 min 12 s", "1 h 00 min", "2 h 03 min")
-    ]
-    assert [elements.many(n) for n in (7, 9999, 10_000, 134_515_008, 8_030_261_248)] == [
-        "7",
-        "9,999",
-        "10.0 k",
-        "134.5 M",
-        "8.03 B",
-    ]
-    assert [elements.short(n) for n in (1.234, 12.34, 1234.5, 3.1e9)] == ["1.23", "12.3", "1,234", "3.10e+09"]
-    assert elements.with_error(-0.763, 0.0493, elements.decimals(0.0493)).replace(elements.TIGHT, " ") == "−0.76 ± 0.05"
-
-
 # ---------------------------------------------------------------------------------------------------------------- the plan
-
-GIB = 1 << 30
 
 
 def planned_record(budget_gib: float = 8) -> dict[str, Any]:
@@ -569,7 +547,7 @@ def test_planned_beside_actual(tmp_path: Path) -> None:
         "an optimizer step (median)1.02 s1.0", "tokens per second1,2991,310+0.8 %", "training1 min 58 s2 min 01 s+2.9 %",
         "the whole run3 min 08 s3 min 12 s+2.3 %", "dashed: the peak that was planned", "What the plan assumes (1)",
     ):  # fmt: skip
-        assert expected in seen.text.replace(elements.TIGHT, " "), expected
+        assert expected in seen.text.replace(TIGHT, " "), expected
     ids = [attributes["id"] for _, attributes in seen.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     drawn = [a["style"] or "" for tag, a in seen.tags if tag in ("path", "use", "text") and a.get("style")]
@@ -609,12 +587,12 @@ def test_a_run_that_did_not_end_is_compared_as_far_as_it_came(tmp_path: Path, st
     content = planned_record() | {"state": state}
     del content["train"]
     seen = outline(write_run(tmp_path / "run", content, metrics(20))).text
-    assert f"training1 min 58 s{elements.DASH}{elements.DASH}" in seen.replace(elements.TIGHT, " ")
+    assert f"training1 min 58 s{DASH}{DASH}" in seen.replace(TIGHT, " ")
     assert "peak memory of training1.40 GiB1.4" in seen
     warming = [line | {"step_seconds": seconds} for line, seconds in zip(metrics(3), (9.0, 1.5, 1.5), strict=True)]
     assert "an optimizer step (median)1.02 s1.50 s+47.1" in outline(write_run(tmp_path / "warm", content, warming[:2])).text
     nothing = outline(write_run(tmp_path / "empty", content, [])).text
-    assert f"peak memory of training1.40 GiB{elements.DASH}" in nothing
+    assert f"peak memory of training1.40 GiB{DASH}" in nothing
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ from finetune.errors import Mistake
 from finetune.plan.result import Phase, Plan
 from finetune.recipe import Recipe
 
-GIB = 1 << 30
 VOCABULARY, LAYERS, WIDTH = 32_000, 16, 2048
 PARAMETERS, ADAPTERS = 1_000_000_000, 20_000_000
 

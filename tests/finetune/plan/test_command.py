@@ -18,7 +18,8 @@ from finetune.files import MARK, RunFolder, write_json
 from finetune.place import check_resumable
 from finetune.plan.devices import parse_bytes
 from finetune.recipe import dump_recipe, read_recipe
-from tests.finetune.plan.made_up import GIB, made_up
+from finetune.units import GIB
+from tests.finetune.plan.made_up import made_up
 
 
 @pytest.fixture

@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from finetune.errors import Mistake
+from finetune.memory import machine_bytes
 from finetune.plan import devices
-from finetune.plan.devices import GIB, Calibration, attention_flops, device, parse_bytes
+from finetune.plan.devices import Calibration, attention_flops, device, parse_bytes
+from finetune.units import GIB
 
 
 @pytest.fixture(autouse=True)
@@ -292,7 +294,7 @@ def test_the_cpu_is_known_by_its_name_and_threads() -> None:
     assert one == devices.present("cpu")
     assert (one.kind, one.measured, one.capability) == ("cpu", None, None)
     assert f"{torch.get_num_threads()}-thread" in one.key
-    assert 0 < one.memory_bytes == devices.memory_here()
+    assert 0 < one.memory_bytes == machine_bytes()
     assert one.source.startswith("a guess")
     assert all(one.gemm_seconds(dtype, 64, 64, 64) > 0 for dtype in ("bf16", "fp32", "int8", "ternary"))
     devices.save_calibration(one.key, calibration())

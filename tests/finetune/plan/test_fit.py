@@ -12,7 +12,8 @@ from finetune.errors import Mistake
 from finetune.plan.fit import fit, levers
 from finetune.plan.result import Plan
 from finetune.recipe import Recipe
-from tests.finetune.plan.made_up import GIB, Planner, made_up, recipe
+from finetune.units import GIB
+from tests.finetune.plan.made_up import Planner, made_up, recipe
 
 FULL = {"adapter": {"kind": "none"}, "train": {"save_steps": 100}}
 

@@ -18,7 +18,8 @@ from finetune.plan.fit import fit
 from finetune.plan.result import Plan
 from finetune.plan.rewrite import diff, rewrite
 from finetune.screen import Screen
-from tests.finetune.plan.made_up import GIB, Planner, made_up, recipe
+from finetune.units import GIB, gib
+from tests.finetune.plan.made_up import Planner, made_up, recipe
 
 
 def shown(show: Any, *arguments: Any) -> list[str]:
@@ -51,7 +52,7 @@ def test_phases_terms_and_notes() -> None:
     lines = shown(table.show, plan)
     for phase in plan.phases:
         (line,) = (line for line in lines if line.startswith(f"{phase.name} "))
-        assert f" {table.gib(phase.peak_bytes)} " in line
+        assert f" {gib(phase.peak_bytes)} " in line
     head = next(n for n, line in enumerate(lines) if line.startswith("in train"))
     terms = [line.split("  ")[0] for line in lines[head + 1 :]]
     assert terms[: len(plan.highest.terms)] == list(plan.highest.terms)
@@ -92,12 +93,12 @@ def test_a_fit_as_a_diff_with_what_each_change_saves_and_costs() -> None:
     (checkpointing,) = (line for line in lines if line.endswith("train.checkpointing=true"))
     step = made.steps[-1]
     saved, peak = (step.peak_bytes[0] - step.peak_bytes[1]), step.peak_bytes[1]
-    assert checkpointing.split()[:2] == [table.gib(saved), table.gib(peak)]
+    assert checkpointing.split()[:2] == [gib(saved), gib(peak)]
     assert "(+31%)" in checkpointing
 
 
 def before_peak(before: Any) -> str:
-    return table.gib(made_up(before, 0).peak_bytes)
+    return gib(made_up(before, 0).peak_bytes)
 
 
 def test_a_fit_of_what_fits_changes_nothing() -> None:
@@ -111,7 +112,7 @@ def test_what_cannot_fit_says_what_would() -> None:
     made = fit(recipe(data={"max_length": 8192}), planner.budget, planner, kind="cuda")
     said = " ".join(shown(table.show_fit, made))
     assert made.proposal
-    assert f"cannot fit into 0.70 GiB: with every change that helps {table.gib(made.plan.peak_bytes)} GiB is the smallest" in said
+    assert f"cannot fit into 0.70 GiB: with every change that helps {gib(made.plan.peak_bytes)} GiB is the smallest" in said
     assert f"with data.max_length={made.proposal} it would fit" in said
     assert "max_length:" not in said  # no line of the diff
 
@@ -135,7 +136,7 @@ def test_many_recipes_on_many_budgets() -> None:
     assert len({line.count("|") for line in text[:5]}) == 1
     first = text[2].split(" | ")
     assert first[0] == "| `llama7b-qlora-alpaca`"
-    peak = table.gib(made_up(recipe(train={"micro_batch": 8}), 0).peak_bytes)
+    peak = gib(made_up(recipe(train={"micro_batch": 8}), 0).peak_bytes)
     assert first[5].startswith(f"yes: {peak} GiB, ")
     assert first[3].startswith("changed: ")
     assert any(line.startswith("- llama7b-qlora-alpaca on 8 GB: train.micro_batch=4 train.accumulation=2") for line in text)
@@ -155,7 +156,7 @@ def test_a_recipe_that_fits_nowhere_says_what_it_needs() -> None:
     answer = made[0]["plans"][8 * GIB]
     assert not answer.fits
     line = table.markdown(made).splitlines()[2]
-    assert f"no: needs {table.gib(answer.plan.peak_bytes)} GiB" in line
+    assert f"no: needs {gib(answer.plan.peak_bytes)} GiB" in line
 
 
 def test_the_arithmetic_of_a_claim() -> None:
@@ -170,12 +171,7 @@ def test_the_arithmetic_of_a_claim() -> None:
 # -------------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_figures_as_they_are_read() -> None:
-    assert [table.duration(s) for s in (None, 0, 0.3, 4.2, 45, 59.6, 720, 3590, 7800, 302_400, 171 * 86400)] == [
-        "–", "0 s", "under 1 s", "4.2 s", "45 s", "1 min", "12 min", "1 h 00 min", "2 h 10 min", "3.5 days", "171 days",
-    ]  # fmt: skip
-    assert [table.gib(n) for n in (0, GIB // 2, int(6.94 * GIB))] == ["0.00", "0.50", "6.9"]
-    assert [table.many(n) for n in (7, 9999, 6_738_415_616, 3.8e10, 124_439_808)] == ["7", "9,999", "6.74 B", "38 B", "124 M"]
+def test_memory_of_a_budget_as_it_is_read() -> None:
     assert table.of(12 * GIB + 1_000_000, 12 * GIB) == "12.001 of 12.000 GiB"
     assert table.card(12 * GIB) == "12 GB"
 
