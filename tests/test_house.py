@@ -148,6 +148,6 @@ sys.argv = ["finetune", "recipes"]
 from finetune.cli import main
 main()
 """
-    done = subprocess.run([environment / "bin" / "python", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    done = subprocess.run([environment / "bin" / "python", "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "llama7b-qlora-alpaca" in done.stdout
