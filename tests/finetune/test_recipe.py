@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -154,6 +155,31 @@ def test_every_rule_names_a_key_of_the_schema_and_speaks_of_it() -> None:
     assert len({rule.message for rule in rules}) == len(rules)
     good = Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "rows.jsonl"}})
     assert [rule.message for rule in rules if rule.when(good)] == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "frozen", "adapter_files", "mergeable", "quantized"),
+    [
+        ({}, True, True, True, False),
+        ({"quant": {"scheme": "nf4"}}, True, True, True, False),
+        ({"quant": {"scheme": "ternary"}}, True, True, True, False),
+        ({"adapter": {"kind": "none"}}, False, False, False, False),
+        ({"adapter": {"kind": "none"}, "quant": {"scheme": "ternary"}}, False, False, False, True),
+    ],
+)
+def test_facts_of_what_is_trained(
+    keys: dict[str, Any], frozen: bool, adapter_files: bool, mergeable: bool, quantized: bool
+) -> None:
+    recipe = Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "rows.jsonl"}, **keys})
+    assert (recipe.base_frozen, recipe.writes_adapter, recipe.mergeable, recipe.trains_quantized) == (
+        frozen,
+        adapter_files,
+        mergeable,
+        quantized,
+    )
+    assert not recipe.streams_text
+    text = {"kind": "pretrain", "adapter": {"kind": "lora"}, "train": {"max_steps": 1}}
+    assert Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "a.txt"}, **text}).streams_text
 
 
 def test_every_field_says_its_effect() -> None:
