@@ -31,7 +31,7 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
         return found if found.endswith(key) else f"{found}, {key}"
 
     def data_file(key: str, path: Path) -> None:
-        if recipe.kind == "pretrain":
+        if recipe.streams_text:
             if not path.exists():
                 raise no_such_file(path, place(key))
             return  # what is in it is looked at when it is opened

@@ -87,7 +87,7 @@ def gather(
     Raises:
         Mistake: the data cannot be read, fits no format, or the template refuses it.
     """
-    if recipe.kind == "pretrain":
+    if recipe.streams_text:
         return Text(recipe, tokenizer, source or open_stream(recipe), limits)
     return Conversations(recipe, tokenizer, stops, limits, progress)
 

@@ -76,7 +76,7 @@ class Case:
         return " ".join([self.architecture, self.size, self.of, *rows, *recomputed, *more])
 
 
-# Keys that others cannot be without (finetune/recipe.py).
+# Keys that others cannot be without (finetune/recipe/rules.py).
 IN_BACKWARD = {"train.step_in_backward": True, "train.save_steps": 1000, "train.max_grad_norm": 0.0}
 IMPLIED = ("train.save_steps", "train.max_grad_norm", "model.dtype")
 CASES = [

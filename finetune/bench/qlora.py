@@ -135,16 +135,16 @@ def recipes(name: str | None, overrides: list[str]) -> dict[str, Recipe]:
 
 def _require_comparable(recipe: Recipe, where: str) -> None:
     """Raise Mistake for what TRL, PEFT and bitsandbytes have nothing like."""
-    for key, value, able in (
-        ("kind", recipe.kind, ("sft",)),
-        ("adapter.kind", recipe.adapter.kind, ("lora",)),
-        ("quant.scheme", recipe.quant.scheme, ("nf4", "none")),
-        ("model.dtype", recipe.model.dtype, ("auto", "bf16", "fp32")),
+    for key, value, able, instead in (
+        ("kind", recipe.kind, not recipe.streams_text, "sft"),
+        ("adapter.kind", recipe.adapter.kind, recipe.base_frozen and recipe.mergeable, "lora"),
+        ("quant.scheme", recipe.quant.scheme, recipe.quant.scheme in ("nf4", "none"), "nf4"),
+        ("model.dtype", recipe.model.dtype, recipe.model.dtype != "fp16", "auto"),
     ):
-        if value not in able:
+        if not able:
             raise Mistake(
                 "the plain stack is compared in supervised fine-tuning of LoRA adapters, on an NF4 base or a float one",
-                where=f"{where}, {key}", found=str(value), do=f"{key}={able[0]}, or another recipe",
+                where=f"{where}, {key}", found=str(value), do=f"{key}={instead}, or another recipe",
             )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ class Facts:
 
 def facts_of(recipe: Recipe, source: Source, material: Material | None = None) -> Facts:
     """What is known of the data: from `material`, or from the data itself where that is on this machine, or by rule."""
-    if recipe.kind == "pretrain":
+    if recipe.streams_text:
         return _text(recipe)
     notes: list[str] = []
     found = (material, 1.0) if material is not None else _read(recipe, source, notes)

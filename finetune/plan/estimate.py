@@ -186,7 +186,7 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
     training = next(phase for phase in phases if phase.name == "train")
     # What is recomputed is no work of the model: its forward pass, and twice that backward, or once where weights are frozen.
     forward = flops_of(found.evaluate.work) / reads.tokens
-    flops = forward * (2 if recipe.adapter.kind == "lora" else 3) * facts.mean_tokens * recipe.train.accumulation * facts.steps
+    flops = forward * (2 if recipe.base_frozen else 3) * facts.mean_tokens * recipe.train.accumulation * facts.steps
     if recipe.twin:
         notes.append("the twin doubles the time; its memory is that of the same model in floats, which is not more")
     if device.measured is None:
@@ -303,7 +303,7 @@ class _Phases:
                 whole["workspace"] += CUBLAS_HOPPER if self.device.capability == "9.0" else CUBLAS
             whole["fragmentation"] = round(WASTE * moving)
         else:
-            lengths = 1 if self.recipe.kind == "pretrain" else -(-self.facts.micro.tokens // MULTIPLE)
+            lengths = 1 if self.recipe.streams_text else -(-self.facts.micro.tokens // MULTIPLE)
             whole["fragmentation"] = round(WASTE_CPU * moving) + lengths * LENGTH_CPU
         terms_ = dict(whole)
         return Phase(name, sum(terms_.values()), seconds, terms_, host)
@@ -401,7 +401,7 @@ class _Phases:
         settings = self.recipe.train
         micro = busy_seconds(self.found.train.work, self.device) * self.facts.mean_tokens / self.facts.micro.tokens
         dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.place.dtype, "fp32")
-        if self.recipe.adapter.kind == "lora":
+        if self.recipe.base_frozen:
             dtype = "fp32"
         tensors = max(1, round(self.static.trainable / 1e6))
         update = self.device.optimizer_seconds(settings.optimizer, self.static.trainable, tensors, dtype)
@@ -435,8 +435,7 @@ class _Phases:
     def merge(self) -> Phase:
         """The trained model in floats, written, read again, and compared with what was trained, in fp32 where that fits."""
         recipe, parameters = self.recipe, self.static.parameters
-        lora = recipe.adapter.kind == "lora"
-        if lora and not recipe.run.merge:
+        if recipe.writes_adapter and not (recipe.mergeable and recipe.run.merge):
             return self._phase("merge", Counter(self.weights), 0.0)
         size = self.place.dtype.itemsize
         written = parameters * size

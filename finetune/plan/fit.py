@@ -133,7 +133,7 @@ def levers(recipe: Recipe, kind: str) -> list[Lever]:
     if train.optimizer == "adamw":
         why = "Adam's states take 2 bytes a parameter, not 8"
         found.append(Lever("states", ({"train.optimizer": "adamw_8bit"},), why))
-    if recipe.adapter.kind == "none":
+    if not recipe.base_frozen:
         if not train.stochastic_rounding:
             # `auto` leaves the choice to us; a dtype that was asked for is kept.
             keys: dict[str, Any] = {"model.dtype": "bf16"} if recipe.model.dtype == "auto" else {}
@@ -151,7 +151,7 @@ def levers(recipe: Recipe, kind: str) -> list[Lever]:
     if kind == "cuda" and train.checkpointing != "offload":
         why = "activations are computed again, and each layer's input waits in the CPU's memory"
         found.append(Lever("checkpointing", ({"train.checkpointing": "offload"},), why, ("train",)))
-    if recipe.adapter.kind == "lora" and recipe.model.stream == "none":
+    if recipe.base_frozen and recipe.model.stream == "none":
         place, where = ("memory", "in the CPU's memory") if kind == "cuda" else ("disk", "on the disk")
         why = f"the frozen layers wait {where} and come one ahead"
         found.append(Lever("layers", ({"model.stream": place},), why, needs=("train.checkpointing",)))

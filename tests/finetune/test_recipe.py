@@ -3,13 +3,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 from pydantic import BaseModel
 
 from finetune.errors import Mistake, Mistakes
-from finetune.recipe import ELSEWHERE_CALLED, Recipe, dump_recipe, find_recipe, known_keys, read_recipe, shipped_recipes
+from finetune.recipe import (
+    ELSEWHERE_CALLED,
+    RULES,
+    Recipe,
+    dump_recipe,
+    find_recipe,
+    known_keys,
+    read_recipe,
+    shipped_recipes,
+)
 
 GOOD = "model:\n  name: some/model\ndata:\n  path: rows.jsonl\n"
 
@@ -97,9 +107,79 @@ def test_a_wrong_override_says_that_it_is_of_the_command_line(tmp_path: Path) ->
             read_recipe(write(tmp_path, GOOD), [bad])
 
 
-def test_quantized_full_training_is_refused(tmp_path: Path) -> None:
-    (mistake,) = mistakes(tmp_path, GOOD + "quant: {scheme: nf4}\nadapter: {kind: none}\n")
+def test_quantized_full_training_is_refused_on_its_line(tmp_path: Path) -> None:
+    (mistake,) = mistakes(tmp_path, GOOD + "quant:\n  scheme: nf4\nadapter: {kind: none}\n")
     assert "full fine-tuning" in mistake.what
+    assert mistake.where.endswith("recipe.yaml:6")
+
+
+def test_each_broken_rule_is_told_once_with_the_line_of_its_key(tmp_path: Path) -> None:
+    text = (
+        "kind: pretrain\n" + GOOD + "  packing: false\n  system: Be brief.\n"
+        "train:\n  epochs: 2\n  step_in_backward: true\n  accumulation: 4\n  max_grad_norm: 0\n"
+        "twin: true\n"
+    )
+    found = mistakes(tmp_path, text, ["quant.warmup=0.5"])
+    lines = [(mistake.what.split(" ")[0].strip(":"), (mistake.where or "").rpartition("recipe.yaml:")[2]) for mistake in found]
+    assert sorted(lines) == sorted(
+        [
+            ("kind", "1"),
+            ("data.packing", "6"),
+            ("data.system", "7"),
+            ("train.epochs", "9"),
+            ("train.step_in_backward", "10"),
+            ("quant.warmup", "command line, quant.warmup"),
+            ("twin", "13"),
+            ("twin", "13"),
+        ]
+    )
+    assert len({mistake.what for mistake in found}) == len(found)
+
+
+def test_a_rule_of_a_key_that_is_not_given_points_at_its_section_or_the_beginning(tmp_path: Path) -> None:
+    (mistake,) = mistakes(tmp_path, GOOD + "train: {best: use, step_in_backward: true, eval_steps: 2, save_steps: 2}\n"
+                          "adapter: {kind: none}\n")  # fmt: skip
+    assert "train.max_grad_norm=0" in mistake.what
+    assert mistake.where.endswith("recipe.yaml:5")
+    (mistake,) = mistakes(tmp_path, GOOD, ["kind=pretrain"])
+    assert mistake.where == "command line, kind"
+    (mistake,) = mistakes(tmp_path, "# a comment\n" + GOOD, ["quant={scheme: ternary}", "export={formats: [gguf-tq2_0]}",
+                          "run.merge=false"])  # fmt: skip
+    assert mistake.where == "command line, export"
+
+
+def test_every_rule_names_a_key_of_the_schema_and_speaks_of_it() -> None:
+    rules = [rule for rows in RULES.values() for rule in rows]
+    assert len(rules) > 40
+    assert {rule.key for rule in rules} <= set(known_keys())
+    assert len({rule.message for rule in rules}) == len(rules)
+    good = Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "rows.jsonl"}})
+    assert [rule.message for rule in rules if rule.when(good)] == []
+
+
+@pytest.mark.parametrize(
+    ("keys", "frozen", "adapter_files", "mergeable", "quantized"),
+    [
+        ({}, True, True, True, False),
+        ({"quant": {"scheme": "nf4"}}, True, True, True, False),
+        ({"quant": {"scheme": "ternary"}}, True, True, True, False),
+        ({"adapter": {"kind": "none"}}, False, False, False, False),
+        ({"adapter": {"kind": "none"}, "quant": {"scheme": "ternary"}}, False, False, False, True),
+    ],
+)
+def test_facts_of_what_is_trained(
+    keys: dict[str, Any], frozen: bool, adapter_files: bool, mergeable: bool, quantized: bool
+) -> None:
+    recipe = Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "rows.jsonl"}, **keys})
+    assert (recipe.base_frozen, recipe.writes_adapter, recipe.mergeable, recipe.trains_quantized) == (
+        frozen,
+        adapter_files,
+        mergeable,
+        quantized,
+    )
+    assert not recipe.streams_text
+    text = {"kind": "pretrain", "adapter": {"kind": "lora"}, "train": {"max_steps": 1}}
+    assert Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "a.txt"}, **text}).streams_text
 
 
 def test_every_field_says_its_effect() -> None:

@@ -1,0 +1,60 @@
+"""The recipe: one schema, read at the door. Unknown keys are errors, and all errors are told at once, each with file:line."""
+
+from finetune.recipe.elsewhere import ELSEWHERE_CALLED
+from finetune.recipe.read import (
+    differences,
+    dump_recipe,
+    find_recipe,
+    locator,
+    read_recipe,
+    shipped_recipes,
+)
+from finetune.recipe.rules import RULES, Rule
+from finetune.recipe.schema import (
+    FLOAT_LR,
+    TERNARY_LR,
+    Adapter,
+    Data,
+    Distill,
+    Eval,
+    Export,
+    Fast,
+    Model,
+    Plan,
+    Quant,
+    Recipe,
+    Run,
+    Section,
+    Tokenizer,
+    Train,
+    known_keys,
+)
+
+__all__ = [
+    "ELSEWHERE_CALLED",
+    "FLOAT_LR",
+    "RULES",
+    "TERNARY_LR",
+    "Adapter",
+    "Data",
+    "Distill",
+    "Eval",
+    "Export",
+    "Fast",
+    "Model",
+    "Plan",
+    "Quant",
+    "Recipe",
+    "Rule",
+    "Run",
+    "Section",
+    "Tokenizer",
+    "Train",
+    "differences",
+    "dump_recipe",
+    "find_recipe",
+    "known_keys",
+    "locator",
+    "read_recipe",
+    "shipped_recipes",
+]

@@ -1,0 +1,260 @@
+"""Reading a recipe: YAML with the line of each key, overrides, and everything that is wrong told at once, in words."""
+
+from __future__ import annotations
+
+import re
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from finetune.errors import Mistake, Mistakes, nearest
+from finetune.recipe.elsewhere import ELSEWHERE_CALLED
+from finetune.recipe.schema import Recipe, known_keys
+
+MAX_NODES = 10_000  # a recipe has some dozens; aliases that unfold into more are a YAML bomb
+RECIPES_IN_WHEEL = Path(__file__).parent.parent / "shipped_recipes"
+RECIPES_IN_CHECKOUT = Path(__file__).parent.parent.parent / "recipes"
+
+
+class _Source:
+    """YAML as plain values, and the line on which each key stands."""
+
+    def __init__(self, text: str, name: str) -> None:
+        self.name = name
+        self.lines: dict[tuple[str | int, ...], int] = {}
+        self.mistakes: list[Mistake] = []
+        self._nodes = 0
+        try:
+            loader = yaml.SafeLoader(text)
+            try:
+                node = loader.get_single_node()
+                self.value: Any = self._build(loader, node, ()) if node is not None else {}
+            finally:
+                loader.dispose()
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark or error.context_mark
+            raise Mistake(
+                "the recipe is not valid YAML",
+                where=f"{name}:{mark.line + 1}" if mark else name,
+                found=error.problem or str(error),
+                do="mend that line; keys are indented by spaces and end with a colon",
+            ) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            do = "a recipe is a few dozen plain keys: finetune schema"
+            raise Mistake("the recipe is not valid YAML", where=name, found=str(error).splitlines()[0], do=do) from None
+        if not isinstance(self.value, dict):
+            raise Mistake("a recipe is a mapping of sections", where=name, found=type(self.value).__name__, do="finetune recipes")
+
+    def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
+        self._nodes += 1 + (len(node.value) // 1000 if isinstance(node, yaml.ScalarNode) else 0)
+        if self._nodes > MAX_NODES:
+            raise ValueError(f"unfolds into more than {MAX_NODES} values")
+        self.lines.setdefault(path, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._build(loader, item, (*path, index)) for index, item in enumerate(node.value)]
+        if isinstance(node, yaml.MappingNode):
+            result: dict[str, Any] = {}
+            for key_node, value_node in node.value:
+                key = str(loader.construct_object(key_node))
+                if key in result:
+                    self.mistakes.append(
+                        Mistake(
+                            f"the key {dotted((*path, key))} stands twice",
+                            where=f"{self.name}:{key_node.start_mark.line + 1}",
+                            do="keep one of them",
+                        )
+                    )
+                self.lines[(*path, key)] = key_node.start_mark.line + 1
+                result[key] = self._build(loader, value_node, (*path, key))
+            return result
+        return loader.construct_object(node)
+
+    def where(self, path: tuple[str | int, ...], overridden: set[str]) -> str:
+        for given in (dotted(path[:n]) for n in range(1, len(path) + 1)):
+            if given in overridden:
+                return f"command line, {given}"
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.name}:{self.lines.get(path, 1)}"
+
+
+def dotted(path: tuple[str | int, ...]) -> str:
+    return ".".join(map(str, path))
+
+
+def allowed(annotation: Any) -> str:
+    """A type, in words."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is Literal:
+        return " | ".join(map(str, arguments))
+    if origin in (types.UnionType, typing.Union):
+        return " or ".join(allowed(argument) for argument in arguments)
+    if origin is Annotated:
+        return allowed(arguments[0])
+    if origin is list:
+        return f"a list of {allowed(arguments[0])}"
+    if origin is tuple:
+        return f"{len(arguments)} × {allowed(arguments[0])}"
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(annotation, getattr(annotation, "__name__", str(annotation)))
+
+
+def _apply_overrides(value: dict[str, Any], overrides: list[str]) -> set[str]:
+    """Put each `section.key=value` into `value`; the right side is YAML. Returns the keys."""
+    keys = set()
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
+            raise Mistake(
+                "an override has the form section.key=value",
+                where="command line",
+                found=override,
+                do="such as train.lr=1e-4",
+            )
+        try:
+            parsed = yaml.safe_load(text) if text else None
+        except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError: what looks like a date, and is none
+            parsed = text
+        *sections, last = key.split(".")
+        there = value
+        for section in sections:
+            there = there.setdefault(section, {})
+            if not isinstance(there, dict):
+                raise Mistake(f"{key} names a key inside something that is not a section", where="command line", found=override)
+        there[last] = parsed
+        keys.add(key)
+    return keys
+
+
+def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
+    """One pydantic error, in the words of the recipe."""
+    known = known_keys()
+    path = tuple(part for part in error["loc"])
+    while path and dotted(path) not in known and error["type"] != "extra_forbidden":
+        path = path[:-1]  # pydantic adds the branch of a union, or an index
+    key, where = dotted(path), source.where(tuple(error["loc"]), overridden)
+    if error["type"] == "extra_forbidden":
+        section = dotted(path[:-1])
+        siblings = [k for k in known if k.rpartition(".")[0] == section]
+        word = str(path[-1])
+        leaf = nearest(word, [k.rpartition(".")[2] for k in siblings])
+        elsewhere = [k for k in known if k.rpartition(".")[2] == word]  # right name, wrong section
+        near = (
+            ELSEWHERE_CALLED.get(word)
+            or (elsewhere[0] if elsewhere else None)
+            or (f"{section}.{leaf}".lstrip(".") if leaf else None)
+        )
+        names = ", ".join(k.rpartition(".")[2] for k in siblings)
+        do = f"did you mean {near}?" if near else f"known keys here: {names}"
+        return Mistake(f"unknown key {key}", where=where, found=repr(error["input"]), do=do)
+    if error["type"] == "missing" and key == dotted(tuple(error["loc"])):
+        field = known[key]
+        return Mistake(f"the key {key} is missing", where=where, do=f"add {key}: {field.description}")
+    if error["type"] == "rule":
+        return Mistake(error["msg"], where=where)
+    if error["type"] == "value_error":
+        return Mistake(f"{key or 'the recipe'}: {error['msg'].removeprefix('Value error, ')}", where=where)
+    field = known.get(key)
+    expected = allowed(field.annotation) if field is not None else error["msg"]
+    bounds = " ".join(
+        f"{sign} {getattr(limit, name)}"
+        for limit in (field.metadata if field is not None else [])
+        for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
+        if getattr(limit, name, None) is not None
+    )
+    found = repr(error["input"])
+    near = nearest(str(error["input"]), words) if len(words := re.split(r" \| | or ", expected)) > 1 else None
+    return Mistake(
+        f"{key} does not take this value",
+        where=where,
+        found=found if len(found) < 200 else found[:200] + "…",
+        do=f"allowed: {expected}{' ' + bounds if bounds else ''}" + (f"; did you mean {near}?" if near else ""),
+    )
+
+
+def find_recipe(name: str) -> Path:
+    """A path, or the name of a shipped recipe (`quickstart`, `recipes/quickstart.yaml`).
+
+    Raises:
+        Mistake: neither; names the nearest shipped one.
+    """
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {recipe.stem: recipe for recipe in shipped_recipes()}
+    if path.stem in shipped and path.parent in (Path(), Path("recipes")):
+        return shipped[path.stem]
+    near = nearest(path.stem, shipped)
+    raise Mistake(
+        "there is no such recipe",
+        found=name,
+        do=f"did you mean {near}?" if near else "finetune recipes lists what ships",
+    )
+
+
+def shipped_recipes() -> list[Path]:
+    """All recipes that came with this installation."""
+    folder = RECIPES_IN_WHEEL if RECIPES_IN_WHEEL.is_dir() else RECIPES_IN_CHECKOUT
+    return sorted(folder.rglob("*.yaml"))
+
+
+def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe in `path` with `overrides` (`section.key=value`) applied.
+
+    Raises:
+        Mistakes: everything that is wrong with it, at once, each with file:line.
+        Mistake: the file cannot be read as YAML at all.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Mistake("the recipe cannot be read", where=str(path), found=str(error)) from None
+    source = _Source(text, str(path))
+    overridden = _apply_overrides(source.value, overrides or [])
+    mistakes = source.mistakes
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(source.value)
+    except ValidationError as error:
+        # A union reports every branch that failed: one line a key is enough.
+        seen: dict[tuple[str, str], Mistake] = {}
+        for item in error.errors():
+            mistake = _mistake(item, source, overridden)
+            seen.setdefault((mistake.what, mistake.where or ""), mistake)
+        mistakes = mistakes + list(seen.values())
+    if mistakes or recipe is None:
+        count = len(mistakes)
+        raise Mistakes(mistakes, f"{path}: {count} mistake{'s' if count != 1 else ''}")
+    return recipe
+
+
+def locator(path: Path, overrides: list[str] | None = None) -> Callable[[str], str]:
+    """Where a key of a good recipe was given: key → file:line, or the command line."""
+    source = _Source(path.read_text(encoding="utf-8"), str(path))
+    overridden = _apply_overrides(source.value, overrides or [])
+    return lambda key: source.where(tuple(key.split(".")), overridden)
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe: every key, as YAML."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
+
+
+def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ, with (old, new)."""
+    result: dict[str, tuple[Any, Any]] = {}
+    for key, field in known_keys().items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            continue
+        a: Any = old
+        b: Any = new
+        for part in key.split("."):
+            a, b = getattr(a, part), getattr(b, part)
+        if a != b:
+            result[key] = (a, b)
+    return result
