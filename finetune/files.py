@@ -1,13 +1,6 @@
-"""Files that are complete or absent, and the folder of a run.
+"""Files that are complete or absent.
 
-Everything is written beside its place, synced, and renamed: a kill at any moment leaves the old file or the new one. The run
-folder is a contract (scripts rely on it):
-
-    recipe.yaml     the resolved recipe          adapter/   what PEFT loads
-    run.json        state, provenance, results   merged/    what plain transformers loads
-    metrics.jsonl   one line a step              export/    what other programs load
-    tokenizer/      one that the run trained     twin/      the run of the float twin
-    eval/  samples/  checkpoints/step-000100/  report.html
+Everything is written beside its place, synced, and renamed: a kill at any moment leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -25,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import Mistake, Stop
-from finetune.processes import is_first
 from finetune.units import human_bytes
 
 MARK = "run.json"
@@ -44,11 +36,14 @@ REFUSALS = {
 }
 
 
-def refusal(error: BaseException, path: Path | None = None) -> Mistake | None:
+class DiskError(Mistake):
+    """A disk is full, closed or broken."""
+
+
+def disk_error(error: BaseException, path: Path | None = None) -> DiskError | None:
     """The user's mistake where `error` means that a disk is full, closed or broken; None of any other error.
 
-    path: what was to be written, else the file that the error names. Of a run's files it says which checkpoint stands, and what
-    to type when the disk is mended.
+    path: what was to be written, else the file that the error names.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and not isinstance(error, Stop):
@@ -67,32 +62,16 @@ def refusal(error: BaseException, path: Path | None = None) -> Mistake | None:
     there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None) if path is not None else None
     if there is not None and do == ROOM:
         found += f"; {human_bytes(shutil.disk_usage(there).free)} free"
-    run = _run_of(path) if path is not None else None
-    if run is not None:
-        whole = [file.parent.name for file in run.glob("checkpoints/step-*/manifest.json")]
-        last = max(whole, key=lambda name: (len(name), name), default=None)  # the longer number is the higher one
-        found += f"; the last whole checkpoint is {last}" if last else "; no checkpoint was written yet"
-        outer = run.parent if run.name == "twin" and (run.parent / MARK).is_file() else run
-        do += f", then: finetune resume {outer}"
-    return Mistake(what, where=None if path is None else str(path), found=found, do=do)
-
-
-def _run_of(path: Path) -> Path | None:
-    """The run that can go on whose folder holds `path`. One that has trained nothing vanishes when it fails."""
-    for folder in (path, *path.parents):
-        if (folder / MARK).is_file() and ((folder / "checkpoints").is_dir() or (folder / "metrics.jsonl").exists()):
-            with contextlib.suppress(Mistake):
-                return folder if read_run(folder)["state"] != "done" else None
-    return None
+    return DiskError(what, where=None if path is None else str(path), found=found, do=do)
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def writing(path: Path) -> Iterator[None]:
     """Within it, what a disk refuses is the user's mistake."""
     try:
         yield
     except Exception as error:
-        if (mistake := refusal(error, path)) is not None:
+        if (mistake := disk_error(error, path)) is not None:
             raise mistake from error
         raise
 
@@ -120,7 +99,7 @@ def _beside(path: Path, what: str) -> Path:
 def atomic_file(path: Path) -> Iterator[Path]:
     """Yield a name beside `path`; the file written there becomes `path` if the block ends well and vanishes if it does not."""
     temporary = _beside(path, "new")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield temporary
@@ -160,7 +139,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     Every file in it is synced before the rename. An existing `path` is replaced.
     """
     temporary, old = _beside(path, "new"), _beside(path, "old")
-    with _writing(path):
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         if old.exists() and not path.exists():  # killed between the two renames below
             os.replace(old, path)
@@ -219,116 +198,6 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
             found=f"{human_bytes(free)} free",
             do="free some space, or put the run elsewhere: run.dir=/path/on/a/larger/disk",
         )
-
-
-class RunFolder:
-    """One run's folder: who owns it, its state and its metrics. Of several processes the first one writes, others only read."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.writes = is_first()
-        self.metrics = path / "metrics.jsonl"
-        self._lock: int | None = None
-
-    @property
-    def exists(self) -> bool:
-        return (self.path / MARK).exists()
-
-    def acquire(self) -> None:
-        """Take the folder for this process; the lock dies with its owner.
-
-        Raises:
-            Mistake: another process is running in the folder.
-        """
-        import fcntl
-
-        if not self.writes:
-            return
-        file = self.path / ".lock"
-        while self._lock is None:
-            with _writing(self.path):
-                self.path.mkdir(parents=True, exist_ok=True)
-                handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                owner = os.read(handle, 20).decode(errors="replace")
-                os.close(handle)
-                raise Mistake(
-                    "another process is running in this folder",
-                    where=str(self.path),
-                    found=f"process {owner}" if owner else None,
-                    do="wait for it, or give run.dir=OTHER",
-                ) from None
-            # The owner before removes the file when it ends: what was locked here need not be what the next one will open.
-            if file.exists() and os.path.samestat(os.fstat(handle), os.stat(file)):
-                with _writing(self.path):
-                    os.truncate(handle, 0)
-                    os.pwrite(handle, str(os.getpid()).encode(), 0)
-                self._lock = handle
-            else:
-                os.close(handle)
-
-    def release(self) -> None:
-        if self._lock is not None:
-            (self.path / ".lock").unlink(missing_ok=True)
-            os.close(self._lock)
-            self._lock = None
-
-    def read(self) -> dict[str, Any]:
-        """run.json.
-
-        Raises:
-            Mistake: there is none, or it is damaged.
-        """
-        return read_run(self.path)
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.write_json(MARK, record)
-
-    def write_json(self, name: str, value: Any) -> None:
-        if self.writes:
-            write_json(self.path / name, value)
-
-    def append(self, metrics: dict[str, Any]) -> None:
-        if not self.writes:
-            return
-        with _writing(self.metrics), open(self.metrics, "a", encoding="utf-8") as file:
-            file.write(json.dumps(finite(metrics)) + "\n")
-
-    def metrics_bytes(self) -> int:
-        return self.metrics.stat().st_size if self.metrics.exists() else 0
-
-    def cut_metrics(self, size: int, keep: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        """Forget the metrics written after a checkpoint, which a resumed run writes again; returns lines with a key of `keep`."""
-        if not self.writes or not self.metrics.exists():
-            return []
-        lines = self.metrics.read_bytes()[size:].decode("utf-8", "replace").splitlines() if keep else []
-        os.truncate(self.metrics, min(size, self.metrics_bytes()))
-        return [json.loads(line) for line in lines if any(f'"{key}"' in line for key in keep)]
-
-
-def read_run(path: Path, *, whole: bool = True) -> dict[str, Any]:
-    """run.json of the run folder `path`. whole: it must say what every command asks for; a report is made of less.
-
-    Raises:
-        Mistake: `path` is no run folder, or its record is damaged.
-    """
-    try:
-        record = json.loads((path / MARK).read_text(encoding="utf-8"))
-        if not isinstance(record, dict):
-            raise ValueError(f"{type(record).__name__}, no object")
-        for key, kind in (("name", str), ("state", str), ("provenance", dict)):
-            if whole and not isinstance(record.get(key), kind):
-                raise ValueError(f"{key}: {str(record.get(key))[:80]!r}")
-        if whole and not plain(record["name"]):
-            raise ValueError(f"name: {record['name'][:80]!r}, which is no plain name")
-    except FileNotFoundError:
-        raise Mistake("this is no run folder", where=str(path), found=f"no {MARK} in it", do="finetune show runs/NAME") from None
-    except (OSError, ValueError, RecursionError) as error:  # what is no JSON, and what is no UTF-8, is a ValueError
-        do = "bring it back from a copy of the folder"
-        raise Mistake("the run's record cannot be read", where=str(path / MARK), found=str(error), do=do) from None
-    return record
 
 
 def plain(name: str) -> bool:

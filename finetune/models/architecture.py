@@ -1,4 +1,4 @@
-"""What a configuration tells without weights: the architecture, its parameters, its linear layers, and which of them get adapters."""
+"""What a configuration tells without weights: architecture, parameters, linear layers, and which of these get adapters."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class ArchitectureInfo:
     left: dict[str, str]
 
 
-def skeleton(source: Source, config: PretrainedConfig) -> ArchitectureInfo:
+def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInfo:
     """The model without weights.
 
     Raises:

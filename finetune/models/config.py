@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.preflight import Limits
 from finetune.errors import Mistake, nearest
 from finetune.files import TOKENIZER
-from finetune.source import FAULTS, Source, find_tokenizer, unavailable
+from finetune.models.source import FAULTS, Source, find_tokenizer, unavailable
 from finetune.recipe import Quant, Recipe
 from finetune.screen import Shown
 
@@ -103,7 +103,7 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
         raise unavailable(source, error) from None
 
 
-def tokenizer_of(
+def recipe_tokenizer(
     recipe: Recipe, source: Source, run: Path, stream: TextSource | None = None, progress: Shown | None = None
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a recipe: the model's own, or for a model from scratch the one that it names, or one trained on its text.

@@ -1,4 +1,4 @@
-"""Where a model comes from: a recipe's name or config → a folder, a .gguf file or a hub id; its files are looked at, not loaded."""
+"""Where a model comes from: a name or config → folder, .gguf file or hub id. Its files are looked at, not loaded."""
 
 from __future__ import annotations
 

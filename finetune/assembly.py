@@ -1,0 +1,238 @@
+"""From a recipe to all that the training loop takes, piece by piece: inputs → data → model (models/build.py) → batches, optimizer.
+
+A run measures, saves and speaks between the pieces (finetune/stages/); a benchmark that trains as a run does takes them in one go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from finetune.errors import Mistake
+from finetune.material import Material, gather, open_stream
+from finetune.models.architecture import ArchitectureInfo, adapter_targets, architecture_of
+from finetune.models.build import BuiltModel, build_model, build_teacher, distillation
+from finetune.models.config import check_scheme, limits, load_config, recipe_tokenizer, stop_ids
+from finetune.models.precision import autocast_dtype, default_dtype, weights_dtype
+from finetune.models.source import Source, source_of
+from finetune.recipe import Recipe, Train
+from finetune.run_dir import RunDir
+from finetune.screen import Shown
+from finetune.train import checkpoint, fast, offload, optim
+from finetune.train.checkpoint import Progress
+from finetune.train.loop import Kind, Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.data.stream import Source as TextSource
+    from finetune.train.distill import Distillation
+    from finetune.train.fast import FastStep
+
+
+@dataclass
+class Inputs:
+    """What a recipe names, opened; nothing heavy is read. stream: the text, where that is streamed."""
+
+    source: Source
+    tokenizer: PreTrainedTokenizerBase
+    config: Any  # PretrainedConfig
+    stop_ids: frozenset[int]
+    stream: TextSource | None
+
+
+def open_inputs(recipe: Recipe, run_dir: Path, *, revision: str | None = None, progress: Shown | None = None) -> Inputs:
+    """Model, tokenizer and stream of a recipe. run_dir: has the tokenizer that its run trained. revision: of the stream.
+
+    Raises:
+        Mistake: one of them is not there, cannot be read, or cannot be had as the recipe wants it.
+    """
+    source = source_of(recipe.model)
+    stream = open_stream(recipe, revision) if recipe.streams_text else None
+    tokenizer = recipe_tokenizer(recipe, source, run_dir, stream, progress)
+    config = load_config(source, tokenizer)
+    check_scheme(source, config, recipe.quant, frozen=recipe.base_frozen, twin=recipe.twin)
+    return Inputs(source, tokenizer, config, stop_ids(source, tokenizer), stream)
+
+
+def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> Material:
+    """The data of a recipe, read and looked at.
+
+    Raises:
+        Mistake: it cannot be read, fits no format, or the template refuses it.
+    """
+    shown = None if progress is None else lambda done, total: progress(done, total, "rows")
+    return gather(
+        recipe, inputs.tokenizer, inputs.stop_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown
+    )
+
+
+def architecture(recipe: Recipe, inputs: Inputs) -> tuple[ArchitectureInfo, list[str]]:
+    """What the model is made of, and which of its modules get adapters.
+
+    Raises:
+        Mistake: it is no causal language model, or a target matches nothing.
+    """
+    info = architecture_of(inputs.source, inputs.config)
+    return info, adapter_targets(recipe.adapter, info) if recipe.base_frozen else []
+
+
+def batching(recipe: Recipe, model: Any, data: Material) -> tuple[Train, bool]:
+    """(settings, packing) as `model` can take them: one that lets samples in a row see each other gets a single one at a time,
+    and as many more micro-batches to a step."""  # fmt: skip
+    from eval.perplexity import rows_stay_apart
+
+    settings, packing = recipe.train, recipe.data.packing
+    if recipe.streams_text or not (packing or settings.micro_batch > 1):
+        return settings, packing
+    model.eval()
+    with torch.no_grad():
+        if rows_stay_apart(model, highest_id=data.highest_id()):
+            return settings, packing
+    many = settings.accumulation * settings.micro_batch
+    return settings.model_copy(update={"micro_batch": 1, "accumulation": many}), False
+
+
+def teacher_of(recipe: Recipe, model: Any, *, device: torch.device, dtype: torch.dtype, **options: Any) -> Distillation | None:
+    """The losses of `model` beside the recipe's teacher, or None. dtype: of the student's weights. options: as `build_teacher`.
+
+    Raises:
+        Mistake: the teacher cannot be read, or does not fit the student.
+    """
+    own = default_dtype(device.type) if recipe.model.dtype == "auto" else dtype
+    return distillation(recipe, build_teacher(recipe, device=device, dtype=own, **options), model)
+
+
+@dataclass
+class TrainingSetup:
+    """What the loop takes, but for where it writes and whom it tells. limit: what decides `total_steps`; notes: for the user."""
+
+    model: Any
+    kind: Kind
+    settings: Train
+    optimizer: torch.optim.Optimizer
+    total_steps: int
+    limit: str
+    autocast: torch.dtype | None
+    teacher: Distillation | None
+    notes: list[str]
+
+    def loop(self, *, accelerator: Any, folder: RunDir, progress: Progress, total_steps: int | None = None, **hooks: Any) -> Training:
+        """The training loop from `progress` on."""
+        return Training(
+            self.model,
+            self.kind,
+            self.settings,
+            accelerator=accelerator,
+            optimizer=self.optimizer,
+            total_steps=total_steps or self.total_steps,
+            folder=folder,
+            progress=progress,
+            autocast=self.autocast,
+            offload=self.settings.checkpointing == "offload",
+            **hooks,
+        )
+
+
+def set_up_training(
+    recipe: Recipe,
+    built: BuiltModel,
+    patches: FastStep | None,
+    data: Material,
+    device: torch.device,
+    *,
+    teacher: Distillation | None = None,
+    changes: dict[str, Any] | None = None,
+) -> TrainingSetup:
+    """Batches, loss and optimizer for a model that is built. changes: of the settings.
+
+    Raises:
+        Mistake: the optimizer cannot be had, or does not take these weights.
+    """
+    settings, packing = batching(recipe, built.model, data)
+    notes = []
+    if settings is not recipe.train:
+        notes.append(
+            f"{built.architecture} lets samples in one row see each other: it gets one sample at a time, "
+            f"{settings.accumulation} to a step"
+        )
+    settings = settings.model_copy(update=changes or {})
+    kind = data.kind(settings, device, packing=packing, head=patches.head if patches is not None else None, teacher=teacher)
+    total, limit = data.steps(kind, settings)
+    optimizer, note = optim.build(
+        checkpoint.trained(built.model),
+        name=settings.optimizer,
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+        weight_decay=settings.weight_decay,
+        device=device.type,
+        stochastic_rounding=settings.stochastic_rounding,
+        in_backward=settings.step_in_backward,
+    )
+    autocast = autocast_dtype(recipe, built.dtype, device.type)
+    return TrainingSetup(
+        built.model, kind, settings, optimizer, total, limit, autocast, teacher, [*notes, *([note] if note else [])]
+    )
+
+
+@dataclass
+class Assembly:
+    """A recipe, ready to train."""
+
+    inputs: Inputs
+    data: Material
+    info: ArchitectureInfo
+    built: BuiltModel
+    patches: FastStep
+    setup: TrainingSetup
+
+    def train(self, folder: RunDir, steps: int, **hooks: Any) -> dict[str, Any]:
+        """The loop from the first step on. hooks: more of its arguments."""
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=torch.device(self.built.model.device).type == "cpu")
+        return self.setup.loop(accelerator=accelerator, folder=folder, progress=Progress(), total_steps=steps, **hooks).run()
+
+
+def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[str, Any] | None = None) -> Assembly:
+    """`recipe`, loaded and prepared on `device` as `finetune run` does it, with nothing said or measured.
+
+    run_dir: for layers that are offloaded to the disk. changes: of the settings, where they are used. Compiling is not asked
+    whether it pays.
+
+    Raises:
+        Mistake: the recipe cannot be trained, or nothing of its data is.
+    """
+    from accelerate.utils import set_seed
+
+    inputs = open_inputs(recipe, run_dir)
+    data = open_data(recipe, inputs)
+    if not data.preflight.supervised_tokens:
+        raise Mistake("there is nothing to train on", where=data.source, found="no token is supervised")
+    info, targets = architecture(recipe, inputs)
+    offload.check(recipe.model.stream, device)
+    built = build_model(
+        recipe,
+        inputs.source,
+        inputs.config,
+        device=device,
+        dtype=weights_dtype(recipe, device.type),
+        targets=targets,
+        stop_ids=inputs.stop_ids | data.ends,
+        calibration=calibration_ids(data),
+        scratch_dir=run_dir,
+    )
+    patches = fast.put_in_place(built.model, recipe, device)
+    teacher = teacher_of(recipe, built.model, device=device, dtype=built.dtype, vocabulary=inputs.tokenizer.get_vocab())
+    setup = set_up_training(recipe, built, patches, data, device, teacher=teacher, changes=changes)
+    set_seed(recipe.run.seed)
+    return Assembly(inputs, data, info, built, patches, setup)
+
+
+def calibration_ids(data: Material) -> list[torch.Tensor]:
+    """Input ids (1, T) of the first rows, by which the gains of sub-norms are measured."""
+    return [torch.tensor([ids]) for ids, _ in data.first_rows(8)]

@@ -1,0 +1,50 @@
+"""The libraries that most commands need, loaded where the user sees it, and kept from speaking between our lines."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from finetune.screen import Screen
+
+LOUD = ("bitsandbytes", "datasets", "huggingface_hub", "accelerate")
+WARNING_MODULES = r"(torch\.(utils|jit|autograd|nn)|transformers|peft|bitsandbytes|accelerate|datasets)\."
+
+
+@contextlib.contextmanager
+def quiet_libraries(screen: Screen) -> Iterator[None]:
+    """Load transformers and peft. Within the block their warnings and bars are off: their errors are raised anyway.
+
+    Afterwards logging and warnings are as they were.
+    """
+    import logging
+    import warnings
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    with screen.phase("libraries"):  # seconds, so they are spent where the user sees for what
+        import peft  # noqa: F401
+        import torch  # noqa: F401
+        import transformers
+        from transformers.utils.logging import is_progress_bar_enabled
+    loggers = {name: logging.getLogger(name) for name in (*LOUD, "datasets.utils.file_utils")}
+    levels = {name: logger.level for name, logger in loggers.items()}
+    verbosity, bars = transformers.logging.get_verbosity(), is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    for logger in loggers.values():
+        logger.setLevel(logging.ERROR)
+    loggers["datasets.utils.file_utils"].setLevel(logging.WARNING)  # that the network is gone, and is tried again
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=WARNING_MODULES)
+        try:
+            yield
+        finally:
+            transformers.logging.set_verbosity(verbosity)
+            if bars:
+                transformers.logging.enable_progress_bar()
+            for name, level in levels.items():
+                loggers[name].setLevel(level)

@@ -1,0 +1,407 @@
+"""run.json: what a run has done so far, as typed parts. This module is its only writer and its only reader.
+
+A part or a key is absent until the run has come that far, so what is written is what was set. Keys of later parts of a record
+(a section that a task adds) are kept as they are: `Record.model_extra`, read by the task through a type of its own.
+
+`version` counts changes of the layout; `UPGRADES` turns older records into today's, and a newer one is refused.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finetune.errors import Mistake
+from finetune.files import MARK, plain, write_json
+
+VERSION = 2
+When = Literal["float", "before", "after"]
+
+
+class Part(BaseModel):
+    """A section of the record. Assignments are checked, and keys that it does not know are kept."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True, populate_by_name=True, protected_namespaces=())
+
+
+# ------------------------------------------------------------------------------------------------------------- provenance
+
+
+class Resumed(Part):
+    """The run went on at `time`, after the checkpoint named `from` (None: from the beginning)."""
+
+    time: str
+    checkpoint: str | None = Field(None, alias="from")
+    processes: int = 1
+
+
+class DataSource(Part):
+    source: str
+    sha256: str
+    rows: int | None = None
+
+
+class ModelSource(Part):
+    source: str
+    parameters: int
+
+
+class Provenance(Part):
+    """Where the results come from. Times in ISO 8601; `seconds`: of all phases of all processes."""
+
+    command: str
+    commit: str | None = None
+    versions: dict[str, str]
+    python: str
+    platform: str
+    device: str
+    seed: int
+    started: str
+    finished: str | None = None
+    seconds: float
+    resumed: list[Resumed]
+    data: DataSource | None = None
+    model: ModelSource | None = None
+
+
+class Phase(Part):
+    """What the screen named, and how long it took, in the process of that number."""
+
+    name: str
+    seconds: float
+    process: int | None = None
+
+
+# ------------------------------------------------------------------------------------------------------ before it is loaded
+
+
+class PlannedPhase(Part):
+    """Bytes by term at the phase's peak; `host_bytes`: of the CPU's memory besides."""
+
+    name: str
+    peak_bytes: float
+    seconds: float | None = None
+    terms: dict[str, float]
+    host_bytes: float | None = None
+
+
+class FitChange(Part):
+    """{key: {"old": …, "new": …}}"""
+
+    keys: dict[str, dict[str, Any]]
+    why: str
+
+
+class FitRecord(Part):
+    """What `fit: auto` changed of the recipe."""
+
+    keys: dict[str, Any]
+    changes: list[FitChange]
+
+
+class PlanRecord(Part):
+    device: str
+    budget_bytes: float
+    phases: list[PlannedPhase]
+    peak_bytes: float
+    fits: bool
+    tokens_per_step: float
+    step_seconds: float
+    seconds: float
+    kwh: float | None = None
+    price: float | None = None
+    price_per_kwh: float | None = None
+    notes: list[str]
+    fit: FitRecord | None = None
+
+
+class Planned(Part):
+    """What the plan says of training, measured as training measures itself."""
+
+    peak_bytes: float
+    step_seconds: float
+    seconds: float | None = None
+
+
+class DataRecord(Part):
+    """What was read. A task has a type with more of it beside its data (finetune/material.py)."""
+
+    format: str
+    format_reason: str
+    heldout_rows: int
+    rows_skipped: int
+    template: str | None = None
+
+
+class CheckRecord(Part):
+    name: str
+    status: Literal["pass", "warn", "fail"]
+    detail: str
+
+
+class Piece(Part):
+    text: str
+    supervised: bool
+
+
+class Histogram(Part):
+    edges: list[float]
+    counts: list[int]
+
+
+class PreflightRecord(Part):
+    """`forced`: the reasons that --force overrode."""
+
+    checks: list[CheckRecord]
+    tokens: int
+    supervised_tokens: int
+    supervised_share: float
+    rows_truncated: int
+    length_histogram: Histogram
+    examples: list[list[Piece]]
+    forced: str | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------------ model
+
+
+class SwapRecord(Part):
+    """`left`: module path → why it stays in floats. `share`: of the parameters."""
+
+    scheme: str
+    swapped: int
+    left: dict[str, str]
+    share: float
+    bytes_before: int
+    bytes_after: int
+    backend: str
+
+
+class ModelRecord(Part):
+    """`bytes`: what training keeps, by kind, without activations. `fast`: what of the step was patched, in words."""
+
+    architecture: str
+    parameters: int
+    trainable: int
+    swap: SwapRecord | None = None
+    streamed: dict[str, Any] | None = None
+    adapters: int
+    dtype: str
+    stop_ids: list[int]
+    fast: list[str] | None = None
+    bytes: dict[str, int] | None = None
+
+
+# ------------------------------------------------------------------------------------------------------------ measurements
+
+
+class LossRecord(Part):
+    """Nats a supervised token; None where a number is not finite, and of the error of a single row."""
+
+    loss: float | None
+    stderr: float | None
+    perplexity: float | None
+    tokens: int
+    rows: int
+
+
+class EvalRecord(Part):
+    """`tasks`: when → task → metric → value. `float`: of a pretrained model before it was made ternary."""
+
+    float_model: LossRecord | None = Field(None, alias="float")
+    before: LossRecord | None = None
+    after: LossRecord | None = None
+    difference: float | None = None
+    difference_stderr: float | None = None
+    tasks: dict[str, dict[str, dict[str, Any]]] | None = None
+
+
+class Sample(Part):
+    """A question (messages, or the beginning of a text), and what the model answered; ended: with an end token."""
+
+    prompt: list[dict[str, Any]] | str
+    reference: str | None = None
+    before: str | None = None
+    before_ended: bool | None = None
+    after: str | None = None
+    after_ended: bool | None = None
+
+
+class Best(Part):
+    step: int
+    loss: float
+
+
+class TrainRecord(Part):
+    """What the loop returns. `tokens_per_second`: of the last process's own steps."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    supervised_tokens: int
+    tokens_per_second: float
+    saving_seconds: float
+    peak_bytes: int
+    memory_kind: str
+    bad_steps: int | None = None
+    split: int | None = None
+    best: Best | None = None
+    processes: int | None = None
+    parallel: str | None = None
+
+
+class TernaryRecord(Part):
+    """The last look at the ternary codes: shares that flipped and are zero; `turnover`: flips of the whole run, a weight."""
+
+    flips: float | None = None
+    zeros: float | None = None
+    turnover: float | None = None
+    looks: int
+    alarms: list[str]
+
+
+# ------------------------------------------------------------------------------------------------------------ what it left
+
+
+class MergeGate(Part):
+    adapter_loss: float
+    merged_loss: float
+    difference: float
+    limit: float
+    rows: int
+    device: str
+    arithmetic: str
+    status: str
+
+
+class Reternarized(Part):
+    """Losses (nats) of adapters on a ternary base, and of what they became when they were merged and rounded again."""
+
+    base_loss: float
+    adapter_loss: float
+    float_loss: float
+    merged_loss: float
+    flips: float
+    rows: int
+    gate: dict[str, Any]
+
+
+class MergeRecord(Part):
+    path: str
+    gate: MergeGate | None = None
+    bytes: int | None = None
+    reternarized: Reternarized | None = None
+
+
+class ExportRecord(Part):
+    """`gate`: the equivalence gate's verdict (finetune/export/gate.py). `path`: from the run's folder."""
+
+    format: str
+    path: str
+    bytes: int
+    parameters: int
+    bits_per_weight: float
+    gate: dict[str, Any]
+
+
+class TwinRecord(Part):
+    """`gap`: held-out loss of the ternary model less that of its float twin."""
+
+    path: str
+    lr: float
+    seed: int
+    loss: float | None = None
+    gap: float | None = None
+    gap_stderr: float | None = None
+    tokens_per_second: float | None = None
+
+
+class Record(Part):
+    """One run's run.json. `next`: commands to type."""
+
+    version: int = VERSION
+    name: str
+    kind: str
+    about: str = ""
+    state: Literal["running", "done", "stopped", "failed"]
+    error: str | None = None
+    provenance: Provenance
+    phases: list[Phase]
+    eval: EvalRecord
+    samples: list[Sample]
+    plan: PlanRecord | None = None
+    planned: Planned | None = None
+    data: DataRecord | None = None
+    preflight: PreflightRecord | None = None
+    model: ModelRecord | None = None
+    tracker_id: str | None = None
+    train: TrainRecord | None = None
+    ternary: TernaryRecord | None = None
+    merge: MergeRecord | None = None
+    exports: dict[str, ExportRecord] | None = None
+    twin: TwinRecord | None = None
+    next: list[str] | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: what was set, by the names of run.json."""
+        return self.model_dump(by_alias=True, exclude_unset=True)
+
+
+# ----------------------------------------------------------------------------------------------------- reading and writing
+
+
+def _from_1(saved: dict[str, Any]) -> dict[str, Any]:
+    """`format` became `version`; two keys were read and never written."""
+    saved = {key: value for key, value in saved.items() if key != "format"} | {"version": 2}
+    if isinstance(saved.get("eval"), dict):
+        saved["eval"] = {key: value for key, value in saved["eval"].items() if key != "merged"}
+    return saved
+
+
+UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
+
+
+def read_record(run_dir: Path) -> Record:
+    """The record of the run folder `run_dir`.
+
+    Raises:
+        Mistake: it is no run folder, or its record is damaged, incomplete, or of a newer version.
+    """
+    path = run_dir / MARK
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(saved, dict):
+            raise ValueError(f"{type(saved).__name__}, no object")
+        version = saved.get("version", saved.get("format", 1))
+        if not isinstance(version, int) or not 1 <= version <= VERSION:
+            raise ValueError(f"version {str(version)[:80]}; this program reads 1 to {VERSION}")
+        while version in UPGRADES:
+            saved = UPGRADES[version](saved)
+            version = saved["version"]
+        record = Record.model_validate(saved)
+        if not plain(record.name):
+            raise ValueError(f"name: {record.name[:80]!r}, which is no plain name")
+    except FileNotFoundError:
+        do = "finetune show runs/NAME"
+        raise Mistake("this is no run folder", where=str(run_dir), found=f"no {MARK} in it", do=do) from None
+    except (OSError, ValueError, RecursionError) as error:  # what is no JSON or no UTF-8, and a ValidationError, is a ValueError
+        found = _first_error(error) if isinstance(error, ValidationError) else str(error)
+        do = "bring it back from a copy of the folder"
+        raise Mistake("the run's record cannot be read", where=str(path), found=found, do=do) from None
+    return record
+
+
+def _first_error(error: ValidationError) -> str:
+    first, *others = error.errors()
+    key = ".".join(map(str, first["loc"]))
+    said = f"{key} is missing" if first["type"] == "missing" else f"{key}: {str(first['input'])[:80]!r} ({first['msg']})"
+    return said + (f", and {len(others)} more" if others else "")
+
+
+def write_record(run_dir: Path, record: Record) -> None:
+    """Replace run.json by `record`: a reader sees the old one or the new one, never a part."""
+    write_json(run_dir / MARK, record.as_dict())

@@ -1,0 +1,102 @@
+"""The run's model: built by models/build.py, patched for a fast step, and told."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from finetune.assembly import calibration_ids
+from finetune.models.build import BuiltModel, build_model
+from finetune.models.precision import weights_dtype
+from finetune.recipe import Recipe
+from finetune.record import ModelRecord, ModelSource, Record, SwapRecord
+from finetune.stages.context import RunContext
+from finetune.stages.evaluate import measure
+from finetune.stages.preflight import Checked
+from finetune.train import fast, scratch
+from finetune.train.fast import FastStep
+from finetune.units import human_bytes
+from quant import backends
+
+
+def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel, ModelRecord]:
+    """The model of a run. A pretrained float model is measured before it is made ternary, once: what it was is the baseline.
+
+    Raises:
+        Mistake: weights are missing or damaged, or cannot be quantized as the recipe says.
+    """
+    recipe, screen, run_dir = run.recipe, run.screen, run.path
+
+    def measure_float(model: Any) -> None:
+        if checked.held_out and record.eval.float_model is None:
+            record.eval.float_model = measure("float", run, checked, model, None)
+            run.save()
+
+    if recipe.model.stream == "disk" and (kind := scratch.is_memory(run_dir)):
+        screen.warn(f"model.stream: {run_dir} lies on {kind}, which is memory and no disk; give another run.dir")
+    inputs, stop_ids = checked.inputs, checked.inputs.stop_ids | checked.data.ends
+    built = build_model(
+        recipe,
+        inputs.source,
+        inputs.config,
+        device=checked.device,
+        dtype=weights_dtype(recipe, checked.device.type),
+        targets=checked.targets,
+        stop_ids=stop_ids,
+        calibration=calibration_ids(checked.data),
+        scratch_dir=run_dir,
+        measure_float=measure_float,
+        phase=screen.phase,
+    )
+    swap = _swap_record(recipe, built, checked.device)
+    if swap is not None and built.swap is not None:
+        screen.say(
+            f"  {swap.swapped} linears in {swap.scheme} ({swap.share:.0%} of the parameters): "
+            f"{human_bytes(swap.bytes_before)} → {human_bytes(swap.bytes_after)}; {swap.backend}\n"
+            f"  left in floats: {built.swap.left_in_words}"
+        )
+    figures = built.offloaded.figures() if built.offloaded is not None else None
+    if figures is not None:
+        screen.say(
+            f"  {figures['layers']} layers stream from {figures['from']}: {human_bytes(figures['bytes'])} in all, "
+            f"{human_bytes(figures['largest_layer_bytes'])} the largest"
+        )
+    return built, ModelRecord(
+        architecture=checked.info.architecture,
+        parameters=built.parameters,
+        trainable=built.trainable,
+        swap=swap,
+        streamed=figures,
+        adapters=len(built.targets),
+        dtype=str(built.dtype).removeprefix("torch."),
+        stop_ids=sorted(stop_ids),
+    )
+
+
+def _swap_record(recipe: Recipe, built: BuiltModel, device: torch.device) -> SwapRecord | None:
+    if built.swap is None:
+        return None
+    return SwapRecord(
+        scheme=built.swap.scheme,
+        swapped=len(built.swap.swapped),
+        left=built.swap.left,
+        share=built.swap.share,
+        bytes_before=built.swap.bytes_before,
+        bytes_after=built.swap.bytes_after,
+        backend=backends.describe(device, scheme=recipe.quant.scheme),
+    )
+
+
+def model_source(checked: Checked, built: BuiltModel) -> ModelSource:
+    return ModelSource(source=checked.inputs.source.name, parameters=built.parameters)
+
+
+def patch(run: RunContext, checked: Checked, built: BuiltModel) -> FastStep:
+    """Put in place of the model's pieces what computes the same faster. FastStep.in_words() says what, and what not."""
+    with run.screen.phase("fast step"):
+        work = built.parameters * checked.data.tokens(run.recipe.train)
+        patches = fast.put_in_place(built.model, run.recipe, checked.device, work=work)
+    for line in patches.in_words():
+        run.screen.say(f"  {line}")
+    return patches

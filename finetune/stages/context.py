@@ -1,0 +1,206 @@
+"""One run folder while it is made: its recipe, its record, and what the screen is told at its end. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shlex
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from finetune.files import write_atomic
+from finetune.processes import is_first, world
+from finetune.recipe import Recipe, dump_recipe
+from finetune.record import DataSource, EvalRecord, Phase, Provenance, Record, Resumed
+from finetune.run_dir import RunDir, as_it_was_fitted, check_resumable, choose_dir, same_data
+from finetune.screen import Screen
+from finetune.units import clock, number
+
+if TYPE_CHECKING:
+    from finetune.stages.planning import PlannedRun
+    from finetune.stages.preflight import Checked
+
+
+@dataclass
+class RunContext:
+    """A run folder that is being made. fresh: it was not there before.
+
+    record, checked and planned are there as soon as the run has come that far.
+    """
+
+    name: str
+    recipe: Recipe
+    run_dir: RunDir
+    screen: Screen
+    resume: bool
+    force: bool
+    fresh: bool
+    record: Record | None = None
+    checked: Checked | None = None
+    planned: PlannedRun | None = None
+
+    @property
+    def path(self) -> Path:
+        return self.run_dir.path
+
+    @classmethod
+    def begin(cls, name: str, recipe: Recipe, run_dir: RunDir, screen: Screen, *, resume: bool, force: bool) -> RunContext:
+        """The context of a run that begins or goes on.
+
+        Raises:
+            Mistake: it is to go on, and cannot.
+        """
+        context = cls(name, recipe, run_dir, screen, resume, force, fresh=not run_dir.path.exists())
+        if resume:
+            context.recipe = as_it_was_fitted(recipe, run_dir.read()) if run_dir.exists else recipe
+            check_resumable(run_dir, context.recipe)
+        return context
+
+    def is_done(self) -> bool:
+        """Whether it goes on and has nothing left to do; then its report is there, and said so."""
+        if not self.resume or (record := self.run_dir.read()).state != "done":
+            return False
+        self.record = record
+        self.run_dir.acquire()
+        self.run_dir.release()  # of one that was killed after its last word, the lock would stay
+        self.screen.say(f"{self.path} is done already")
+        if not (self.path / "report.html").exists():
+            from finetune.report import write_report
+
+            write_report(self.path)
+        return True
+
+    def open_record(self, checked: Checked) -> Record:
+        """The record, read again now that the folder is ours, or a new one with the resolved recipe beside it.
+
+        Raises:
+            Mistake: the data of a run that goes on is not what it was.
+        """
+        from finetune import provenance
+
+        recipe, run_dir = self.recipe, self.run_dir
+        if self.resume:
+            record = run_dir.read()
+            same_data(record, checked.data.digest, run_dir.path)  # before the record is ours: a refusal leaves it as it was
+            record.state, record.error = "running", None
+        else:
+            collected = provenance.collect(checked.device, recipe.run.seed, shlex.join(["finetune", *sys.argv[1:]]))
+            record = Record(
+                version=Record.model_fields["version"].default,
+                name=self.name,
+                kind=recipe.kind,
+                about=recipe.about,
+                state="running",
+                error=None,
+                provenance=Provenance(**collected, started=now(), finished=None, seconds=0.0, resumed=[]),
+                phases=[],
+                eval=EvalRecord(),
+                samples=[],
+            )
+            if is_first():
+                write_atomic(run_dir.path / "recipe.yaml", dump_recipe(recipe))
+        record.data = checked.data.record()
+        record.preflight = checked.data.preflight.as_record(checked.forced)
+        rows = (record.data.model_extra or {}).get("rows") if record.data is not None else None
+        record.provenance.data = DataSource(source=checked.data.source, sha256=checked.data.digest, rows=rows)
+        if recipe.run.trackers and record.tracker_id is None:
+            record.tracker_id = secrets.token_hex(4)
+        self.record = record
+        self.save()
+        return record
+
+    def save(self, *, finished: bool = False) -> None:
+        """Write the record, with the phases of this process so far."""
+        record = self.record
+        assert record is not None
+        if finished:
+            record.provenance.finished = now()
+        earlier = [phase for phase in record.phases if phase.process not in (None, os.getpid())]
+        record.phases = earlier + [Phase(**phase, process=os.getpid()) for phase in self.screen.phases]
+        record.provenance.seconds = round(sum(phase.seconds for phase in record.phases), 1)
+        self.run_dir.write(record)
+
+    def note_resume(self, checkpoint: Path | None) -> None:
+        """Write down at once that the run goes on, and from where."""
+        assert self.record is not None
+        name = checkpoint.name if checkpoint is not None else None
+        resumed = Resumed(time=now(), checkpoint=name)
+        if world() > 1:
+            resumed.processes = world()
+        self.record.provenance.resumed.append(resumed)
+        self.save()
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def agreed_dir(recipe: Recipe, name: str, resume: bool) -> Path:
+    """Where the run lives; of several processes the first one chooses."""
+    if world() == 1:
+        return choose_dir(recipe, name, resume)
+    from finetune.models.device import pick_device
+    from finetune.train import parallel
+
+    parallel.begin(pick_device(recipe.run.device).type)
+    return Path(parallel.share(str(choose_dir(recipe, name, resume)) if is_first() else None))
+
+
+@contextlib.contextmanager
+def recipe_threads(recipe: Recipe) -> Iterator[None]:
+    """Within it torch computes with the threads that the recipe wants."""
+    import torch
+
+    before = torch.get_num_threads()
+    if recipe.run.threads is not None:
+        torch.set_num_threads(recipe.run.threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def signals_as_ctrl_c() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP do as Ctrl-C does: what is half-done is cleared away, and the record says how it ended."""
+    before = {}
+    for which in (signal.SIGTERM, signal.SIGHUP):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(which) is signal.SIG_DFL:
+            before[which] = signal.signal(which, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        for which, old in before.items():
+            signal.signal(which, old)
+
+
+def print_summary(run: RunContext) -> None:
+    """The result, and what to type next. Of several processes the first one knows."""
+    record, screen, run_dir = run.record, run.screen, run.path
+    if record is None or not run.run_dir.writes:
+        return
+    before, after = record.eval.before, record.eval.after
+    if before is not None and after is not None and record.eval.difference is not None:
+        screen.say(
+            f"\nheld-out loss {number(before.loss, 3)} → {number(after.loss, 3)} nats ({record.eval.difference:+.3f} ± "
+            f"{number(record.eval.difference_stderr, 3)}), perplexity {number(before.perplexity, 2)} → "
+            f"{number(after.perplexity, 2)}; {clock(record.provenance.seconds)} in all"
+        )
+    screen.say(f"\nreport   {run_dir / 'report.html'}")
+    for line in record.next or []:
+        screen.say(f"next     {line}")
+
+
+def next_commands(recipe: Recipe, run_dir: Path) -> list[str]:
+    """What to type after a run that went well."""
+    commands = [f"finetune chat {run_dir}{f' {run_dir}/twin' if recipe.twin else ''}", f"finetune show {run_dir}"]
+    if recipe.mergeable and not recipe.run.merge:
+        commands.append(f"finetune merge {run_dir} --out {run_dir}/merged")
+    return commands

@@ -1,0 +1,173 @@
+"""What is measured before and after training: the held-out loss, answers to questions, tasks of the harness."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from eval.generation import generate
+from eval.perplexity import IGNORED, LossResult, evaluate_loss, loss_of, paired_difference
+from finetune.errors import Mistake
+from finetune.material import HeldOut
+from finetune.processes import rank, world
+from finetune.recipe import Recipe
+from finetune.record import LossRecord, Record, Sample, When
+from finetune.run_dir import RunDir
+from finetune.screen import Screen
+from finetune.stages.context import RunContext
+from finetune.stages.preflight import Checked
+from finetune.train import parallel, step
+from finetune.units import number
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from finetune.train.fast import FastStep
+
+
+def held_out_loss(
+    recipe: Recipe, model: Any, rows: HeldOut, patches: FastStep | None, progress: Callable[[int, int], None] | None = None
+) -> LossResult:
+    """The loss on held-out rows, which several processes share."""
+    head = patches.head if patches is not None else None
+    of_tokens = step.evaluator(head, recipe.train.loss_chunk) if head is not None else None
+    shares = [rows[number :: world()] for number in range(world())]
+    learnt = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
+    # Sharded layers run in all processes alike: then each measures all rows.
+    own = shares[rank()] if all(learnt) and not parallel.is_sharded(model) else rows
+    result = evaluate_loss(
+        model,
+        own,
+        batch_tokens=recipe.eval.batch_tokens,
+        of_tokens=of_tokens,
+        retry=not parallel.is_sharded(model),
+        progress=progress,
+    )
+    if world() == 1:
+        return result
+    if len(own) == len(rows):  # of one mind to the last bit: what is best is decided by it
+        return loss_of(*parallel.share([result.row_loss_sums, result.row_tokens]))
+    parts = parallel.everyone([result.row_loss_sums, result.row_tokens])
+    sums, tokens = ([parts[at % world()][which][at // world()] for at in range(len(rows))] for which in (0, 1))
+    return loss_of(sums, tokens)
+
+
+def measure(when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None) -> LossRecord:
+    """The held-out loss, said, and written to eval/WHEN.json row by row."""
+    name = "evaluate the float model" if when == "float" else f"evaluate {when}"
+    with run.screen.phase(name) as progress:
+        result = held_out_loss(
+            run.recipe, model, checked.held_out, patches, lambda done, total: progress(done, total, "held-out rows")
+        )
+    run.run_dir.write_json(f"eval/{when}.json", result.as_dict(by_row=True))
+    record = LossRecord.model_validate(result.as_dict())
+    run.screen.say(
+        f"  held-out loss {when}: {result.loss:.4f} ± {number(record.stderr)} nats, perplexity {result.perplexity:.2f}"
+    )
+    return record
+
+
+def saved_result(run_dir: RunDir, when: When) -> LossResult:
+    """What `measure` has written."""
+    saved = json.loads((run_dir.path / "eval" / f"{when}.json").read_text(encoding="utf-8"))
+    return LossResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+
+
+def difference(run_dir: RunDir) -> tuple[float | None, float | None]:
+    """(after − before, its standard error), paired by row; None where there is none, and of processes that write nothing."""
+    if not run_dir.writes:
+        return None, None
+    return paired(saved_result(run_dir, "before"), saved_result(run_dir, "after"))
+
+
+def paired(before: LossResult, after: LossResult) -> tuple[float, float | None]:
+    """(after − before, its standard error where there is one), paired by row."""
+    value, error = paired_difference(before, after)
+    return value, error if math.isfinite(error) else None
+
+
+def answers(
+    when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None, questions: list[Sample]
+) -> list[Sample]:
+    """The questions with the model's answers `when`, which samples/samples.json gets too."""
+    if not questions:
+        return []
+    with run.screen.phase(f"answers {when}") as progress, as_it_came(patches):
+        given = generate(
+            model,
+            checked.inputs.tokenizer,
+            [question.prompt for question in questions],
+            max_new_tokens=run.recipe.eval.max_new_tokens,
+            retry=not parallel.is_sharded(model),
+            progress=lambda done, total: progress(done, total, "answers"),
+        )
+    samples = [
+        question.model_copy(update={when: answer.text, f"{when}_ended": answer.ended})
+        for question, answer in zip(questions, given, strict=True)
+    ]
+    run.run_dir.write_json("samples/samples.json", [sample.model_dump(exclude_unset=True) for sample in samples])
+    return samples
+
+
+def score(when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None, record: Record) -> None:
+    """The recipe's tasks, unless they were scored `when` already."""
+    wanted = run.recipe.eval
+    if not wanted.tasks or when in (record.eval.tasks or {}):
+        return
+    with as_it_came(patches):
+        scores = score_tasks(
+            model,
+            checked.inputs.tokenizer,
+            wanted.tasks,
+            run.screen,
+            include_path=wanted.include_path,
+            limit=wanted.limit,
+            name=f"tasks {when}",
+        )
+    record.eval.tasks = (record.eval.tasks or {}) | {when: scores}
+    run.run_dir.write_json(f"eval/tasks-{when}.json", scores)
+    run.save()
+
+
+def as_it_came(patches: FastStep | None) -> AbstractContextManager[None]:
+    """Within it the model computes without the fast step, for generation."""
+    return patches.paused() if patches is not None else nullcontext()
+
+
+def score_tasks(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: list[str],
+    screen: Screen,
+    *,
+    include_path: str | None,
+    limit: int | None,
+    name: str = "tasks",
+) -> dict[str, Any]:
+    """lm-evaluation-harness, with progress on the screen: {task: {metric: value}}.
+
+    Raises:
+        Mistake: it is not installed, or a task is unknown.
+    """
+    from eval.harness import UnknownTask, run_tasks
+
+    if include_path is not None and not Path(include_path).is_dir():
+        raise Mistake("there is no such folder of tasks", where="include_path", found=include_path)
+    with screen.phase(name) as progress:
+        try:
+            return run_tasks(
+                model,
+                tokenizer,
+                tasks,
+                include_path=Path(include_path) if include_path else None,
+                limit=limit,
+                progress=lambda done, total: progress(done, total, "requests"),
+            )
+        except ImportError as error:
+            raise Mistake(str(error), where="eval.tasks", do="pip install -e '.[eval]'") from None
+        except UnknownTask as error:
+            raise Mistake(str(error), where="eval.tasks") from None

@@ -1,0 +1,130 @@
+"""What a run will need, before anything of it is loaded; and what would fit where it does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from finetune.errors import GateStop
+from finetune.memory import resident_bytes, usable_bytes
+from finetune.planning.devices import parse_bytes, present
+from finetune.planning.estimate import Untraceable, plan
+from finetune.planning.fit import Fit, fit
+from finetune.planning.result import Plan
+from finetune.planning.rewrite import scalar
+from finetune.planning.table import cannot, verdict
+from finetune.processes import world
+from finetune.recipe import Recipe
+from finetune.record import FitRecord, Planned, PlanRecord, Record
+from finetune.stages.context import RunContext
+from finetune.stages.preflight import Checked
+from finetune.train import parallel
+from finetune.units import gib, human_bytes
+
+Planner = Callable[[Recipe, str, Checked, int], Plan]
+
+
+def plan_of(recipe: Recipe, name: str, checked: Checked, limit: int) -> Plan:
+    """The plan of a recipe on the device that is here, with `limit` bytes of its memory.
+
+    Raises:
+        Untraceable: the model's step cannot be traced.
+    """
+    device = present(checked.device)
+    return plan(recipe, name, device, budget_bytes=limit, material=checked.data, config=checked.inputs.config)
+
+
+default_planner: Planner | None = plan_of  # None: runs are not planned
+
+
+@dataclass
+class PlannedRun:
+    """The recipe as `fit: auto` leaves it, its plan (None where there is none) and what was changed."""
+
+    recipe: Recipe
+    plan: Plan | None = None
+    fit: Fit | None = None
+
+
+def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> PlannedRun:
+    """What the run will need; with `fit: auto` the recipe changes until that is there. begun: a run that goes on keeps its recipe.
+
+    Raises:
+        GateStop: it will not fit, and nobody forces.
+    """
+    recipe, name, screen = run.recipe, run.name, run.screen
+    if (planner := default_planner) is None:
+        return PlannedRun(recipe)
+    device = present(checked.device)
+    limit = (
+        parse_bytes(recipe.plan.memory)
+        if recipe.plan.memory is not None
+        else min(device.memory_bytes, usable_bytes(checked.device) // (world() if device.kind == "cpu" else 1))
+    )
+    limit = min(parallel.everyone(limit))
+    try:
+        with screen.phase("plan"):
+            if recipe.fit == "auto" and begun is None:
+                fitted = fit(recipe, limit, lambda other: planner(other, name, checked, limit), kind=device.kind)
+                planned = PlannedRun(fitted.recipe, fitted.plan, fitted)
+            else:
+                planned = PlannedRun(recipe, planner(recipe, name, checked, limit))
+    except Untraceable as error:
+        screen.warn(f"there is no plan: {error.what} ({error.found})")
+        return PlannedRun(recipe)
+    assert planned.plan is not None
+    screen.say(f"  {verdict(planned.plan)}")
+    for change in planned.fit.steps if planned.fit is not None else []:
+        for key, (old, new) in change.keys.items():
+            screen.say(f"  fit: {key} {old} → {new}: {change.why}")
+    if planned.plan.fits:
+        return planned
+    found = f"{gib(planned.plan.peak_bytes)} GiB in {planned.plan.highest.name}; there are {gib(limit)} GiB"
+    if world() > 1 and recipe.run.parallel == "fsdp":
+        screen.warn(f"the plan is of one process that has the whole model, which would not fit: {found}")
+        return planned
+    if run.force:
+        screen.warn(f"--force: by the plan it does not fit: {found}")
+        return planned
+    raise GateStop(
+        "this run would not fit",
+        where=device.name,
+        found=cannot(planned.fit) if planned.fit is not None else found,
+        do=f"finetune plan RECIPE --fit {gib(limit)}GB says what would; fit=auto does it; use --force to start anyway",
+    )
+
+
+def note(record: Record, planned: PlannedRun, device: torch.device) -> None:
+    """Write the plan down, and what of it training is compared with. What fit: auto changed when the run began stays."""
+    if planned.plan is None:
+        return
+    plan = planned.plan
+    fitted = record.plan.fit if record.plan is not None else None
+    if planned.fit is not None:
+        fitted = FitRecord.model_validate(planned.fit.as_dict())
+    training = plan.phase("train")
+    context, waste = (training.terms.get(term, 0) for term in ("context", "fragmentation"))
+    # As the loop measures it: the process on a CPU, with what it has by now; what is allocated on a card.
+    other = resident_bytes() - context if device.type == "cpu" else -context - waste
+    record.plan = PlanRecord.model_validate(plan.as_dict() | ({"fit": fitted} if fitted is not None else {}))
+    record.planned = Planned(peak_bytes=training.peak_bytes + other, step_seconds=plan.step_seconds, seconds=training.seconds)
+
+
+def with_what_would_fit(stop: GateStop, planned: PlannedRun, name: str, checked: Checked) -> GateStop:
+    """`stop`, out of memory, with what the plan says of less."""
+    if planned.plan is None or (planner := default_planner) is None:
+        return stop
+    limit = int(0.9 * min(planned.plan.peak_bytes, planned.plan.budget_bytes))  # it was more, whatever the plan said
+    kind = "cpu" if checked.device.type == "cpu" else "cuda"
+    try:
+        fitted = fit(planned.recipe, limit, lambda other: planner(other, name, checked, limit), kind=kind)
+    except Exception:  # there is little memory: what is known already is what is to be said
+        return stop
+    if not fitted.plan.fits:
+        return type(stop)(stop.what, where=stop.where, found=f"{stop.found}; {cannot(fitted)}", do=stop.do)
+    keys = " ".join(f"{key}={scalar(new)}" for change in fitted.steps for key, (_, new) in change.keys.items())
+    saves = f"by the plan {human_bytes(fitted.plan.peak_bytes)} instead of {human_bytes(planned.plan.peak_bytes)}"
+    do = f"{keys} ({saves}), in a new run.dir" + (f"; {stop.do}" if stop.do else "")
+    return type(stop)(stop.what, where=stop.where, found=stop.found, do=do)

@@ -1,0 +1,198 @@
+"""Everything that can fail cheaply, before anything is loaded or written: device, processes, model, data, labels, targets, disk."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune import provenance
+from finetune.assembly import Inputs, architecture, open_data, open_inputs
+from finetune.errors import GateStop, Mistake
+from finetune.exporters import check
+from finetune.files import TOKENIZER, atomic_folder
+from finetune.material import HeldOut, Material
+from finetune.models.architecture import ArchitectureInfo, adapter_parameters
+from finetune.models.config import recipe_tokenizer
+from finetune.models.device import pick_device
+from finetune.models.sub_norms import converted_config
+from finetune.processes import is_first, world
+from finetune.recipe import Recipe, dump_recipe
+from finetune.record import Record
+from finetune.screen import Screen
+from finetune.stages.context import RunContext
+from finetune.train import offload, optim, parallel
+
+
+@dataclass
+class Checked:
+    """What a run is made of, once its checks have passed. trainable: parameters. forced: the reasons that --force overrode."""
+
+    device: torch.device
+    inputs: Inputs
+    data: Material
+    held_out: HeldOut
+    info: ArchitectureInfo
+    targets: list[str]
+    trainable: int
+    forced: str | None
+
+
+def preflight(run: RunContext, record: Record | None) -> Checked:
+    """Check what a recipe asks for and what it will learn from. record: of a run that goes on.
+
+    Raises:
+        Mistake: something that it names is missing, damaged or impossible. GateStop: labels are wrong, and nobody forces.
+    """
+    recipe, screen = run.recipe, run.screen
+    device = _device(recipe, screen)
+    with screen.phase("tokenizer") as progress:
+        revision = (record.data.model_extra or {}).get("revision") if record is not None and record.data is not None else None
+        inputs = open_inputs(recipe, run.path, revision=revision, progress=progress)
+        _check_exports(recipe, inputs)
+    with screen.phase("data") as progress:
+        data = open_data(recipe, inputs, progress)
+    for line in data.lines():
+        screen.say(f"  {line}")
+    for line in data.warnings():
+        screen.warn(line)
+    screen.preflight(data.preflight.checks, data.preflight.examples)
+    forced_before = record is not None and record.preflight is not None and record.preflight.forced is not None
+    forced = _gate(data, screen, force=run.force or forced_before)
+    with screen.phase("skeleton"):
+        info, targets = architecture(recipe, inputs)
+        trainable = adapter_parameters(recipe.adapter, info, targets) if targets else info.parameters
+    return Checked(device, inputs, data, data.held_out(), info, targets, trainable, forced)
+
+
+def _device(recipe: Recipe, screen: Screen) -> torch.device:
+    """The device of this process, once it is known that it can do what the recipe asks of it."""
+    require_trackers(recipe.run.trackers)
+    device = parallel.begin(pick_device(recipe.run.device).type)
+    offload.check(recipe.model.stream, device)
+    several = f", {world()} processes ({recipe.run.parallel})" if world() > 1 else ""
+    screen.say(f"  {provenance.device_name(device)}{several}")
+    check_processes(recipe, world())
+    if recipe.train.checkpointing == "offload" and device.type == "cpu":
+        raise Mistake(
+            "on the CPU activations are in its memory already",
+            where="train.checkpointing",
+            found="offload",
+            do="train.checkpointing=true",
+        )
+    if device.type == "cpu" and recipe.run.device == "auto" and Path("/proc/driver/nvidia").exists():
+        screen.warn(f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it (CUDA 13.0 needs 580 or newer)")
+    return device
+
+
+def require_trackers(names: Iterable[str]) -> None:
+    """Raise Mistake for a tracker that is not installed."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise Mistake("this tracker is not installed", where="run.trackers", found=name, do=f"pip install {name}")
+
+
+def check_processes(recipe: Recipe, processes: int) -> None:
+    """Raise Mistake for what several processes cannot do, before anything is loaded."""
+    train, run = recipe.train, recipe.run
+    if processes == 1:
+        return
+    for refused in optim.refusals(train, world_size=processes, parallel=run.parallel):
+        raise refused
+    if recipe.fit == "auto":
+        raise Mistake(
+            "this is for one process: each would change the recipe for itself",
+            where="fit",
+            found=f"{processes} processes",
+            do="fit=none; finetune plan --fit says",
+        )
+    if train.micro_batch * train.accumulation < processes:
+        raise Mistake(
+            "there are more processes than rows in a step",
+            where="train.accumulation",
+            found=f"micro_batch {train.micro_batch} × accumulation {train.accumulation}, {processes} processes",
+            do=f"train.accumulation={-(-processes // train.micro_batch)}; micro-batches are split across processes, the global "
+            "batch size stays the same",
+        )
+
+
+def _check_exports(recipe: Recipe, inputs: Inputs) -> None:
+    """What the trained model could not be written to is refused before it is trained."""
+    from transformers import AutoModelForCausalLM
+
+    config, ternary = inputs.config, recipe.quant.scheme == "ternary"
+    if recipe.quant.sub_norms:
+        with torch.device("meta"):
+            config = converted_config(AutoModelForCausalLM.from_config(config))
+    for name in [*(["bitnet"] if ternary else []), *recipe.export.formats]:
+        check(
+            config,
+            name,
+            ternary=ternary,
+            keep=recipe.quant.keep,
+            rms_norm=recipe.quant.rms_norm,
+            tokenizer=inputs.tokenizer,
+        )
+
+
+def _gate(data: Material, screen: Screen, *, force: bool) -> str | None:
+    """The reasons that --force overrode, or None.
+
+    Raises:
+        GateStop: a check failed and nobody forces.
+    """
+    failed = data.preflight.failed
+    if not failed:
+        return None
+    reasons = "; ".join(f"{one.name}: {one.detail}" for one in failed)
+    nothing = any(one.name == "something to learn" for one in failed)
+    hopeless = not data.preflight.supervised_tokens or any(one.name == "the model's vocabulary" for one in failed)
+    if force and not hopeless:
+        screen.warn(f"--force: {reasons}")
+        return reasons
+    raise (Mistake if nothing else GateStop)(
+        "there is nothing to train on" if nothing else "the preflight of labels refuses this data",
+        where=data.source,
+        found=reasons,
+        do="fix the data or the template" + ("" if hopeless else "; --force trains anyway and records why it should not have"),
+    )
+
+
+def describe(run: RunContext, checked: Checked) -> None:
+    """Say where the run goes, and what is trained."""
+    info = checked.info
+    run.screen.say(f"  into {run.path}")
+    run.screen.say(
+        f"  {info.architecture}, {info.parameters / 1e6:.1f} M parameters, {checked.trainable / 1e6:.2f} M trained"
+        + (f" in {len(checked.targets)} adapters" if checked.targets else "")
+    )
+
+
+def keep_tokenizer(run: RunContext, checked: Checked) -> None:
+    """A tokenizer that was trained on the run's text goes into its folder, and is read again from there, as a run that goes on
+    has it."""  # fmt: skip
+    if run.recipe.model.config is None or run.recipe.tokenizer.name is not None:
+        return
+    folder = run.path / TOKENIZER
+    if is_first() and not folder.exists():
+        with atomic_folder(folder) as temporary:
+            checked.inputs.tokenizer.save_pretrained(temporary)
+    parallel.wait()
+    checked.inputs.tokenizer = recipe_tokenizer(run.recipe, checked.inputs.source, run.path)
+
+
+def agree(recipe: Recipe, checked: Checked) -> None:
+    """Raise GateStop where processes have read other data, or other tokens: what they train together would be neither."""
+    vocabulary = json.dumps(checked.inputs.tokenizer.get_vocab(), sort_keys=True)
+    digests = [hashlib.sha256(text.encode()).hexdigest() for text in (vocabulary, dump_recipe(recipe))]
+    everyones: list[list[Any]] = parallel.everyone([checked.data.digest, *digests])
+    for what, values in zip(("data", "tokenizer", "recipe"), zip(*everyones, strict=True), strict=True):
+        if len(set(values)) > 1:
+            found = ", ".join(f"process {number}: {value[:12]}…" for number, value in enumerate(values))
+            raise GateStop(f"the processes do not have the same {what}", where=checked.data.source, found=found)

@@ -1,0 +1,245 @@
+"""Training: what the loop takes, from where it goes on, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+
+from finetune.assembly import TrainingSetup, set_up_training, teacher_of
+from finetune.errors import GateStop, Interruption, Mistake
+from finetune.models.build import BuiltModel
+from finetune.planning import local
+from finetune.processes import is_first, rank, world
+from finetune.record import Best, Record, TernaryRecord, TrainRecord
+from finetune.stages.context import RunContext
+from finetune.stages.evaluate import held_out_loss
+from finetune.stages.preflight import Checked
+from finetune.train import checkpoint, optim, parallel
+from finetune.train.checkpoint import Progress
+from finetune.train.fast import FastStep
+from finetune.train.loop import Interrupted
+from finetune.train.ternary import Ternary
+from finetune.units import human_bytes
+from quant import prove_used
+
+
+def set_up(run: RunContext, checked: Checked, built: BuiltModel, patches: FastStep) -> tuple[TrainingSetup, dict[str, int]]:
+    """What the loop takes, proven on one micro-batch; and the bytes that training keeps, by kind, without activations.
+
+    Raises:
+        GateStop: quantized linears take no part in the forward pass. Mistake: teacher or optimizer cannot be had.
+    """
+    recipe, screen = run.recipe, run.screen
+    teacher = teacher_of(
+        recipe,
+        built.model,
+        device=checked.device,
+        dtype=built.dtype,
+        vocabulary=checked.inputs.tokenizer.get_vocab(),
+        phase=screen.phase,
+    )
+    setup = set_up_training(recipe, built, patches, checked.data, checked.device, teacher=teacher)
+    settings = setup.settings
+    sizes = optim.memory_of(
+        checkpoint.trained(built.model).values(),
+        name=settings.optimizer,
+        stochastic_rounding=settings.stochastic_rounding,
+        in_backward=settings.step_in_backward,
+    )
+    screen.say("  trained, without activations: " + ", ".join(f"{k} {human_bytes(v)}" for k, v in sizes.items() if v))
+    for note in setup.notes:
+        screen.warn(note)
+    _prove_swap(setup, built)
+    set_seed(recipe.run.seed + rank())  # of python, numpy and torch; each process drops out by its own chance
+    return setup, sizes
+
+
+def _prove_swap(setup: TrainingSetup, built: BuiltModel) -> None:
+    """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""
+    if built.swap is None:
+        return
+    model, kind = built.model, setup.kind
+    model.eval()  # dropout would draw random numbers, which a resumed run must not draw twice
+    try:
+        with torch.no_grad(), prove_used(model, built.swap):
+            keys = kind.keys(0, 0, None)
+            kind.loss(model, kind.batch(next(keys)))
+            if (close := getattr(keys, "close", None)) is not None:
+                close()
+    except RuntimeError as error:
+        if "took no part" not in str(error):
+            raise
+        raise GateStop("packed linears are bypassed", where="quant", found=str(error), do="add them to quant.keep") from None
+
+
+def go_on(run: RunContext, checked: Checked, setup: TrainingSetup) -> Progress:
+    """Model, optimizer, random numbers and metrics as they were at the newest whole checkpoint; that it goes on is written down.
+
+    Raises:
+        Mistake: there are checkpoints, and all are damaged.
+    """
+    folder, screen = run.path / "checkpoints", run.screen
+    checkpoint.sweep(folder)
+    with screen.phase("checkpoint"):
+        path, notes = checkpoint.newest(folder)
+    for damaged in notes:
+        screen.warn(f"damaged checkpoint {damaged}; using the one before")
+    if path is None and notes:
+        do = f"bring one back from a copy; to begin again: rm -r {folder}, then finetune resume {run.path}"
+        raise Mistake("every checkpoint of this run is damaged", where=str(folder), found="; ".join(notes), do=do)
+    run.note_resume(path)
+    if path is None:
+        screen.say("  no checkpoint yet: beginning again")
+        run.run_dir.cut_metrics(0)
+        return Progress()
+    progress, size = checkpoint.load(path, setup.model, setup.optimizer)
+    if run.recipe.train.optimizer.startswith("paged") and checked.device.type == "cuda":
+        screen.warn("the optimizer's states are restored to the card; they are paged again only in a new run")
+    run.run_dir.cut_metrics(size)
+    screen.say(f"  going on after step {progress.step}")
+    return progress
+
+
+def _accelerator(run: RunContext, device: torch.device, progress: Progress) -> Any:
+    """accelerate's, with the trackers: a run that goes on is the same run there, without what came after its checkpoint."""
+    recipe, record = run.recipe, run.record
+    assert record is not None
+    accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.run.trackers) or None, project_dir=str(run.path))
+    if recipe.run.trackers:
+        options = {
+            "tensorboard": {"purge_step": progress.step + 1} if record.provenance.resumed else {},
+            "wandb": {"id": record.tracker_id, "resume": "allow"},
+            "trackio": {"name": f"{run.name}-{record.tracker_id}", "resume": "allow"},
+        }
+        accelerator.init_trackers(
+            run.name,
+            config=_flat(recipe.model_dump(mode="json")),
+            init_kwargs={name: options[name] for name in recipe.run.trackers},
+        )
+    return accelerator
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool]:
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            result |= _flat(item, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = item if isinstance(item, str | int | float | bool) else str(item)
+    return result
+
+
+@dataclass
+class Trained:
+    """What training came to; ternary: where ternary weights were trained."""
+
+    figures: TrainRecord
+    ternary: TernaryRecord | None
+
+
+def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: FastStep, progress: Progress) -> Trained:
+    """The loop, with an evaluation and a look at ternary codes as often as the recipe says; the weights that it ends with.
+
+    Raises:
+        Interruption: a signal came; the step is finished and saved. What the loop raises.
+    """
+    recipe, run_dir, screen = run.recipe, run.run_dir, run.screen
+    accelerator = _accelerator(run, checked.device, progress)
+    rows, total, watch = checked.held_out, setup.total_steps, None
+    if recipe.trains_quantized:
+        watch = Ternary(setup.model, recipe, total, run_dir.metrics, screen.warn)
+
+    def evaluate(step: int) -> dict[str, float]:
+        result = held_out_loss(
+            recipe, setup.model, rows, patches, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows")
+        )
+        measured = {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
+        return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.blend_of(step)) < 1 else {})
+
+    screen.say(f"  {total} steps ({setup.limit})")
+    with screen.phase("train") as shown:
+        try:
+            figures = setup.loop(
+                accelerator=accelerator,
+                folder=run_dir,
+                progress=progress,
+                evaluate=evaluate if rows else None,
+                before_step=watch.before if watch else None,
+                after_step=watch.after if watch else None,
+                went_back=watch.rewind if watch else None,
+                show=shown,
+            ).run()
+        except Interrupted as stop:
+            raise Interruption(str(stop), do=f"finetune resume {run_dir.path}") from None
+    trained = TrainRecord.model_validate(figures)
+    if world() > 1:
+        trained.processes, trained.parallel = world(), recipe.run.parallel
+    if setup.settings.best == "use" and trained.best is not None:
+        _take_best(trained.best, trained.steps, setup.model, run_dir.path, screen.say, screen.warn)
+    for tracker in accelerator.trackers:  # its end_training would leave the other processes, too
+        tracker.finish()
+    if watch is not None:
+        watch.end()
+    if setup.teacher is not None:
+        setup.teacher.detach()  # else its hooks on the model would keep it
+    return Trained(trained, TernaryRecord.model_validate(watch.summary()) if watch is not None else None)
+
+
+def _take_best(
+    best: Best, last: int, model: Any, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]
+) -> None:
+    """The weights with the lowest held-out loss, from their checkpoint."""
+    path = run_dir / "checkpoints" / f"{checkpoint.PREFIX}{best.step:06d}"
+    if best.step != last and (wrong := checkpoint.damage(path)) is not None:
+        warn(f"the best checkpoint, {path.name}, is damaged ({wrong}): the last weights are used")
+        return
+    if best.step != last:
+        checkpoint.load_weights(path, model)
+    say(f"  the best held-out loss was {best.loss:.4f} after step {best.step} of {last}: these weights are used")
+
+
+def note(run: RunContext, checked: Checked, record: Record, trained: Trained) -> None:
+    """Write down, and say, what training came to; and tell later plans on this machine how far this one was off."""
+    screen, figures, plan = run.screen, trained.figures, run.planned.plan if run.planned is not None else None
+    record.data = checked.data.record()  # a stream knows only now what it skipped
+    for line in checked.data.warnings():
+        screen.warn(line)
+    if trained.ternary is not None:
+        record.ternary = trained.ternary
+    # A resumed process knows the speed of its own steps only; one that found training finished knows none.
+    if figures.tokens_per_second or record.train is None:
+        record.train = figures
+    planned = f", planned {human_bytes(record.planned.peak_bytes)}" if plan is not None and record.planned is not None else ""
+    screen.say(
+        f"  {figures.steps} steps, {figures.tokens} tokens, {figures.tokens_per_second:.0f} tok/s, "
+        f"peak {human_bytes(figures.peak_bytes)} ({figures.memory_kind}{planned})"
+    )
+    if plan is not None and record.planned is not None and world() == 1:
+        metrics = run.run_dir.metrics
+        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
+        took = [seconds for line in lines if (seconds := json.loads(line).get("step_seconds"))]
+        if len(took) > 1:
+            local.note(
+                plan,
+                run.recipe,
+                steps=len(took),
+                planned_bytes=int(record.planned.peak_bytes),
+                peak_bytes=figures.peak_bytes,
+                step_seconds=statistics.median(took[1:]),  # the first compiles
+            )
+
+
+def unshard(built: BuiltModel, device: torch.device) -> None:
+    """Bring a sharded model together again, in the first process, which finishes the weights."""
+    if parallel.is_sharded(built.model):
+        parallel.restore(built.model)
+        if is_first():
+            built.model.to(device)
