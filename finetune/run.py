@@ -768,7 +768,7 @@ class _Story:
         def evaluate(step: int) -> dict[str, float]:
             result = self._loss(rows, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows"))
             measured = {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
-            return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.blend_of(step)) < 1 else {})
+            return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.schedule.blend(step)) < 1 else {})
 
         self.screen.say(f"  {total} steps ({limit})")
         with self.screen.phase("train") as shown:

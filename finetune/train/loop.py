@@ -27,7 +27,7 @@ from finetune.memory import PeakMemory, keep_freed_memory
 from finetune.processes import rank, world
 from finetune.train import checkpoint, parallel
 from finetune.train.checkpoint import Progress
-from finetune.train.schedule import decays, learning_rate
+from finetune.train.schedule import Schedule
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -216,7 +216,7 @@ class Training:
     def __post_init__(self) -> None:
         self.device = self.accelerator.device
         self.parameters = list(checkpoint.trained(self.model).values())
-        self.decay_of_groups = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.schedule = Schedule.of(self.settings, self.total_steps)
         self.in_backward = bool(getattr(self.optimizer, "in_backward", False))
         self.sharded = parallel.is_sharded(self.model)
         self.checkpoints = self.folder.path / "checkpoints"
@@ -277,7 +277,7 @@ class Training:
     def _step(self) -> None:
         settings, progress, started = self.settings, self.progress, time.monotonic()
         step = progress.step + 1
-        lr = self._set_rates(step)
+        self.schedule.set_rates(self.optimizer.param_groups, step)
         if self.before_step is not None:
             self.before_step(step)
         finished, self.generators, fetched = replace(progress), checkpoint.generators(), []
@@ -321,7 +321,7 @@ class Training:
         )
         if settings.spike is not None:
             progress.recent = [*progress.recent, mean][-SPIKE_WINDOW:]
-        self._tell(step, fetched, sums, mean, norm, lr, time.monotonic() - started)
+        self._tell(step, fetched, sums, mean, norm, time.monotonic() - started)
         best = self._evaluate(step)
         self.saver.look()
         interrupted = sums.interrupted or (world() == 1 and self.interrupted())  # several have to be of one mind
@@ -329,21 +329,6 @@ class Training:
             self._save(progress)
             if interrupted:
                 raise Interrupted(f"stopped after step {step} of {self.total_steps}")
-
-    def _set_rates(self, step: int) -> float:
-        settings = self.settings
-        lr = learning_rate(
-            step,
-            self.total_steps,
-            peak=settings.lr,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            min_lr=settings.min_lr,
-        )
-        decaying = decays(step, self.total_steps, schedule=settings.schedule)
-        for group, decay in zip(self.optimizer.param_groups, self.decay_of_groups, strict=True):
-            group["lr"], group["weight_decay"] = lr, decay if decaying else 0.0
-        return lr
 
     def _fetch(self) -> _Fetched:
         key = self.keys.next()
@@ -492,7 +477,7 @@ class Training:
         if self.show is not None:
             self.show(step, self.total_steps, note)
 
-    def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, lr: float, seconds: float) -> None:
+    def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, seconds: float) -> None:
         progress = self.progress
         length = self.kind.length(progress.epoch)
         met = hashlib.sha256("\n".join(self._samples(fetched)).encode()).hexdigest()[:16]
@@ -501,7 +486,7 @@ class Training:
             "epoch": round(progress.epoch + progress.position / length, 4) if length else progress.epoch,
             "loss": mean,
             **self.kind.parts,
-            "lr": lr,
+            "lr": self.schedule.rate(step),
             "grad_norm": norm,
             "tokens": progress.tokens,
             "supervised": progress.supervised,
