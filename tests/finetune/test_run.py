@@ -652,11 +652,11 @@ def test_fit_auto_changes_the_recipe_and_a_resumed_run_keeps_the_change(finetune
 
 @pytest.mark.planned
 def test_where_one_row_does_not_fit_the_plan_says_what_would(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    from finetune.train import shapes
+    from finetune.train import trace_context
     from finetune.train.sft import SupervisedFineTuning
 
     def nothing_fits(self: Any, model: Any, batch: Any) -> Any:
-        if model.training and shapes.tracing() is None:  # the plan is asked first
+        if model.training and trace_context.current() is None:  # the plan is asked first
             torch.empty(1 << 50)  # the system refuses it
         return plain(self, model, batch)
 

@@ -21,7 +21,8 @@ from finetune.files import RunFolder
 from finetune.recipe import Train
 from finetune.train import checkpoint, optim
 from finetune.train.checkpoint import Progress
-from finetune.train.loop import Interrupted, Training, steps_in
+from finetune.train.kind import steps_in
+from finetune.train.loop import Interrupted, Training
 from finetune.train.sft import SupervisedFineTuning
 
 VOCABULARY = 100
