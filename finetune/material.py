@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from finetune.data.rows import Row, Rows
     from finetune.data.stream import Corpus, Source
     from finetune.train.distill import Distillation
-    from finetune.train.loop import Kind
-    from finetune.train.step import Head
+    from finetune.train.fast.chunked_loss import LMHead
+    from finetune.train.kind import Kind
 
 Progress = Callable[[int, int], None]
 HeldOut = list[tuple[list[int], list[int]]]  # input ids, labels at their own positions
@@ -62,7 +62,7 @@ class Material(Protocol):
         """The highest token id in it."""
 
     def kind(
-        self, settings: Train, device: torch.device, *, packing: bool, head: Head | None, teacher: Distillation | None
+        self, settings: Train, device: torch.device, *, packing: bool, head: LMHead | None, teacher: Distillation | None
     ) -> Kind:
         """Batches and a loss for the loop. head: of the model, where its loss is taken in chunks."""
 
@@ -209,7 +209,7 @@ class Conversations:
         return max(max(s.input_ids) for s in self.data.train)
 
     def kind(
-        self, settings: Train, device: torch.device, *, packing: bool, head: Head | None, teacher: Distillation | None
+        self, settings: Train, device: torch.device, *, packing: bool, head: LMHead | None, teacher: Distillation | None
     ) -> Kind:
         from finetune.data.packing import Batches
         from finetune.train.sft import SupervisedFineTuning
@@ -229,7 +229,7 @@ class Conversations:
         )
 
     def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
-        from finetune.train.loop import steps_in
+        from finetune.train.kind import steps_in
 
         total = steps_in(kind, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
         limit = "train.max_steps" if total == settings.max_steps else f"train.epochs={settings.epochs:g}"
@@ -360,7 +360,7 @@ class Text:
         return max(max(row) for row in self.first)
 
     def kind(
-        self, settings: Train, device: torch.device, *, packing: bool, head: Head | None, teacher: Distillation | None
+        self, settings: Train, device: torch.device, *, packing: bool, head: LMHead | None, teacher: Distillation | None
     ) -> Kind:
         from finetune.train.pretrain import Pretraining
 

@@ -17,8 +17,8 @@ from finetune.use import tokenizer_of
 
 if TYPE_CHECKING:
     from finetune.model import Prepared, Skeleton, Source
-    from finetune.train.fast import FastStep
-    from finetune.train.loop import Kind
+    from finetune.train.fast.patching import FastStep
+    from finetune.train.kind import Kind
     from finetune.train.offload import Streamed
 
 
@@ -106,7 +106,8 @@ def ready(recipe: Recipe, device: torch.device, folder: Path, changes: dict[str,
     from accelerate import Accelerator
     from accelerate.utils import set_seed
 
-    from finetune.train import fast, offload, scratch
+    from finetune.train import offload
+    from finetune.train.fast import patching
 
     source = models.source_of(recipe.model)
     stream = open_stream(recipe) if recipe.kind == "pretrain" else None
@@ -121,7 +122,7 @@ def ready(recipe: Recipe, device: torch.device, folder: Path, changes: dict[str,
     targets = models.adapter_targets(recipe.adapter, bones) if frozen else []
     dtype = models.dtype_of(recipe, device.type)
     offload.check(recipe.model.stream, device)
-    disk = scratch.Scratch(folder) if recipe.model.stream == "disk" else None
+    disk = offload.Scratch(folder) if recipe.model.stream == "disk" else None
     model = models.load_weights(
         source, config, dtype=dtype, attention=recipe.model.attention, quant=recipe.quant, frozen=frozen, seed=recipe.run.seed,
         put=disk.put if disk is not None else None,
@@ -137,7 +138,7 @@ def ready(recipe: Recipe, device: torch.device, folder: Path, changes: dict[str,
         checkpointing=bool(recipe.train.checkpointing), seed=recipe.run.seed,
         move=move if recipe.model.stream != "none" else None,
     )  # fmt: skip
-    found = fast.put_in_place(prepared.model, recipe, device)
+    found = patching.apply_patches(prepared.model, recipe, device)
     settings, packing = batching(recipe, prepared.model, material)
     settings = settings.model_copy(update=changes or {})
     kind = material.kind(settings, device, packing=packing, head=found.head, teacher=None)

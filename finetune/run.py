@@ -43,7 +43,7 @@ if TYPE_CHECKING:
     from finetune.plan.fit import Fit
     from finetune.plan.result import Plan
     from finetune.train.checkpoint import Progress
-    from finetune.train.fast import FastStep
+    from finetune.train.fast.patching import FastStep
     from finetune.train.offload import Streamed
 
 FORMAT = 1
@@ -480,12 +480,12 @@ class _Story:
 
     def _load(self) -> None:
         from finetune import model as models
-        from finetune.train import offload, parallel, scratch
+        from finetune.train import offload, parallel
         from quant import backends
 
         recipe = self.recipe
-        disk = scratch.Scratch(self.folder.path) if recipe.model.stream == "disk" else None
-        if disk is not None and (kind := scratch.is_memory(self.folder.path)):
+        disk = offload.Scratch(self.folder.path) if recipe.model.stream == "disk" else None
+        if disk is not None and (kind := offload.is_memory(self.folder.path)):
             self.screen.warn(
                 f"model.stream: {self.folder.path} lies on {kind}, which is memory and no disk; give another run.dir"
             )
@@ -570,11 +570,11 @@ class _Story:
 
     def _speed_up(self) -> None:
         """Put in place of the model's pieces what computes the same faster."""
-        from finetune.train import fast
+        from finetune.train.fast import patching
 
         with self.screen.phase("fast step"):
             work = self.record["model"]["parameters"] * self.material.tokens(self.recipe.train)
-            self.fast = fast.put_in_place(self.model, self.recipe, self.device, work=work)
+            self.fast = patching.apply_patches(self.model, self.recipe, self.device, work=work)
         lines = self.fast.in_words()
         for line in lines:
             self.screen.say(f"  {line}")
@@ -649,10 +649,11 @@ class _Story:
 
     def _loss(self, rows: Any, progress: Callable[[int, int], None] | None = None) -> LossResult:
         from eval.perplexity import IGNORED, evaluate_loss, loss_of
-        from finetune.train import parallel, step
+        from finetune.train import parallel
+        from finetune.train.fast import chunked_loss
 
         head = self.fast.head if self.fast is not None else None
-        of_tokens = step.evaluator(head, self.recipe.train.loss_chunk) if head is not None else None
+        of_tokens = chunked_loss.evaluator(head, self.recipe.train.loss_chunk) if head is not None else None
         shares = [rows[number :: world()] for number in range(world())]
         learnt = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
         # Layers that are shared out run in all processes alike: then each measures all rows.
@@ -768,7 +769,7 @@ class _Story:
         def evaluate(step: int) -> dict[str, float]:
             result = self._loss(rows, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows"))
             measured = {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
-            return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.blend_of(step)) < 1 else {})
+            return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.schedule.blend(step)) < 1 else {})
 
         self.screen.say(f"  {total} steps ({limit})")
         with self.screen.phase("train") as shown:
@@ -830,8 +831,8 @@ class _Story:
 
     def no_memory(self, error: Exception) -> GateStop | None:
         """What to say where memory has run out, and nothing is left to halve; None of any other error."""
-        from eval.model_state import forget, out_of_memory
-        from finetune.train.loop import NoMemory
+        from eval._common import forget, out_of_memory
+        from finetune.train.recovery import NoMemory
 
         if isinstance(error, NoMemory):
             return self._with_what_would_fit(error)

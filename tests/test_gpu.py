@@ -126,7 +126,8 @@ def test_the_fast_step_on_the_card_is_the_plain_one(family: str) -> None:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    from finetune.train import fast, kernels, step
+    from finetune.train.fast import kernels, patching
+    from finetune.train.fast.chunked_loss import LMHead, fused_linear_cross_entropy, head_of
     from quant import linear_targets, register_peft, swap
 
     sizes = {
@@ -143,22 +144,22 @@ def test_the_fast_step_on_the_card_is_the_plain_one(family: str) -> None:
     ids = torch.randint(0, 512, (1, sum(lengths)), device="cuda")
     positions = torch.cat([torch.arange(n, device="cuda") for n in lengths])[None]
 
-    def gradients(head: step.Head | None) -> torch.Tensor:
+    def gradients(head: LMHead | None) -> torch.Tensor:
         model.zero_grad()
         if head is None:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0, :-1]
             loss = torch.nn.functional.cross_entropy(logits.float(), ids[0, 1:], reduction="sum")
         else:
-            loss, _ = step.loss_sum(model, head, ids, positions)
+            loss, _ = fused_linear_cross_entropy(model, head, ids, positions)
         loss.backward()
         return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
     plain = gradients(None)
-    found = fast.find(model)
-    assert {r.of for r in found.replacements} >= {"attention without padding", "groups of adapters", "norms", "gated activations"}
+    found = patching.find(model)
+    assert {r.of for r in found.patches} >= {"attention without padding", "groups of adapters", "norms", "gated activations"}
     found.install()
     try:
-        ours = gradients(step.head_of(model)[0])
+        ours = gradients(head_of(model)[0])
     finally:
         found.remove()
         kernels.switch(False)

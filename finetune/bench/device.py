@@ -31,7 +31,8 @@ from finetune.files import write_json
 from finetune.memory import keep_freed_memory
 from finetune.plan.devices import LARGE, Calibration, Device, attention_flops, present, save_calibration
 from finetune.screen import Screen, Shown
-from finetune.train import attention, optim
+from finetune.train import optim
+from finetune.train.fast import attention
 from finetune.units import MIB, significant
 from quant import nf4, ops, ternary
 

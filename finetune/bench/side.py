@@ -210,9 +210,9 @@ class _Ours:
 
     def evaluate(self) -> LossResult:
         from eval.perplexity import evaluate_loss
-        from finetune.train import step
+        from finetune.train.fast import chunked_loss
 
-        of_tokens = step.evaluator(self.head, self.settings.loss_chunk) if self.head is not None else None
+        of_tokens = chunked_loss.evaluator(self.head, self.settings.loss_chunk) if self.head is not None else None
         return evaluate_loss(self.model, self.held_out, batch_tokens=self.recipe.eval.batch_tokens, of_tokens=of_tokens)
 
 

@@ -34,7 +34,7 @@ from finetune.plan.step import Place, Static, Traced, trace
 from finetune.plan.trace import Trace, Work
 from finetune.ready import autocast_of
 from finetune.recipe import Recipe
-from finetune.train.fast import WORTH_COMPILING
+from finetune.train.fast.patching import WORTH_COMPILING
 from finetune.units import human_bytes
 
 DISK = 0.7e9  # bytes/s, read or written: a SATA disk's; NVMe is several times faster

@@ -18,9 +18,11 @@ from finetune import model as models
 from finetune.data.packing import Batch
 from finetune.data.samples import IGNORE
 from finetune.model import Source
-from finetune.plan.trace import Grouped, Pieces, Recorder, Trace, extrapolate, fake_tensors, place, watch_layers
+from finetune.plan.trace import Grouped, Recorder, Trace, TraceContext, extrapolate, fake_tensors, place, watch_layers
 from finetune.recipe import Recipe, Train
-from finetune.train import checkpoint, fast, kernels, offload, optim, shapes, step
+from finetune.train import checkpoint, offload, optim, trace_context
+from finetune.train.fast import chunked_loss, kernels, patching
+from finetune.train.fast.patching import FastStep
 from finetune.train.pretrain import Pretraining
 from finetune.train.sft import SupervisedFineTuning
 from quant.linear import PackedLinear
@@ -226,10 +228,13 @@ def _trace(
     count = layers_in(config)
     with _quiet(), mode:
         was = kernels.switched_on()
-        with shapes.traced(Pieces(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)), Grouped():
+        with (
+            trace_context.use(TraceContext(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)),
+            Grouped(),
+        ):
             found = _speed_up(model, recipe, place_)
         try:
-            with shapes.traced(Pieces(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)):
+            with trace_context.use(TraceContext(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)):
                 distillation = _distillation(teacher, recipe, model, mode, place_)
             train = _train(model, recipe, place_, micro, found, vocabulary, count, distillation)
             generated = None
@@ -243,10 +248,10 @@ def _trace(
     return static, train, evaluated, generated, found.in_words()
 
 
-def _speed_up(model: Any, recipe: Recipe, place_: Place) -> fast.FastStep:
+def _speed_up(model: Any, recipe: Recipe, place_: Place) -> FastStep:
     """The fast step, its trials taken for granted; compiled as the run would."""
     said = recipe.model_copy(update={"fast": recipe.fast.model_copy(update={"compile": place_.compiled})})
-    return fast.put_in_place(model, said, torch.device(place_.kind))
+    return patching.apply_patches(model, said, torch.device(place_.kind))
 
 
 @contextmanager
@@ -282,11 +287,18 @@ def _recorder(vocabulary: int, micro: MicroBatch, place_: Place, *models_: Any) 
 
 
 def _train(
-    model: Any, recipe: Recipe, place_: Place, micro: MicroBatch, found: fast.FastStep, vocabulary: int, count: int, teacher: Any
+    model: Any,
+    recipe: Recipe,
+    place_: Place,
+    micro: MicroBatch,
+    found: FastStep,
+    vocabulary: int,
+    count: int,
+    teacher: Any,
 ) -> Trace:
     """One micro-batch forward and backward; a second one on top of its gradients, where gradients are accumulated."""
     recorder = _recorder(vocabulary, micro, place_, model, *([] if teacher is None else [teacher.teacher]))
-    pieces = Pieces(recorder, micro.bounds, micro.shape)
+    pieces = TraceContext(recorder, micro.bounds, micro.shape)
     settings = recipe.train
     kind: Any
     device = torch.device("cpu")
@@ -306,7 +318,7 @@ def _train(
                 recorder.work = Counter()
             recorder.phase, recorder.at = "inputs", ("forward", -1)
             kept = _offloaded() if settings.checkpointing == "offload" else nullcontext()
-            with shapes.traced(pieces), recorder:
+            with trace_context.use(pieces), recorder:
                 batch = _batch(recipe, micro)
                 recorder.phase = "activations"
                 with torch.autocast("cpu", dtype=place_.autocast, enabled=place_.autocast is not None), kept:
@@ -359,18 +371,18 @@ def _stepping(recorder: Recorder, settings: Train) -> Callable[[Tensor], None]:
 
 
 def _evaluate(
-    model: Any, recipe: Recipe, place_: Place, micro: MicroBatch, found: fast.FastStep, vocabulary: int, count: int
+    model: Any, recipe: Recipe, place_: Place, micro: MicroBatch, found: FastStep, vocabulary: int, count: int
 ) -> Trace:
     recorder = _recorder(vocabulary, micro, place_, model)
     model.eval()
     recorder.phase, recorder.at = "inputs", ("evaluate", -1)
-    with shapes.traced(Pieces(recorder, micro.bounds, micro.shape)), recorder, torch.no_grad():
+    with trace_context.use(TraceContext(recorder, micro.bounds, micro.shape)), recorder, torch.no_grad():
         ids, positions = torch.zeros(micro.shape, dtype=torch.int64), torch.zeros(micro.shape, dtype=torch.int64)
         targets = torch.zeros(micro.supervised, dtype=torch.int64)
         recorder.phase = "workspace"
         if found.head is not None:
             hidden = found.head.hidden(ids, positions).flatten(0, 1)[: micro.supervised]
-            step.token_losses(hidden, found.head, targets, chunk=recipe.train.loss_chunk)
+            chunked_loss.token_losses(hidden, found.head, targets, chunk=recipe.train.loss_chunk)
         else:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)
             torch.nn.functional.cross_entropy(logits.float(), ids.flatten(), reduction="none")
@@ -383,7 +395,7 @@ def _generate(model: Any, place_: Place, tokens: int, vocabulary: int, count: in
     recorder = _recorder(vocabulary, micro, place_, model)
     model.eval()
     recorder.phase, recorder.at = "workspace", ("generate", -1)
-    with shapes.traced(Pieces(recorder, micro.bounds, micro.shape)), recorder, torch.no_grad():
+    with trace_context.use(TraceContext(recorder, micro.bounds, micro.shape)), recorder, torch.no_grad():
         out = model(input_ids=torch.zeros((1, tokens), dtype=torch.int64), use_cache=True, logits_to_keep=1)
         del out
     return Trace(count, {place(at, count): moment for at, moment in recorder.moments.items()}, recorder.work)

@@ -6,8 +6,8 @@ autograd a dispatch mode sees each operation: a storage begins to live when an o
 holds it any more. That gives the peak, and what it consists of.
 
 Three things are not operations of torch here. A kernel of ours that a compiler makes one of, and packed attention, are pieces
-(`finetune.train.shapes`): what they give and keep is counted tensor by tensor, what exists within them as their workspace. The
-quantized operators have fake implementations, and their workspace a formula (`quant_workspace`).
+(`TraceContext`): what they give and keep is counted tensor by tensor, what exists within them as their workspace. The quantized
+operators have fake implementations, and their workspace a formula (`quant_workspace`).
 
 A model whose layers are alike is traced with two and with four of them: each moment's memory is linear in their number, for
 each of the moments `MOMENTS`, so that any number follows. (FACTS: torch's own fake CUDA tensors need a CUDA build; these are
@@ -31,8 +31,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.train import attention
-from finetune.train.attention import Segments
+from finetune.train.fast import attention
+from finetune.train.fast.segments import Segments
 
 R = TypeVar("R")
 Terms = dict[str, float]
@@ -312,7 +312,7 @@ def quant_operation(name: str, args: Any, *, cuda: bool) -> tuple[int, Work]:
 # ------------------------------------------------------------------------------------------------------------------ pieces
 
 
-class Pieces:
+class TraceContext:
     """What the fast step asks while it is traced. segments: of the rows of a batch; another shape is one sample a row."""
 
     def __init__(self, recorder: Recorder, bounds: tuple[int, ...], shape: tuple[int, int]) -> None:
@@ -413,12 +413,12 @@ class _Attention(torch.autograd.Function):
             ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32))
         else:
             ctx.save_for_backward(q, k, v)
-            for heads, _ in attention._shares(q, k):
+            for heads, _ in attention.head_shares(q, k):
                 options.segments.plan(heads.stop - heads.start, options.window)  # its tiles' biases stay as long as the batch
 
             def run() -> None:
-                for heads, kv in attention._shares(q, k):
-                    attention._forward(q[:, heads], k[:, kv], v[:, kv], out.transpose(1, 2)[:, heads], options)
+                for heads, kv in attention.head_shares(q, k):
+                    attention.forward_heads(q[:, heads], k[:, kv], v[:, kv], out.transpose(1, 2)[:, heads], options)
 
             recorder.piece(("attention", q.shape, k.shape, options.window, q.dtype, id(options.segments)), run)
         for length in _lengths(options):
@@ -430,7 +430,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Any:
         q, k, v, *_ = ctx.saved_tensors
         recorder, options = ctx.recorder, ctx.options
-        dq, dk, dv = (attention._like(x) for x in (q, k, v))
+        dq, dk, dv = (attention.room_like(x) for x in (q, k, v))
         if recorder.cuda:
             # mha_varlen_bwd of FlashAttention 2: dq in fp32, a number a row, and the gradients of k and v for each query head.
             tokens, heads, width = q.shape[0] * q.shape[2], q.shape[1], -(-q.shape[3] // 32) * 32
@@ -443,9 +443,9 @@ class _Attention(torch.autograd.Function):
             grad = grad.transpose(1, 2)
 
             def run() -> None:
-                for heads, kv in attention._shares(q, k):
+                for heads, kv in attention.head_shares(q, k):
                     parts = q[:, heads], k[:, kv], v[:, kv], grad[:, heads]
-                    attention._backward(*parts, dq[:, heads], dk[:, kv], dv[:, kv], options)
+                    attention.backward_heads(*parts, dq[:, heads], dk[:, kv], dv[:, kv], options)
 
             recorder.piece(("backward", q.shape, k.shape, options.window, q.dtype, id(options.segments)), run)
         for length in _lengths(options):

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eval.model_state import device_of, evaluating
 from finetune.errors import Mistake
-from finetune.train import shapes
+from finetune.train import trace_context
 
 TOKENS = 256  # whose logits exist at a time; in fp32 about five times (256, vocabulary)
 PROJECTIONS = ("q_proj", "k_proj", "v_proj")
@@ -218,8 +218,9 @@ def _head(model: Any, who: str) -> nn.Linear:
         with torch.no_grad(), evaluating(model):
             logits = model(input_ids=ids, use_cache=False).logits
             difference = (head(_hidden(model, ids)).float() - logits.float()).abs().max()
-            plain = shapes.tracing() is not None or bool(difference <= 0.02 * logits.float().abs().max())  # roundings in bf16
-    if not plain:
+            # 2 %: roundings in bf16
+            same = trace_context.current() is not None or bool(difference <= 0.02 * logits.float().abs().max())
+    if not same:
         raise Mistake(
             f"the {who}'s logits are more than a product with its head (a bias, a scale, a cap)", found=type(model).__name__
         )

@@ -9,25 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import math
-import signal
-import statistics
-import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
-from types import FrameType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from eval.model_state import forget, out_of_memory
 from finetune.errors import GateStop, Mistake
 from finetune.memory import PeakMemory, keep_freed_memory
-from finetune.processes import rank, world
+from finetune.processes import world
 from finetune.train import checkpoint, parallel
 from finetune.train.checkpoint import Progress
-from finetune.train.schedule import decays, learning_rate
+from finetune.train.kind import Keys, Kind
+from finetune.train.passes import Passes
+from finetune.train.recovery import SPIKE_WINDOW, NoMemory, bad_step, no_memory, wrong
+from finetune.train.schedule import Schedule
+from finetune.train.signals import caught_signals
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,130 +35,8 @@ if TYPE_CHECKING:
     from finetune.recipe import Train
 
 
-class Kind(Protocol):
-    """What a kind of training supplies. `parts`: what the last loss was made of, for the metrics; often nothing."""
-
-    parts: dict[str, float]
-
-    def keys(self, epoch: int, position: int, place: Any) -> Iterator[Any]:
-        """Keys of an epoch's micro-batches from `position` on: a function of the seed, the epoch and the position alone.
-
-        place: what `place` gave for the last one before it, None at the beginning. Closing the iterator ends its work.
-        """
-
-    def length(self, epoch: int) -> int | None:
-        """Micro-batches of an epoch, or None where nobody knows."""
-
-    def place(self, key: Any) -> Any:
-        """Where the stream goes on behind this micro-batch, as JSON; None for a kind that needs no such thing."""
-
-    def batch(self, key: Any) -> Any:
-        """The micro-batch behind a key."""
-
-    def split(self, key: Any, parts: int) -> list[Any]:
-        """The samples of a micro-batch, in their order, as keys of at most so many; fewer where it has fewer samples."""
-
-    def tokens(self, batch: Any) -> int:
-        """How many tokens the model reads in it."""
-
-    def samples(self, key: Any) -> Sequence[Hashable]:
-        """Names of the samples in it, for messages."""
-
-    def loss(self, model: torch.nn.Module, batch: Any) -> tuple[torch.Tensor, int]:
-        """(sum of the losses over targets, number of targets)."""
-
-
 class Interrupted(Exception):
     """Ctrl-C or SIGTERM; a checkpoint was written."""
-
-
-def steps_in(kind: Kind, *, epochs: float, accumulation: int, max_steps: int | None) -> int:
-    """Optimizer steps of `epochs` passes. An epoch's last, smaller group goes on into the next epoch."""
-    whole = int(epochs)
-    micro_batches = sum(kind.length(number) or 0 for number in range(whole))
-    if epochs > whole:
-        micro_batches += math.ceil((epochs - whole) * (kind.length(whole) or 0))
-    steps = max(1, math.ceil(micro_batches / accumulation))
-    return min(steps, max_steps) if max_steps is not None else steps
-
-
-class _Keys:
-    """The keys of the micro-batches that come next; moves `progress` on."""
-
-    def __init__(self, kind: Kind, progress: Progress) -> None:
-        self.kind, self.progress = kind, progress
-        self.epoch: Iterator[Any] = kind.keys(progress.epoch, progress.position, progress.place)
-
-    def next(self) -> Any:
-        progress = self.progress
-        while True:
-            try:
-                key = next(self.epoch)
-            except StopIteration:
-                if not progress.position:
-                    raise GateStop(f"epoch {progress.epoch + 1} of the data holds no row to train on", where="data") from None
-                progress.epoch, progress.position, progress.place = progress.epoch + 1, 0, None
-                self.epoch = self.kind.keys(progress.epoch, 0, None)
-                continue
-            here = [progress.epoch, progress.position]
-            progress.position += 1
-            progress.place = self.kind.place(key)
-            if here not in progress.bad:
-                return key
-
-    def close(self) -> None:
-        close = getattr(self.epoch, "close", None)  # a stream reads ahead in a thread
-        if close is not None:
-            close()
-
-
-@contextmanager
-def _signals() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) only sets a flag: the step is finished and saved. A
-    second one ends at once."""  # fmt: skip
-    caught = False
-
-    def handler(number: int, frame: FrameType | None) -> None:
-        nonlocal caught
-        caught = True
-        with suppress(OSError):  # of a terminal that is gone
-            print("\nfinishing this step, then saving (again: ends at once)", file=sys.stderr)
-        signal.signal(number, before[signal.Signals(number)])
-
-    try:
-        numbers = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
-        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-            numbers.remove(signal.SIGHUP)  # nohup
-        before = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not the main thread: signals belong to somebody else
-        yield lambda: False
-        return
-    try:
-        yield lambda: caught
-    finally:
-        for number, old in before.items():
-            signal.signal(number, old)
-
-
-SPIKE_WINDOW, SPIKE_FEWEST = 64, 16  # losses that a spike is judged by, and fewer than which judge none
-SPREAD_LEAST = 0.01  # of the median: the least that counts as the spread of losses
-
-
-def spike(loss: float, recent: Sequence[float]) -> float:
-    """How many spreads a loss lies above the median of the recent ones; 0.0 where there are too few to tell.
-
-    The spread is 1.4826 times the median absolute deviation: the standard deviation of normal numbers, which outliers leave alone
-    (Rousseeuw and Croux, Alternatives to the Median Absolute Deviation, 1993, section 1).
-    """
-    if len(recent) < SPIKE_FEWEST:
-        return 0.0
-    median = statistics.median(recent)
-    spread = 1.4826 * statistics.median(abs(one - median) for one in recent)
-    return (loss - median) / max(spread, SPREAD_LEAST * abs(median), 1e-12)
-
-
-class NoMemory(GateStop):
-    """Out of memory with micro-batches that cannot be made smaller."""
 
 
 @dataclass(frozen=True)
@@ -216,11 +93,14 @@ class Training:
     def __post_init__(self) -> None:
         self.device = self.accelerator.device
         self.parameters = list(checkpoint.trained(self.model).values())
-        self.decay_of_groups = [group["weight_decay"] for group in self.optimizer.param_groups]
+        self.schedule = Schedule.of(self.settings, self.total_steps)
         self.in_backward = bool(getattr(self.optimizer, "in_backward", False))
         self.sharded = parallel.is_sharded(self.model)
         self.checkpoints = self.folder.path / "checkpoints"
         self.saver = checkpoint.Saver(self.checkpoints, self.settings.keep_checkpoints)
+        self.passes = Passes(
+            self.model, self.kind, self.device, self.autocast, self.offload, in_backward=self.in_backward, sharded=self.sharded
+        )
         self.saved = self.progress.step
         self.memory = PeakMemory(self.device)
 
@@ -244,11 +124,11 @@ class Training:
         self.memory.reset()
         self.model.train()
         begun, tokens_before, self.evaluating = time.monotonic(), self.progress.tokens, 0.0
-        self.keys = _Keys(self.kind, self.progress)
+        self.keys = Keys(self.kind, self.progress)
         if (self.in_backward or self.settings.on_bad_step == "back") and not checkpoint.checkpoints(self.checkpoints):
             self._save(self.progress)  # something to go back to
         try:
-            with _signals() as self.interrupted:
+            with caught_signals() as self.interrupted:
                 while self.progress.step < self.total_steps:
                     self._step()
             self.saver.wait()
@@ -277,7 +157,7 @@ class Training:
     def _step(self) -> None:
         settings, progress, started = self.settings, self.progress, time.monotonic()
         step = progress.step + 1
-        lr = self._set_rates(step)
+        self.schedule.set_rates(self.optimizer.param_groups, step)
         if self.before_step is not None:
             self.before_step(step)
         finished, self.generators, fetched = replace(progress), checkpoint.generators(), []
@@ -307,7 +187,8 @@ class Training:
             if sums.count:
                 parallel.scale_gradients(self.parameters, 1 / sums.count)
             norm = parallel.grad_norm(self.parameters)
-        if (stop := self._wrong(step, fetched, mean, norm)) is not None:
+        if (what := wrong(step, mean, norm, progress.recent, settings.spike)) is not None:
+            stop = bad_step(what, self._samples(fetched), mean, norm, self.settings)
             self._leave_out(step, fetched, stop, finished)
             return
         if not self.in_backward and settings.max_grad_norm and norm > settings.max_grad_norm:
@@ -321,7 +202,7 @@ class Training:
         )
         if settings.spike is not None:
             progress.recent = [*progress.recent, mean][-SPIKE_WINDOW:]
-        self._tell(step, fetched, sums, mean, norm, lr, time.monotonic() - started)
+        self._tell(step, fetched, sums, mean, norm, time.monotonic() - started)
         best = self._evaluate(step)
         self.saver.look()
         interrupted = sums.interrupted or (world() == 1 and self.interrupted())  # several have to be of one mind
@@ -329,21 +210,6 @@ class Training:
             self._save(progress)
             if interrupted:
                 raise Interrupted(f"stopped after step {step} of {self.total_steps}")
-
-    def _set_rates(self, step: int) -> float:
-        settings = self.settings
-        lr = learning_rate(
-            step,
-            self.total_steps,
-            peak=settings.lr,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            min_lr=settings.min_lr,
-        )
-        decaying = decays(step, self.total_steps, schedule=settings.schedule)
-        for group, decay in zip(self.optimizer.param_groups, self.decay_of_groups, strict=True):
-            group["lr"], group["weight_decay"] = lr, decay if decaying else 0.0
-        return lr
 
     def _fetch(self) -> _Fetched:
         key = self.keys.next()
@@ -359,14 +225,14 @@ class Training:
             failed = ""
             loss, count, tokens, backward = 0.0, 0, 0, False
             try:
-                loss, count, tokens, backward = self._passes(keys)
+                loss, count, tokens, backward = self.passes.run(keys, self.progress.split)
             except Exception as error:
                 if not out_of_memory(error):
                     raise
                 self.optimizer.zero_grad(set_to_none=True)
                 failed = forget(error)
                 if self.sharded:  # the others wait for this one's layers, and cannot be told
-                    raise self._no_memory(step, failed) from None
+                    raise no_memory(step, failed, in_backward=self.in_backward, sharded=True) from None
             told = [loss, float(count), float(tokens), float(bool(failed)), float(backward), float(self.interrupted())]
             loss, total, read, out, learnt, interrupted = parallel.total(told)
             if not out:
@@ -375,78 +241,16 @@ class Training:
             self._halve(step, keys, failed or "in another process")
             checkpoint.set_generators(self.generators)
 
-    def _passes(self, keys: list[Any]) -> tuple[float, int, int, bool]:
-        """(sum of losses, targets, tokens, whether there was a backward pass) of this process's share."""
-        loss_sum, count, tokens, backward = torch.zeros((), device=self.device), 0, 0, False
-        own, idle = self._share(keys)
-        for part in own:
-            batch = self.kind.batch(part)
-            with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None), self._kept():
-                loss, targets = self.kind.loss(self.model, batch)
-            if (targets or self.sharded) and not (self.in_backward and not math.isfinite(float(loss.detach()))):
-                (loss / targets if self.in_backward else loss).backward()
-                backward = True
-            if targets:
-                loss_sum += loss.detach()
-            del loss  # and with it what its graph still has, before the next pass begins
-            count += targets
-            tokens += self.kind.tokens(batch)
-        if idle:
-            parallel.idle(self.model)
-        return float(loss_sum), count, tokens, backward
-
-    def _share(self, keys: list[Any]) -> tuple[list[Any], bool]:
-        """This process's parts of the micro-batches, dealt out in turn; and whether others have one more.
-
-        Layers that are sharded run in all processes or in none.
-        """
-        many, mine = world(), rank()
-        split = self.progress.split
-        ways = split * (many // math.gcd(len(keys) * split, many))  # so that there is something to deal out
-        parts = [part for key in keys for part in self.kind.split(key, ways)]
-        return parts[mine::many], mine >= len(parts) % many > 0
-
-    def _kept(self) -> AbstractContextManager[object]:
-        pinned = self.device.type == "cuda"
-        return torch.autograd.graph.save_on_cpu(pin_memory=pinned) if self.offload else nullcontext()
-
     # -- when it goes wrong
 
     def _halve(self, step: int, keys: list[Any], found: str) -> None:
         split = self.progress.split
         smaller = any(len(self.kind.split(key, 2 * split)) > len(self.kind.split(key, split)) for key in keys)
         if self.in_backward or not smaller:
-            raise self._no_memory(step, found)
+            raise no_memory(step, found, in_backward=self.in_backward, sharded=self.sharded)
         self.progress.split = 2 * split
         self.folder.append({"step": step, "out_of_memory": {"parts": 2 * split, "found": found}})
         self._show(step - 1, f"out of memory: each micro-batch goes in {2 * split} parts from step {step} on")
-
-    def _no_memory(self, step: int, found: str) -> NoMemory:
-        why = "with one sample at a time"
-        if self.sharded:
-            why = "in one of several processes with sharded layers, where a step cannot be repeated"
-        elif self.in_backward:
-            why = "and with train.step_in_backward a step cannot be repeated in parts"
-        return NoMemory(f"out of memory in step {step}, {why}", where="train", found=found)
-
-    def _wrong(self, step: int, fetched: list[_Fetched], mean: float, norm: float) -> GateStop | None:
-        """What is wrong with a step, or None."""
-        settings, many = self.settings, 0.0
-        finite = math.isfinite(mean) and math.isfinite(norm)
-        if finite and settings.spike is not None:
-            many = spike(mean, self.progress.recent)
-        if finite and (settings.spike is None or many <= settings.spike):
-            return None
-        what = f"the {'gradient' if math.isfinite(mean) else 'loss'} of step {step} is not finite"
-        if finite:
-            what = f"the loss of step {step} is a spike, {many:.1f} spreads above the last {len(self.progress.recent)}"
-        return GateStop(
-            f"{what}; the step was not taken",
-            where=f"samples {', '.join(self._samples(fetched))}"[:400],
-            found=f"loss {mean}, gradient norm {norm}",
-            do=f"look at these samples; --resume with more than {settings.max_bad_steps} train.max_bad_steps leaves them out; or "
-            f"begin anew with a lower train.lr (it was {settings.lr:g})",
-        )
 
     def _samples(self, fetched: list[_Fetched]) -> list[str]:
         return [str(sample) for one in fetched for sample in self.kind.samples(one.key)]
@@ -484,7 +288,7 @@ class Training:
         self._show(restored.step, f"step {step} went wrong: back to step {restored.step}, without its rows")
         self.keys.close()
         self.progress, self.saved = restored, restored.step
-        self.keys = _Keys(self.kind, restored)
+        self.keys = Keys(self.kind, restored)
 
     # -- what is told and kept
 
@@ -492,7 +296,7 @@ class Training:
         if self.show is not None:
             self.show(step, self.total_steps, note)
 
-    def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, lr: float, seconds: float) -> None:
+    def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, seconds: float) -> None:
         progress = self.progress
         length = self.kind.length(progress.epoch)
         met = hashlib.sha256("\n".join(self._samples(fetched)).encode()).hexdigest()[:16]
@@ -501,7 +305,7 @@ class Training:
             "epoch": round(progress.epoch + progress.position / length, 4) if length else progress.epoch,
             "loss": mean,
             **self.kind.parts,
-            "lr": lr,
+            "lr": self.schedule.rate(step),
             "grad_norm": norm,
             "tokens": progress.tokens,
             "supervised": progress.supervised,

@@ -8,9 +8,9 @@
 Gradients are SUMS over micro-batches, here as in the loop, which divides once by the number of targets: so the micro-batches of
 a step can be dealt out in any way, and the step is that of one process but for the order in which fp32 numbers are added.
 
-There is no wrapper around the model (DistributedDataParallel): the loss takes decoder and head apart (step.py), processes may
-have different numbers of micro-batches, and experts may get no gradient on one of them. Under fsdp each forward and each
-backward pass asks all processes for the layers: they must run equally many, `idle` where one has nothing to do.
+There is no wrapper around the model (DistributedDataParallel): the loss takes decoder and head apart (chunked_loss.py),
+processes may have different numbers of micro-batches, and experts may get no gradient on one of them. Under fsdp each forward
+and each backward pass asks all processes for the layers: they must run equally many, `idle` where one has nothing to do.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.data.packing import divide
-from finetune.train import step
+from finetune.train.fast.chunked_loss import CHUNK, LMHead, fused_linear_cross_entropy
 
 if TYPE_CHECKING:
     from finetune.data.stream import Corpus, Row
@@ -28,8 +28,8 @@ class Pretraining:
         device: torch.device,
         *,
         micro_batch: int,
-        head: step.Head | None = None,
-        chunk: int = step.CHUNK,
+        head: LMHead | None = None,
+        chunk: int = CHUNK,
         teacher: Distillation | None = None,
     ) -> None:
         self.corpus, self.device, self.micro_batch, self.teacher = corpus, device, micro_batch, teacher
@@ -77,7 +77,7 @@ class Pretraining:
             self.parts = {name: float(value) / losses.count for name, value in parts.items()}
             return losses.total, losses.count
         if self.head is not None:
-            return step.loss_sum(model, self.head, batch, chunk=self.chunk)
+            return fused_linear_cross_entropy(model, self.head, batch, chunk=self.chunk)
         logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
         targets = batch[:, 1:].reshape(-1)
         loss = torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), targets, reduction="sum")

@@ -9,13 +9,13 @@ import torch
 from eval.perplexity import kept_logits
 from finetune.data.packing import Batch, Batches, divide
 from finetune.data.samples import IGNORE
-from finetune.train import step
+from finetune.train.fast.chunked_loss import CHUNK, LMHead, fused_linear_cross_entropy
 
 
 class SupervisedFineTuning:
     """The `Kind` of the loop for samples with labels. With `head`, logits exist for `chunk` tokens at a time."""
 
-    def __init__(self, batches: Batches, device: torch.device, *, head: step.Head | None = None, chunk: int = step.CHUNK) -> None:
+    def __init__(self, batches: Batches, device: torch.device, *, head: LMHead | None = None, chunk: int = CHUNK) -> None:
         self.batches, self.device, self.head, self.chunk = batches, device, head, chunk
         self.parts: dict[str, float] = {}
         self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])  # the last one: packing a large epoch takes a while
@@ -51,7 +51,9 @@ class SupervisedFineTuning:
     def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
         """Cross-entropy in fp32, summed over trained tokens (nats); logits exist only where a trained token follows."""
         if self.head is not None:
-            return step.loss_sum(model, self.head, batch.input_ids, batch.position_ids, batch.labels, chunk=self.chunk)
+            return fused_linear_cross_entropy(
+                model, self.head, batch.input_ids, batch.position_ids, batch.labels, chunk=self.chunk
+            )
         places = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]  # (n,)
         logits = kept_logits(model, batch.input_ids, batch.position_ids, places)  # (n, vocabulary)
         targets = batch.labels[0, places + 1]

@@ -12,7 +12,7 @@ import torch
 
 from finetune.recipe import Recipe
 from finetune.train import parallel
-from finetune.train.schedule import blend, learning_rate
+from finetune.train.schedule import Schedule
 from quant import set_blend
 from quant.health import Health, Layer, Watch, alarms
 
@@ -33,7 +33,8 @@ class Ternary:
     """
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, total: int, metrics: Path, warn: Callable[[str], None]) -> None:
-        self.model, self.total, self.quant, self.train, self.warn = model, total, recipe.quant, recipe.train, warn
+        self.model, self.total, self.every, self.warn = model, total, recipe.train.health_steps, warn
+        self.schedule = Schedule.of(recipe.train, total, recipe.quant)
         self.watch = Watch(model, lambda: parallel.named_modules(model))
         self.metrics = metrics
         self._read(total)
@@ -63,8 +64,8 @@ class Ternary:
                     yield entry["step"], Health(seen["flips"], seen["zeros"], layers)
 
     def before(self, step: int) -> None:
-        if self.quant.warmup:
-            set_blend(self.model, self.blend_of(step))
+        if self.schedule.blend_warmup:
+            set_blend(self.model, self.schedule.blend(step))
         if self._looks_at(step):
             self.watch.remember()
 
@@ -75,7 +76,7 @@ class Ternary:
         health = self.watch.compare()
         self._look(step, health, told=True)
         layers = {path: [layer.flips, layer.zeros, layer.scale] for path, layer in health.layers.items()}
-        warming = {"blend": self.blend_of(step)} if self.quant.warmup else {}
+        warming = {"blend": self.schedule.blend(step)} if self.schedule.blend_warmup else {}
         return {"ternary": {"flips": health.flips, "zeros": health.zeros, **warming, "layers": layers}}
 
     def end(self) -> None:
@@ -95,28 +96,15 @@ class Ternary:
             "alarms": list(self.alarms.values()),
         }
 
-    def blend_of(self, step: int) -> float:
-        """λ in that step: the share of the ternary weight in what the model computes, 1 without a warm-up."""
-        return blend(step, self.total, warmup=self.quant.warmup, shape=self.quant.warmup_shape)
-
     def _looks_at(self, step: int) -> bool:
-        return looks_at(step, self.total, self.train.health_steps)
+        return looks_at(step, self.total, self.every)
 
     def _look(self, step: int, health: Health, *, told: bool) -> None:
-        settings = self.train
-        lr = learning_rate(
-            step,
-            self.total,
-            peak=settings.lr,
-            schedule=settings.schedule,
-            warmup=settings.warmup,
-            min_lr=settings.min_lr,
-        )
         self.turnover += health.flips * (step - self.last_step)  # one look stands for the steps since the one before
         self.looks, self.last_step = self.looks + 1, step
-        self.recent.append((lr, health))
+        self.recent.append((self.schedule.rate(step), health))
         history, rates = [health for _, health in self.recent], [rate for rate, _ in self.recent]
-        for alarm in alarms(history, rates, peak=settings.lr, steps=self.total):
+        for alarm in alarms(history, rates, peak=self.schedule.peak, steps=self.total):
             kind = alarm.partition(":")[0].split(" ")[-1]
             if kind not in self.alarms:
                 self.alarms[kind] = f"step {step}: {alarm}"

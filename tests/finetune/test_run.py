@@ -652,11 +652,11 @@ def test_fit_auto_changes_the_recipe_and_a_resumed_run_keeps_the_change(finetune
 
 @pytest.mark.planned
 def test_where_one_row_does_not_fit_the_plan_says_what_would(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    from finetune.train import shapes
+    from finetune.train import trace_context
     from finetune.train.sft import SupervisedFineTuning
 
     def nothing_fits(self: Any, model: Any, batch: Any) -> Any:
-        if model.training and shapes.tracing() is None:  # the plan is asked first
+        if model.training and trace_context.current() is None:  # the plan is asked first
             torch.empty(1 << 50)  # the system refuses it
         return plain(self, model, batch)
 
@@ -688,8 +688,8 @@ def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, r
     from safetensors.torch import load_file
 
     options = ["train.max_steps=6", "train.eval_steps=2", "run.merge=false"]
-    uphill = lambda step, total, **rest: 0.01 if step <= 2 else -0.01  # noqa: E731
-    finetune.monkeypatch.setattr("finetune.train.loop.learning_rate", uphill)
+    uphill = lambda self, step, peak=None: 0.01 if step <= 2 else -0.01  # noqa: E731
+    finetune.monkeypatch.setattr("finetune.train.schedule.Schedule.rate", uphill)
     code, out, err = finetune("run", str(recipe), *options, "train.best=use", "train.keep_checkpoints=1", "run.dir=best")
     assert code == 0, err
     record = json.loads((tmp_path / "best" / "run.json").read_text())

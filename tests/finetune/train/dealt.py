@@ -24,7 +24,9 @@ from finetune import model as models
 from finetune import processes
 from finetune.errors import Mistake
 from finetune.recipe import Adapter, Quant
-from finetune.train import checkpoint, fast, kernels, offload, optim, parallel, step
+from finetune.train import checkpoint, offload, optim, parallel
+from finetune.train.fast import kernels, patching
+from finetune.train.fast.chunked_loss import LMHead, evaluator, fused_linear_cross_entropy, head_of
 from quant import PackedLinear
 from quant.linear import FakeQuantLinear
 
@@ -77,16 +79,16 @@ def made(name: str, *, checkpointing: bool, move: Any = None) -> Any:
     return prepared.train()
 
 
-def quickened(model: Any, wanted: bool) -> step.Head | None:
+def quickened(model: Any, wanted: bool) -> LMHead | None:
     """The fast step in place, without a compiler; and the head for the loss in chunks."""
     if not wanted:
         return None
-    found = fast.find(model)
+    found = patching.find(model)
     kernels.switch(False)  # what would be compiled computes as it is written
-    count = Counter(replacement.of for replacement in found.replacements)
-    assert (count["attention without padding"], count["norms"], count["gated activations"]) == (1, 5, 2), found.plain
+    count = Counter(patch.of for patch in found.patches)
+    assert (count["attention without padding"], count["norms"], count["gated activations"]) == (1, 5, 2), found.skipped
     found.install()
-    head, why = step.head_of(model)
+    head, why = head_of(model)
     assert head is not None, why
     return head
 
@@ -101,10 +103,10 @@ def batches(count: int, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def loss_of(model: Any, head: step.Head | None, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int]:
+def loss_of(model: Any, head: LMHead | None, batch: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, int]:
     ids, labels = batch
     if head is not None:
-        return step.loss_sum(model, head, ids, None, labels, chunk=7)
+        return fused_linear_cross_entropy(model, head, ids, None, labels, chunk=7)
     logits = model(input_ids=ids).logits[:, :-1].flatten(0, 1)
     targets = labels[:, 1:].flatten()
     return torch.nn.functional.cross_entropy(logits, targets, reduction="sum"), int((targets != -100).sum())
@@ -160,9 +162,9 @@ def alone(name: str, mode: str, count: int, quick: bool) -> dict[str, Any]:
     return {"losses": losses, "norms": norms, "weights": weights, "states": states, **measured(model, head)}
 
 
-def measured(model: Any, head: step.Head | None) -> dict[str, Any]:
+def measured(model: Any, head: LMHead | None) -> dict[str, Any]:
     rows = [(ids[0].tolist(), labels[0].tolist()) for ids, labels in batches(3, 77)]
-    of_tokens = step.evaluator(head) if head is not None else None
+    of_tokens = evaluator(head) if head is not None else None
     loss = evaluate_loss(model, rows, of_tokens=of_tokens).loss
     model.eval()
     said = model.generate(input_ids=torch.tensor(PROMPT), max_new_tokens=6, do_sample=False, eos_token_id=None)[0].tolist()
@@ -253,7 +255,7 @@ def shares(model: Any) -> dict[str, Any]:
     return {f"share of {key}": max(values, default=0.5) for key, values in found.items()} | {"kept": kept}
 
 
-def restored(model: Any, weights: dict[str, torch.Tensor], reference: dict[str, Any], head: step.Head | None) -> dict[str, Any]:
+def restored(model: Any, weights: dict[str, torch.Tensor], reference: dict[str, Any], head: LMHead | None) -> dict[str, Any]:
     """`put`, `like` and `whole` go round bit for bit; the model is one process's own again."""
     torch.manual_seed(2)
     same = True

@@ -23,8 +23,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from finetune import model as models
 from finetune.recipe import Adapter, Quant
 from finetune.train import offload
-from finetune.train.scratch import Scratch
-from finetune.train.step import head_of, loss_sum
+from finetune.train.fast.chunked_loss import fused_linear_cross_entropy, head_of
+from finetune.train.offload import Scratch
 from quant import PackedLinear, swap
 
 
@@ -90,7 +90,7 @@ def train(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     assert head is not None, why_not
     prepared.model.train()
     for _ in range(steps):
-        loss, count = loss_sum(prepared.model, head, ids)
+        loss, count = fused_linear_cross_entropy(prepared.model, head, ids)
         (loss / count).backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
@@ -22,8 +21,8 @@ from finetune.files import RunFolder
 from finetune.recipe import Train
 from finetune.train import checkpoint, optim
 from finetune.train.checkpoint import Progress
-from finetune.train.loop import Interrupted, Training, steps_in
-from finetune.train.schedule import learning_rate
+from finetune.train.kind import steps_in
+from finetune.train.loop import Interrupted, Training
 from finetune.train.sft import SupervisedFineTuning
 
 VOCABULARY = 100
@@ -136,11 +135,12 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, acce
             def step(self, closure: Any = None) -> None:
                 caught.update({name: p.grad.clone() for name, p in model.named_parameters()})  # noqa: B023
 
+        group = {"params": [*model.parameters()], "peak_lr": 0.0, "peak_weight_decay": 0.0}
         folder = tmp_path / f"{micro_batch}"
         folder.mkdir()
         Training(
             model, kind, Train(micro_batch=micro_batch, accumulation=len(keys) if packing else accumulation, max_grad_norm=0),
-            accelerator=accelerator, optimizer=Watch(model.parameters(), lr=0.0), total_steps=1, folder=RunFolder(folder),
+            accelerator=accelerator, optimizer=Watch([group], lr=0.0), total_steps=1, folder=RunFolder(folder),
             progress=Progress(),
         ).run()  # fmt: skip
         line = json.loads((folder / "metrics.jsonl").read_text())
@@ -368,18 +368,6 @@ def test_steps_are_counted_over_epochs() -> None:
     assert steps_in(kind, epochs=2.5, accumulation=5, max_steps=None) == 5
     assert steps_in(kind, epochs=0.01, accumulation=8, max_steps=None) == 1
     assert steps_in(kind, epochs=3, accumulation=1, max_steps=7) == 7
-
-
-def test_the_learning_rate_rises_and_falls() -> None:
-    options = {"peak": 1.0, "warmup": 0.1, "min_lr": 0.1}
-    cosine = [learning_rate(step, 100, schedule="cosine", **options) for step in range(1, 101)]
-    assert max(cosine) == cosine[10] == pytest.approx(1.0, abs=1e-3)
-    assert cosine[0] == pytest.approx(1 / 11)
-    assert cosine[-1] == pytest.approx(0.1)
-    assert all(a >= b for a, b in itertools.pairwise(cosine[10:]))
-    linear = [learning_rate(step, 100, schedule="linear", **options) for step in range(1, 101)]
-    assert linear[54] == pytest.approx(0.1 + 0.9 * 0.5)
-    assert learning_rate(100, 100, schedule="constant", **options) == 1.0
 
 
 def test_vectors_do_not_decay() -> None:

@@ -18,7 +18,7 @@ import torch
 from eval.model_state import out_of_memory
 from finetune.errors import GateStop, Mistake
 from finetune.train import checkpoint
-from finetune.train.loop import NoMemory, spike
+from finetune.train.recovery import NoMemory, spike
 from tests.finetune.train.test_loop import equal, go, llama, samples, without_clock
 
 FOUR = {"micro_batch": 4, "accumulation": 2, "total": 6}

@@ -17,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from finetune.errors import Mistake, Mistakes
 from finetune.recipe import Adapter, Quant, read_recipe
-from finetune.train import offload, scratch
-from finetune.train.offload import Fetched, Streamed
-from finetune.train.scratch import Scratch
+from finetune.train import offload
+from finetune.train.offload import Fetched, Scratch, Streamed
+from finetune.train.offload import disk as disk_module
 from tests.conftest import Terminal
 
 CPU = torch.device("cpu")
@@ -173,14 +173,14 @@ def test_without_checkpointing_a_backward_pass_is_an_error_and_no_other_gradient
 
 
 def test_the_fast_step_is_found_and_computes_the_same() -> None:
-    from finetune.train import fast, kernels
+    from finetune.train.fast import kernels, patching
 
     def stepped(move: Any) -> tuple[list[str], list[Tensor]]:
         model = prepared(llama(layers=3), move)
         before = kernels.switched_on()
         try:
-            words = fast.find(model).in_words()  # tries norms and MLPs out, one by one
-            found = fast.find(model, not_compiled="not here")
+            words = patching.find(model).in_words()  # tries norms and MLPs out, one by one
+            found = patching.find(model, not_compiled="not here")
             found.install()
             return words, trained(model)
         finally:
@@ -295,7 +295,7 @@ def test_memory_is_refused_before_anything_is_loaded(
 
 def test_what_is_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     disk = Scratch(tmp_path)
-    monkeypatch.setattr(scratch, "FILE", 3 * 4096)
+    monkeypatch.setattr(disk_module, "FILE", 3 * 4096)
     tensors = [
         torch.randn(7, 3, dtype=torch.bfloat16),
         torch.randint(0, 256, (9000,), dtype=torch.uint8),
@@ -314,8 +314,8 @@ def test_what_is_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     spans = disk.spans(there[:4])
     assert sum(span.stop - span.start for span in spans) == 4096 * (1 + 3 + 1 + 1)
     assert len({id(span.file) for span in spans}) == 3 > len(spans) - 1
-    scratch.read_ahead(spans)
-    scratch.let_go(spans)
+    disk_module.read_ahead(spans)
+    disk_module.let_go(spans)
     assert all(torch.equal(a, b) for a, b in zip(there, tensors, strict=True))  # read again
     with pytest.raises(ValueError, match="was not put here"):
         disk.spans([tensors[0]])
@@ -357,7 +357,7 @@ def llama_of(folder: Path) -> Any:
 def test_a_disk_that_is_memory_is_told_apart() -> None:
     if not os.path.ismount("/dev/shm"):
         pytest.skip("no /dev/shm here")
-    assert scratch.is_memory(Path("/dev/shm")) == "tmpfs"
+    assert offload.is_memory(Path("/dev/shm")) == "tmpfs"
 
 
 def test_codes_go_to_the_disk_while_they_are_read(tmp_path: Path, tiny_model: Path) -> None:

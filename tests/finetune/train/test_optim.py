@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from finetune.errors import Mistake
-from finetune.train import checkpoint, optim
+from finetune.train import checkpoint, low_memory, optim
 from finetune.train.checkpoint import Progress
-from finetune.train.optim import LowMemory, build, bytes_per_parameter, memory_of, round_stochastically
+from finetune.train.low_memory import LowMemory, round_stochastically
+from finetune.train.optim import OPTIMIZERS, OptimizerRow, build, bytes_per_parameter, memory_of, refusals
+from finetune.train.schedule import Schedule
 
 BF16, FP32 = torch.bfloat16, torch.float32
 OPTIONS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1, "device": "cpu"}
@@ -115,7 +119,7 @@ def test_small_updates_are_not_lost() -> None:
 
 
 def test_large_and_uncontiguous_parameters_are_rounded_in_slices(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optim, "ROUNDED", 50)
+    monkeypatch.setattr(low_memory, "ROUNDED", 50)
     for p in (nn.Parameter(torch.randn(33, 20).to(BF16)), nn.Parameter(torch.randn(20, 33).to(BF16).t())):
         for name in ("adamw", "adamw_8bit"):
             optimizer, _ = build({"p": p}, name=name, **OPTIONS, stochastic_rounding=True)
@@ -389,7 +393,7 @@ def test_the_bytes_told_are_those_taken(name: str, dtype: torch.dtype, rounded: 
 @pytest.mark.parametrize("inside", [False, True])
 def test_temporary_bytes(monkeypatch: pytest.MonkeyPatch, inside: bool) -> None:
     """The peak of an update through a float32 copy, followed at the two places where it can be."""
-    monkeypatch.setattr(optim, "ROUNDED", 1 << 12)
+    monkeypatch.setattr(low_memory, "ROUNDED", 1 << 12)
     model = nn.Linear(256, 256, bias=False).to(BF16)
     optimizer = make(model, stochastic_rounding=True, in_backward=inside)
     told = memory_of(model.parameters(), name="adamw", stochastic_rounding=True, in_backward=inside)["temporary"]
@@ -439,12 +443,82 @@ def test_notes() -> None:
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(Mistake, match="bfloat16"):
         make(Net(torch.float16), stochastic_rounding=True)
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(optim, "world", lambda: 2)
     make(Net())
     for option in ("stochastic_rounding", "in_backward"):
         with pytest.raises(Mistake, match="one process"):
             make(Net(BF16), **{option: True})
+
+
+def test_refusals_name_the_key_the_reason_and_a_way_out() -> None:
+    """All at once, from plain values: the same before anything is loaded and over the parameters of a model."""
+    found = refusals("adamw_8bit", stochastic_rounding=True, in_backward=True, world_size=2, sharded=True)
+    assert [refusal.key for refusal in found] == ["train.step_in_backward", "train.stochastic_rounding", "train.optimizer"]
+    assert [refusal.got for refusal in found] == ["2 processes", "2 processes", "adamw_8bit, with run.parallel: fsdp"]
+    assert all(refusal.why and refusal.hint for refusal in found)
+    assert refusals("adamw", world_size=2, sharded=True) == refusals("adamw_8bit", world_size=2) == []
+    assert refusals("adamw", stochastic_rounding=True, dtypes={"a": BF16, "b": torch.float16})[0].key.endswith(": b")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert refusals("adamw") == []
+    with pytest.raises(Mistake, match="needs bitsandbytes"):
+        make(Net(), "adamw_8bit")
+
+
+# --- rows, and the groups' own rates
+
+
+def test_the_recipe_offers_every_row() -> None:
+    from finetune.recipe import Train
+
+    assert typing.get_args(Train.model_fields["optimizer"].annotation) == tuple(OPTIMIZERS)
+
+
+def test_a_row_is_all_that_a_new_optimizer_needs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Groups of its own, each with its own peak rate and decay; built, stepped, refused, saved and counted like the others."""
+
+    def groups(parameters: dict[str, nn.Parameter], lr: float, weight_decay: float) -> Any:
+        large = [p for name, p in parameters.items() if name == "large.weight"]
+        rest = [p for name, p in parameters.items() if name != "large.weight"]
+        return [{"params": large, "lr": 16 * lr, "weight_decay": 0.0}, {"params": rest, "lr": lr, "weight_decay": weight_decay}]
+
+    row = OptimizerRow("sgd", lambda of, betas, eps: torch.optim.SGD(of, momentum=betas[0]), lambda size, n: size * n, groups)
+    monkeypatch.setitem(OPTIMIZERS, "sgd", row)
+    model = Net()
+    optimizer = make(model, "sgd")
+    peaks = [(1.6e-1, 0.0), (1e-2, 0.1)]
+    assert [(group["peak_lr"], group["peak_weight_decay"]) for group in optimizer.param_groups] == peaks
+    assert bytes_per_parameter("sgd", dtype=FP32)["states"] == 4
+    schedule = Schedule(4, 1e-2, "linear")
+    for step in (1, 2):
+        schedule.set_rates(optimizer.param_groups, step)
+        loss_of(model, step).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert [group["lr"] for group in optimizer.param_groups] == [schedule.rate(2, 1.6e-1), schedule.rate(2, 1e-2)]
+    taken = checkpoint.snapshot(model, optimizer, Progress(step=2), metrics_bytes=0, copy=False)
+    other = make(again := Net(seed=1), "sgd")
+    checkpoint.load(checkpoint.write(tmp_path, taken, keep=1), again, other)
+    assert same(model, again)
+    assert [(group["peak_lr"], group["peak_weight_decay"]) for group in other.param_groups] == peaks
+
+
+@pytest.mark.parametrize(("name", "dtype", "rounded", "inside"), COMBINATIONS)
+def test_peaks_are_of_the_recipe_and_not_of_the_checkpoint(
+    tmp_path: Path, name: str, dtype: torch.dtype, rounded: bool, inside: bool
+) -> None:
+    """Checkpoints hold no groups, neither older ones nor those of today."""
+    options = {"stochastic_rounding": rounded, "in_backward": inside}
+    optimizer = make(model := Net(dtype), name, **options)
+    steps(model, optimizer, range(1, 3))
+    taken = checkpoint.snapshot(model, optimizer, Progress(step=2), metrics_bytes=0, copy=False)
+    path = checkpoint.write(tmp_path, taken, keep=1)
+    assert "peak" not in (path / "state.json").read_text()
+    other = make(again := Net(dtype, seed=1), name, **options, lr=3e-3)
+    checkpoint.load(path, again, other)
+    assert [(group["peak_lr"], group["peak_weight_decay"]) for group in other.param_groups] == [(3e-3, 0.1), (3e-3, 0.0)]
 
 
 # --- convergence

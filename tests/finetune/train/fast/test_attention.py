@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.masking_utils import find_packed_sequence_indices
 
-from finetune.train import attention
-from finetune.train.attention import ALIGN, Segments, packed_attention, segments_of
+from finetune.train.fast import attention
+from finetune.train.fast import segments as segments_module
+from finetune.train.fast.attention import packed_attention, segments_of
+from finetune.train.fast.segments import ALIGN, Segments
 
 
 def positions(lengths: list[int]) -> Tensor:
@@ -253,7 +255,7 @@ def test_gradients_of_keys_and_values_are_summed_in_fp32(monkeypatch: pytest.Mon
     segments = laid([1024])
     q, k, v, grad = problem(segments, 4, 1, 32, torch.bfloat16)
     expected = results(exact, q, k, v, grad.abs(), segments, scale=0.02)
-    monkeypatch.setattr(attention, "TILE", 2000)
+    monkeypatch.setattr(segments_module, "TILE", 2000)
     segments = laid([1024])
     assert len(segments.plan(4, None)[0].tiles) == 32
     found = results(packed_attention, q, k, v, grad.abs(), segments, scale=0.02)
@@ -269,7 +271,7 @@ def test_heads_in_shares(most: int, shares: list[int], monkeypatch: pytest.Monke
     tensors = problem(segments, 20, 10, 16, torch.float32)
     expected = results(exact, *tensors, segments, scale=0.2)
     monkeypatch.setattr(attention, "NUMBERS", most)
-    found_shares = list(attention._shares(*tensors[:2]))
+    found_shares = list(attention.head_shares(*tensors[:2]))
     assert [kv.stop - kv.start for _, kv in found_shares] == shares
     assert all((q.start, q.stop) == (2 * kv.start, 2 * kv.stop) for q, kv in found_shares)
     for mine, other in zip(results(packed_attention, *tensors, segments, scale=0.2), expected, strict=True):
@@ -439,7 +441,7 @@ def test_little_is_needed_and_less_is_kept(lengths: list[int], limit: int | None
     inputs = 2 * q.numel() * 4  # output and gradients
     together = min(q.numel(), limit or q.numel())
     heads = 8 * together // q.numel()
-    tile = math.sqrt(2 * attention.TILE / heads) * 1.2 * max(lengths) * heads
+    tile = math.sqrt(2 * segments_module.TILE / heads) * 1.2 * max(lengths) * heads
     assert peak.most < inputs + 45 * together + 12 * tile + 2**21
     assert peak.most < 4096**2 * 8  # one byte a score of whole rows
 
@@ -510,13 +512,13 @@ def test_varlen_flash_attention_is_asked_for_the_same(
     segments = laid([30, 21], batch=2)
     q, k, v, _ = problem(segments, 6, 2, 32, torch.bfloat16)
     options = {"scale": 0.2, "window": None, "softcap": None} | options
-    out = attention._varlen(q, k, v, attention._Options(segments, **options))
+    out = attention._varlen(q, k, v, attention.Options(segments, **options))
     assert (out is not None) == used
     if out is not None:
         assert off(out.detach(), exact(q, k, v, segments, **options).detach()) < 0.003
-    assert attention._varlen(q.float(), k.float(), v.float(), attention._Options(segments, **options)) is None
+    assert attention._varlen(q.float(), k.float(), v.float(), attention.Options(segments, **options)) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert attention._varlen(q, k, v, attention._Options(segments, **options)) is None
+    assert attention._varlen(q, k, v, attention.Options(segments, **options)) is None
 
 
 @pytest.mark.gpu

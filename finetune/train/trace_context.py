@@ -1,8 +1,8 @@
 """A step on shapes alone, as a plan traces it: tensors without numbers, on which nothing can be tried.
 
-While `tracing`, the fast step asks here. What it would try with numbers (that its pieces compute what the model's own do) is
-taken for granted; what runs as one kernel is one piece, so that what exists within it counts as the kernel's workspace and not
-tensor by tensor; where samples lie in a row is told beforehand.
+While a context is in use, the fast step asks it. What it would try with numbers (that its pieces compute what the model's own
+do) is taken for granted; what runs as one kernel is one piece, so that what exists within it counts as the kernel's workspace
+and not tensor by tensor; where samples lie in a row is told beforehand.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from finetune.train.attention import Segments
+    from finetune.train.fast.segments import Segments
 
 R = TypeVar("R")
 
 
-class Shapes(Protocol):
+class Tracing(Protocol):
+    """What a plan answers in the place of numbers (`finetune.plan.trace.TraceContext`)."""
+
     def segments(self, shape: tuple[int, int]) -> Segments:
         """The samples of rows (B, T)."""
 
@@ -30,19 +32,20 @@ class Shapes(Protocol):
         """`function` as one kernel."""
 
 
-_shapes: Shapes | None = None
+_current: Tracing | None = None
 
 
-def tracing() -> Shapes | None:
-    return _shapes
+def current() -> Tracing | None:
+    """What answers while this process traces; None where it computes with numbers."""
+    return _current
 
 
 @contextmanager
-def traced(shapes: Shapes) -> Iterator[None]:
+def use(context: Tracing) -> Iterator[None]:
     """Within it this process traces, and trains nothing."""
-    global _shapes
-    before, _shapes = _shapes, shapes
+    global _current
+    before, _current = _current, context
     try:
         yield
     finally:
-        _shapes = before
+        _current = before

@@ -13,7 +13,7 @@ import transformers
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.train.step import Head, chunked_cross_entropy, head_of, loss_sum
+from finetune.train.fast.chunked_loss import LMHead, chunked_cross_entropy, fused_linear_cross_entropy, head_of
 
 N, D, V = 37, 24, 53
 
@@ -310,7 +310,7 @@ def test_the_loss_of_an_architecture_is_that_of_its_own_logits(kind: str) -> Non
     plain.backward()
     expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
-    loss, count = loss_sum(model, head, ids, None, labels, chunk=5)
+    loss, count = fused_linear_cross_entropy(model, head, ids, None, labels, chunk=5)
     loss.backward()
     assert count == 7 + 15
     torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
@@ -334,13 +334,13 @@ def test_packed_rows_and_every_next_token() -> None:
     assert head is not None
     ids = torch.randint(1, 97, (1, 12))
     positions = torch.tensor([[0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 5, 6]])
-    apart, count = loss_sum(model, head, ids, positions)
+    apart, count = fused_linear_cross_entropy(model, head, ids, positions)
     assert count == 11
     torch.testing.assert_close(apart, plain_sum(model, ids, positions, ids), rtol=1e-6, atol=0)
-    together, _ = loss_sum(model, head, ids)
+    together, _ = fused_linear_cross_entropy(model, head, ids)
     assert abs(apart.item() - together.item()) > 1e-4
     with pytest.raises(ValueError, match="another model"):
-        loss_sum(tiny("Llama"), head, ids)
+        fused_linear_cross_entropy(tiny("Llama"), head, ids)
 
 
 def test_adapters_and_ternary_layers() -> None:
@@ -353,12 +353,12 @@ def test_adapters_and_ternary_layers() -> None:
     head, why = head_of(ternary)
     assert head is not None, why
     ids = torch.randint(1, 97, (1, 12))
-    loss, _ = loss_sum(ternary, head, ids)
+    loss, _ = fused_linear_cross_entropy(ternary, head, ids)
     torch.testing.assert_close(loss, plain_sum(ternary, ids, None, ids), rtol=1e-6, atol=0)
     lora = get_peft_model(tiny("Llama"), LoraConfig(target_modules="all-linear", init_lora_weights=False))
     head, why = head_of(lora)
     assert head is not None, why
-    loss, _ = loss_sum(lora, head, ids)
+    loss, _ = fused_linear_cross_entropy(lora, head, ids)
     loss.backward()
     torch.testing.assert_close(loss, plain_sum(lora, ids, None, ids), rtol=1e-6, atol=0)
     assert all((p.grad is not None) == ("lora" in name) for name, p in lora.named_parameters())
@@ -416,7 +416,7 @@ def test_a_cap_that_is_only_in_the_configuration_is_not_applied() -> None:
     model = tiny("Llama")
     model.config.final_logit_softcapping = 2.0
     head, why = head_of(model)
-    assert isinstance(head, Head), why
+    assert isinstance(head, LMHead), why
     assert head.softcap is None
 
 

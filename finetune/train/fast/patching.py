@@ -1,13 +1,13 @@
-"""The fast step: pieces of a model computed otherwise, the results the same. They are found by structure, and tried out.
+"""Patches of a model that compute its results faster. They are found by structure, and tried out.
 
     attention   rows of several samples without a mask: each sample attends to itself (attention.py)
     lora        adapters and their frozen linears as one autograd Function, q, k and v together, gate and up too (quant/lora.py)
-    blocks      RMSNorm, rotary positions and gated activations as one compiled pass each (kernels.py)
+    blocks      RMSNorm, rotary positions and gated activations as one compiled pass each (blocks.py, kernels.py)
 
 No list of models is kept. One forward pass is watched: which modules ask for attention, which linears take the same tensor. A
 module is taken for an RMSNorm, or for a gated MLP, when its own output comes out of that formula on random numbers; attention
 is compared, layer by layer and in fp32, with the model's own eager one on two samples in a row. What is not recognized computes
-as it did, and `plain` says where and why. (The chunked loss, step.py, is tried in the same way: `head_of`.)
+as it did, and `skipped` says where and why. (The chunked loss, chunked_loss.py, is tried in the same way: `head_of`.)
 
 While `install`ed, replaced modules have an attribute `forward` of their own; weights, names and state are untouched, and
 `remove` leaves the model as it was. Calls with a cache or a mask, as in generation, get the model's own attention.
@@ -15,7 +15,6 @@ While `install`ed, replaced modules have an attribute `forward` of their own; we
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections import Counter
@@ -29,21 +28,21 @@ from torch import Tensor, nn
 
 from eval.model_state import device_of, evaluating
 from finetune.errors import Mistake
-from finetune.train import attention, kernels, parallel, shapes, step
+from finetune.train import parallel, trace_context
+from finetune.train.fast import attention, chunked_loss, kernels
+from finetune.train.fast.blocks import SAME, as_fast_as_it_gets, as_gated, as_norm, difference, like_norm
 from quant.lora import LoraGroup, why_not
 
 if TYPE_CHECKING:
     from finetune.recipe import Recipe
 
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}  # parameters × tokens: some ten seconds of training
-SAME = 1e-4  # relative difference in fp32 up to which two computations are the same
-SAME_LOW = 3e-2  # and in 16 bits, which one of them rounds to more often
 TRIAL = "finetune_trial"
 TRIAL_SAMPLES = (5, 11)  # tokens of the two samples in the row that is tried
 
 
 @dataclass(frozen=True)
-class Replacement:
+class Patch:
     """One thing that is put in place of another. of: what it is, for the log."""
 
     of: str
@@ -52,22 +51,22 @@ class Replacement:
 
 
 class FastStep:
-    """What of a model is computed fast. `plain`: path → why not, of what is left as it was; `head`: for the loss in chunks."""
+    """What of a model is computed fast. `skipped`: path → why not, of what is left as it was; `head`: for the loss in chunks."""
 
-    def __init__(self, replacements: list[Replacement], plain: dict[str, str], head: step.Head | None = None) -> None:
-        self.replacements, self.plain, self.head = replacements, plain, head
+    def __init__(self, patches: list[Patch], skipped: dict[str, str], head: chunked_loss.LMHead | None = None) -> None:
+        self.patches, self.skipped, self.head = patches, skipped, head
         self.installed = False
 
     def install(self) -> None:
         if not self.installed:
-            for replacement in self.replacements:
-                replacement.install()
+            for patch in self.patches:
+                patch.install()
             self.installed = True
 
     def remove(self) -> None:
         if self.installed:
-            for replacement in reversed(self.replacements):
-                replacement.remove()
+            for patch in reversed(self.patches):
+                patch.remove()
             self.installed = False
 
     @contextmanager
@@ -83,12 +82,12 @@ class FastStep:
 
     def in_words(self) -> list[str]:
         """What the log says: one line of what is fast, and one for each kind of what is not."""
-        count = Counter(replacement.of for replacement in self.replacements)
+        count = Counter(patch.of for patch in self.patches)
         parts = [f"{number} {of}" if number > 1 else of for of, number in count.items()]
         parts += ["the loss in chunks"] if self.head else []
         lines = ["fast: " + ", ".join(parts)] if parts else []
         reasons: dict[str, list[str]] = {}
-        for path, why in self.plain.items():
+        for path, why in self.skipped.items():
             reasons.setdefault(why, []).append(path)
         for why, paths in reasons.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
@@ -96,7 +95,7 @@ class FastStep:
         return lines
 
 
-def put_in_place(model: nn.Module, recipe: Recipe, device: torch.device, *, work: float = math.inf) -> FastStep:
+def apply_patches(model: nn.Module, recipe: Recipe, device: torch.device, *, work: float = math.inf) -> FastStep:
     """What the recipe wants of the fast step, installed. work: parameters × tokens of the run, for compilation that is `auto`.
 
     Raises:
@@ -107,7 +106,7 @@ def put_in_place(model: nn.Module, recipe: Recipe, device: torch.device, *, work
         not_compiled = "fast.compile: false"
     elif said.compile == "auto" and work < WORTH_COMPILING[device.type]:
         not_compiled = "this run is too short for compiling (fast.compile: true compiles)"
-    elif shapes.tracing() is None:
+    elif trace_context.current() is None:
         not_compiled = kernels.unavailable(device.type)
         if not_compiled is not None and said.compile is True:
             raise Mistake("nothing can be compiled here", where="fast.compile", found=not_compiled, do="fast.compile=auto")
@@ -115,11 +114,11 @@ def put_in_place(model: nn.Module, recipe: Recipe, device: torch.device, *, work
     parts = {"attention": said.attention and not chosen, "lora": said.lora, "blocks": said.blocks}
     found = find(model, **parts, not_compiled=not_compiled)
     if said.attention and chosen:
-        found.plain["attention"] = f"model.attention: {recipe.model.attention}"
+        found.skipped["attention"] = f"model.attention: {recipe.model.attention}"
     if recipe.train.loss_chunk and recipe.distill.teacher is None:
-        found.head, why = step.head_of(model)
+        found.head, why = chunked_loss.head_of(model)
         if why is not None:
-            found.plain["the loss"] = why
+            found.skipped["the loss"] = why
     found.install()
     return found
 
@@ -133,23 +132,23 @@ def find(
     not_compiled: why kernels are not compiled; None switches compilation on. Without it `blocks` is no faster and is left out.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    replacements: list[Replacement] = []
-    plain: dict[str, str] = {}
+    patches: list[Patch] = []
+    skipped: dict[str, str] = {}
     decoder = getattr(base, "base_model", None)
     if decoder is None or decoder is base or not hasattr(base, "config"):
         return FastStep([], {"": f"{type(base).__name__} is not a causal language model of transformers"})
     kernels.switch(not_compiled is None)
     seen = _watch(base, decoder)
     if attention:
-        _attention(base, decoder, seen, replacements, plain)
+        _attention(base, decoder, seen, patches, skipped)
     if lora:
-        _lora(base, seen, replacements, plain)
+        _lora(base, seen, patches, skipped)
     if blocks:
         if not_compiled is None:
-            _blocks(base, seen, replacements, plain)
+            _blocks(base, seen, patches, skipped)
         else:
-            plain["norms, rotary positions and gated activations"] = not_compiled
-    return FastStep(replacements, plain)
+            skipped["norms, rotary positions and gated activations"] = not_compiled
+    return FastStep(patches, skipped)
 
 
 # ------------------------------------------------------------------------------------------------------------ watching a pass
@@ -190,7 +189,7 @@ def _watch(base: Any, decoder: Any) -> _Seen:
         try:
             attention.set_segments(segments)
             ours, _ = attention.packed(module, q.float(), k.float(), v.float(), None, **kwargs)
-            seen.differences.setdefault(module, _difference(ours, own))
+            seen.differences.setdefault(module, difference(ours, own))
         except (ValueError, TypeError, NotImplementedError) as error:
             seen.differences[module] = str(error).splitlines()[0]
         return own.to(q.dtype), None
@@ -237,21 +236,13 @@ def _configs(base: Any) -> list[Any]:
     return [config for config in found.values() if hasattr(config, "_attn_implementation")]
 
 
-def _difference(ours: Tensor, own: Tensor) -> float:
-    if ours.shape != own.shape:
-        return float("inf")
-    if shapes.tracing() is not None:
-        return 0.0
-    return float((ours.float() - own.float()).norm() / own.float().norm().clamp(min=1e-30))
-
-
 # ------------------------------------------------------------------------------------------------------------------ attention
 
 
-def _attention(base: Any, decoder: Any, seen: _Seen, replacements: list[Replacement], plain: dict[str, str]) -> None:
+def _attention(base: Any, decoder: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str]) -> None:
     paths = {module: path for path, module in base.named_modules()}
     if seen.failed or not seen.differences:
-        plain["attention"] = seen.failed or f"{type(base).__name__} does not ask for attention by transformers' interface"
+        skipped["attention"] = seen.failed or f"{type(base).__name__} does not ask for attention by transformers' interface"
         return
     wrong = {
         module: found if isinstance(found, str) else f"ours differs by {found:.1e}"
@@ -259,7 +250,7 @@ def _attention(base: Any, decoder: Any, seen: _Seen, replacements: list[Replacem
         if isinstance(found, str) or not found < SAME
     }
     for module, why in wrong.items():
-        plain[paths[module]] = f"{type(module).__name__}: {why}"
+        skipped[paths[module]] = f"{type(module).__name__}: {why}"
     if wrong:
         return  # one name serves the whole model
     attention.register()
@@ -286,20 +277,20 @@ def _attention(base: Any, decoder: Any, seen: _Seen, replacements: list[Replacem
         for config, name in zip(configs, names, strict=True):
             config._attn_implementation = name
 
-    replacements.append(Replacement("attention without padding", install, remove))
+    patches.append(Patch("attention without padding", install, remove))
 
 
 # ----------------------------------------------------------------------------------------------------------------------- LoRA
 
 
-def _lora(base: Any, seen: _Seen, replacements: list[Replacement], plain: dict[str, str]) -> None:
+def _lora(base: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str]) -> None:
     calls = Counter(path for path, _, _ in seen.inputs)
     for path, module in base.named_modules():
         if _is_lora(module):
             why = seen.failed or why_not(module) or ("it is not called once in a pass" if calls[path] != 1 else None)
             if why is not None:
-                plain[path] = f"adapter: {why}"
-    able = [one for one in seen.inputs if one[0] not in plain]
+                skipped[path] = f"adapter: {why}"
+    able = [one for one in seen.inputs if one[0] not in skipped]
     groups: list[list[tuple[str, Any, Tensor]]] = []
     for one in able:
         last = groups[-1][-1] if groups else None
@@ -309,7 +300,7 @@ def _lora(base: Any, seen: _Seen, replacements: list[Replacement], plain: dict[s
             groups.append([one])
     for members in groups:
         group = LoraGroup([module for _, module, _ in members])
-        replacements.append(Replacement("groups of adapters", group.install, group.remove))
+        patches.append(Patch("groups of adapters", group.install, group.remove))
 
 
 def _parent(path: str) -> str:
@@ -325,52 +316,44 @@ def _alike(one: Any, other: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------------------- blocks
 
 
-def _blocks(base: Any, seen: _Seen, replacements: list[Replacement], plain: dict[str, str]) -> None:
+def _blocks(base: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str]) -> None:
     rotary, known = {}, set(seen.differences)
     gates: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for path, module in parallel.named_modules(base):
-        if _like_norm(module):
+        if like_norm(module):
             known.add(module)
-            if (norm := _as_norm(module)) is not None:
-                replacements.append(_forward("norms", module, norm))
+            if (norm := as_norm(module)) is not None:
+                patches.append(_forward("norms", module, norm))
             else:
-                plain[path] = f"{type(module).__name__} is no norm that is known"
-        elif (gate := _as_gated(module, gates)) is not None:
-            replacements.append(_forward("gated activations", module, gate))
+                skipped[path] = f"{type(module).__name__} is no norm that is known"
+        elif (gate := as_gated(module, gates)) is not None:
+            patches.append(_forward("gated activations", module, gate))
             known.add(module)
         if module in seen.differences:
             source = sys.modules[type(module).__module__]
             if hasattr(source, "apply_rotary_pos_emb"):
                 rotary[source.__name__] = source
     for source in rotary.values():
-        replacements.append(_rotary(source))
+        patches.append(_rotary(source))
     for path, module in base.named_modules():
         if isinstance(module, nn.ModuleList):
             for number, layer in enumerate(module):
                 for name, block in layer.named_children():
-                    if block not in known and not _as_fast_as_it_gets(block):
-                        plain[f"{path}.{number}.{name}"] = f"{type(block).__name__} is no block that is known"
+                    if block not in known and not as_fast_as_it_gets(block):
+                        skipped[f"{path}.{number}.{name}"] = f"{type(block).__name__} is no block that is known"
 
 
-def _as_fast_as_it_gets(block: nn.Module) -> bool:
-    """Whether a block is kernels of torch and linears alone: a LayerNorm, a linear, an MLP with one activation between two."""
-    if isinstance(block, nn.LayerNorm) or _shape(block) is not None or not any(True for _ in block.parameters()):
-        return True
-    children = [child for child in block.children() if any(True for _ in child.parameters())]
-    return len(children) == 2 and all(_shape(child) is not None for child in children)
-
-
-def _forward(of: str, module: Any, forward: Callable[..., Any]) -> Replacement:
+def _forward(of: str, module: Any, forward: Callable[..., Any]) -> Patch:
     def install() -> None:
         module.forward = forward
 
     def remove() -> None:
         del module.forward
 
-    return Replacement(of, install, remove)
+    return Patch(of, install, remove)
 
 
-def _rotary(source: Any) -> Replacement:
+def _rotary(source: Any) -> Patch:
     """The function that turns q and k by their positions, as the model's file has it, compiled."""
     own = source.apply_rotary_pos_emb
     fast = kernels.compiled(own)
@@ -381,103 +364,4 @@ def _rotary(source: Any) -> Replacement:
     def remove() -> None:
         source.apply_rotary_pos_emb = own
 
-    return Replacement("rotary positions", install, remove)
-
-
-def _like_norm(module: Any) -> bool:
-    """Whether a module has what an RMSNorm has: a gain, and an ε."""
-    alone = not any(True for _ in module.children()) and not isinstance(module, nn.LayerNorm)
-    return alone and [p.ndim for p in module.parameters()] == [1] and hasattr(module, "weight") and _epsilon(module) is not None
-
-
-def _epsilon(module: Any) -> float | None:
-    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
-
-
-def _as_norm(module: Any) -> Callable[..., Any] | None:
-    """What computes as `module` does, if that is an RMSNorm with gain w or 1 + w."""
-    eps = _epsilon(module)
-    assert eps is not None
-    x = _numbers((3, module.weight.shape[0]), module.weight.device)
-    try:
-        with torch.no_grad():
-            own = module(x)
-            for one in (False, True):
-                if _difference(kernels.rms_norm.__wrapped__(x, module.weight, eps, one), own) < SAME:  # type: ignore[attr-defined]
-                    return functools.partial(_norm, module, functools.partial(kernels.rms_norm, eps=eps, one=one))
-    except (RuntimeError, TypeError, ValueError, IndexError):
-        return None
-    return None
-
-
-def _norm(module: Any, norm: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
-    y = norm(x, module.weight)
-    y.again = norm, (x, module.weight)  # type: ignore[attr-defined]
-    return y
-
-
-def _as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> Callable[..., Any] | None:
-    """What computes as `module` does, if that is down(activation(gate) · up), with linears apart or gate and up in one.
-
-    A norm may stand before `down` (BitNet b1.58 2B4T). gates: compiled functions by activation, so that equal ones are one.
-    """
-    children = dict(module.named_children())
-    linears = {name: shape for name, child in children.items() if (shape := _shape(child)) is not None}
-    others = {name: child for name, child in children.items() if name not in linears}
-    norms = [name for name, child in others.items() if any(True for _ in child.parameters())]
-    plain = [child for name, child in others.items() if name not in norms and not isinstance(child, nn.Dropout)]
-    if len(others) != len(norms) + 1 or len(plain) != 1 or len(norms) > 1 or len(linears) not in (2, 3):
-        return None
-    activation: Any = plain[0]
-    fuse = gates.setdefault(repr(activation), kernels.gated(activation))
-    names, shapes = list(linears), list(linears.values())
-    inner = shapes[-1][1]
-    hidden = shapes[0][1]
-
-    def gated(gate: Tensor, up: Tensor) -> Tensor:
-        product = fuse(gate, up)
-        product.again = fuse, (gate, up)  # type: ignore[attr-defined]
-        return getattr(module, norms[0])(product) if norms else product
-
-    def apart(x: Tensor) -> Tensor:
-        return getattr(module, names[2])(gated(getattr(module, names[0])(x), getattr(module, names[1])(x)))
-
-    def together(x: Tensor) -> Tensor:
-        return getattr(module, names[1])(gated(*getattr(module, names[0])(x).chunk(2, dim=-1)))
-
-    if len(names) == 3 and shapes[0] == shapes[1] == (inner, hidden):
-        candidate = apart
-    elif len(names) == 2 and shapes[0] == (2 * inner, hidden):
-        candidate = together
-    else:
-        return None
-    low = _takes(children[names[0]])
-    x = _numbers((1, 3, hidden), next(module.parameters()).device).to(low)
-    before = kernels.switch(False)
-    try:
-        with torch.no_grad(), evaluating(module):
-            if _difference(candidate(x), module(x)) < (SAME if low == torch.float32 else SAME_LOW):
-                return candidate
-    except (RuntimeError, TypeError, ValueError):
-        return None
-    finally:
-        kernels.switch(before)
-    return None
-
-
-def _shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a linear, packed or in floats, with an adapter or without."""
-    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-    features = getattr(base, "out_features", None), getattr(base, "in_features", None)
-    return features if all(isinstance(n, int) for n in features) else None  # type: ignore[return-value]
-
-
-def _takes(module: Any) -> torch.dtype:
-    """The dtype that a linear wants its input in: a packed one computes in any, a plain one in its weight's."""
-    weight = getattr(module.get_base_layer() if hasattr(module, "get_base_layer") else module, "weight", None)
-    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
-
-
-def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Random fp32 numbers; torch's own generator is not asked."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    return Patch("rotary positions", install, remove)

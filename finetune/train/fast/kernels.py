@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from finetune.train import shapes
+from finetune.train import trace_context
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -72,7 +72,7 @@ def compiled(function: Callable[P, R]) -> Callable[P, R]:
         nonlocal machine
         if not _on:
             return function(*args, **kwargs)
-        if (tracing := shapes.tracing()) is not None:
+        if (tracing := trace_context.current()) is not None:
             return tracing.fused(function)(*args, **kwargs)
         if machine is None:
             machine = torch.compile(function, dynamic=True)

@@ -24,7 +24,8 @@ from torch.autograd.function import once_differentiable
 
 from eval.model_state import device_of, evaluating
 from finetune.data.samples import IGNORE
-from finetune.train import kernels, shapes
+from finetune.train import trace_context
+from finetune.train.fast import kernels
 
 CHUNK = 256  # tokens: their logits stay in a processor's cache, and a product of so many rows is a full one
 
@@ -125,7 +126,7 @@ def _to_gradients(
         grad_weight += grad.t() @ part
 
 
-def token_losses(hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
+def token_losses(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, *, chunk: int = CHUNK) -> torch.Tensor:
     """hidden (N, d), targets (N,) → the cross-entropy of each (nats, fp32), without gradients, `chunk` logits at a time."""
     weight, bias = head.linear.weight, head.linear.bias
     with torch.no_grad():
@@ -137,7 +138,7 @@ def token_losses(hidden: torch.Tensor, head: Head, targets: torch.Tensor, *, chu
         )
 
 
-def evaluator(head: Head, chunk: int = CHUNK) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+def evaluator(head: LMHead, chunk: int = CHUNK) -> Callable[..., torch.Tensor]:
     """What `eval.perplexity.evaluate_loss` takes as `of_tokens`: losses of a model whose head is `head`, logits never whole."""
 
     def of_tokens(ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -178,7 +179,7 @@ def chunked_cross_entropy(
 
 
 @dataclass(frozen=True)
-class Head:
+class LMHead:
     """How a model makes logits of ids: softcap(scale·linear(decoder(ids)))."""
 
     decoder: nn.Module  # returns hidden states (B, T, d) first
@@ -210,7 +211,7 @@ def _arguments(module: nn.Module, input_ids: torch.Tensor, position_ids: torch.T
     return arguments
 
 
-def head_of(model: nn.Module) -> tuple[Head | None, str | None]:
+def head_of(model: nn.Module) -> tuple[LMHead | None, str | None]:
     """The model's head, tried out; or None, and why its logits cannot be taken apart.
 
     model: a transformers causal language model, with PEFT adapters or without. Looked for: a decoder (`base_model`), a plain
@@ -235,7 +236,7 @@ def head_of(model: nn.Module) -> tuple[Head | None, str | None]:
             watch.remove()
         if len(inputs) != 1:
             return None, f"{name} calls its head {len(inputs)} times"
-        hidden = Head(decoder, linear, 1.0, None).hidden(ids, None)
+        hidden = LMHead(decoder, linear, 1.0, None).hidden(ids, None)
         if not _equal(hidden, inputs[0]):
             return None, f"{name} changes what comes out of {type(decoder).__name__} before its head, or calls it otherwise"
         # (1, 8, V): from -0.001 … 0.001 at the first token to -10,000 … 10,000 at the last
@@ -251,7 +252,7 @@ def head_of(model: nn.Module) -> tuple[Head | None, str | None]:
         scale_and_cap = _fit(base, made_up, answer)
         if scale_and_cap is None:
             return None, f"{name} does more to its logits than a scale and a soft cap that its configuration names"
-        head = Head(decoder, linear, *scale_and_cap)
+        head = LMHead(decoder, linear, *scale_and_cap)
         if not _equal(head.logits(hidden), own):
             return None, f"{name} gives other logits than its decoder and its head"
     return head, None
@@ -293,7 +294,7 @@ def _fit(base: Any, logits: torch.Tensor, answer: torch.Tensor) -> tuple[float, 
     caps = named("final_logit_softcapping", "output_logit_soft_cap", "logits_soft_cap")
     if answer.shape != logits.shape:
         return None
-    if shapes.tracing() is not None:
+    if trace_context.current() is not None:
         return 1.0, caps[0] if caps else None
     best, closest = None, 4 * torch.finfo(answer.dtype).eps  # relative: a cap in the logits' dtype is three roundings
     for scale, cap in itertools.product([1.0, *scales, *(1 / s for s in scales)], [None, *caps]):
@@ -308,15 +309,15 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether they agree to 16 units in the last place of the largest value, in the coarser of their dtypes."""
     if a.shape != b.shape:
         return False
-    if shapes.tracing() is not None:
+    if trace_context.current() is not None:
         return True
     eps = max(torch.finfo(a.dtype).eps, torch.finfo(b.dtype).eps)
     return bool((a.float() - b.float()).abs().max() <= 16 * eps * b.float().abs().max())
 
 
-def loss_sum(
+def fused_linear_cross_entropy(
     model: nn.Module,
-    head: Head,
+    head: LMHead,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None = None,
     labels: torch.Tensor | None = None,

@@ -11,7 +11,8 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from finetune.train import fast, kernels, step
+from finetune.train.fast import kernels, patching
+from finetune.train.fast.chunked_loss import LMHead, evaluator, fused_linear_cross_entropy, head_of
 from quant import linear_targets, register_peft, swap
 
 SIZES = {
@@ -85,7 +86,7 @@ def batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[Tensor, Te
     return ids, positions, labels
 
 
-def gradients(model: Any, head: step.Head | None = None, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
+def gradients(model: Any, head: LMHead | None = None, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
     """The loss, under the name "loss", and every gradient."""
     ids, positions, labels = batch(lengths)
     model.zero_grad()
@@ -94,7 +95,7 @@ def gradients(model: Any, head: step.Head | None = None, lengths: tuple[int, ...
         places = labels[0, 1:] != -100
         loss = nn.functional.cross_entropy(logits[0, :-1][places].float(), labels[0, 1:][places], reduction="sum")
     else:
-        loss, _ = step.loss_sum(model, head, ids, positions, labels, chunk=8)
+        loss, _ = fused_linear_cross_entropy(model, head, ids, positions, labels, chunk=8)
     loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     return {"loss": loss.detach(), **found}
@@ -107,8 +108,8 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     return max(float((ours[n].float() - theirs[n].float()).norm() / theirs[n].float().norm()) for n in ours)
 
 
-def counted(found: fast.FastStep) -> dict[str, int]:
-    of = [replacement.of for replacement in found.replacements]
+def counted(found: patching.FastStep) -> dict[str, int]:
+    of = [patch.of for patch in found.patches]
     return {name: of.count(name) for name in of}
 
 
@@ -116,10 +117,10 @@ def counted(found: fast.FastStep) -> dict[str, int]:
 def test_the_fast_step_is_the_plain_one(family: str) -> None:
     model = made(family)
     plain = gradients(model)
-    found = fast.find(model)
+    found = patching.find(model)
     own = {"attention without padding": 1, "rotary positions": 1}
-    assert (found.plain, counted(found)) == ({}, own | FOUND.get(family, USUAL))
-    head, why = step.head_of(model)
+    assert (found.skipped, counted(found)) == ({}, own | FOUND.get(family, USUAL))
+    head, why = head_of(model)
     assert why is None
     found.install()
     assert apart(gradients(model, head), plain) < 2e-5
@@ -132,10 +133,10 @@ def test_each_part_alone_is_the_plain_step(part: str) -> None:
     model = made("qwen3")
     plain = gradients(model)
     parts = dict.fromkeys(("attention", "lora", "blocks"), False) | ({} if part == "loss" else {part: True})
-    found = fast.find(model, **parts)
-    assert bool(found.replacements) == (part != "loss")
+    found = patching.find(model, **parts)
+    assert bool(found.patches) == (part != "loss")
     found.install()
-    assert apart(gradients(model, step.head_of(model)[0] if part == "loss" else None), plain) < 2e-5
+    assert apart(gradients(model, head_of(model)[0] if part == "loss" else None), plain) < 2e-5
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
@@ -147,8 +148,8 @@ def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_step(family: str) -> 
     exact = gradients(made(family, dtype=torch.bfloat16).float())
     model = made(family, dtype=torch.bfloat16)
     plain = gradients(model)
-    fast.find(model).install()
-    ours = gradients(model, step.head_of(model)[0])
+    patching.find(model).install()
+    ours = gradients(model, head_of(model)[0])
 
     def error(found: dict[str, Tensor]) -> float:
         return sum(float((found[n].float() - exact[n].float()).norm() / exact[n].float().norm()) for n in exact) / len(exact)
@@ -159,8 +160,8 @@ def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_step(family: str) -> 
 def test_other_lengths_are_not_compiled_anew() -> None:
     model = made("llama")
     plain = {lengths: gradients(model, lengths=lengths) for lengths in ((13, 1, 22, 7), (9,), (5, 40), (64, 2, 2))}
-    fast.find(model).install()
-    head = step.head_of(model)[0]
+    patching.find(model).install()
+    head = head_of(model)[0]
     torch._dynamo.utils.counters.clear()
     for number, (lengths, theirs) in enumerate(plain.items()):
         assert apart(gradients(model, head, lengths), theirs) < 2e-5
@@ -175,7 +176,7 @@ def test_other_bases_than_nf4(scheme: str | None, bound: float) -> None:
     """ternary: an activation that comes out otherwise in its last place can be rounded to another of its 256 steps."""
     model = made("llama", scheme=scheme)
     plain = gradients(model)
-    found = fast.find(model, attention=False, blocks=False)
+    found = patching.find(model, attention=False, blocks=False)
     found.install()
     assert counted(found) == {"groups of adapters": 8}
     assert apart(gradients(model), plain) < bound
@@ -184,9 +185,9 @@ def test_other_bases_than_nf4(scheme: str | None, bound: float) -> None:
 def test_dora_is_left_to_peft_with_a_word() -> None:
     model = made("llama", use_dora=True)
     plain = gradients(model)
-    found = fast.find(model)
-    assert set(found.plain.values()) == {"adapter: DoRA"}
-    assert len(found.plain) == 14
+    found = patching.find(model)
+    assert set(found.skipped.values()) == {"adapter: DoRA"}
+    assert len(found.skipped) == 14
     assert "groups of adapters" not in counted(found)
     assert any("DoRA" in line and "13 more" in line for line in found.in_words())
     assert any(line.startswith("fast: attention without padding, 2 gated activations, 5 norms, rot") for line in found.in_words())
@@ -198,8 +199,8 @@ def test_rslora_and_checkpointing() -> None:
     model = made("llama", use_rslora=True)
     plain = gradients(model)
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    fast.find(model).install()
-    head = step.head_of(model)[0]
+    patching.find(model).install()
+    head = head_of(model)[0]
     assert apart(gradients(model, head), plain) < 2e-5
     with torch.autograd.graph.save_on_cpu():  # train.checkpointing: offload
         assert apart(gradients(model, head), plain) < 2e-5
@@ -232,8 +233,8 @@ def test_a_block_that_is_not_known_is_named_and_computes_as_it_did() -> None:
     layer = model.get_base_model().model.layers[1]
     layer.mlp, layer.input_layernorm = Odd(layer.mlp), OddNorm(layer.input_layernorm)
     plain = gradients(model)
-    found = fast.find(model)
-    assert set(found.plain) == {"model.layers.1.mlp", "model.layers.1.input_layernorm"}
+    found = patching.find(model)
+    assert set(found.skipped) == {"model.layers.1.mlp", "model.layers.1.input_layernorm"}
     assert counted(found) | {"norms": 4, "gated activations": 1} == counted(found)
     found.install()
     assert apart(gradients(model), plain) < 2e-5
@@ -247,11 +248,11 @@ def test_a_model_that_fails_when_it_is_tried_is_left_alone() -> None:
         raise RuntimeError("no two samples in a row")
 
     model.get_base_model().model.layers[1].self_attn.forward = refuses
-    found = fast.find(model, not_compiled="off")
+    found = patching.find(model, not_compiled="off")
     model.get_base_model().model.layers[1].self_attn.forward = own
-    assert found.replacements == []
-    assert found.plain["attention"] == "RuntimeError when it was tried: no two samples in a row"
-    assert sum("RuntimeError" in why for why in found.plain.values()) == 15
+    assert found.patches == []
+    assert found.skipped["attention"] == "RuntimeError when it was tried: no two samples in a row"
+    assert sum("RuntimeError" in why for why in found.skipped.values()) == 15
 
 
 def test_an_adapter_that_is_called_twice_stays_pefts() -> None:
@@ -260,28 +261,28 @@ def test_an_adapter_that_is_called_twice_stays_pefts() -> None:
     own = layer.forward
     layer.forward = lambda x: own(x) + 0.1 * layer.gate_proj(x).mean()
     plain = gradients(model)
-    found = fast.find(model, not_compiled="off")
-    assert found.plain["model.layers.0.mlp.gate_proj"] == "adapter: it is not called once in a pass"
+    found = patching.find(model, not_compiled="off")
+    assert found.skipped["model.layers.0.mlp.gate_proj"] == "adapter: it is not called once in a pass"
     found.install()
     assert apart(gradients(model), plain) < 2e-5
 
 
 def test_attention_of_its_own_stays_its_own() -> None:
     config = transformers.LlamaConfig(**(SIZES | {"attention_dropout": 0.1}))
-    found = fast.find(transformers.LlamaForCausalLM(config))
+    found = patching.find(transformers.LlamaForCausalLM(config))
     assert "attention without padding" not in counted(found)
-    assert found.plain["model.layers.0.self_attn"].endswith("it drops attention weights out")
+    assert found.skipped["model.layers.0.self_attn"].endswith("it drops attention weights out")
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
-    found = fast.find(mamba)
-    assert "does not ask for attention" in found.plain["attention"]
-    assert found.plain["backbone.layers.0.mixer"] == "MambaMixer is no block that is known"
+    found = patching.find(mamba)
+    assert "does not ask for attention" in found.skipped["attention"]
+    assert found.skipped["backbone.layers.0.mixer"] == "MambaMixer is no block that is known"
 
 
 def test_generation_is_untouched_while_it_is_installed() -> None:
     model = made("llama").eval()
     ids = torch.tensor([[5, 6, 7, 8]])
     own = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-    found = fast.find(model)
+    found = patching.find(model)
     found.install()
     assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), own)
     with found.paused():
@@ -302,6 +303,6 @@ def test_losses_of_an_evaluation() -> None:
     generator = torch.Generator().manual_seed(2)
     rows = [(row := torch.randint(3, 128, (n,), generator=generator).tolist(), [-100, *row[1:]]) for n in (9, 30, 4, 17)]
     plain = evaluate_loss(model, rows, batch_tokens=40)
-    fast.find(model).install()
-    ours = evaluate_loss(model, rows, batch_tokens=40, of_tokens=step.evaluator(step.head_of(model)[0], 7))  # type: ignore[arg-type]
+    patching.find(model).install()
+    ours = evaluate_loss(model, rows, batch_tokens=40, of_tokens=evaluator(head_of(model)[0], 7))  # type: ignore[arg-type]
     assert ours.row_loss_sums == pytest.approx(plain.row_loss_sums, rel=1e-5)

@@ -33,74 +33,20 @@ import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from finetune.train import shapes
+from finetune.train import trace_context
+from finetune.train.fast.segments import ALIGN, Segments, Tile
 
 NAME = "finetune_packed"
 
-# A tile's sides are multiples of this: oneDNN makes machine code for each shape of a product (0.4 ms on the machine below), and
-# of these shapes there are few. Rows that a tile has too many are those of the next sample, and are computed there again.
-ALIGN = 16
-# One tile more costs what so many scores cost, both ways: calls against arithmetic (measured on 2 cores of an EPYC 9005).
-TILE = 80_000
 # Heads are computed together as long as q has no more numbers than this: what the backward pass needs for a while is some 45
 # bytes for each. Heads by eights took a third more time where 32 are on 8 kv heads: more calls for the same arithmetic.
 NUMBERS = 2 << 20
-
-
-class Tile(NamedTuple):
-    """Queries `start` … `end` of the flattened rows against keys `begin` … `end`. real: how many of the queries count.
-
-    bias: (end − start, 1, columns) fp32, 0 where a query sees a key and −∞ where not, of the last `columns` keys; all see the
-    keys before these.
-    """
-
-    begin: int
-    start: int
-    end: int
-    real: int
-    bias: Tensor
-
-
-class Group(NamedTuple):
-    """Samples that fill tokens `begin` … `end` of the flattened rows, and their tiles: one tile, or one sample."""
-
-    begin: int
-    end: int
-    tiles: tuple[Tile, ...]
-
-
-@dataclass(frozen=True)
-class Segments:
-    """Where samples lie in rows (B, T) that are flattened to B·T tokens: sample i is bounds[i] … bounds[i + 1]."""
-
-    bounds: tuple[int, ...]
-    shape: tuple[int, int]
-    device: torch.device
-    _plans: dict[Any, Any] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def longest(self) -> int:
-        return max(end - begin for begin, end in zip(self.bounds, self.bounds[1:], strict=False))
-
-    @property
-    def offsets(self) -> Tensor:
-        """`bounds` as int32 on the device, as kernels for samples of different lengths want them."""
-        if "offsets" not in self._plans:
-            self._plans["offsets"] = torch.tensor(self.bounds, dtype=torch.int32, device=self.device)
-        return self._plans["offsets"]
-
-    def plan(self, heads: int, window: int | None) -> tuple[Group, ...]:
-        """The tiles, in order, for so many query heads at a time."""
-        if (heads, window) not in self._plans:
-            self._plans[heads, window] = tuple(_plan(self.bounds, heads, window, self.device))
-        return self._plans[heads, window]
 
 
 def segments_of(position_ids: Tensor | None, shape: tuple[int, int], device: torch.device | str) -> Segments:
@@ -113,7 +59,7 @@ def segments_of(position_ids: Tensor | None, shape: tuple[int, int], device: tor
     rows, length = shape
     if not rows * length:
         raise ValueError(f"rows without tokens have no samples: {tuple(shape)}")
-    if (tracing := shapes.tracing()) is not None:
+    if (tracing := trace_context.current()) is not None:
         return tracing.segments((rows, length))
     device = torch.device(device)
     if position_ids is None:
@@ -123,62 +69,6 @@ def segments_of(position_ids: Tensor | None, shape: tuple[int, int], device: tor
     begins = torch.ones(rows, length, dtype=torch.bool)
     begins[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cpu()
     return Segments((*begins.flatten().nonzero()[:, 0].tolist(), rows * length), (rows, length), device)
-
-
-# ------------------------------------------------------------------------------------------------------------------- the plan
-
-
-def _aligned(count: float) -> int:
-    return math.ceil(count / ALIGN) * ALIGN
-
-
-def _plan(bounds: tuple[int, ...], heads: int, window: int | None, device: torch.device) -> Iterator[Group]:
-    """Groups of one tile or one sample each.
-
-    Two samples of a and b tokens in one tile compute 2·a·b scores that nobody wants, in two tiles they cost a tile. A sample of
-    L tokens in n tiles computes about L²/2·(1 + 1/n) scores; least with n·TILE is n = L / √(2·TILE).
-    """
-    budget = TILE / heads
-    best = math.sqrt(2 * budget)  # queries a tile
-    biases: dict[Any, Tensor] = {}
-    at = 0
-    while at + 1 < len(bounds):
-        begin, end, first = bounds[at], bounds[at + 1], at
-        at += 1
-        while at + 1 < len(bounds) and bounds[at + 1] - begin <= best and 2 * (end - begin) * (bounds[at + 1] - end) < budget:
-            at += 1
-            end = bounds[at]
-        queries = _aligned((end - begin) / max(1, round((end - begin) / best)))
-        yield Group(
-            begin,
-            end,
-            tuple(
-                _tile(start, min(queries, end - start), bounds[first : at + 1], window, device, biases)
-                for start in range(begin, end, queries)
-            ),
-        )
-
-
-def _tile(
-    start: int, real: int, bounds: tuple[int, ...], window: int | None, device: torch.device, biases: dict[Any, Tensor]
-) -> Tile:
-    """A tile of queries start … start + real, of the samples that lie at `bounds`."""
-    queries = _aligned(real)
-    begin = bounds[0] if window is None else max(bounds[0], start - _aligned(window - 1))
-    rows = range(start, start + queries)
-    # The first key that each query sees, counted from `begin`; the queries beyond `real` go on as the last one.
-    sees = [max(b for b in bounds[:-1] if b <= row) - begin for row in rows] if len(bounds) > 2 else [bounds[0] - begin] * queries
-    if window is not None:
-        sees = [max(first, row - window + 1 - begin) for first, row in zip(sees, rows, strict=True)]
-    before = start - begin
-    if max(sees) <= 0:
-        before, sees = 0, [0] * queries  # all see what lies before the tile's own queries
-    key = (before, tuple(sees))
-    if key not in biases:
-        columns = torch.arange(before + queries, device=device)
-        seen = (columns <= columns[before:, None]) & (columns >= torch.tensor(sees, device=device)[:, None])
-        biases[key] = torch.where(seen, 0.0, -math.inf)[:, None]
-    return Tile(begin, start, start + queries, real, biases[key])
 
 
 # ------------------------------------------------------------------------------------------------------------------- in tiles
@@ -247,14 +137,14 @@ def _probabilities(s: Tensor, tile: Tile, softcap: float | None) -> Tensor | Non
     return slope
 
 
-class _Options(NamedTuple):
+class Options(NamedTuple):
     segments: Segments
     scale: float
     window: int | None
     softcap: float | None
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: _Options) -> None:
+def forward_heads(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: Options) -> None:
     """Some heads: q (B, J·G, T, D), k (B, J, T, D), v (B, J, T, Dv) → out (B, J·G, T, Dv)."""
     segments, scale, window, softcap = options
     heads, kv_heads = q.shape[1], k.shape[1]
@@ -275,7 +165,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, options: _Options) ->
     _unfold(folded, segments.shape, out)
 
 
-def _backward(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, options: _Options) -> None:
+def backward_heads(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, dq: Tensor, dk: Tensor, dv: Tensor, options: Options) -> None:
     """The gradients for some heads into dq, dk and dv, which are as q, k and v; grad: (B, J·G, T, Dv)."""
     segments, scale, window, softcap = options
     heads, kv_heads, low = q.shape[1], k.shape[1], q.dtype
@@ -328,7 +218,7 @@ def _size(tile: Tile) -> int:
     return (tile.end - tile.start) * (tile.end - tile.begin)
 
 
-def _shares(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
+def head_shares(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
     """(query heads, kv heads) that are computed together."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
     most = max(1, kv_heads * NUMBERS // q.numel())
@@ -338,40 +228,40 @@ def _shares(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
         yield slice(start * groups, stop * groups), slice(start, stop)
 
 
-def _like(x: Tensor) -> Tensor:
+def room_like(x: Tensor) -> Tensor:
     """Room for (B, H, T, D) that lies as (B, T, H, D), as a linear layer makes and takes it."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-class _Packed(torch.autograd.Function):
+class PackedAttention(torch.autograd.Function):
     """q (B, H, T, D), k (B, J, T, D), v (B, J, T, Dv) of one dtype → (B, H, T, Dv), which lies as (B, T, H, Dv)."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.options = options
         out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
         with torch.autocast(q.device.type, enabled=False):
-            for heads, kv_heads in _shares(q, k):
-                _forward(q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads], options)
+            for heads, kv_heads in head_shares(q, k):
+                forward_heads(q[:, heads], k[:, kv_heads], v[:, kv_heads], out[:, heads], options)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v = ctx.saved_tensors
-        dq, dk, dv = _like(q), _like(k), _like(v)
+        dq, dk, dv = room_like(q), room_like(k), room_like(v)
         with torch.autocast(q.device.type, enabled=False):
-            for heads, kv_heads in _shares(q, k):
+            for heads, kv_heads in head_shares(q, k):
                 parts = q[:, heads], k[:, kv_heads], v[:, kv_heads], grad[:, heads]
-                _backward(*parts, dq[:, heads], dk[:, kv_heads], dv[:, kv_heads], ctx.options)
+                backward_heads(*parts, dq[:, heads], dk[:, kv_heads], dv[:, kv_heads], ctx.options)
         return dq, dk, dv, None
 
 
 # -------------------------------------------------------------------------------------------------------------------- on CUDA
 
 
-def _varlen(q: Tensor, k: Tensor, v: Tensor, options: _Options) -> Tensor | None:
+def _varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor | None:
     """torch's flash attention for samples of different lengths, (B, T, H, D); None where it cannot: then tiles do.
 
     Its signature changed: torch 2.11 has `is_causal` or `window_size`, later ones the latter, and `scale` and `enable_gqa`.
@@ -442,11 +332,11 @@ def packed_attention(
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
     if window is not None and window >= segments.longest:
         window = None
-    options = _Options(segments, scale, window, softcap)
-    if (tracing := shapes.tracing()) is not None:
+    options = Options(segments, scale, window, softcap)
+    if (tracing := trace_context.current()) is not None:
         return tracing.attention(q, k, v, options)
     out = _varlen(q, k, v, options) if kind == "cuda" else None
-    return _Packed.apply(q, k, v, options).transpose(1, 2) if out is None else out
+    return PackedAttention.apply(q, k, v, options).transpose(1, 2) if out is None else out
 
 
 _segments: Segments | None = None

@@ -1,6 +1,6 @@
 """Larger than the device: the frozen weights of a decoder's layers lie elsewhere, and come when their layer runs.
 
-    disk on the CPU      they are mapped files (scratch.py). While a layer computes, the next one's pages are read ahead, and
+    disk on the CPU      they are mapped files (disk.py). While a layer computes, the next one's pages are read ahead, and
                          those of the layer before are let go.
     memory, on CUDA      they lie in pinned CPU memory. While a layer computes, the next one is copied to the card on a stream of
                          its own: two layers are there at once.
@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from finetune.errors import Mistake
 from finetune.memory import return_freed_memory
-from finetune.train.scratch import Scratch, let_go, read_ahead
+from finetune.train.offload.disk import Scratch, let_go, read_ahead
 
 ALIGNED = 256  # bytes: kernels read vectors, and the scales of packed weights are fp32 in bytes
 

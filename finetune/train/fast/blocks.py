@@ -1,0 +1,132 @@
+"""Blocks that are recognized by what they compute: RMSNorms and gated MLPs, tried out on random numbers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eval._common import evaluating
+from finetune.train import trace_context
+from finetune.train.fast import kernels
+
+SAME = 1e-4  # relative difference in fp32 up to which two computations are the same
+SAME_LOW = 3e-2  # and in 16 bits, which one of them rounds to more often
+
+
+def difference(ours: Tensor, own: Tensor) -> float:
+    if ours.shape != own.shape:
+        return float("inf")
+    if trace_context.current() is not None:
+        return 0.0
+    return float((ours.float() - own.float()).norm() / own.float().norm().clamp(min=1e-30))
+
+
+def as_fast_as_it_gets(block: nn.Module) -> bool:
+    """Whether a block is kernels of torch and linears alone: a LayerNorm, a linear, an MLP with one activation between two."""
+    if isinstance(block, nn.LayerNorm) or _shape(block) is not None or not any(True for _ in block.parameters()):
+        return True
+    children = [child for child in block.children() if any(True for _ in child.parameters())]
+    return len(children) == 2 and all(_shape(child) is not None for child in children)
+
+
+def like_norm(module: Any) -> bool:
+    """Whether a module has what an RMSNorm has: a gain, and an ε."""
+    alone = not any(True for _ in module.children()) and not isinstance(module, nn.LayerNorm)
+    return alone and [p.ndim for p in module.parameters()] == [1] and hasattr(module, "weight") and _epsilon(module) is not None
+
+
+def _epsilon(module: Any) -> float | None:
+    return getattr(module, "variance_epsilon", getattr(module, "eps", None))
+
+
+def as_norm(module: Any) -> Callable[..., Any] | None:
+    """What computes as `module` does, if that is an RMSNorm with gain w or 1 + w."""
+    eps = _epsilon(module)
+    assert eps is not None
+    x = _numbers((3, module.weight.shape[0]), module.weight.device)
+    try:
+        with torch.no_grad():
+            own = module(x)
+            for one in (False, True):
+                if difference(kernels.rms_norm.__wrapped__(x, module.weight, eps, one), own) < SAME:  # type: ignore[attr-defined]
+                    return functools.partial(_norm, module, functools.partial(kernels.rms_norm, eps=eps, one=one))
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None
+    return None
+
+
+def _norm(module: Any, norm: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
+    y = norm(x, module.weight)
+    y.again = norm, (x, module.weight)  # type: ignore[attr-defined]
+    return y
+
+
+def as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> Callable[..., Any] | None:
+    """What computes as `module` does, if that is down(activation(gate) · up), with linears apart or gate and up in one.
+
+    A norm may stand before `down` (BitNet b1.58 2B4T). gates: compiled functions by activation, so that equal ones are one.
+    """
+    children = dict(module.named_children())
+    linears = {name: shape for name, child in children.items() if (shape := _shape(child)) is not None}
+    others = {name: child for name, child in children.items() if name not in linears}
+    norms = [name for name, child in others.items() if any(True for _ in child.parameters())]
+    activations = [child for name, child in others.items() if name not in norms and not isinstance(child, nn.Dropout)]
+    if len(others) != len(norms) + 1 or len(activations) != 1 or len(norms) > 1 or len(linears) not in (2, 3):
+        return None
+    activation: Any = activations[0]
+    fuse = gates.setdefault(repr(activation), kernels.gated(activation))
+    names, shapes = list(linears), list(linears.values())
+    inner = shapes[-1][1]
+    hidden = shapes[0][1]
+
+    def gated(gate: Tensor, up: Tensor) -> Tensor:
+        product = fuse(gate, up)
+        product.again = fuse, (gate, up)  # type: ignore[attr-defined]
+        return getattr(module, norms[0])(product) if norms else product
+
+    def apart(x: Tensor) -> Tensor:
+        return getattr(module, names[2])(gated(getattr(module, names[0])(x), getattr(module, names[1])(x)))
+
+    def together(x: Tensor) -> Tensor:
+        return getattr(module, names[1])(gated(*getattr(module, names[0])(x).chunk(2, dim=-1)))
+
+    if len(names) == 3 and shapes[0] == shapes[1] == (inner, hidden):
+        candidate = apart
+    elif len(names) == 2 and shapes[0] == (2 * inner, hidden):
+        candidate = together
+    else:
+        return None
+    low = _takes(children[names[0]])
+    x = _numbers((1, 3, hidden), next(module.parameters()).device).to(low)
+    before = kernels.switch(False)
+    try:
+        with torch.no_grad(), evaluating(module):
+            if difference(candidate(x), module(x)) < (SAME if low == torch.float32 else SAME_LOW):
+                return candidate
+    except (RuntimeError, TypeError, ValueError):
+        return None
+    finally:
+        kernels.switch(before)
+    return None
+
+
+def _shape(module: Any) -> tuple[int, int] | None:
+    """(out, in) of a linear, packed or in floats, with an adapter or without."""
+    base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
+    features = getattr(base, "out_features", None), getattr(base, "in_features", None)
+    return features if all(isinstance(n, int) for n in features) else None  # type: ignore[return-value]
+
+
+def _takes(module: Any) -> torch.dtype:
+    """The dtype that a linear wants its input in: a packed one computes in any, a plain one in its weight's."""
+    weight = getattr(module.get_base_layer() if hasattr(module, "get_base_layer") else module, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
+
+
+def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Random fp32 numbers; torch's own generator is not asked."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
