@@ -479,6 +479,7 @@ class _Story:
 
     def _load(self) -> None:
         from finetune import model as models
+        from finetune.models.precision import weights_dtype
         from finetune.train import offload, parallel, scratch
         from quant import backends
 
@@ -489,7 +490,7 @@ class _Story:
                 f"model.stream: {self.folder.path} lies on {kind}, which is memory and no disk; give another run.dir"
             )
         with self.screen.phase("weights") as progress:
-            self.dtype = models.dtype_of(recipe, self.device.type)
+            self.dtype = weights_dtype(recipe, self.device.type)
             model = models.load_weights(
                 self.source,
                 self.config,
@@ -598,13 +599,14 @@ class _Story:
         if recipe.distill.teacher is None:
             return None
         from finetune import model as models
+        from finetune.models.precision import default_dtype
         from finetune.train.distill import Distillation
 
         place = models.find(recipe.distill.teacher, where="distill.teacher")
         with self.screen.phase("teacher") as progress:
             if models.load_tokenizer(place).get_vocab() != self.tokenizer.get_vocab():
                 raise Mistake("teacher and student read different tokens", where="distill.teacher", found=recipe.distill.teacher)
-            dtype = models.default_dtype(self.device.type) if recipe.model.dtype == "auto" else self.dtype
+            dtype = default_dtype(self.device.type) if recipe.model.dtype == "auto" else self.dtype
             options: dict[str, Any] = {"dtype": dtype, "attention": recipe.model.attention, "progress": progress}
             teacher = models.load_weights(place, models.load_config(place), **options)
             said = recipe.distill
@@ -731,7 +733,8 @@ class _Story:
     def _train(self, resume: bool) -> None:
         from accelerate.utils import set_seed
 
-        from finetune.ready import autocast_of, batching, optimizer_of
+        from finetune.models.precision import autocast_dtype
+        from finetune.ready import batching, optimizer_of
         from finetune.train import checkpoint, optim
         from finetune.train.loop import Interrupted, Training
         from finetune.train.ternary import Ternary
@@ -781,7 +784,7 @@ class _Story:
                     total_steps=total,
                     folder=self.folder,
                     progress=progress,
-                    autocast=autocast_of(self.recipe, self.dtype, self.device.type),
+                    autocast=autocast_dtype(self.recipe, self.dtype, self.device.type),
                     offload=self.recipe.train.checkpointing == "offload",
                     evaluate=evaluate if rows else None,
                     before_step=watch.before if watch else None,

@@ -14,7 +14,7 @@ from pathlib import Path
 # Rank of each room: a module imports only from rooms of lower rank (or its own). Late imports inside functions count too.
 RANKS = [
     {"finetune.errors", "finetune.files", "finetune.processes", "finetune.recipe", "finetune.screen"},
-    {"finetune.data", "finetune.model", "finetune.provenance", "finetune.convert"},
+    {"finetune.data", "finetune.model", "finetune.models", "finetune.provenance", "finetune.convert"},
     {"finetune.train", "finetune.use"},
     {"finetune.material", "finetune.export", "finetune.place", "finetune.ready"},
     {"finetune.merge", "finetune.report", "finetune.check", "finetune.show", "finetune.bench", "finetune.plan"},

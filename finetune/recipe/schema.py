@@ -40,8 +40,8 @@ class Model(Section):
     revision: str | None = Field(None, description="Hub branch, tag or commit of the model; null takes the default branch.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="Number format of unquantized weights and of activations. auto: bf16 on GPUs and on CPUs with bf16 "
-        "instructions, else fp32; fp32 where all weights are trained.",
+        description="Number format of unquantized weights and, under adapters, of activations. auto: bf16 on GPUs and on CPUs "
+        "with bf16 instructions, else fp32; fp32 where all weights are trained.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
@@ -256,8 +256,9 @@ class Train(Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Arithmetic of the matrix products. auto follows model.dtype, and for pretrain is bf16 where the device has "
-        "it; bf16 over fp32 weights is mixed precision; fp32 makes the unquantized weights fp32 too.",
+        description="Arithmetic of the matrix products. auto: bf16 over fp32 weights (mixed precision) where all weights are "
+        "trained and the device, a CPU too, computes in bf16; model.dtype under adapters. bf16: mixed precision over any fp32 "
+        "weights; fp32 makes the unquantized weights fp32 too.",
     )
     save_steps: Positive | None = Field(
         None, description="Optimizer steps between checkpoints; null saves at the end only. Not given: 500 for pretrain."
