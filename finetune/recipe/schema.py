@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from finetune.recipe.elsewhere import SAME_VALUES, canonical_value
+
 Positive = Annotated[int, Field(gt=0)]
 AMOUNT = r"\d+(\.\d+)?\s*[KMGT]i?B?"  # of memory: 12GB, 11.5 GiB
 
@@ -394,6 +396,16 @@ class Recipe(Section):
         description="auto: where the plan does not fit into the memory, the recipe is changed until it does, at the least cost "
         "in time, and what was changed is said.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_as_called_here(cls, value: Any) -> Any:
+        """Other programs' spellings of values, where they mean the same."""
+        if isinstance(value, dict):
+            for section, name in (key.split(".") for key in SAME_VALUES):
+                if isinstance(keys := value.get(section), dict) and name in keys:
+                    value = {**value, section: {**keys, name: canonical_value(f"{section}.{name}", keys[name])}}
+        return value
 
     @model_validator(mode="before")
     @classmethod
