@@ -221,9 +221,9 @@ def export_command(name: str, to: str, out: Path) -> None:
 
 def _merged_dtype(opened: Opened, dtype: str) -> Any:
     """What the merged weights are stored in: as asked, or as the base is."""
-    from finetune import model as models
+    from finetune.models.precision import DTYPES
 
-    return models.DTYPES.get(dtype, opened.model.get_base_model().dtype)
+    return DTYPES.get(dtype, opened.model.get_base_model().dtype)
 
 
 def eval_command(

@@ -18,7 +18,7 @@ import torch
 from finetune.data.preflight import Limits
 from finetune.data.rows import PACKAGE, package_files
 from finetune.errors import Mistake, nearest
-from finetune.recipe import Adapter, Model, Quant, Recipe
+from finetune.recipe import Adapter, Model, Quant
 from finetune.screen import Shown, relayed_bars
 from quant.linear import PackedLinear
 from quant.swap import DEFAULT_KEEP, SwapReport, as_linear, linear_like, reasons_to_leave, swap
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
 
 FAULTS = (NameError, AttributeError, AssertionError)  # ours, never to be told as a damaged model
 AGAIN = "fetch or save it again: a file in it is damaged or missing"
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -333,27 +332,6 @@ def set_stops(model: Any, ids: Iterable[int]) -> None:
     stops = sorted(ids)
     if stops and model.generation_config is not None:
         model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
-
-
-def default_dtype(device: str) -> torch.dtype:
-    """bf16 where the device computes in it, else fp32."""
-    if device == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return torch.float32
-    return torch.bfloat16 if "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
-
-
-def dtype_of(recipe: Recipe, device: str, low: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the unquantized weights. auto is fp32 where all of them are trained: in bf16 small updates would vanish.
-
-    low: the device's own, where that is not here.
-    """
-    if recipe.train.precision == "fp32" or (recipe.model.dtype == "auto" and recipe.adapter.kind == "none"):
-        return torch.float32
-    return (low or default_dtype(device)) if recipe.model.dtype == "auto" else DTYPES[recipe.model.dtype]
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:

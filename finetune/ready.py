@@ -12,6 +12,7 @@ from finetune import model as models
 from finetune.errors import Mistake
 from finetune.files import RunFolder
 from finetune.material import Material, gather, open_stream
+from finetune.models.precision import autocast_dtype, weights_dtype
 from finetune.recipe import Recipe, Train
 from finetune.use import tokenizer_of
 
@@ -20,15 +21,6 @@ if TYPE_CHECKING:
     from finetune.train.fast.patching import FastStep
     from finetune.train.kind import Kind
     from finetune.train.offload import Streamed
-
-
-def autocast_of(recipe: Recipe, dtype: torch.dtype, device_type: str, low: torch.dtype | None = None) -> torch.dtype | None:
-    """The dtype of the matrix products, where it is not that of the weights. low: the device's own, where that is not here."""
-    precision = recipe.train.precision
-    mixed = precision == "bf16" or (precision == "auto" and recipe.kind == "pretrain")
-    if dtype != torch.float32 or not mixed:
-        return None
-    return torch.bfloat16 if precision == "bf16" or (low or models.default_dtype(device_type)) == torch.bfloat16 else None
 
 
 def optimizer_of(settings: Train, model: Any, device_type: str) -> tuple[torch.optim.Optimizer, str | None]:
@@ -120,7 +112,7 @@ def ready(recipe: Recipe, device: torch.device, folder: Path, changes: dict[str,
         raise Mistake("there is nothing to train on", where=material.source, found="no token is supervised")
     bones = models.skeleton(source, config)
     targets = models.adapter_targets(recipe.adapter, bones) if frozen else []
-    dtype = models.dtype_of(recipe, device.type)
+    dtype = weights_dtype(recipe, device.type)
     offload.check(recipe.model.stream, device)
     disk = offload.Scratch(folder) if recipe.model.stream == "disk" else None
     model = models.load_weights(
@@ -147,5 +139,5 @@ def ready(recipe: Recipe, device: torch.device, folder: Path, changes: dict[str,
     accelerator = Accelerator(cpu=device.type == "cpu")
     return Ready(
         source, config, material, bones, targets, dtype, prepared, streamed, found, settings, kind,
-        accelerator, prepared.model, optimizer, autocast_of(recipe, dtype, device.type),
+        accelerator, prepared.model, optimizer, autocast_dtype(recipe, dtype, device.type),
     )  # fmt: skip

@@ -26,15 +26,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import GateStop, Interruption, Mistake
-from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, require_space, write_atomic
-from finetune.memory import resident_bytes, usable_bytes
+from finetune.files import MARK, TOKENIZER, RunFolder, atomic_folder, human_bytes, require_space, write_atomic
 from finetune.place import absolute, bytes_to_write, check_resumable, choose_folder, same_data
 from finetune.processes import is_first, rank, world
 from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train, dump_recipe
-from finetune.screen import Screen
-from finetune.units import clock, human_bytes, number
+from finetune.screen import Screen, clock, number
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
     from eval.perplexity import LossResult
@@ -43,7 +42,7 @@ if TYPE_CHECKING:
     from finetune.plan.fit import Fit
     from finetune.plan.result import Plan
     from finetune.train.checkpoint import Progress
-    from finetune.train.fast.patching import FastStep
+    from finetune.train.fast import FastStep
     from finetune.train.offload import Streamed
 
 FORMAT = 1
@@ -281,7 +280,7 @@ class _Story:
         limit = (
             parse_bytes(recipe.plan.memory)
             if recipe.plan.memory is not None
-            else min(device.memory_bytes, usable_bytes(self.device) // (world() if device.kind == "cpu" else 1))
+            else min(device.memory_bytes, free_memory(self.device) // (world() if device.kind == "cpu" else 1))
         )
         limit = min(parallel.everyone(limit))
         begun, plan_of = self.folder.exists, self._plan_of(limit)
@@ -403,7 +402,7 @@ class _Story:
             training = self.plan.phase("train")
             context, waste = (training.terms.get(term, 0) for term in ("context", "fragmentation"))
             # As the loop measures it: the process on a CPU, with what it has by now; what is allocated on a card.
-            other = resident_bytes() - context if self.device.type == "cpu" else -context - waste
+            other = resident() - context if self.device.type == "cpu" else -context - waste
             self.record["planned"] = {
                 "peak_bytes": training.peak_bytes + other,
                 "step_seconds": self.plan.step_seconds,
@@ -480,17 +479,18 @@ class _Story:
 
     def _load(self) -> None:
         from finetune import model as models
-        from finetune.train import offload, parallel
+        from finetune.models.precision import weights_dtype
+        from finetune.train import offload, parallel, scratch
         from quant import backends
 
         recipe = self.recipe
-        disk = offload.Scratch(self.folder.path) if recipe.model.stream == "disk" else None
-        if disk is not None and (kind := offload.is_memory(self.folder.path)):
+        disk = scratch.Scratch(self.folder.path) if recipe.model.stream == "disk" else None
+        if disk is not None and (kind := scratch.is_memory(self.folder.path)):
             self.screen.warn(
                 f"model.stream: {self.folder.path} lies on {kind}, which is memory and no disk; give another run.dir"
             )
         with self.screen.phase("weights") as progress:
-            self.dtype = models.dtype_of(recipe, self.device.type)
+            self.dtype = weights_dtype(recipe, self.device.type)
             model = models.load_weights(
                 self.source,
                 self.config,
@@ -570,11 +570,11 @@ class _Story:
 
     def _speed_up(self) -> None:
         """Put in place of the model's pieces what computes the same faster."""
-        from finetune.train.fast import patching
+        from finetune.train import fast
 
         with self.screen.phase("fast step"):
             work = self.record["model"]["parameters"] * self.material.tokens(self.recipe.train)
-            self.fast = patching.apply_patches(self.model, self.recipe, self.device, work=work)
+            self.fast = fast.put_in_place(self.model, self.recipe, self.device, work=work)
         lines = self.fast.in_words()
         for line in lines:
             self.screen.say(f"  {line}")
@@ -599,13 +599,14 @@ class _Story:
         if recipe.distill.teacher is None:
             return None
         from finetune import model as models
+        from finetune.models.precision import default_dtype
         from finetune.train.distill import Distillation
 
         place = models.find(recipe.distill.teacher, where="distill.teacher")
         with self.screen.phase("teacher") as progress:
             if models.load_tokenizer(place).get_vocab() != self.tokenizer.get_vocab():
                 raise Mistake("teacher and student read different tokens", where="distill.teacher", found=recipe.distill.teacher)
-            dtype = models.default_dtype(self.device.type) if recipe.model.dtype == "auto" else self.dtype
+            dtype = default_dtype(self.device.type) if recipe.model.dtype == "auto" else self.dtype
             options: dict[str, Any] = {"dtype": dtype, "attention": recipe.model.attention, "progress": progress}
             teacher = models.load_weights(place, models.load_config(place), **options)
             said = recipe.distill
@@ -649,11 +650,10 @@ class _Story:
 
     def _loss(self, rows: Any, progress: Callable[[int, int], None] | None = None) -> LossResult:
         from eval.perplexity import IGNORED, evaluate_loss, loss_of
-        from finetune.train import parallel
-        from finetune.train.fast import chunked_loss
+        from finetune.train import parallel, step
 
         head = self.fast.head if self.fast is not None else None
-        of_tokens = chunked_loss.evaluator(head, self.recipe.train.loss_chunk) if head is not None else None
+        of_tokens = step.evaluator(head, self.recipe.train.loss_chunk) if head is not None else None
         shares = [rows[number :: world()] for number in range(world())]
         learnt = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
         # Layers that are shared out run in all processes alike: then each measures all rows.
@@ -733,7 +733,8 @@ class _Story:
     def _train(self, resume: bool) -> None:
         from accelerate.utils import set_seed
 
-        from finetune.ready import autocast_of, batching, optimizer_of
+        from finetune.models.precision import autocast_dtype
+        from finetune.ready import batching, optimizer_of
         from finetune.train import checkpoint, optim
         from finetune.train.loop import Interrupted, Training
         from finetune.train.ternary import Ternary
@@ -769,7 +770,7 @@ class _Story:
         def evaluate(step: int) -> dict[str, float]:
             result = self._loss(rows, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows"))
             measured = {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
-            return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.schedule.blend(step)) < 1 else {})
+            return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.blend_of(step)) < 1 else {})
 
         self.screen.say(f"  {total} steps ({limit})")
         with self.screen.phase("train") as shown:
@@ -783,7 +784,7 @@ class _Story:
                     total_steps=total,
                     folder=self.folder,
                     progress=progress,
-                    autocast=autocast_of(self.recipe, self.dtype, self.device.type),
+                    autocast=autocast_dtype(self.recipe, self.dtype, self.device.type),
                     offload=self.recipe.train.checkpointing == "offload",
                     evaluate=evaluate if rows else None,
                     before_step=watch.before if watch else None,
@@ -832,7 +833,7 @@ class _Story:
     def no_memory(self, error: Exception) -> GateStop | None:
         """What to say where memory has run out, and nothing is left to halve; None of any other error."""
         from eval._common import forget, out_of_memory
-        from finetune.train.recovery import NoMemory
+        from finetune.train.loop import NoMemory
 
         if isinstance(error, NoMemory):
             return self._with_what_would_fit(error)
@@ -1126,6 +1127,23 @@ def as_it_was_fitted(recipe: Recipe, folder: RunFolder) -> Recipe:
         if said[section][leaf] == values["old"]:
             said[section][leaf] = values["new"]
     return Recipe.model_validate(said) if changes else recipe
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can have of the device's memory, those that it has among them."""
+    import psutil
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    return psutil.virtual_memory().available + resident()
+
+
+def resident() -> int:
+    """Bytes of memory that this process has."""
+    import psutil
+
+    return psutil.Process().memory_info().rss
 
 
 def _now() -> str:

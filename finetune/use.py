@@ -12,7 +12,7 @@ from finetune import model as models
 from finetune.data.samples import set_template
 from finetune.errors import Mistake
 from finetune.files import MARK, TOKENIZER, read_run
-from finetune.memory import free_bytes
+from finetune.models.precision import DTYPES, default_dtype
 from finetune.recipe import Recipe, read_recipe
 from finetune.screen import Shown
 from finetune.train import checkpoint
@@ -132,7 +132,7 @@ class _Run:
     def _told(self) -> tuple[torch.dtype, list[int]]:
         """The base's dtype and the tokens at which the model stops, which the run has written down when it had loaded it."""
         said = self.record.get("model")
-        known = {str(dtype).removeprefix("torch."): dtype for dtype in models.DTYPES.values()}
+        known = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
         try:
             return known[said["dtype"]], [int(token) for token in said["stop_ids"]]  # type: ignore[index]
         except (KeyError, TypeError, ValueError):
@@ -149,7 +149,7 @@ def _open_run(path: Path, dtype: str, device: torch.device, merged: bool, progre
     note = None
     if merged and folder.is_dir():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        if device.type == "cpu" or not (path / "adapter").is_dir() or size < 0.9 * free_bytes(device):
+        if device.type == "cpu" or not (path / "adapter").is_dir() or size < 0.9 * torch.cuda.mem_get_info(device)[0]:
             opened = _open_source(models.find(str(folder)), dtype, device, progress, chats=run.recipe.kind == "sft")
             opened.recipe, opened.run = run.recipe, path
             return opened
@@ -178,8 +178,8 @@ def _open_source(
     chats: it gets a chat template if it has none; a model of plain text goes on with what it is given.
     """
     config = models.load_config(source)
-    stored = torch.float32 if getattr(config, "dtype", None) == torch.float32 else models.default_dtype(device.type)
-    model: Any = models.load_weights(source, config, dtype=models.DTYPES.get(dtype, stored), attention="auto", progress=progress)
+    stored = torch.float32 if getattr(config, "dtype", None) == torch.float32 else default_dtype(device.type)
+    model: Any = models.load_weights(source, config, dtype=DTYPES.get(dtype, stored), attention="auto", progress=progress)
     tokenizer = models.load_tokenizer(source)
     note = None
     if chats and not tokenizer.chat_template:
@@ -189,7 +189,7 @@ def _open_source(
 
 def _in(dtype: str, model: Any) -> Any:
     """`model` computing in `dtype`; auto leaves it. Codes and scales of packed linears stay as they are."""
-    return model if dtype == "auto" else models.cast(model, models.DTYPES[dtype])
+    return model if dtype == "auto" else models.cast(model, DTYPES[dtype])
 
 
 def _open_adapter(path: Path, run: _Run | None, dtype: str, device: torch.device, progress: Shown | None) -> Opened:

@@ -131,7 +131,7 @@ def batch(shape: Shape, device: str) -> Tensor:
 
 def autocast_dtype(device: str) -> torch.dtype | None:
     """What products are computed in; None where that is fp32, as the masters are."""
-    from finetune.model import default_dtype
+    from finetune.models.precision import default_dtype
 
     return None if (dtype := default_dtype(device)) == torch.float32 else dtype
 

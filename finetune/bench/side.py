@@ -362,11 +362,12 @@ def ceiling(pipe: Pipe, spec: dict[str, Any]) -> None:
 def as_float(pipe: Pipe, spec: dict[str, Any]) -> None:
     """The float model of a recipe's GGUF as a folder that everyone reads."""
     from finetune import model as models
+    from finetune.models.precision import weights_dtype
     from finetune.recipe import read_recipe
 
     recipe = read_recipe(Path(spec["recipe"]))
     source = models.source_of(recipe.model)
-    dtype = models.dtype_of(recipe, pipe.device.type)
+    dtype = weights_dtype(recipe, pipe.device.type)
     model = models.load_weights(source, models.load_config(source), dtype=dtype, attention="auto")
     model.save_pretrained(spec["out"])
     models.load_tokenizer(source).save_pretrained(spec["out"])

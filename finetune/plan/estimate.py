@@ -26,13 +26,13 @@ from finetune.data.packing import MULTIPLE
 from finetune.errors import GateStop
 from finetune.files import write_json
 from finetune.model import Source
+from finetune.models.precision import autocast_dtype, default_dtype, weights_dtype
 from finetune.plan import known, local
 from finetune.plan.data import Facts, facts_of
 from finetune.plan.devices import Device
 from finetune.plan.result import Phase, Plan
 from finetune.plan.step import Place, Static, Traced, trace
 from finetune.plan.trace import Trace, Work
-from finetune.ready import autocast_of
 from finetune.recipe import Recipe
 from finetune.train.fast.patching import WORTH_COMPILING
 from finetune.units import human_bytes
@@ -151,10 +151,10 @@ def _vocabulary(recipe: Recipe) -> int:
 def place_of(recipe: Recipe, device: Device, work: float) -> Place:
     """Dtypes and compilation as a run on `device` has them."""
     kind = "cpu" if device.kind == "cpu" else "cuda"
-    low = models.default_dtype("cpu") if kind == "cpu" else torch.bfloat16 if "bf16" in device.rates else torch.float32
-    dtype = models.dtype_of(recipe, kind, low)
+    low = default_dtype("cpu") if kind == "cpu" else torch.bfloat16 if "bf16" in device.rates else torch.float32
+    dtype = weights_dtype(recipe, kind, low)
     compiled = recipe.fast.compile is True or (recipe.fast.compile == "auto" and work >= WORTH_COMPILING[kind])
-    return Place(kind, dtype, autocast_of(recipe, dtype, kind, low), compiled)
+    return Place(kind, dtype, autocast_dtype(recipe, dtype, kind, low), compiled)
 
 
 def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: Any, config: Any) -> Plan:

@@ -1,12 +1,13 @@
 """The recipe: one schema, read at the door. Unknown keys are errors, and all errors are told at once, each with file:line."""
 
-from finetune.recipe.elsewhere import ELSEWHERE_CALLED
+from finetune.recipe.elsewhere import ELSEWHERE_CALLED, NEAR_VALUES, SAME_VALUES, canonical_value
 from finetune.recipe.read import (
     differences,
     dump_recipe,
     find_recipe,
     locator,
     read_recipe,
+    read_resolved,
     shipped_recipes,
 )
 from finetune.recipe.rules import RULES, Rule
@@ -33,7 +34,9 @@ from finetune.recipe.schema import (
 __all__ = [
     "ELSEWHERE_CALLED",
     "FLOAT_LR",
+    "NEAR_VALUES",
     "RULES",
+    "SAME_VALUES",
     "TERNARY_LR",
     "Adapter",
     "Data",
@@ -50,11 +53,13 @@ __all__ = [
     "Section",
     "Tokenizer",
     "Train",
+    "canonical_value",
     "differences",
     "dump_recipe",
     "find_recipe",
     "known_keys",
     "locator",
     "read_recipe",
+    "read_resolved",
     "shipped_recipes",
 ]

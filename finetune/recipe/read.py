@@ -13,8 +13,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from finetune.errors import Mistake, Mistakes, nearest
-from finetune.recipe.elsewhere import ELSEWHERE_CALLED
+from finetune.recipe.elsewhere import ELSEWHERE_CALLED, NEAR_VALUES
 from finetune.recipe.schema import Recipe, known_keys
+from finetune.recipe.translate import called_now, translate
 
 MAX_NODES = 10_000  # a recipe has some dozens; aliases that unfold into more are a YAML bomb
 RECIPES_IN_WHEEL = Path(__file__).parent.parent / "shipped_recipes"
@@ -145,7 +146,8 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
         leaf = nearest(word, [k.rpartition(".")[2] for k in siblings])
         elsewhere = [k for k in known if k.rpartition(".")[2] == word]  # right name, wrong section
         near = (
-            ELSEWHERE_CALLED.get(word)
+            called_now(key, error["input"])
+            or ELSEWHERE_CALLED.get(word)
             or (elsewhere[0] if elsewhere else None)
             or (f"{section}.{leaf}".lstrip(".") if leaf else None)
         )
@@ -168,7 +170,9 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
         if getattr(limit, name, None) is not None
     )
     found = repr(error["input"])
-    near = nearest(str(error["input"]), words) if len(words := re.split(r" \| | or ", expected)) > 1 else None
+    words = re.split(r" \| | or ", expected)
+    near = called_now(key, error["input"]) or NEAR_VALUES.get(key, {}).get(str(error["input"]))
+    near = near or (nearest(str(error["input"]), words) if len(words) > 1 else None)
     return Mistake(
         f"{key} does not take this value",
         where=where,
@@ -210,12 +214,29 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         Mistakes: everything that is wrong with it, at once, each with file:line.
         Mistake: the file cannot be read as YAML at all.
     """
+    return _validated(_source(path), overrides or [])
+
+
+def read_resolved(path: Path, overrides: list[str] | None = None) -> Recipe:
+    """The resolved recipe of a run folder, of this version or an older one, with `overrides` as they are called now.
+
+    Raises: as read_recipe.
+    """
+    source = _source(path)
+    source.value = translate(source.value)
+    return _validated(source, overrides or [])
+
+
+def _source(path: Path) -> _Source:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Mistake("the recipe cannot be read", where=str(path), found=str(error)) from None
-    source = _Source(text, str(path))
-    overridden = _apply_overrides(source.value, overrides or [])
+    return _Source(text, str(path))
+
+
+def _validated(source: _Source, overrides: list[str]) -> Recipe:
+    overridden = _apply_overrides(source.value, overrides)
     mistakes = source.mistakes
     recipe = None
     try:
@@ -229,7 +250,7 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
         mistakes = mistakes + list(seen.values())
     if mistakes or recipe is None:
         count = len(mistakes)
-        raise Mistakes(mistakes, f"{path}: {count} mistake{'s' if count != 1 else ''}")
+        raise Mistakes(mistakes, f"{source.name}: {count} mistake{'s' if count != 1 else ''}")
     return recipe
 
 

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from finetune.recipe.elsewhere import SAME_VALUES, canonical_value
+
 Positive = Annotated[int, Field(gt=0)]
 AMOUNT = r"\d+(\.\d+)?\s*[KMGT]i?B?"  # of memory: 12GB, 11.5 GiB
 
@@ -40,8 +42,8 @@ class Model(Section):
     revision: str | None = Field(None, description="Hub branch, tag or commit of the model; null takes the default branch.")
     dtype: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         "auto",
-        description="Number format of unquantized weights and of activations. auto: bf16 on GPUs and on CPUs with bf16 "
-        "instructions, else fp32; fp32 where all weights are trained.",
+        description="Number format of unquantized weights and, under adapters, of activations. auto: bf16 on GPUs and on CPUs "
+        "with bf16 instructions, else fp32; fp32 where all weights are trained.",
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
@@ -256,8 +258,9 @@ class Train(Section):
     )
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto",
-        description="Arithmetic of the matrix products. auto follows model.dtype, and for pretrain is bf16 where the device has "
-        "it; bf16 over fp32 weights is mixed precision; fp32 makes the unquantized weights fp32 too.",
+        description="Arithmetic of the matrix products. auto: bf16 over fp32 weights (mixed precision) where all weights are "
+        "trained and the device, a CPU too, computes in bf16; model.dtype under adapters. bf16: mixed precision over any fp32 "
+        "weights; fp32 makes the unquantized weights fp32 too.",
     )
     save_steps: Positive | None = Field(
         None, description="Optimizer steps between checkpoints; null saves at the end only. Not given: 500 for pretrain."
@@ -393,6 +396,16 @@ class Recipe(Section):
         description="auto: where the plan does not fit into the memory, the recipe is changed until it does, at the least cost "
         "in time, and what was changed is said.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _values_as_called_here(cls, value: Any) -> Any:
+        """Other programs' spellings of values, where they mean the same."""
+        if isinstance(value, dict):
+            for section, name in (key.split(".") for key in SAME_VALUES):
+                if isinstance(keys := value.get(section), dict) and name in keys:
+                    value = {**value, section: {**keys, name: canonical_value(f"{section}.{name}", keys[name])}}
+        return value
 
     @model_validator(mode="before")
     @classmethod

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import re
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from pydantic import BaseModel
 from finetune.errors import Mistake, Mistakes
 from finetune.recipe import (
     ELSEWHERE_CALLED,
+    NEAR_VALUES,
     RULES,
+    SAME_VALUES,
     Recipe,
+    canonical_value,
     dump_recipe,
     find_recipe,
     known_keys,
@@ -69,6 +73,46 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> 
 
 def test_names_of_other_programs_are_known() -> None:
     assert set(ELSEWHERE_CALLED.values()) <= set(known_keys())
+
+
+def values_of(key: str) -> tuple[str, ...]:
+    return typing.get_args(known_keys()[key].annotation)
+
+
+def test_values_of_other_programs_name_keys_and_values_that_exist() -> None:
+    for key, called in SAME_VALUES.items():
+        assert set(called.values()) <= set(values_of(key))
+    for key, called in NEAR_VALUES.items():
+        assert {word.split(",")[0] for word in called.values()} <= set(values_of(key))
+        assert not set(called) & (set(values_of(key)) | set(SAME_VALUES.get(key, {}))), key
+        assert set(re.findall(r"[a-z]+\.[a-z_]+", " ".join(called.values()))) <= set(known_keys())
+
+
+@pytest.mark.parametrize(("key", "theirs", "ours"), [(k, t, o) for k, called in SAME_VALUES.items() for t, o in called.items()])
+def test_values_that_mean_the_same_are_accepted_as_called_elsewhere(tmp_path: Path, key: str, theirs: str, ours: str) -> None:
+    assert canonical_value(key, theirs) == canonical_value(key, ours) == ours
+    given, here = (read_recipe(write(tmp_path, GOOD), [f"{key}={value}"]) for value in (theirs, ours))
+    assert given == here
+    assert f"{key.partition('.')[2]}: {ours}\n" in dump_recipe(given)
+
+
+def test_a_value_that_is_called_otherwise_keeps_the_rest_of_its_section(tmp_path: Path) -> None:
+    recipe = read_recipe(write(tmp_path, GOOD + "train:\n  optimizer: adamw_torch\n  precision: float32\n  lr: 1.0e-3\n"))
+    assert (recipe.train.optimizer, recipe.train.precision, recipe.train.lr) == ("adamw", "fp32", 1e-3)
+    assert canonical_value("model.dtype", "float64") == "float64"
+    assert canonical_value("data.name", "float32") == "float32"
+    assert canonical_value("model.dtype", ["float32"]) == ["float32"]
+
+
+def test_a_value_that_may_not_mean_the_same_gets_a_hint(tmp_path: Path) -> None:
+    for key, called in NEAR_VALUES.items():
+        for theirs, hint in called.items():
+            (mistake,) = mistakes(tmp_path, GOOD, [f"{key}={theirs}"])
+            assert mistake.what == f"{key} does not take this value"
+            assert f"did you mean {hint}?" in mistake.do
+    (mistake,) = mistakes(tmp_path, GOOD + "train:\n  schedule: cosine_with_min_lr\n")
+    assert mistake.where.endswith(":6")
+    assert mistake.do.endswith("did you mean cosine, which ends at train.min_lr?")
 
 
 def test_a_key_that_stands_twice_is_a_mistake(tmp_path: Path) -> None:

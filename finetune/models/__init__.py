@@ -1,0 +1,1 @@
+"""Models between a recipe and a training."""

@@ -1,0 +1,64 @@
+"""Older names of keys and values: resolved recipes of older run folders are read, recipes written by hand get a hint."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Mapping
+from typing import Any
+
+# Old dotted key → its new dotted key; or, where values have changed too, old value → {new dotted key: new value}:
+#     "train.old": "train.new"
+#     "train.on_fire": {"run": {"train.on_fire": "leave"}}           one value has another name, the others keep theirs
+#     "train.both": {"yes": {"train.one": True, "train.two": True}}  one key has become two
+RENAMED: dict[str, str | Mapping[Any, Mapping[str, Any]]] = {}
+
+
+def translate(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys and values of a resolved recipe as they are called now. `resolved` stays as it is."""
+    result = copy.deepcopy(dict(resolved))
+    for old, new in RENAMED.items():
+        section, leaf = _section(result, old)
+        if section is None or leaf not in section:
+            continue
+        if isinstance(new, str):
+            _put(result, new, section.pop(leaf))
+        elif (changed := _of_value(new, section[leaf])) is not None:
+            del section[leaf]
+            for key, value in changed.items():
+                _put(result, key, value)
+    return result
+
+
+def called_now(key: str, value: Any) -> str | None:
+    """What an old key, or the old value of a key, is called now, in words; None where neither has another name."""
+    new = RENAMED.get(key)
+    if new is None or isinstance(new, str):
+        return new
+    changed = _of_value(new, value)
+    if changed is not None:
+        return " and ".join(f"{now}: {to if isinstance(to, str) else json.dumps(to)}" for now, to in changed.items())
+    return " and ".join(dict.fromkeys(now for each in new.values() for now in each if now != key)) or None
+
+
+def _of_value(new: Mapping[Any, Mapping[str, Any]], value: Any) -> Mapping[str, Any] | None:
+    return None if isinstance(value, list | dict) else new.get(value)
+
+
+def _section(recipe: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+    """The mapping that would hold a dotted key, None where there is none, and the key's last part."""
+    *parents, leaf = key.split(".")
+    there: Any = recipe
+    for parent in parents:
+        there = there.get(parent) if isinstance(there, dict) else None
+    return (there if isinstance(there, dict) else None), leaf
+
+
+def _put(recipe: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key, unless it is there already."""
+    *parents, leaf = key.split(".")
+    for parent in parents:
+        recipe = recipe.setdefault(parent, {})
+        if not isinstance(recipe, dict):
+            return  # whoever reads it says what is wrong
+    recipe.setdefault(leaf, value)

@@ -1,0 +1,109 @@
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune.errors import Mistakes
+from finetune.recipe import Recipe, dump_recipe, known_keys, read_recipe, read_resolved
+from finetune.recipe.translate import RENAMED, called_now, translate
+
+# What an imagined older version called keys and values of this one.
+OLDER: dict[str, Any] = {
+    "train.speed": "train.lr",
+    "where": "run.dir",
+    "base": "model",
+    "train.order": {"curved": {"train.schedule": "cosine"}, "straight": {"train.schedule": "linear"}},
+    "train.on_bad_step": {"leave_out": {"train.on_bad_step": "skip"}},
+    "train.small": {True: {"train.optimizer": "adamw_8bit", "train.checkpointing": True}, False: {}},
+}
+
+
+@pytest.fixture
+def older(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, new in OLDER.items():
+        monkeypatch.setitem(RENAMED, key, new)
+
+
+def write(tmp_path: Path, content: dict[str, Any]) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return path
+
+
+def resolved() -> dict[str, Any]:
+    recipe = Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "rows.jsonl"}})
+    return yaml.safe_load(dump_recipe(recipe))  # type: ignore[no-any-return]
+
+
+def test_a_recipe_of_this_version_stays_as_it_is() -> None:
+    assert translate(resolved()) == resolved()
+    assert translate({}) == {}
+
+
+def test_the_table_leads_from_names_that_are_gone_to_keys_that_exist() -> None:
+    for old, new in RENAMED.items():
+        targets = {new} if isinstance(new, str) else {key for each in new.values() for key in each}
+        assert targets <= set(known_keys())
+        assert old not in known_keys() or (not isinstance(new, str) and old in targets), old
+
+
+@pytest.mark.usefixtures("older")
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"train": {"speed": 1e-3, "warmup": 0.1}}, {"train": {"lr": 1e-3, "warmup": 0.1}}),
+        ({"where": "runs/one"}, {"run": {"dir": "runs/one"}}),
+        ({"where": "runs/one", "run": {"seed": 3}}, {"run": {"dir": "runs/one", "seed": 3}}),
+        ({"base": {"name": "some/model"}}, {"model": {"name": "some/model"}}),
+        ({"train": {"order": "curved"}}, {"train": {"schedule": "cosine"}}),
+        ({"train": {"order": "unheard of"}}, {"train": {"order": "unheard of"}}),
+        ({"train": {"on_bad_step": "leave_out"}}, {"train": {"on_bad_step": "skip"}}),
+        ({"train": {"on_bad_step": "stop"}}, {"train": {"on_bad_step": "stop"}}),
+        ({"train": {"small": True}}, {"train": {"optimizer": "adamw_8bit", "checkpointing": True}}),
+        ({"train": {"small": False}}, {"train": {}}),
+        ({"train": {"small": [1]}}, {"train": {"small": [1]}}),
+        ({"train": {"speed": 1e-3, "lr": 2e-3}}, {"train": {"lr": 2e-3}}),  # what has its new name already stays
+        ({"train": 5, "where": "x", "run": 7}, {"train": 5, "run": 7}),  # no recipe; reading it says so
+    ],
+)
+def test_translate(old: dict[str, Any], new: dict[str, Any]) -> None:
+    before = copy.deepcopy(old)
+    assert translate(old) == new
+    assert old == before
+
+
+@pytest.mark.usefixtures("older")
+def test_a_run_folder_of_an_older_version_is_read(tmp_path: Path) -> None:
+    now = resolved()
+    old = copy.deepcopy(now)
+    old["train"]["speed"] = old["train"].pop("lr")
+    old["train"]["order"], _ = "curved", old["train"].pop("schedule")
+    old["train"]["on_bad_step"] = "leave_out"
+    old["base"] = old.pop("model")
+    path = write(tmp_path, old)
+    assert read_resolved(path) == Recipe.model_validate(now)
+    assert read_resolved(path, ["train.lr=1e-3"]).train.lr == 1e-3
+    with pytest.raises(Mistakes, match=r"unknown key train\.speed[\s\S]*did you mean train\.lr\?"):
+        read_resolved(path, ["train.speed=1e-3"])
+
+
+@pytest.mark.usefixtures("older")
+def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
+    content = resolved() | {"where": "runs/one"}
+    content["train"] |= {"speed": 1e-3, "small": True, "on_bad_step": "leave_out"}
+    with pytest.raises(Mistakes) as caught:
+        read_recipe(write(tmp_path, content))
+    hints = {mistake.what: str(mistake.do).rpartition("did you mean ")[2] for mistake in caught.value.mistakes}
+    assert hints == {
+        "unknown key where": "run.dir?",
+        "unknown key train.speed": "train.lr?",
+        "unknown key train.small": "train.optimizer: adamw_8bit and train.checkpointing: true?",
+        "train.on_bad_step does not take this value": "train.on_bad_step: skip?",
+    }
+    assert called_now("train.order", "unheard of") == "train.schedule"
+    assert called_now("train.on_bad_step", "unheard of") is None
+    assert called_now("train.lr", 1) is None
