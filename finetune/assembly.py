@@ -1,6 +1,6 @@
-"""From a recipe to all that the training loop takes, piece by piece: inputs → data → model (models/build.py) → batches, optimizer.
+"""From a recipe to all that the training loop takes, piece by piece: inputs → data → model → batches, loss, optimizer.
 
-A run measures, saves and speaks between the pieces (finetune/stages/); a benchmark that trains as a run does takes them in one go.
+A run measures, saves and speaks between the pieces (finetune/stages/); a benchmark that trains as a run takes them in one go.
 """
 
 from __future__ import annotations
@@ -21,16 +21,17 @@ from finetune.models.source import Source, source_of
 from finetune.recipe import Recipe, Train
 from finetune.run_dir import RunDir
 from finetune.screen import Shown
-from finetune.train import checkpoint, fast, offload, optim
+from finetune.train import checkpoint, offload, optim
 from finetune.train.checkpoint import Progress
-from finetune.train.loop import Kind, Training
+from finetune.train.fast.patching import FastStep, apply_patches
+from finetune.train.kind import Kind
+from finetune.train.loop import Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from finetune.data.stream import Source as TextSource
     from finetune.train.distill import Distillation
-    from finetune.train.fast import FastStep
 
 
 @dataclass
@@ -120,7 +121,9 @@ class TrainingSetup:
     teacher: Distillation | None
     notes: list[str]
 
-    def loop(self, *, accelerator: Any, folder: RunDir, progress: Progress, total_steps: int | None = None, **hooks: Any) -> Training:
+    def loop(
+        self, *, accelerator: Any, folder: RunDir, progress: Progress, total_steps: int | None = None, **hooks: Any
+    ) -> Training:
         """The training loop from `progress` on."""
         return Training(
             self.model,
@@ -226,7 +229,7 @@ def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[
         calibration=calibration_ids(data),
         scratch_dir=run_dir,
     )
-    patches = fast.put_in_place(built.model, recipe, device)
+    patches = apply_patches(built.model, recipe, device)
     teacher = teacher_of(recipe, built.model, device=device, dtype=built.dtype, vocabulary=inputs.tokenizer.get_vocab())
     setup = set_up_training(recipe, built, patches, data, device, teacher=teacher, changes=changes)
     set_seed(recipe.run.seed)

@@ -15,8 +15,8 @@ WARNING_MODULES = r"(torch\.(utils|jit|autograd|nn)|transformers|peft|bitsandbyt
 
 
 @contextlib.contextmanager
-def quiet_libraries(screen: Screen) -> Iterator[None]:
-    """Load transformers and peft. Within the block their warnings and bars are off: their errors are raised anyway.
+def quiet_libraries(screen: Screen | None = None) -> Iterator[None]:
+    """Load transformers, with a screen peft too. Within the block their warnings and bars are off: errors are raised anyway.
 
     Afterwards logging and warnings are as they were.
     """
@@ -25,11 +25,12 @@ def quiet_libraries(screen: Screen) -> Iterator[None]:
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    with screen.phase("libraries"):  # seconds, so they are spent where the user sees for what
-        import peft  # noqa: F401
-        import torch  # noqa: F401
-        import transformers
-        from transformers.utils.logging import is_progress_bar_enabled
+    if screen is not None:
+        with screen.phase("libraries"):  # seconds, so they are spent where the user sees for what
+            import peft  # noqa: F401
+    import transformers
+    from transformers.utils.logging import is_progress_bar_enabled
+
     loggers = {name: logging.getLogger(name) for name in (*LOUD, "datasets.utils.file_utils")}
     levels = {name: logger.level for name, logger in loggers.items()}
     verbosity, bars = transformers.logging.get_verbosity(), is_progress_bar_enabled()

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from finetune.data.preflight import FAIL, PASS, Check, Limits, Preflight, Prepared, inspect, prepare
 from finetune.errors import Mistake
 from finetune.recipe import Recipe, Train
+from finetune.record import DataRecord, Record, Sample, part_as
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +33,33 @@ HeldOut = list[tuple[list[int], list[int]]]  # input ids, labels at their own po
 BEGINNING = 48  # tokens of a held-out row from which the model goes on
 
 
+class ConversationsRecord(DataRecord):
+    """What was read of conversations. Rows: of the file; trained; duplicates that were left out."""
+
+    rows: int
+    train_rows: int
+    duplicates_removed: int
+
+
+class TextRecord(DataRecord):
+    """What was read of a stream: the commit of a hub dataset, and the tokenizer's size."""
+
+    revision: str | None = None
+    vocabulary: int
+
+
+def data_record(record: Record) -> ConversationsRecord | TextRecord | None:
+    """What a run's record says of its data, as its kind of training has written it; None where it has not come so far.
+
+    Raises:
+        Mistake: it is not what such a run writes.
+    """
+    if record.data is None:
+        return None
+    kind = TextRecord if record.kind == "pretrain" else ConversationsRecord
+    return part_as(kind, record.data, "data")
+
+
 class Material(Protocol):
     """What the story asks. `source` and `digest` name the data; `ends`: end tokens that were met in it."""
 
@@ -46,14 +74,14 @@ class Material(Protocol):
     def warnings(self) -> list[str]:
         """What the user should know of it."""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> DataRecord:
         """The same for run.json."""
 
     def held_out(self) -> HeldOut:
         """Rows that are never trained."""
 
-    def questions(self) -> list[dict[str, Any]]:
-        """What the model is asked before and after: {"prompt": messages or text, "reference": text or None}."""
+    def questions(self) -> list[Sample]:
+        """What the model is asked before and after, without answers yet."""
 
     def first_rows(self, most: int) -> HeldOut:
         """Some of the rows that are trained."""
@@ -171,22 +199,22 @@ class Conversations:
         skipped = self.rows.skipped
         return [f"{len(skipped)} rows fit no format and are skipped (data.bad_rows), such as {skipped[0]}"] if skipped else []
 
-    def record(self) -> dict[str, Any]:
-        return {
-            "format": self.rows.format,
-            "format_reason": self.rows.reason,
-            "rows": len(self.rows.rows),
-            "train_rows": len(self.data.train_rows),
-            "heldout_rows": len(self.data.heldout_rows),
-            "rows_skipped": len(self.rows.skipped),
-            "duplicates_removed": self.data.duplicates_removed,
-            "template": self.template,
-        }
+    def record(self) -> ConversationsRecord:
+        return ConversationsRecord(
+            format=self.rows.format,
+            format_reason=self.rows.reason,
+            rows=len(self.rows.rows),
+            train_rows=len(self.data.train_rows),
+            heldout_rows=len(self.data.heldout_rows),
+            rows_skipped=len(self.rows.skipped),
+            duplicates_removed=self.data.duplicates_removed,
+            template=self.template,
+        )
 
     def held_out(self) -> HeldOut:
         return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.heldout]
 
-    def questions(self) -> list[dict[str, Any]]:
+    def questions(self) -> list[Sample]:
         """Held-out conversations up to their last answer, then the recipe's own questions."""
         wanted = self.recipe.eval
         asked: list[dict[str, Any]] = []
@@ -200,7 +228,7 @@ class Conversations:
             for sample in asked:
                 if sample["prompt"][0]["role"] != "system":
                     sample["prompt"].insert(0, {"role": "system", "content": self.recipe.data.system})
-        return asked
+        return [Sample(**sample) for sample in asked]
 
     def first_rows(self, most: int) -> HeldOut:
         return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.train[:most]]
@@ -326,32 +354,32 @@ class Text:
         count, places = self.corpus.source.bad, self.corpus.source.skipped
         return [f"{count} rows so far are no text and are skipped (data.bad_rows), such as {places[0]}"] if count else []
 
-    def record(self) -> dict[str, Any]:
-        return {
-            "format": "text",
-            "format_reason": f"packed into rows of {self.recipe.data.max_length} tokens",
-            "heldout_rows": len(self.rows_held_out),
-            "rows_skipped": self.corpus.source.bad,  # so far: it grows while the stream is read
-            "revision": self.corpus.source.revision,
-            "vocabulary": len(self.tokenizer),
-            "template": None,
-        }
+    def record(self) -> TextRecord:
+        return TextRecord(
+            format="text",
+            format_reason=f"packed into rows of {self.recipe.data.max_length} tokens",
+            heldout_rows=len(self.rows_held_out),
+            rows_skipped=self.corpus.source.bad,  # so far: it grows while the stream is read
+            revision=self.corpus.source.revision,
+            vocabulary=len(self.tokenizer),
+            template=None,
+        )
 
     def held_out(self) -> HeldOut:
         return [(row, [-100, *row[1:]]) for row in self.rows_held_out]
 
-    def questions(self) -> list[dict[str, Any]]:
+    def questions(self) -> list[Sample]:
         """Beginnings of held-out rows, then the recipe's own; the model goes on from there."""
         wanted, length = self.recipe.eval, self.recipe.data.max_length
         begin = min(BEGINNING, length // 2)
         asked = [
-            {
-                "prompt": self.tokenizer.decode(row[:begin]),
-                "reference": self.tokenizer.decode(row[begin : begin + wanted.max_new_tokens]),
-            }
+            Sample(
+                prompt=self.tokenizer.decode(row[:begin]),
+                reference=self.tokenizer.decode(row[begin : begin + wanted.max_new_tokens]),
+            )
             for row in self.rows_held_out[: wanted.samples]
         ]
-        return asked + [{"prompt": prompt, "reference": None} for prompt in wanted.prompts]
+        return asked + [Sample(prompt=prompt, reference=None) for prompt in wanted.prompts]
 
     def first_rows(self, most: int) -> HeldOut:
         return [(row, [-100, *row[1:]]) for row in self.first[:most]]

@@ -11,9 +11,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
 from finetune.errors import Mistake
 from finetune.files import MARK, plain, write_json
@@ -29,6 +29,9 @@ class Part(BaseModel):
 
 
 # ------------------------------------------------------------------------------------------------------------- provenance
+
+
+P = TypeVar("P", bound=Part)
 
 
 class Resumed(Part):
@@ -267,6 +270,51 @@ class TernaryRecord(Part):
 # ------------------------------------------------------------------------------------------------------------ what it left
 
 
+class Correct(Part):
+    """Relative difference of logits: what was written, run there, against a simulation of that program's arithmetic."""
+
+    error: float
+    worst_row: float
+    noise: float
+    limit: float
+
+
+class Good(Part):
+    """What is lost from the trained model to the export: nats a token (kl), and a supervised token (losses)."""
+
+    kl: float
+    worst_token: float
+    limit: float
+    arithmetic_kl: float
+    same_top: float
+    trained_loss: float
+    export_loss: float
+    trained_perplexity: float
+    export_perplexity: float
+
+
+class ExportGate(Part):
+    """The equivalence gate's verdict (finetune/exporters/gate.py)."""
+
+    status: str
+    correct: Correct
+    good: Good
+    rows: int
+    tokens: int
+    program: str
+
+
+class ExportRecord(Part):
+    """`path`: from the run's folder."""
+
+    format: str
+    path: str
+    bytes: int
+    parameters: int
+    bits_per_weight: float
+    gate: ExportGate
+
+
 class MergeGate(Part):
     adapter_loss: float
     merged_loss: float
@@ -287,7 +335,7 @@ class Reternarized(Part):
     merged_loss: float
     flips: float
     rows: int
-    gate: dict[str, Any]
+    gate: ExportGate
 
 
 class MergeRecord(Part):
@@ -295,17 +343,6 @@ class MergeRecord(Part):
     gate: MergeGate | None = None
     bytes: int | None = None
     reternarized: Reternarized | None = None
-
-
-class ExportRecord(Part):
-    """`gate`: the equivalence gate's verdict (finetune/export/gate.py). `path`: from the run's folder."""
-
-    format: str
-    path: str
-    bytes: int
-    parameters: int
-    bits_per_weight: float
-    gate: dict[str, Any]
 
 
 class TwinRecord(Part):
@@ -335,7 +372,7 @@ class Record(Part):
     samples: list[Sample]
     plan: PlanRecord | None = None
     planned: Planned | None = None
-    data: DataRecord | None = None
+    data: SerializeAsAny[DataRecord] | None = None
     preflight: PreflightRecord | None = None
     model: ModelRecord | None = None
     tracker_id: str | None = None
@@ -393,6 +430,19 @@ def read_record(run_dir: Path) -> Record:
         do = "bring it back from a copy of the folder"
         raise Mistake("the run's record cannot be read", where=str(path), found=found, do=do) from None
     return record
+
+
+def part_as(kind: type[P], part: Part, key: str) -> P:
+    """A part that a task has written, as that task's own type.
+
+    Raises:
+        Mistake: it is none.
+    """
+    try:
+        return kind.model_validate(part.model_dump(by_alias=True))
+    except ValidationError as error:
+        do = "bring it back from a copy of the folder"
+        raise Mistake("the run's record cannot be read", where=f"{MARK}, {key}", found=_first_error(error), do=do) from None
 
 
 def _first_error(error: ValidationError) -> str:

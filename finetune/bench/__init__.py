@@ -107,7 +107,7 @@ def _train_in_turn(name: str, recipe: str | None, overrides: list[str], json_fil
     with screen.phase("libraries"):
         from finetune import provenance
         from finetune.bench import qlora
-        from finetune.use import pick_device
+        from finetune.models.device import pick_device
 
         modes = qlora.recipes(recipe, overrides)
     device = pick_device(modes["unpacked"].run.device)

@@ -310,13 +310,13 @@ class Exports:
         return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
     def _model(self, side: str) -> Any:
-        from finetune.model import cast
+        from finetune.models.weights import cast
 
         return cast(made(self.shape, "cpu", side), torch.bfloat16).eval()
 
     def _exported(self, format: str) -> int:  # noqa: A002
         from finetune.data.tokenizer import SMALLEST, train_tokenizer
-        from finetune.export import export
+        from finetune.exporters import export
 
         if format.startswith("gguf"):
             require_llama_cpp()
@@ -341,7 +341,7 @@ def _size(exports: Exports, format: str, against: str) -> Amounts:  # noqa: A002
 
 
 def _generation(exports: Exports, sizes: Sizes) -> Amounts:
-    from finetune.export.llama_cpp import WHEEL, tokens_per_second
+    from finetune.exporters.llama_cpp import WHEEL, tokens_per_second
 
     paths = []
     for name in ("gguf-tq2_0", "gguf-f16"):

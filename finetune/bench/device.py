@@ -29,7 +29,7 @@ from finetune.bench.measure import Row, cache_bytes
 from finetune.errors import Mistake
 from finetune.files import write_json
 from finetune.memory import keep_freed_memory
-from finetune.plan.devices import LARGE, Calibration, Device, attention_flops, present, save_calibration
+from finetune.planning.devices import LARGE, Calibration, Device, attention_flops, present, save_calibration
 from finetune.screen import Screen, Shown
 from finetune.train import optim
 from finetune.train.fast import attention
@@ -485,7 +485,7 @@ def _in_steps(device: torch.device, by_itself: Calibration, sizes: Sizes, tell: 
     import numpy as np
 
     from finetune.bench import plan as grid
-    from finetune.plan.estimate import fresh_plan
+    from finetune.planning.estimate import fresh_plan
 
     if not sizes.steps:
         return by_itself.step

@@ -7,7 +7,7 @@ common but the recipe:
     measured   memory: what torch's allocators give and take. On the CPU every one of their events (torch.profiler), added up over
                the first steps from what parameters and buffers hold at their beginning; on CUDA max_memory_allocated.
                time: the median of later steps, without the profiler.
-    planned    `finetune.plan.estimate.plan` for this device: the peak of its training phase without the process's own part
+    planned    `finetune.planning.estimate.plan` for this device: the peak of its training phase without the process's own part
                (context) and the allocator's waste, which no allocator counts; and `step_seconds`.
 
 The rows of a case are such that its micro-batches are as large as each other, and that the profiled steps see all of them: the
@@ -35,8 +35,8 @@ import torch
 
 from finetune.bench.child import Progress, follow
 from finetune.bench.measure import Row, interval
-from finetune.files import RunFolder
 from finetune.recipe import Recipe
+from finetune.run_dir import RunDir
 from finetune.units import MIB
 
 OVER, UNDER, MEDIAN, LATE = 0.04, 0.01, 0.01, 0.20  # the targets: memory above and below what is measured, time either way
@@ -190,7 +190,7 @@ def model_folder(case: Case, folder: Path) -> Path:
     """Its model with random weights; one is there for all cases of the same."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.model import new_config
+    from finetune.models.config import new_config
 
     out = folder / f"{case.architecture}-{case.size}"
     if not (out / "config.json").exists():
@@ -301,13 +301,13 @@ def measured(
     recipe: Recipe, device: torch.device, steps: Steps, folder: Path, tick: Callable[[float], None]
 ) -> tuple[_Meter, list[float], float, list[str]]:
     """(memory, seconds of the timed steps, what others took of the machine meanwhile, the fast step in words)."""
+    from finetune.assembly import assemble
     from finetune.bench.qlora import Bystanders
-    from finetune.ready import ready
 
-    ledger = RunFolder(folder)
+    ledger = RunDir(folder)
     ledger.path.mkdir(exist_ok=True)
-    made = ready(recipe, device, ledger.path, {"eval_steps": None})
-    meter = _Meter(device, made.prepared.model)
+    made = assemble(recipe, device, ledger.path, {"eval_steps": None})
+    meter = _Meter(device, made.built.model)
     seconds: list[float] = []
     warm, last = steps.profiled + steps.warm, steps.profiled + steps.warm + steps.timed
     began, bystanders = 0.0, Bystanders([])
@@ -338,16 +338,16 @@ def measured(
     with suppress(_Enough):
         made.train(ledger, last + 1, before_step=before, after_step=after)
     busy = bystanders.share()
-    made.fast.remove()
-    return meter, seconds, busy, made.fast.in_words()
+    made.patches.remove()
+    return meter, seconds, busy, made.patches.in_words()
 
 
 def found_of(
     case: Case, folder: Path, device: torch.device, steps: Steps, tick: Callable[[float], None] = lambda _: None
 ) -> Found:
     """A case measured, then planned as `finetune plan` does it."""
-    from finetune.plan import estimate
-    from finetune.plan.devices import present
+    from finetune.planning import estimate
+    from finetune.planning.devices import present
 
     here = present(device)  # with its measurement, which lies in the cache that is left now
     recipe = recipe_of(case, folder, device.type)
@@ -557,7 +557,7 @@ def plan_command(json_file: Path | None, screen: Any) -> None:
     from finetune import provenance
     from finetune.bench.qlora import BUSY
     from finetune.files import write_json
-    from finetune.use import pick_device
+    from finetune.models.device import pick_device
 
     device = pick_device("auto")
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: folders and processes end with it

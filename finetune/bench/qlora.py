@@ -33,12 +33,12 @@ from finetune import provenance
 from finetune.bench import baselines
 from finetune.bench.child import Progress, flags
 from finetune.bench.measure import Row, interval
-from finetune.check import check_sources
 from finetune.errors import Mistake
 from finetune.memory import free_bytes
-from finetune.place import absolute
 from finetune.recipe import Recipe, dump_recipe, find_recipe, locator, read_recipe
+from finetune.run_dir import absolute
 from finetune.screen import Screen, Shown
+from finetune.sources import check_sources
 from finetune.units import GIB, MIB, human_bytes
 
 DEFAULT = Path(__file__).parent / "qlora.yaml"
@@ -495,7 +495,7 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
 
 def _in_folders(stage: Stage, modes: dict[str, Recipe]) -> dict[str, Recipe]:
     """The recipes, with a GGUF turned into a folder once: bitsandbytes does not quantize a GGUF while it is read."""
-    from finetune.model import source_of
+    from finetune.models.source import source_of
 
     if source_of(modes["unpacked"].model).gguf is None:
         return modes

@@ -29,8 +29,9 @@ import numpy as np
 import torch
 
 from finetune.errors import Mistakes, Stop
-from finetune.files import RunFolder, write_json
+from finetune.files import write_json
 from finetune.memory import PeakMemory
+from finetune.run_dir import RunDir
 from finetune.units import GIB
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def read_rows(path: Path) -> list[tuple[list[int], list[int]]]:
 # -------------------------------------------------------------------------------------------------------------------- ours
 
 
-class _Ledger(RunFolder):
+class _Ledger(RunDir):
     """A run's folder, of which the last line of the metrics is kept."""
 
     last: dict[str, Any]
@@ -116,22 +117,22 @@ class _Ledger(RunFolder):
 
 
 class _Ours:
-    """A recipe as `finetune run` prepares and trains it (finetune/run.py), a step at a time."""
+    """A recipe as `finetune run` prepares and trains it (finetune/pipeline.py), a step at a time."""
 
     def __init__(self, recipe: Recipe, device: torch.device, folder: Path) -> None:
+        from finetune.assembly import assemble
         from finetune.material import Conversations
-        from finetune.ready import ready
 
         self.recipe, self.device, self.folder = recipe, device, _Ledger(folder / "run")
         self.folder.path.mkdir()
         endless = {"schedule": "constant", "warmup": 0.0, "save_steps": None, "eval_steps": None, "max_steps": None}
-        self.ready = made = ready(recipe, device, self.folder.path, endless)  # what compiling costs does not count here
-        assert isinstance(made.material, Conversations)
-        self.source, self.bones, self.targets, self.dtype = made.source, made.bones, made.targets, made.dtype
-        self.quantized = bool(getattr(made.config, "quantization_config", None))
-        self.material, self.held_out = made.material, made.material.held_out()
-        self.model, self.parameters, self.trainable = made.prepared.model, made.prepared.parameters, made.prepared.trainable
-        self.fast, self.head, self.settings, self.kind = made.fast, made.fast.head, made.settings, made.kind
+        self.assembly = made = assemble(recipe, device, self.folder.path, endless)  # what compiling costs does not count here
+        assert isinstance(made.data, Conversations)
+        self.source, self.info, self.targets, self.dtype = made.inputs.source, made.info, made.built.targets, made.built.dtype
+        self.quantized = bool(getattr(made.inputs.config, "quantization_config", None))
+        self.material, self.held_out = made.data, made.data.held_out()
+        self.model, self.parameters, self.trainable = made.built.model, made.built.parameters, made.built.trainable
+        self.fast, self.head, self.settings, self.kind = made.patches, made.patches.head, made.setup.settings, made.setup.kind
 
     def steps(self) -> Iterator[list[Sample]]:
         """The samples of each optimizer step, in order, one epoch after the other.
@@ -174,7 +175,7 @@ class _Ours:
             "train": recipe.train.model_dump(mode="json"),  # its own batches: where ours takes rows one by one, it need not
             "adapter_dtype": str(next(p.dtype for p in self.model.parameters() if p.requires_grad)).removeprefix("torch."),
             "batch_tokens": recipe.eval.batch_tokens, "threads": torch.get_num_threads(),
-            "linears": [shape for path, shape in self.bones.linears.items() if path != name],
+            "linears": [shape for path, shape in self.info.linears.items() if path != name],
             "head": None if head is None else list(head.weight.shape),
         }  # fmt: skip
         write_json(folder / "share.json", said)
@@ -184,7 +185,7 @@ class _Ours:
         """Linears that are left in floats by the recipe, beside heads and the like."""
         from fnmatch import fnmatch
 
-        return [path for path in self.bones.linears if any(fnmatch(path, pattern) for pattern in self.recipe.quant.keep)]
+        return [path for path in self.info.linears if any(fnmatch(path, pattern) for pattern in self.recipe.quant.keep)]
 
     def train(self, pipe: Pipe, counts: list[tuple[int, int]]) -> None:
         """Steps as they are asked for.
@@ -206,7 +207,7 @@ class _Ours:
             supervised = seen["supervised"]
             return {}
 
-        self.ready.train(self.folder, FOREVER, before_step=before, after_step=after)
+        self.assembly.train(self.folder, FOREVER, before_step=before, after_step=after)
 
     def evaluate(self) -> LossResult:
         from eval.perplexity import evaluate_loss
@@ -230,7 +231,7 @@ def ours(pipe: Pipe, spec: dict[str, Any]) -> None:
             "counts": counts, "parameters": side.parameters, "trainable": side.trainable, "adapters": len(side.targets),
             "held_out": len(side.held_out), "threads": torch.get_num_threads(), "dtype": str(side.dtype).removeprefix("torch."),
             "backend": backends.describe(pipe.device, scheme=recipe.quant.scheme) if recipe.quant.scheme != "none" else "torch",
-            "fast": side.fast.in_words(), "architecture": side.bones.architecture,
+            "fast": side.fast.in_words(), "architecture": side.info.architecture,
         }
     )  # fmt: skip
     try:
@@ -361,16 +362,18 @@ def ceiling(pipe: Pipe, spec: dict[str, Any]) -> None:
 
 def as_float(pipe: Pipe, spec: dict[str, Any]) -> None:
     """The float model of a recipe's GGUF as a folder that everyone reads."""
-    from finetune import model as models
+    from finetune.models.config import load_config, load_tokenizer
     from finetune.models.precision import weights_dtype
+    from finetune.models.source import source_of
+    from finetune.models.weights import load_weights
     from finetune.recipe import read_recipe
 
     recipe = read_recipe(Path(spec["recipe"]))
-    source = models.source_of(recipe.model)
+    source = source_of(recipe.model)
     dtype = weights_dtype(recipe, pipe.device.type)
-    model = models.load_weights(source, models.load_config(source), dtype=dtype, attention="auto")
+    model = load_weights(source, load_config(source), dtype=dtype, attention="auto")
     model.save_pretrained(spec["out"])
-    models.load_tokenizer(source).save_pretrained(spec["out"])
+    load_tokenizer(source).save_pretrained(spec["out"])
     pipe.say(ready={})
 
 

@@ -26,14 +26,13 @@ from finetune.models.weights import cast, load_weights, parameters_of
 from finetune.processes import world
 from finetune.recipe import Adapter, Quant, Recipe
 from finetune.screen import Shown
-from finetune.train import offload, parallel, scratch
+from finetune.train import offload, parallel
 from quant.swap import DEFAULT_KEEP, SwapReport, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from finetune.train.distill import Distillation
-    from finetune.train.offload import Streamed
 
 Phases = Callable[[str], AbstractContextManager[Shown]]
 
@@ -59,7 +58,7 @@ class BuiltModel:
     parameters: int
     trainable: int
     dtype: torch.dtype
-    offloaded: Streamed | None = None
+    offloaded: offload.Streamed | None = None
 
 
 def build_model(
@@ -91,7 +90,7 @@ def build_model(
         Mistake: weights or adapters cannot be read, do not fit, or cannot be quantized as the recipe says.
     """
     on_meta = device.type == "meta"
-    disk = scratch.Scratch(scratch_dir) if training and recipe.model.stream == "disk" and not on_meta and scratch_dir else None
+    disk = offload.Scratch(scratch_dir) if training and recipe.model.stream == "disk" and not on_meta and scratch_dir else None
     with phase("weights") as progress:
         if on_meta:
             model = _meta_base(recipe, source, config, dtype)
@@ -157,7 +156,7 @@ def _prepared(
     device: torch.device,
     dtype: torch.dtype,
     training: bool,
-    disk: scratch.Scratch | None,
+    disk: offload.Scratch | None,
     adapter: Path | None,
     compute_dtype: torch.dtype | None,
     progress: Callable[[int, int], None],
@@ -325,7 +324,8 @@ def build_teacher(
 ) -> Any:
     """The float model that the recipe learns from, or None. On `meta` it has no weights.
 
-    dtype: where the recipe leaves it open. config: where it was read already. vocabulary: of the student, which must be the same.
+    dtype: where the recipe leaves it open. config: its own, read already, on `meta`. vocabulary: of the student, which must be
+    the same.
 
     Raises:
         Mistake: it cannot be read, or has another vocabulary.
@@ -333,17 +333,16 @@ def build_teacher(
     name = recipe.distill.teacher
     if name is None:
         return None
-    from transformers import AutoModelForCausalLM
-
-    source = find_model(name, where="distill.teacher")
-    config = config if config is not None else load_config(source)
     if device.type == "meta":
+        from transformers import AutoModelForCausalLM
+
         with device:
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    source = find_model(name, where="distill.teacher")
     with phase("teacher") as progress:
         if vocabulary is not None and load_tokenizer(source).get_vocab() != vocabulary:
             raise Mistake("teacher and student read different tokens", where="distill.teacher", found=name)
-        teacher: Any = load_weights(source, config, dtype=dtype, attention=recipe.model.attention, progress=progress)
+        teacher: Any = load_weights(source, load_config(source), dtype=dtype, attention=recipe.model.attention, progress=progress)
         return teacher.to(device)
 
 

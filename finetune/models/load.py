@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from finetune.models.precision import DTYPES, default_dtype
 
 from finetune.data.samples import set_template
 from finetune.errors import Mistake
@@ -18,9 +17,10 @@ from finetune.memory import free_bytes
 from finetune.models.build import BuiltModel, build_model, load_adapter
 from finetune.models.config import load_config, load_tokenizer, recipe_tokenizer
 from finetune.models.device import pick_device
+from finetune.models.precision import DTYPES, default_dtype
 from finetune.models.source import Source, adapter_base, find_model, source_of
 from finetune.models.weights import cast, load_weights
-from finetune.recipe import Recipe, read_recipe
+from finetune.recipe import Recipe, read_resolved
 from finetune.record import Record, read_record
 from finetune.screen import Shown
 from finetune.train import checkpoint
@@ -71,7 +71,7 @@ class _OfRun:
 
     def __init__(self, path: Path, dtype: str, device: torch.device, progress: Shown | None) -> None:
         self.path, self.asked, self.device, self.progress = path, dtype, device, progress
-        self.recipe: Recipe = read_recipe(path / "recipe.yaml")
+        self.recipe: Recipe = read_resolved(path / "recipe.yaml")
         self.record: Record = read_record(path)
 
     def adapter(self, folder: Path) -> LoadedModel:

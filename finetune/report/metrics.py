@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.files import read_run
+from finetune.record import read_record
 from finetune.report.elements import pick
 from finetune.units import (
     finite_number,
@@ -127,4 +127,4 @@ class Twin:
 def twin_of(run_dir: Path) -> Twin | None:
     """What the twin has left in the run's folder `twin`; None where there is none (yet)."""
     folder = run_dir / "twin"
-    return Twin(read_run(folder, whole=False), Metrics(folder / "metrics.jsonl")) if (folder / "run.json").is_file() else None
+    return Twin(read_record(folder).as_dict(), Metrics(folder / "metrics.jsonl")) if (folder / "run.json").is_file() else None

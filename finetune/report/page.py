@@ -13,7 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune.files import read_run, write_atomic
+from finetune.files import write_atomic
+from finetune.record import read_record
 from finetune.report.elements import (
     Html,
     el,
@@ -644,7 +645,7 @@ def next_section(record: dict[str, Any]) -> Html:
 
 def page(run_dir: Path) -> str:
     """The page's text. The same folder gives the same bytes."""
-    record = read_run(run_dir, whole=False)
+    record = read_record(run_dir).as_dict()
     metrics = Metrics(run_dir / "metrics.jsonl")
     recipe_file = run_dir / "recipe.yaml"
     recipe = recipe_file.read_text(encoding="utf-8", errors="replace") if recipe_file.exists() else None

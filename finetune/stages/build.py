@@ -14,8 +14,8 @@ from finetune.record import ModelRecord, ModelSource, Record, SwapRecord
 from finetune.stages.context import RunContext
 from finetune.stages.evaluate import measure
 from finetune.stages.preflight import Checked
-from finetune.train import fast, scratch
-from finetune.train.fast import FastStep
+from finetune.train import offload
+from finetune.train.fast.patching import FastStep, apply_patches
 from finetune.units import human_bytes
 from quant import backends
 
@@ -33,7 +33,7 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
             record.eval.float_model = measure("float", run, checked, model, None)
             run.save()
 
-    if recipe.model.stream == "disk" and (kind := scratch.is_memory(run_dir)):
+    if recipe.model.stream == "disk" and (kind := offload.is_memory(run_dir)):
         screen.warn(f"model.stream: {run_dir} lies on {kind}, which is memory and no disk; give another run.dir")
     inputs, stop_ids = checked.inputs, checked.inputs.stop_ids | checked.data.ends
     built = build_model(
@@ -96,7 +96,7 @@ def patch(run: RunContext, checked: Checked, built: BuiltModel) -> FastStep:
     """Put in place of the model's pieces what computes the same faster. FastStep.in_words() says what, and what not."""
     with run.screen.phase("fast step"):
         work = built.parameters * checked.data.tokens(run.recipe.train)
-        patches = fast.put_in_place(built.model, run.recipe, checked.device, work=work)
+        patches = apply_patches(built.model, run.recipe, checked.device, work=work)
     for line in patches.in_words():
         run.screen.say(f"  {line}")
     return patches

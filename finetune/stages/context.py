@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from finetune.files import write_atomic
 from finetune.processes import is_first, world
 from finetune.recipe import Recipe, dump_recipe
-from finetune.record import DataSource, EvalRecord, Phase, Provenance, Record, Resumed
+from finetune.record import DataSource, EvalRecord, Phase, PreflightRecord, Provenance, Record, Resumed
 from finetune.run_dir import RunDir, as_it_was_fitted, check_resumable, choose_dir, same_data
 from finetune.screen import Screen
 from finetune.units import clock, number
@@ -106,9 +106,9 @@ class RunContext:
             )
             if is_first():
                 write_atomic(run_dir.path / "recipe.yaml", dump_recipe(recipe))
-        record.data = checked.data.record()
-        record.preflight = checked.data.preflight.as_record(checked.forced)
-        rows = (record.data.model_extra or {}).get("rows") if record.data is not None else None
+        record.data = data = checked.data.record()
+        record.preflight = PreflightRecord(**checked.data.preflight.as_dict(), forced=checked.forced)
+        rows = getattr(data, "rows", None)  # of a stream nobody knows
         record.provenance.data = DataSource(source=checked.data.source, sha256=checked.data.digest, rows=rows)
         if recipe.run.trackers and record.tracker_id is None:
             record.tracker_id = secrets.token_hex(4)

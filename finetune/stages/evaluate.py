@@ -20,13 +20,14 @@ from finetune.run_dir import RunDir
 from finetune.screen import Screen
 from finetune.stages.context import RunContext
 from finetune.stages.preflight import Checked
-from finetune.train import parallel, step
+from finetune.train import parallel
+from finetune.train.fast import chunked_loss
 from finetune.units import number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.train.fast import FastStep
+    from finetune.train.fast.patching import FastStep
 
 
 def held_out_loss(
@@ -34,7 +35,7 @@ def held_out_loss(
 ) -> LossResult:
     """The loss on held-out rows, which several processes share."""
     head = patches.head if patches is not None else None
-    of_tokens = step.evaluator(head, recipe.train.loss_chunk) if head is not None else None
+    of_tokens = chunked_loss.evaluator(head, recipe.train.loss_chunk) if head is not None else None
     shares = [rows[number :: world()] for number in range(world())]
     learnt = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
     # Sharded layers run in all processes alike: then each measures all rows.

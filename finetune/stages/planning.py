@@ -49,7 +49,7 @@ class PlannedRun:
 
 
 def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> PlannedRun:
-    """What the run will need; with `fit: auto` the recipe changes until that is there. begun: a run that goes on keeps its recipe.
+    """What the run will need; with `fit: auto` the recipe changes until that is there. begun: a run that goes on keeps its own.
 
     Raises:
         GateStop: it will not fit, and nobody forces.

@@ -1,4 +1,4 @@
-"""Everything that can fail cheaply, before anything is loaded or written: device, processes, model, data, labels, targets, disk."""
+"""Everything that can fail cheaply, before anything is loaded or written: device, model, data, labels, targets, disk."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.assembly import Inputs, architecture, open_data, open_inputs
 from finetune.errors import GateStop, Mistake
 from finetune.exporters import check
 from finetune.files import TOKENIZER, atomic_folder
-from finetune.material import HeldOut, Material
+from finetune.material import HeldOut, Material, TextRecord, data_record
 from finetune.models.architecture import ArchitectureInfo, adapter_parameters
 from finetune.models.config import recipe_tokenizer
 from finetune.models.device import pick_device
@@ -53,7 +53,8 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
     recipe, screen = run.recipe, run.screen
     device = _device(recipe, screen)
     with screen.phase("tokenizer") as progress:
-        revision = (record.data.model_extra or {}).get("revision") if record is not None and record.data is not None else None
+        begun = data_record(record) if record is not None else None
+        revision = begun.revision if isinstance(begun, TextRecord) else None
         inputs = open_inputs(recipe, run.path, revision=revision, progress=progress)
         _check_exports(recipe, inputs)
     with screen.phase("data") as progress:
@@ -103,8 +104,14 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     train, run = recipe.train, recipe.run
     if processes == 1:
         return
-    for refused in optim.refusals(train, world_size=processes, parallel=run.parallel):
-        raise refused
+    for refused in optim.refusals(
+        train.optimizer,
+        stochastic_rounding=train.stochastic_rounding,
+        in_backward=train.step_in_backward,
+        world_size=processes,
+        sharded=run.parallel == "fsdp",
+    ):
+        raise refused.mistake()
     if recipe.fit == "auto":
         raise Mistake(
             "this is for one process: each would change the recipe for itself",

@@ -24,7 +24,7 @@ from finetune.stages.evaluate import held_out_loss
 from finetune.stages.preflight import Checked
 from finetune.train import checkpoint, optim, parallel
 from finetune.train.checkpoint import Progress
-from finetune.train.fast import FastStep
+from finetune.train.fast.patching import FastStep
 from finetune.train.loop import Interrupted
 from finetune.train.ternary import Ternary
 from finetune.units import human_bytes

@@ -8,6 +8,7 @@ import torch
 
 from finetune.errors import GateStop
 from finetune.files import TOKENIZER
+from finetune.material import TextRecord, data_record
 from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train
 from finetune.record import Record, TwinRecord
 from finetune.run_dir import RunDir, absolute
@@ -53,8 +54,8 @@ def twin_recipe(recipe: Recipe, name: str, run_dir: RunDir, record: Record) -> R
     }
     if recipe.model.config is not None and recipe.tokenizer.name is None:
         changes["tokenizer"] = Tokenizer(name=str((run_dir.path / TOKENIZER).absolute()))
-    extra = record.data.model_extra if record.data is not None else None
-    if revision := (extra or {}).get("revision"):
+    data = data_record(record)
+    if isinstance(data, TextRecord) and (revision := data.revision):
         changes["data"] = recipe.data.model_copy(update={"revision": revision})
     return recipe.model_copy(update=changes)
 

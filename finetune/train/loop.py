@@ -31,8 +31,8 @@ from finetune.train.signals import caught_signals
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-    from finetune.files import RunFolder
     from finetune.recipe import Train
+    from finetune.run_dir import RunDir
 
 
 class Interrupted(Exception):
@@ -80,7 +80,7 @@ class Training:
     accelerator: Accelerator
     optimizer: torch.optim.Optimizer
     total_steps: int
-    folder: RunFolder
+    folder: RunDir
     progress: Progress
     autocast: torch.dtype | None = None
     offload: bool = False

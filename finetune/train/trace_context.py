@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class Tracing(Protocol):
-    """What a plan answers in the place of numbers (`finetune.plan.trace.TraceContext`)."""
+    """What a plan answers in the place of numbers (`finetune.planning.trace.TraceContext`)."""
 
     def segments(self, shape: tuple[int, int]) -> Segments:
         """The samples of rows (B, T)."""

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.convert import insert_sub_norms
+from finetune.models.sub_norms import insert_sub_norms
 from finetune.errors import Mistake
-from finetune.model import cast
+from finetune.models.weights import cast
 
 SIZES: dict[str, Any] = {
     "vocab_size": 90, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.files import RunFolder, atomic_folder, write_atomic, write_json
+from finetune.files import atomic_folder, write_atomic, write_json
+from finetune.run_dir import RunDir
 
 
 def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
@@ -50,7 +51,7 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
     from finetune.errors import Mistake
 
-    one, two = RunFolder(tmp_path / "run"), RunFolder(tmp_path / "run")
+    one, two = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
     one.acquire()
     with pytest.raises(Mistake, match="another process"):
         two.acquire()

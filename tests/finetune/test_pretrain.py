@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.files import RunFolder, read_run
+from finetune.files import RunDir, read_run
 from finetune.recipe import read_recipe
 from tests.conftest import Terminal, story
 
@@ -109,7 +109,7 @@ def test_it_goes_on_where_it_was_stopped(finetune: Terminal, recipe: Path, tmp_p
     code, _, err = finetune("run", str(recipe), "run.dir=whole", "train.max_steps=7")
     assert code == 0, err
     seen: list[bool] = []
-    plain = RunFolder.append
+    plain = RunDir.append
 
     def killed(self: Any, metrics: dict[str, Any]) -> None:
         if metrics["step"] == 6 and "loss" in metrics and not seen:
@@ -117,7 +117,7 @@ def test_it_goes_on_where_it_was_stopped(finetune: Terminal, recipe: Path, tmp_p
             raise KeyboardInterrupt
         plain(self, metrics)
 
-    finetune.monkeypatch.setattr(RunFolder, "append", killed)
+    finetune.monkeypatch.setattr(RunDir, "append", killed)
     code, _, _ = finetune("run", str(recipe), "run.dir=cut", "train.max_steps=7")
     assert code == 130
     code, _, err = finetune("resume", "cut")

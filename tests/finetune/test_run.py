@@ -75,7 +75,7 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     # Plain transformers loads what was merged, without this package, and it computes what was trained.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.use import open_model
+    from finetune.models.load import load_model
 
     merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
     assert not any(type(module).__module__.startswith(("quant", "peft")) for module in merged.modules())
@@ -260,7 +260,7 @@ def test_runs_are_used_from_anywhere_and_in_another_dtype(
     monkeypatch.chdir(tmp_path / "other")
     code, _, err = finetune("eval", "../r/adapter", "--json", "a.json")
     assert code == 0, err
-    from finetune.use import open_model
+    from finetune.models.load import load_model
 
     plain, low = open_model("../r/adapter"), open_model("../r/adapter", dtype="bf16")
     dtypes = {p.dtype for name, p in low.model.named_parameters() if p.is_floating_point() and "lora_" not in name}
@@ -273,7 +273,7 @@ def test_runs_are_used_from_anywhere_and_in_another_dtype(
 
 
 def test_resume_takes_the_run_of_that_name(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    from finetune.place import choose_folder
+    from finetune.run_dir import choose_dir
 
     for name in ("tiny", "tiny-2", "tiny-10", "tiny-long"):
         (tmp_path / "runs" / name).mkdir(parents=True)
@@ -504,7 +504,7 @@ def test_no_disk_space(finetune: Terminal, recipe: Path, monkeypatch: pytest.Mon
 def test_a_merge_that_is_another_model_is_not_kept(
     finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import merge
+    from finetune import merging
 
     into_float = merge.into_float
 
@@ -673,7 +673,7 @@ def test_memory_that_runs_out_elsewhere_is_said_too(finetune: Terminal, recipe: 
     def large(*args: Any, **kwargs: Any) -> None:
         torch.empty(1 << 50)
 
-    finetune.monkeypatch.setattr("finetune.merge.write_gated", large)
+    finetune.monkeypatch.setattr("finetune.merging.write_gated", large)
     code, _, err = finetune("run", str(recipe), "run.dir=merged-not")
     assert code == 3, err
     assert "out of memory in the phase 'merge'" in err
@@ -710,9 +710,9 @@ def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, r
 def test_each_step_is_in_the_tracker_once_after_a_resume(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = ["train.max_steps=5", "train.save_steps=2", "run.trackers=[tensorboard]", "run.merge=false", "run.dir=tracked"]
-    from finetune.files import RunFolder
+    from finetune.run_dir import RunDir
 
-    append = RunFolder.append
+    append = RunDir.append
 
     def dies(self: Any, metrics: dict[str, Any]) -> None:
         append(self, metrics)
@@ -720,7 +720,7 @@ def test_each_step_is_in_the_tracker_once_after_a_resume(finetune: Terminal, rec
             raise RuntimeError("power cut")
 
     with finetune.monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "append", dies)
+        patch.setattr(RunDir, "append", dies)
         with pytest.raises(RuntimeError):
             finetune("run", str(recipe), *options)
     assert finetune("run", str(recipe), *options, "--resume")[0] == 0

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eval._common import evaluating
+from eval.model_state import evaluating
 from finetune.train import trace_context
 from finetune.train.fast import kernels
 

@@ -20,7 +20,8 @@ from accelerate import Accelerator
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from eval.perplexity import evaluate_loss
-from finetune import model as models
+from finetune.models.build import packed, prepare
+from finetune.models.source import Source
 from finetune import processes
 from finetune.errors import Mistake
 from finetune.recipe import Adapter, Quant
@@ -64,11 +65,11 @@ def made(name: str, *, checkpointing: bool, move: Any = None) -> Any:
     quant, adapter = MODELS[name][2:]
     targets = [path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear) and path != "lm_head"]
     if quant.scheme == "nf4":
-        models.packed(model, quant)
+        packed(model, quant)
         targets = [path for path, module in model.named_modules() if isinstance(module, PackedLinear)]
         quant = Quant()  # it is done
-    prepared = models.prepare(
-        model, quant=quant, adapter=adapter, targets=targets, source=models.Source("tiny", ""), device=torch.device("cpu"),
+    prepared = prepare(
+        model, quant=quant, adapter=adapter, targets=targets, source=Source("tiny", ""), device=torch.device("cpu"),
         checkpointing=checkpointing, seed=1, move=move,
     ).model  # fmt: skip
     torch.manual_seed(1)

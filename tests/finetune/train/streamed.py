@@ -20,7 +20,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from finetune import model as models
+from finetune.models.build import prepare
+from finetune.models.source import Source
 from finetune.recipe import Adapter, Quant
 from finetune.train import offload
 from finetune.train.fast.chunked_loss import fused_linear_cross_entropy, head_of
@@ -74,12 +75,12 @@ def train(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         made = scratch.put(numbers(name, parameter))
         weights += made.numel() * made.element_size()
         setattr(model.get_submodule(path), leaf, nn.Parameter(made, requires_grad=False))
-    prepared = models.prepare(
+    prepared = prepare(
         model,
         quant=Quant(),
         adapter=Adapter(rank=rank),
         targets=[name for name, module in model.named_modules() if isinstance(module, PackedLinear)],
-        source=models.Source("made here", ""),
+        source=Source("made here", ""),
         device=torch.device("cpu"),
         checkpointing=True,
         move=lambda whole: offload.stream(whole, torch.device("cpu"), scratch),

@@ -17,7 +17,7 @@ import torch
 from finetune.data.packing import Batches
 from finetune.data.samples import IGNORE, Sample
 from finetune.errors import GateStop, Mistake
-from finetune.files import RunFolder
+from finetune.run_dir import RunDir
 from finetune.recipe import Train
 from finetune.train import checkpoint, optim
 from finetune.train.checkpoint import Progress
@@ -77,7 +77,7 @@ def go(
     kind: Any = sft(data or samples(), chosen.micro_batch, packing)
     kind = faults(kind) if faults else kind
     optimizer = build(model, chosen)
-    run, progress = RunFolder(folder), Progress()
+    run, progress = RunDir(folder), Progress()
     folder.mkdir(exist_ok=True)
     torch.manual_seed(5)
     if resume:
@@ -140,7 +140,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, acce
         folder.mkdir()
         Training(
             model, kind, Train(micro_batch=micro_batch, accumulation=len(keys) if packing else accumulation, max_grad_norm=0),
-            accelerator=accelerator, optimizer=Watch([group], lr=0.0), total_steps=1, folder=RunFolder(folder),
+            accelerator=accelerator, optimizer=Watch([group], lr=0.0), total_steps=1, folder=RunDir(folder),
             progress=Progress(),
         ).run()  # fmt: skip
         line = json.loads((folder / "metrics.jsonl").read_text())

@@ -48,17 +48,18 @@ def llama(layers: int = 4, dtype: torch.dtype = torch.float32, tied: bool = Fals
 
 
 def prepared(model: Any, move: Any = None, scheme: str = "nf4", device: torch.device = CPU, **adapter: Any) -> Any:
-    from finetune import model as models
+    from finetune.models.build import prepare
+    from finetune.models.source import Source
     from quant import linear_targets, swap
 
     if scheme != "none":
         swap(model, scheme=scheme)
-    return models.prepare(
+    return prepare(
         model,
         quant=Quant(),
         adapter=Adapter(rank=4, **adapter),
         targets=linear_targets(model),
-        source=models.Source("made here", ""),
+        source=Source("made here", ""),
         device=device,
         checkpointing=True,
         move=move,
@@ -329,13 +330,15 @@ def test_what_is_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_room_on_the_disk_is_asked_for_first(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
-    from finetune import model as models
-    from finetune.place import bytes_to_write
+    from finetune.models.architecture import architecture_of
+    from finetune.models.config import load_config
+    from finetune.models.source import find_model
+    from finetune.run_dir import bytes_to_write
 
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {{name: {tiny_model}}}\ndata: {{path: {rows_file}}}\ntrain: {{checkpointing: true}}\n")
-    source = models.find(str(tiny_model))
-    bones = models.skeleton(source, models.load_config(source))
+    source = find_model(str(tiny_model))
+    bones = architecture_of(source, load_config(source))
     for scheme in ("nf4", "none"):
         model = llama_of(tiny_model)
         made = Scratch(tmp_path)
@@ -361,13 +364,15 @@ def test_a_disk_that_is_memory_is_told_apart() -> None:
 
 
 def test_codes_go_to_the_disk_while_they_are_read(tmp_path: Path, tiny_model: Path) -> None:
-    from finetune import model as models
+    from finetune.models.config import load_config
+    from finetune.models.source import find_model
+    from finetune.models.weights import load_weights
     from quant import PackedLinear
 
-    source, disk = models.find(str(tiny_model)), Scratch(tmp_path)
+    source, disk = find_model(str(tiny_model)), Scratch(tmp_path)
     options: dict[str, Any] = {"dtype": torch.float32, "attention": "auto", "quant": Quant(scheme="nf4")}
-    expected = models.load_weights(source, models.load_config(source), **options)
-    model = models.load_weights(source, models.load_config(source), put=disk.put, **options)
+    expected = load_weights(source, load_config(source), **options)
+    model = load_weights(source, load_config(source), put=disk.put, **options)
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
     assert len(layers) == 14
     assert all(disk.holds(part) for layer in layers for part in layer.parts)

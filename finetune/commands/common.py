@@ -1,0 +1,138 @@
+"""What several commands share: their arguments, the recipe once it is found good, a model ready to use, rows to measure on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.errors import Mistake
+
+if TYPE_CHECKING:
+    from finetune.material import HeldOut
+    from finetune.models.load import LoadedModel
+    from finetune.recipe import Recipe
+    from finetune.screen import Screen
+
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override keys, such as train.lr=1e-4.")
+]
+Force = Annotated[bool, typer.Option("--force", help="Go on where the preflight or the plan refuses; the reason is recorded.")]
+Processes = Annotated[
+    int, typer.Option("--processes", metavar="N", min=1, help="Train with N processes of this machine, one GPU each.")
+]
+Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+# What a merge is measured on where there is no held-out data: any text will do, since both sides read the same.
+PASSAGE = (
+    "A river is born where water gathers faster than the ground can drink it. High in the hills a spring fills a hollow, spills "
+    "over its edge, and finds the steepest way down. Other streams join it; each brings sand, leaves and the colour of its own "
+    "soil. In the plain the river slows, lays down what it carried, and begins to wander in wide bends. Farmers have always "
+    "lived beside it, because the mud is rich and the water is near, and they have always feared it, because once in a lifetime "
+    "it remembers its old bed and takes the fields back. Where it meets the sea the two waters mix twice a day, and the birds "
+    "that feed on the mud know the hour of the tide better than any clock."
+)
+
+
+def checked_recipe(name: str, overrides: list[str] | None = None) -> tuple[Path, Recipe]:
+    """The recipe, once its keys and what it names are found good.
+
+    Raises:
+        Mistakes: everything that is wrong with it.
+    """
+    from finetune.recipe import find_recipe, locator, read_recipe
+
+    path = find_recipe(name)
+    recipe = read_recipe(path, overrides)
+    from finetune.sources import check_sources
+
+    check_sources(recipe, str(path), locator(path, overrides))
+    return path, recipe
+
+
+def dtype_name(name: str) -> str:
+    """--dtype as recipes spell it.
+
+    Raises:
+        Mistake: there is no such dtype.
+    """
+    from finetune.recipe import canonical_value
+
+    known = canonical_value("model.dtype", name)
+    if known not in ("auto", "bf16", "fp16", "fp32"):
+        raise Mistake("unknown dtype", where="--dtype", found=name, do="auto, bf16, fp16 or fp32")
+    return str(known)
+
+
+def spawned(count: int, arguments: list[str]) -> None:
+    """Run this command in `count` processes, and exit as they do."""
+    from finetune import processes
+
+    if processes.world() > 1:
+        raise Mistake(
+            "this process is one of several already",
+            where="--processes",
+            found=f"{count}, under a launcher that started {processes.world()} (WORLD_SIZE)",
+            do="leave --processes out; or start it without the launcher",
+        )
+    sys.exit(processes.spawn(arguments, count))
+
+
+def leave_processes() -> None:
+    """A run that went well has no more to say to the other processes."""
+    from finetune import processes
+
+    if processes.world() > 1:
+        from finetune.train import parallel
+
+        parallel.end()
+
+
+def open_model(name: str, dtype: str, screen: Screen, *, merged: bool = True) -> LoadedModel:
+    """`load_model`, with its progress and its note on the screen."""
+    from finetune.models.load import load_model
+
+    with screen.phase(f"model {Path(name).name}") as progress:
+        loaded = load_model(name, dtype=dtype, merged=merged, progress=progress)
+    if loaded.note:
+        screen.warn(loaded.note)
+    return loaded
+
+
+def rows_of_run(loaded: LoadedModel) -> HeldOut:
+    """The held-out rows of the run that a model belongs to.
+
+    Raises:
+        Mistake: its data is gone, or is not what it was.
+    """
+    from finetune.data.preflight import Limits
+    from finetune.material import gather
+    from finetune.models.config import stop_ids
+    from finetune.models.source import source_of
+    from finetune.record import read_record
+    from finetune.run_dir import same_data
+
+    assert loaded.recipe is not None
+    assert loaded.run is not None
+    recipe = loaded.recipe
+    stops = stop_ids(source_of(recipe.model), loaded.tokenizer)
+    material = gather(recipe, loaded.tokenizer, stops, limits=Limits())
+    same_data(read_record(loaded.run), material.digest, loaded.run)
+    return material.held_out()
+
+
+def rows_to_compare_on(loaded: LoadedModel, screen: Screen, what: str) -> HeldOut:
+    """Held-out rows of the model's run where they can be had, else a passage of prose. what: reads them, for the note."""
+    from eval.perplexity import text_rows
+
+    rows = None
+    if loaded.recipe is not None:
+        try:
+            rows = rows_of_run(loaded)
+        except Mistake as mistake:
+            screen.warn(f"the run's held-out rows cannot be had ({mistake.what}); {what} a passage of prose instead")
+    return rows or text_rows(loaded.tokenizer, PASSAGE, length=1024)

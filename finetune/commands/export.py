@@ -1,0 +1,61 @@
+"""`finetune export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from finetune.commands.common import open_model, rows_to_compare_on
+from finetune.errors import Mistake
+
+if TYPE_CHECKING:
+    from finetune.record import ExportRecord
+    from finetune.screen import Screen
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a model folder, a hub id.")],
+    to: Annotated[str, typer.Option("--to", metavar="FORMAT", help="bitnet, bitnet-online, gguf-tq2_0, gguf-tq1_0 or gguf-f16.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder or the .gguf file to make.")],
+) -> None:
+    """Write a model for another program; kept only if what runs there is the same model."""
+    from finetune.screen import Screen
+
+    export_model(model, to, out, Screen())
+
+
+def export_model(name: str, to: str, out: Path, screen: Screen) -> ExportRecord:
+    """Write a model for another program, compared with it by the gate.
+
+    Raises:
+        Mistake: nothing to export, what the format cannot express, or `out` is in the way. GateStop: it is another model there.
+    """
+    from finetune.exporters import check, known
+    from finetune.libraries import quiet_libraries
+
+    known(to)
+    if out.exists() and (out.is_file() or any(out.iterdir())):
+        raise Mistake("there is something already", where="--out", found=str(out), do="give a new name, or remove it")
+    with quiet_libraries(screen):
+        from finetune.exporters import GATE_TOKENS
+        from finetune.stages.export import export_one
+
+        online = to == "bitnet-online"
+        loaded = open_model(name, "auto", screen, merged=not online)  # merged/ is packed, a checkpoint has master weights
+        if hasattr(loaded.model, "merge_and_unload"):
+            do = f"finetune merge {name} --out DIR, then export that"
+            do += " --to bitnet: it has no master weights" if online else ""
+            raise Mistake("an adapter cannot be exported", where="MODEL", found=loaded.what, do=do)
+        check(loaded.model, to, tokenizer=loaded.tokenizer)
+        return export_one(
+            to,
+            loaded.model,
+            loaded.tokenizer,
+            out,
+            rows=rows_to_compare_on(loaded, screen, "the gate reads"),
+            gate_tokens=GATE_TOKENS,
+            device=next(loaded.model.parameters()).device,
+            screen=screen,
+        )

@@ -1,0 +1,47 @@
+"""`finetune plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from finetune.commands.common import Overrides, checked_recipe
+from finetune.errors import Mistake
+
+
+def plan(
+    recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")] = None,
+    overrides: Overrides = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as rtx-4070; else the device here.")] = None,
+    budget: Annotated[
+        str | None, typer.Option("--fit", metavar="MEMORY", help="Change the recipe until it fits, such as 12GB.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="With --fit: write the changed recipe there.")] = None,
+    table: Annotated[bool, typer.Option("--table", help="All shipped recipes (or RECIPE) with 8, 12, 16 and 24 GB.")] = False,
+) -> None:
+    """Say what a recipe will need, before anything is loaded: memory by phase and term, time, energy. Exit 3: it does not fit."""
+    checked = checked_recipe(recipe, overrides) if recipe is not None else None
+    if table and (budget is not None or out is not None):
+        given = "--fit" if budget is not None else "--out"
+        raise Mistake("the table has its own budgets, and writes no recipe", where="--table", found=given, do="leave it out")
+    if not table and checked is None:
+        raise Mistake("which recipe?", where="RECIPE", found="nothing", do="finetune recipes lists what ships; or --table")
+    from rich.console import Console
+
+    from finetune.libraries import quiet_libraries
+    from finetune.planning.command import all_recipes, plan_recipe, plan_table
+    from finetune.screen import Screen
+
+    console = Console(highlight=False, soft_wrap=True, stderr=True) if as_json else None
+    screen = Screen(console)
+    with quiet_libraries():
+        if table:
+            plan_table([checked] if checked is not None else all_recipes(), gpu=gpu, as_json=as_json, screen=screen)
+        elif checked is not None:
+            path, resolved = checked
+            plan_recipe(
+                resolved, path, overrides or [], gpu=gpu, budget=budget, as_json=as_json, out=out, screen=screen
+            )

@@ -1,0 +1,20 @@
+"""`finetune resume`."""
+
+from __future__ import annotations
+
+from finetune.commands.common import Force, Processes, RunFolder, leave_processes, spawned
+
+
+def resume(run: RunFolder, force: Force = False, processes: Processes = 1) -> None:
+    """Go on with a run that was stopped, by its own resolved recipe."""
+    from finetune.recipe import read_resolved
+    from finetune.record import read_record
+
+    name = read_record(run).name
+    resolved = read_resolved(run / "recipe.yaml", [f"run.dir={run}"])
+    if processes > 1:
+        spawned(processes, ["resume", str(run), *["--force"] * force])
+    from finetune import pipeline
+
+    pipeline.run(resolved, name, resume=True, force=force)
+    leave_processes()

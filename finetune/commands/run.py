@@ -1,0 +1,26 @@
+"""`finetune run`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from finetune.commands.common import Force, Overrides, Processes, RecipeName, checked_recipe, leave_processes, spawned
+
+
+def run(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    force: Force = False,
+    processes: Processes = 1,
+) -> None:
+    """Execute a recipe: check, preflight, plan, load, measure, train, measure, merge, export, report."""
+    path, resolved = checked_recipe(recipe, overrides)
+    if processes > 1:
+        spawned(processes, ["run", recipe, *(overrides or []), *["--resume"] * resume, *["--force"] * force])
+    from finetune import pipeline
+
+    pipeline.run(resolved, path.stem, resume=resume, force=force)
+    leave_processes()

@@ -1,0 +1,109 @@
+"""Export as Hugging Face `bitnet`: a model folder that plain transformers loads, two bits a weight; or, `bitnet-online`, with the
+float master weights, which it quantizes while it runs and which can be trained further.
+
+Everything is in the folder: codes and scales, the activation and the norms through config.json, `use_rms_norm` where the norm
+is inside the linears. The gate loads it with plain transformers, whose layers compute what ours do, so the logits are the same
+but for the order of sums.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.errors import GateStop, Mistake
+from finetune.exporters.gate import Bounds
+from finetune.exporters.layers import Ternary, check_layers, function, require_ternary, ternary_layers, widened
+from quant import BitLinear, ternary
+
+SHARD = "2GB"
+BOUNDS = Bounds(factor=0.0, floor=1e-3, ceiling=1e-3, kl=0.02)
+"""On the CPU the error is 0: packed, transformers computes as we do; online it multiplies floats where we multiply codes, as
+is simulated. Sums in another order, as on a GPU, cost up to 0.0003 nats (untrained, 16 layers)."""
+
+
+def check(model: Any, format: str) -> None:  # noqa: A002
+    """Refuse what the format cannot express. Raises Mistake."""
+    from quant.pretrained import quantizer_for
+
+    check_layers(model)
+    require_ternary(model, format)
+    for name, layer in ternary_layers(model).items():
+        if format == "bitnet-online" and not isinstance(layer, BitLinear):
+            raise Mistake("this model is packed: its master weights are gone", where=name, do="--to bitnet keeps its codes")
+    said = getattr(model.config, "quantization_config", None)
+    try:
+        quantizer_for(model).refresh(model)
+    except ValueError as error:
+        raise _inexpressible(model, error) from None
+    finally:  # which writes what it found into the config
+        if said is not None:
+            model.config.quantization_config = said
+        elif hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+
+
+def write(model: Any, tokenizer: Any, folder: Path) -> None:
+    """Write `model` (a copy of layers.py: packed, or with its master weights) to `folder`, which exists.
+
+    Raises:
+        Mistake: a setting that the format has once for all layers differs between them; a layer that it does not know.
+    """
+    from quant.pretrained import attach_quantizer
+
+    try:
+        attach_quantizer(model)
+    except ValueError as error:
+        raise _inexpressible(model, error) from None
+    model.config.use_cache = True
+    model.save_pretrained(folder, max_shard_size=SHARD)
+    tokenizer.save_pretrained(folder)
+
+
+def _inexpressible(model: Any, error: ValueError) -> Mistake:
+    return Mistake("Hugging Face bitnet cannot express this model", where=type(model).__name__, found=str(error))
+
+
+@contextmanager
+def loaded(folder: Path, format: str) -> Iterator[Callable[[list[int]], Tensor]]:  # noqa: A002
+    """The folder as plain transformers runs it, in fp32 on the CPU: token ids → logits.
+
+    Its layers are compiled by torch, for which a C++ compiler is needed; they are run without. Raises GateStop when it loads
+    something else than packed layers.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import bitnet as plain
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    kind = plain.BitLinear if format == "bitnet" else plain.AutoBitLinear
+    if not any(type(module) is kind for module in model.modules()):
+        raise GateStop("plain transformers found no ternary layers of this format in the export", where=str(folder))
+    run = function(model.eval())
+    with torch.compiler.set_stance("force_eager"):
+        yield run
+    model.to("meta")  # frees it, whoever still holds it
+
+
+def simulation(model: Any) -> Any:
+    """`model` (a copy of layers.py, consumed) with the arithmetic of the online format: what the codes stand for, as floats."""
+    widened(model)
+    for path, layer in ternary_layers(model).items():
+        model.set_submodule(path, _Floats(layer))
+    return model
+
+
+class _Floats(nn.Module):
+    def __init__(self, layer: Ternary) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.layer.rms_norm is not None:
+            x = self.layer.rms_norm(x)
+        x = ternary.dequantize_rows(*ternary.quantize_rows(x))
+        return nn.functional.linear(x, self.layer.dequantize(), self.layer.bias)

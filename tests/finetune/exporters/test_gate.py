@@ -1,0 +1,94 @@
+"""The gate knows functions alone: what differs beyond the target's own arithmetic is refused, what does not passes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.errors import GateStop
+from finetune.exporters.gate import Bounds, Logits, compare, hold
+
+BOUNDS = Bounds(factor=2.0, floor=1e-3, ceiling=0.5, kl=1.0)
+ROWS = [(list(range(start, start + 6)), [-100, *range(start + 1, start + 6)]) for start in (0, 3, 9)]
+TABLE = 2 * torch.randn(16, 20, generator=torch.Generator().manual_seed(0))
+
+
+def model(change: float = 0.0, *, seed: int = 1, scale: float = 1.0) -> Logits:
+    """A table of logits, each changed by so much (relative)."""
+    noise = torch.randn(TABLE.shape, generator=torch.Generator().manual_seed(seed))
+    table = scale * TABLE + change * TABLE.std() * noise
+    return lambda ids: table[ids]
+
+
+def test_the_figures() -> None:
+    verdict = compare(ROWS, trained=model(), target=model(), bounds=BOUNDS)
+    assert verdict.reason is None
+    assert (verdict.error, verdict.noise, verdict.kl, verdict.same_top) == (0, 0, pytest.approx(0, abs=1e-6), 1)
+    assert (verdict.rows, verdict.tokens) == (3, 18)
+    log = TABLE.log_softmax(-1)
+    expected = -torch.stack([log[a, a + 1] for ids, _ in ROWS for a in ids[:-1]]).mean()
+    assert verdict.trained_loss == pytest.approx(float(expected), rel=1e-5)
+    figures = verdict.as_dict()
+    assert figures["status"] == "pass"
+    assert figures["good"]["trained_perplexity"] == pytest.approx(math.exp(verdict.trained_loss))
+
+
+def test_the_arithmetic_is_the_yardstick() -> None:
+    """The same error passes where the target's arithmetic makes as much, and is refused where it does not."""
+    target = model(0.02, seed=3)
+    rough = compare(ROWS, trained=model(), simulation=model(0.02, seed=2), target=target, bounds=BOUNDS)
+    fine = compare(ROWS, trained=model(), simulation=model(0.002, seed=2), target=target, bounds=BOUNDS)
+    assert rough.error == pytest.approx(0.02 * 2**0.5, rel=0.2)
+    assert rough.reason is None
+    assert fine.reason is not None
+    with pytest.raises(GateStop, match="not the model that was trained") as stop:
+        hold(fine, where="out.gguf", do="look")
+    assert f"{fine.error:.3g}" in str(stop.value)
+
+
+def test_a_shift_of_all_logits_is_no_error() -> None:
+    target: Logits = lambda ids: TABLE[ids] + 7  # noqa: E731
+    assert compare(ROWS, trained=model(), target=target, bounds=BOUNDS).error < 1e-6
+
+
+def test_a_right_export_that_is_no_good() -> None:
+    """Target and simulation agree, and both are far from what was trained."""
+    broken = model(0.0, scale=-1.0)
+    verdict = compare(ROWS, trained=model(), simulation=broken, target=broken, bounds=BOUNDS)
+    assert verdict.error == 0
+    assert "does not carry this model" in str(verdict.reason)
+
+
+def test_an_untrained_model_is_judged_too() -> None:
+    """Where no token is likelier than another, KL says nothing; the relative error does."""
+    tiny, other = model(scale=1e-4), model(1e-4, scale=1e-4, seed=2)
+    verdict = compare(ROWS, trained=tiny, target=other, bounds=BOUNDS)
+    assert verdict.kl < 1e-6
+    assert verdict.reason is not None
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_numbers_that_are_none(bad: float) -> None:
+    def target(ids: list[int]) -> Tensor:
+        out = TABLE[ids].clone()
+        out[0, 0] = bad
+        return out
+
+    assert compare(ROWS, trained=model(), target=target, bounds=BOUNDS).reason is not None
+
+
+def test_another_vocabulary_and_no_rows() -> None:
+    with pytest.raises(GateStop, match="another vocabulary"):
+        compare(ROWS, trained=model(), target=lambda ids: TABLE[ids][:, :19], bounds=BOUNDS)
+    with pytest.raises(ValueError, match="no rows"):
+        compare([], trained=model(), target=model(), bounds=BOUNDS)
+
+
+def test_without_labels_there_is_no_loss() -> None:
+    rows = [([1, 2, 3], [-100, -100, -100])]
+    verdict = compare(rows, trained=model(), target=model(), bounds=BOUNDS)
+    assert math.isnan(verdict.trained_loss)
+    assert verdict.reason is None
