@@ -112,6 +112,11 @@ def rows_file(tmp_path: Path) -> Path:
     return write_jsonl(tmp_path / "rows.jsonl", alpaca(40))
 
 
+def record_of(run: Path) -> dict[str, Any]:
+    """run.json as a script would read it."""
+    return json.loads((run / "run.json").read_text(encoding="utf-8"))
+
+
 class Terminal:
     """Types commands: `(exit code, what was printed, what went to stderr)`."""
 

@@ -82,10 +82,9 @@ def test_nf4_keeps_the_model(tmp_path: Path) -> None:
     """What quantization costs SmolLM2 on English prose, beside the same weights in bf16 and in ternary-like damage."""
     from eval.perplexity import evaluate_loss, text_rows
     from finetune.commands import PASSAGE
-    from finetune.models.load import load_model
     from quant import prove_used, swap
 
-    opened = open_model(SMOLLM2)
+    opened = load_model(SMOLLM2)
     rows = text_rows(opened.tokenizer, PASSAGE, length=256)
     before = evaluate_loss(opened.model, rows).loss
     report = swap(opened.model)

@@ -14,10 +14,11 @@ from finetune.data.samples import set_template
 from finetune.errors import Mistake
 from finetune.files import MARK
 from finetune.memory import free_bytes
-from finetune.models.build import BuiltModel, build_model, load_adapter
+from finetune.models.build import BuiltModel, build_model
 from finetune.models.config import load_config, load_tokenizer, recipe_tokenizer
 from finetune.models.device import pick_device
 from finetune.models.precision import DTYPES, default_dtype
+from finetune.models.prepare import check_adapter, load_adapter
 from finetune.models.source import Source, adapter_base, find_model, source_of
 from finetune.models.weights import cast, load_weights
 from finetune.recipe import Recipe, read_resolved
@@ -75,6 +76,7 @@ class _OfRun:
         self.record: Record = read_record(path)
 
     def adapter(self, folder: Path) -> LoadedModel:
+        check_adapter(folder)
         compute_dtype = None if self.asked == "auto" else DTYPES[self.asked]
         built, tokenizer = self._build(adapter=folder, compute_dtype=compute_dtype)
         return LoadedModel(built.model, tokenizer, str(folder), self.recipe, self.path)
@@ -164,6 +166,7 @@ def _load_source(source: Source, dtype: str, device: torch.device, progress: Sho
 
 def _load_adapter(path: Path, dtype: str, device: torch.device, progress: Shown | None) -> LoadedModel:
     """An adapter outside of a run, on the base that it names."""
+    check_adapter(path)
     base = _load_source(find_model(adapter_base(path), where=str(path / "adapter_config.json")), dtype, device, progress)
     tokenizer = base.tokenizer
     if (path / "tokenizer_config.json").is_file():

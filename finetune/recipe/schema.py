@@ -125,6 +125,11 @@ class Adapter(Section):
     rslora: bool = Field(False, description="Rank-stabilized scale alpha/√rank (arXiv 2312.03732).")
     dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353): often better at low rank, slower.")
 
+    @property
+    def base_frozen(self) -> bool:
+        """The base's weights are frozen, and adapters on them are trained."""
+        return self.kind != "none"
+
 
 class Distill(Section):
     teacher: str | None = Field(
@@ -428,7 +433,7 @@ class Recipe(Section):
     @property
     def base_frozen(self) -> bool:
         """The base's weights are frozen, and adapters on them are trained; else all weights are trained."""
-        return self.adapter.kind != "none"
+        return self.adapter.base_frozen
 
     @property
     def writes_adapter(self) -> bool:
@@ -444,10 +449,6 @@ class Recipe(Section):
     def trains_quantized(self) -> bool:
         """Float master weights of quantized linears are trained (straight-through), and not only frozen codes under adapters."""
         return self.quant.scheme != "none" and not self.base_frozen
-
-    @property
-    def trains_ternary(self) -> bool:  # until run.py asks for trains_quantized
-        return self.trains_quantized
 
     @property
     def streams_text(self) -> bool:

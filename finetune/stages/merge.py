@@ -11,7 +11,8 @@ import torch
 from finetune import merging
 from finetune.files import atomic_folder
 from finetune.material import HeldOut
-from finetune.models.build import BuiltModel, save_adapter
+from finetune.models.build import BuiltModel
+from finetune.models.prepare import save_adapter
 from finetune.record import ExportRecord, LossRecord, MergeGate, MergeRecord, Reternarized
 from finetune.screen import Screen
 from finetune.stages.context import RunContext

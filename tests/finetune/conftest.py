@@ -8,4 +8,4 @@ import pytest
 @pytest.fixture(autouse=True)
 def _unplanned(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "planned" not in request.keywords:
-        monkeypatch.setattr("finetune.run._Story._plan", lambda story: None)
+        monkeypatch.setattr("finetune.stages.planning.default_planner", None)

@@ -36,7 +36,7 @@ import psutil
 # What a run imports. Not datasets: its pyarrow begins a thread, which a fork would lose.
 PRELOAD = [
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torch._inductor.compile_fx",
-    "transformers.models.llama.modeling_llama", "finetune.run", "finetune.material", "finetune.merge", "finetune.report",
+    "transformers.models.llama.modeling_llama", "finetune.pipeline", "finetune.stages.train", "finetune.stages.merge", "finetune.stages.planning", "finetune.report",
     "finetune.train.loop",
 ]  # fmt: skip
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}

@@ -156,13 +156,14 @@ sys.path[:0] = [sys.argv[1]]
 root, disk = Path(sys.argv[2]), Path(sys.argv[2], "disk")
 os.chdir(root)
 import numpy
-import finetune.run
+import finetune.pipeline
+import finetune.stages.planning
 from finetune import cli
 from finetune.errors import Mistake
 from finetune.files import atomic_file
 from finetune.train import checkpoint
 
-finetune.run._Story._plan = lambda story: None
+finetune.stages.planning.default_planner = None
 said = {}
 
 
@@ -554,11 +555,11 @@ def test_pickles_in_the_place_of_weights(finetune: Terminal, recipe: Path, model
 @pytest.fixture(scope="module")
 def _made(_recipe: Path) -> Path:
     """A finished run."""
+    from finetune.pipeline import run
     from finetune.recipe import read_recipe
-    from finetune.run import run
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("finetune.run._Story._plan", lambda story: None)
+        patch.setattr("finetune.stages.planning.default_planner", None)
         run(read_recipe(_recipe, [f"run.dir={_recipe.parent / 'r'}", "train.max_steps=4"]), "tiny")
     return _recipe.parent / "r"
 

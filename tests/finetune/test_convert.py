@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.models.sub_norms import insert_sub_norms
 from finetune.errors import Mistake
+from finetune.models.sub_norms import insert_sub_norms
 from finetune.models.weights import cast
 
 SIZES: dict[str, Any] = {

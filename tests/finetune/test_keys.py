@@ -241,7 +241,8 @@ class Workshop:
         return self.done[key]
 
     def _run(self, extra: dict[str, Any]) -> dict[str, Any]:
-        from finetune.run import _Story, run
+        from finetune.pipeline import run
+        from finetune.stages import planning
 
         self.count += 1
         recipe = {section: dict(keys) for section, keys in self.base.items()}
@@ -258,7 +259,7 @@ class Workshop:
         try:
             with pytest.MonkeyPatch.context() as patch:
                 if not any(key.startswith("plan.") for key in extra):  # a second each; has its own tests
-                    patch.setattr(_Story, "_plan", lambda story: None)
+                    patch.setattr(planning, "default_planner", None)
                 run(read_recipe(path), "keys")
         except Stop as stop:
             return {"refused": stop.what}

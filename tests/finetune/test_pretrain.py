@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.files import RunDir, read_run
 from finetune.recipe import read_recipe
-from tests.conftest import Terminal, story
+from finetune.run_dir import RunDir
+from finetune.stages.context import RunContext
+from tests.conftest import Terminal, record_of, story
 
 RECIPE = """\
 about: "a tiny ternary model"
@@ -58,14 +59,14 @@ def test_from_scratch_with_its_twin_and_out_again(finetune: Terminal, recipe: Pa
     code, out, err = finetune("run", str(recipe), "twin=true", "export.formats=[gguf-tq2_0]", "run.dir=made")
     assert code == 0, err
     run = tmp_path / "made"
-    record = read_run(run)
+    record = record_of(run)
     assert record["state"] == "done"
     assert record["model"]["swap"]["scheme"] == "ternary"
     assert record["train"]["tokens"] == 6 * 4 * 32
     assert record["train"]["supervised_tokens"] == 6 * 4 * 31
 
     # The twin has read the same rows in the same order, in floats, at half the rate.
-    twin = read_run(run / "twin")
+    twin = record_of(run / "twin")
     assert twin["model"]["swap"] is None
     assert record["twin"]["gap"] == pytest.approx(record["eval"]["after"]["loss"] - twin["eval"]["after"]["loss"], abs=1e-6)
     assert record["twin"]["gap_stderr"] > 0
@@ -122,7 +123,7 @@ def test_it_goes_on_where_it_was_stopped(finetune: Terminal, recipe: Path, tmp_p
     assert code == 130
     code, _, err = finetune("resume", "cut")
     assert code == 0, err
-    assert read_run(tmp_path / "cut")["provenance"]["resumed"][0]["from"] == "step-000004"
+    assert record_of(tmp_path / "cut")["provenance"]["resumed"][0]["from"] == "step-000004"
     assert without_clock(tmp_path / "cut") == without_clock(tmp_path / "whole")
     both = [(tmp_path / name / "checkpoints" / "step-000007" / "weights.safetensors").read_bytes() for name in ("cut", "whole")]
     assert both[0] == both[1]
@@ -151,7 +152,7 @@ def test_low_memory_training_rolls_back_a_bad_step(finetune: Terminal, recipe: P
     back = [line for line in lines if "rolled_back" in line]
     assert [(line["step"], line["rolled_back"]["from"]) for line in back] == [(4, 5)]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
-    assert read_run(tmp_path / "low")["train"]["bad_steps"] == 1
+    assert record_of(tmp_path / "low")["train"]["bad_steps"] == 1
     state = json.loads((tmp_path / "low" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert state["bad"] == [[0, 4]]
     assert state["position"] == 7  # six were trained, one left out
@@ -164,7 +165,7 @@ def test_from_a_pretrained_model(finetune: Terminal, recipe: Path, tmp_path: Pat
     code, _, err = finetune("run", str(recipe), "run.dir=turned", *words)
     assert code == 0, err
     run = tmp_path / "turned"
-    record = read_run(run)
+    record = record_of(run)
     assert set(record["eval"]) >= {"float", "before", "after"}
     steps = [line for line in lines_of(run) if "loss" in line]
     assert all({"ce", "distill_logits", "distill_relations"} <= line.keys() for line in steps)
@@ -182,7 +183,7 @@ def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: 
              "eval.samples=0", "eval.prompts=[]", "train.max_steps=24")  # fmt: skip
     code, out, err = finetune("run", str(recipe), "run.dir=adapted", *words)
     assert code == 0, err
-    record = read_run(tmp_path / "adapted")
+    record = record_of(tmp_path / "adapted")
     assert record["model"]["swap"]["scheme"] == "ternary"
     assert record["model"]["adapters"] == 14
     merged = record["merge"]["reternarized"]
@@ -266,7 +267,7 @@ def test_the_layout_of_the_training_tips(finetune: Terminal, recipe: Path, tmp_p
     weights = load_file(tmp_path / "tips" / "merged" / "model.safetensors")
     assert torch.equal(weights["model.layers.0.input_layernorm.weight"], torch.ones(256))
     assert not torch.equal(weights["model.layers.0.self_attn.q_proj.rms_norm.weight"], torch.ones(256))
-    assert read_run(tmp_path / "tips")["exports"]["bitnet"]["gate"]["status"] == "pass"
+    assert record_of(tmp_path / "tips")["exports"]["bitnet"]["gate"]["status"] == "pass"
 
 
 def test_a_float_model_goes_to_llama_cpp_too(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
@@ -279,7 +280,7 @@ def test_a_float_model_goes_to_llama_cpp_too(finetune: Terminal, recipe: Path, t
     )
     code, _, err = finetune("run", str(recipe), "run.dir=floats", *words)
     assert code == 0, err
-    figures = read_run(tmp_path / "floats")["exports"]["gguf-f16"]
+    figures = record_of(tmp_path / "floats")["exports"]["gguf-f16"]
     assert figures["gate"]["status"] == "pass"
     assert (tmp_path / "floats" / figures["path"]).is_file()
 
@@ -290,27 +291,27 @@ def test_held_out_text_from_a_file_of_its_own(finetune: Terminal, recipe: Path, 
     assert code == 0, err
     code, _, err = finetune("run", str(recipe), "run.dir=none", "data.heldout=0", "export.formats=[gguf-tq2_0]", "eval.samples=0")
     assert code == 0, err
-    assert "before" not in read_run(tmp_path / "none")["eval"]
+    assert "before" not in record_of(tmp_path / "none")["eval"]
 
 
 def test_nothing_of_the_ternary_model_is_held_while_the_twin_trains(finetune: Terminal, recipe: Path) -> None:
     import gc
 
-    import finetune.run as story_of_a_run
+    from finetune import pipeline
     from quant import BitLinear
 
     def count() -> int:
         gc.collect()
         return sum(isinstance(thing, BitLinear | torch.optim.Optimizer) for thing in gc.get_objects())
 
-    plain, alive = story_of_a_run.run, [count()]  # what earlier tests have left
+    plain, alive = pipeline.execute, [count()]  # what earlier tests have left
 
-    def spied(*arguments: Any, **options: Any) -> Any:
-        if arguments[1].endswith("-twin"):
+    def spied(run: RunContext) -> None:
+        if run.name.endswith("-twin"):
             alive.append(count())
-        return plain(*arguments, **options)
+        plain(run)
 
-    finetune.monkeypatch.setattr(story_of_a_run, "run", spied)
+    finetune.monkeypatch.setattr(pipeline, "execute", spied)
     code, _, err = finetune("run", str(recipe), "twin=true", "run.dir=made", "train.max_steps=2")
     assert code == 0, err
     assert alive[1] == alive[0]

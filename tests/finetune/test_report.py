@@ -888,7 +888,7 @@ def test_a_ternary_page_stands_without(tmp_path: Path, missing: str) -> None:
 
 
 def test_show_tells_the_gap_the_exports_and_the_alarms(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    from finetune.show import show_run
+    from finetune.commands.show import show_run
 
     content = ternary_record()
     content["eval"]["float"] = content["eval"]["after"] | {"loss": 3.9}

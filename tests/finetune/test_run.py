@@ -75,15 +75,14 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     # Plain transformers loads what was merged, without this package, and it computes what was trained.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from finetune.models.load import load_model
 
     merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
     assert not any(type(module).__module__.startswith(("quant", "peft")) for module in merged.modules())
-    trained = open_model(str(run), merged=False)
+    trained = load_model(str(run), merged=False)
     ids = torch.tensor([AutoTokenizer.from_pretrained(run / "merged")("What is 3 plus 6?")["input_ids"]])
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, trained.model(ids).logits, rtol=1e-4, atol=1e-5)
-    newest = open_model(str(run / "checkpoints" / "step-000004"))
+    newest = load_model(str(run / "checkpoints" / "step-000004"))
     with torch.no_grad():
         assert torch.equal(newest.model(ids).logits, trained.model(ids).logits)
 
@@ -260,26 +259,24 @@ def test_runs_are_used_from_anywhere_and_in_another_dtype(
     monkeypatch.chdir(tmp_path / "other")
     code, _, err = finetune("eval", "../r/adapter", "--json", "a.json")
     assert code == 0, err
-    from finetune.models.load import load_model
 
-    plain, low = open_model("../r/adapter"), open_model("../r/adapter", dtype="bf16")
+    plain, low = load_model("../r/adapter"), load_model("../r/adapter", dtype="bf16")
     dtypes = {p.dtype for name, p in low.model.named_parameters() if p.is_floating_point() and "lora_" not in name}
     assert dtypes == {torch.bfloat16}
     (frequencies,) = {name for name, _ in low.model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
     assert torch.equal(low.model.get_buffer(frequencies), plain.model.get_buffer(frequencies))
     shutil.copytree(tmp_path / "r" / "adapter", tmp_path / "alone")
-    alone = open_model(str(tmp_path / "alone"))
+    alone = load_model(str(tmp_path / "alone"))
     assert "as it is stored" in (alone.note or "")
 
 
 def test_resume_takes_the_run_of_that_name(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    from finetune.run_dir import choose_dir
 
     for name in ("tiny", "tiny-2", "tiny-10", "tiny-long"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     resolved = read_recipe(recipe)
-    assert choose_folder(resolved, "tiny", True) == Path("runs/tiny-10")
-    assert choose_folder(resolved, "tiny", False) == Path("runs/tiny-11")
+    assert choose_dir(resolved, "tiny", True) == Path("runs/tiny-10")
+    assert choose_dir(resolved, "tiny", False) == Path("runs/tiny-11")
 
 
 def test_code_of_a_model_runs_only_when_trusted(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
@@ -504,9 +501,8 @@ def test_no_disk_space(finetune: Terminal, recipe: Path, monkeypatch: pytest.Mon
 def test_a_merge_that_is_another_model_is_not_kept(
     finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune import merging
 
-    into_float = merge.into_float
+    into_float = merging.into_float
 
     def spoilt(model: Any, dtype: torch.dtype) -> Any:
         plain = into_float(model, dtype)
@@ -515,7 +511,7 @@ def test_a_merge_that_is_another_model_is_not_kept(
             plain.model.norm.weight.mul_(30)
         return plain
 
-    monkeypatch.setattr(merge, "into_float", spoilt)
+    monkeypatch.setattr(merging, "into_float", spoilt)
     code, _, err = finetune("run", str(recipe), "run.dir=spoilt")
     assert code == 3
     assert "not the model that was trained" in err

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.files import read_run
+from finetune.record import read_record
 from tests.conftest import Terminal, alpaca, story, write_jsonl
 from tests.finetune.test_pretrain import RECIPE
 
@@ -59,7 +59,7 @@ def test_adapters_become_ternary_again(finetune: Terminal, recipe: Path, tmp_pat
              "train.max_steps=4", "run.merge=false", *SHORT)  # fmt: skip
     code, _, err = finetune("run", str(recipe), "run.dir=adapted", *words)
     assert code == 0, err
-    assert read_run(tmp_path / "adapted")["merge"] is None
+    assert read_record(tmp_path / "adapted").merge is None
     code, _, err = finetune("merge", "adapted", "--out", "again", "--dtype", "fp32")
     assert (code, "stays ternary" in err) == (2, True)
     code, out, err = finetune("merge", "adapted", "--out", "again")

@@ -15,10 +15,9 @@ from typer.testing import CliRunner, Result
 from finetune.cli import app
 from finetune.errors import GateStop, Mistake, Mistakes
 from finetune.files import MARK, write_json
-from finetune.run_dir import RunDir
-from finetune.run_dir import check_resumable
 from finetune.planning.devices import parse_bytes
 from finetune.recipe import dump_recipe, read_recipe
+from finetune.run_dir import RunDir, check_resumable
 from finetune.units import GIB
 from tests.finetune.planning.made_up import made_up
 

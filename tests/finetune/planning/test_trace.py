@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.models.config import load_config, new_config
-from finetune.models.source import source_of
 from finetune.bench import bench_command
 from finetune.bench import plan as bench
 from finetune.bench.plan import Case, Found, Steps
+from finetune.models.config import load_config, new_config
+from finetune.models.source import source_of
 from finetune.planning.data import facts_of
 from finetune.planning.step import Place, Traced, trace
 

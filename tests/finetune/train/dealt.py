@@ -20,10 +20,10 @@ from accelerate import Accelerator
 from transformers.integrations.fsdp import is_fsdp_enabled
 
 from eval.perplexity import evaluate_loss
-from finetune.models.build import packed, prepare
-from finetune.models.source import Source
 from finetune import processes
 from finetune.errors import Mistake
+from finetune.models.prepare import packed, prepare
+from finetune.models.source import Source
 from finetune.recipe import Adapter, Quant
 from finetune.train import checkpoint, offload, optim, parallel
 from finetune.train.fast import kernels, patching

@@ -20,7 +20,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from finetune.models.build import prepare
+from finetune.models.prepare import prepare
 from finetune.models.source import Source
 from finetune.recipe import Adapter, Quant
 from finetune.train import offload

@@ -17,8 +17,8 @@ import torch
 from finetune.data.packing import Batches
 from finetune.data.samples import IGNORE, Sample
 from finetune.errors import GateStop, Mistake
-from finetune.run_dir import RunDir
 from finetune.recipe import Train
+from finetune.run_dir import RunDir
 from finetune.train import checkpoint, optim
 from finetune.train.checkpoint import Progress
 from finetune.train.kind import steps_in

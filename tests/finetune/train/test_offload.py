@@ -48,7 +48,7 @@ def llama(layers: int = 4, dtype: torch.dtype = torch.float32, tied: bool = Fals
 
 
 def prepared(model: Any, move: Any = None, scheme: str = "nf4", device: torch.device = CPU, **adapter: Any) -> Any:
-    from finetune.models.build import prepare
+    from finetune.models.prepare import prepare
     from finetune.models.source import Source
     from quant import linear_targets, swap
 
