@@ -81,7 +81,8 @@ def test_bitnet_learns_and_its_exports_are_it(tmp_path: Path, repository: Path) 
 def test_nf4_keeps_the_model(tmp_path: Path) -> None:
     """What quantization costs SmolLM2 on English prose, beside the same weights in bf16 and in ternary-like damage."""
     from eval.perplexity import evaluate_loss, text_rows
-    from finetune.commands import PASSAGE
+    from finetune.commands.common import PASSAGE
+    from finetune.models.load import load_model
     from quant import prove_used, swap
 
     opened = load_model(SMOLLM2)

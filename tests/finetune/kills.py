@@ -36,8 +36,8 @@ import psutil
 # What a run imports. Not datasets: its pyarrow begins a thread, which a fork would lose.
 PRELOAD = [
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torch._inductor.compile_fx",
-    "transformers.models.llama.modeling_llama", "finetune.pipeline", "finetune.stages.train", "finetune.stages.merge", "finetune.stages.planning", "finetune.report",
-    "finetune.train.loop",
+    "transformers.models.llama.modeling_llama", "finetune.pipeline", "finetune.stages.train", "finetune.stages.merge",
+    "finetune.stages.planning", "finetune.report", "finetune.train.loop",
 ]  # fmt: skip
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PLAIN_SECONDS = 4.0  # what the imports of a plain start take

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from finetune import merging
+from finetune.models.load import load_model
 from finetune.recipe import read_recipe
+from finetune.run_dir import choose_dir
 from tests.conftest import Terminal, alpaca, story, write_jsonl
 
 RECIPE = """\
@@ -74,7 +77,6 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
 
     # Plain transformers loads what was merged, without this package, and it computes what was trained.
     from transformers import AutoModelForCausalLM, AutoTokenizer
-
 
     merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
     assert not any(type(module).__module__.startswith(("quant", "peft")) for module in merged.modules())
