@@ -32,7 +32,7 @@ from finetune.place import absolute, bytes_to_write, check_resumable, choose_fol
 from finetune.processes import is_first, rank, world
 from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train, dump_recipe
 from finetune.screen import Screen
-from finetune.units import clock, human_bytes, number
+from finetune.units import clock, gib, human_bytes, number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -273,7 +273,7 @@ class _Story:
         from finetune.plan.devices import parse_bytes, present
         from finetune.plan.estimate import Untraceable
         from finetune.plan.fit import fit
-        from finetune.plan.table import cannot, gib, verdict
+        from finetune.plan.table import cannot, verdict
         from finetune.train import parallel
 
         recipe, screen = self.recipe, self.screen
