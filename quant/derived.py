@@ -4,9 +4,10 @@ Kept for Parameters alone, for as long as they live: what a graph computes (a pa
 compiler uses twice) has no identity to know it by. Two kinds of weight, two rules of validity:
 
 master   trained; valid until the next optimizer step, of any torch optimizer, those of bitsandbytes and steps inside the
-         backward pass included (a hook on all of them), and until `weights_changed()`, which `load_state_dict`, casts and
-         `train()`/`eval()` of our layers call. `_version` alone would be wrong: fused AdamW and bitsandbytes' optimizers
-         change a weight and leave it as it is. It is looked at besides, so that an edit by hand (`weight.mul_(2)`) is seen.
+         backward pass included (a hook on all of them from the first such value on, see `unhook_optimizers`), and until
+         `weights_changed()`, which `load_state_dict`, casts and `train()`/`eval()` of our layers call. `_version` alone would
+         be wrong: fused AdamW and bitsandbytes' optimizers change a weight and leave it as it is. It is looked at besides, so
+         that an edit by hand (`weight.mul_(2)`) is seen.
 frozen   packed codes, which no optimizer touches; valid while they are the same tensor of the same `_version`, and until
          `weights_changed()`.
 
@@ -23,6 +24,7 @@ from typing import Any, TypeVar, cast
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakTensorKeyDictionary
 
 T = TypeVar("T")  # a tensor, or a tuple of tensors and plain values
@@ -31,6 +33,7 @@ _kept = WeakTensorKeyDictionary()  # Parameter → {kind: (its storage, stamp, v
 _lock = threading.RLock()  # autograd and servers call from threads of their own
 _steps = 0
 _edits = 0
+_hook: RemovableHandle | None = None  # on all optimizers of the process
 
 
 def weights_changed() -> None:
@@ -44,7 +47,23 @@ def _after_step(optimizer: object, args: object, kwargs: object) -> None:
     _steps += 1
 
 
-register_optimizer_step_post_hook(_after_step)
+def _hook_optimizers() -> None:
+    global _hook
+    if _hook is None:
+        _hook = register_optimizer_step_post_hook(_after_step)
+
+
+def unhook_optimizers() -> None:
+    """Leave the optimizers of this process as they were: the hook goes, and all that is kept, whose end it would have told.
+
+    The next value that is kept of a trained weight brings it back.
+    """
+    global _hook
+    with _lock:
+        _kept.clear()
+        if _hook is not None:
+            _hook.remove()
+            _hook = None
 
 
 def keepable(weight: Tensor) -> bool:
@@ -63,6 +82,8 @@ def derived(weight: Tensor, kind: str, make: Callable[[Tensor], T], *, frozen: b
     place = (storage._cdata, weight.storage_offset(), weight.shape, weight.stride(), weight.dtype)
     stamp = (*place, weight._version, _edits, None if frozen else _steps)
     with _lock:
+        if not frozen:
+            _hook_optimizers()
         kinds = cast(dict[str, tuple[StorageWeakRef, object, Any]], _kept.setdefault(weight, {}))
         found = kinds.get(kind)
         if found is not None and found[1] == stamp and not found[0].expired():

@@ -15,8 +15,8 @@ largest activation, 24,066 in its twelfth layer, carries into 0.1 nats.)
 With dropout, x is thinned out before the adapters: one mask for a group, from a seed that is drawn of torch's default
 generator and kept in its place, so that the backward pass makes the mask again. (PEFT draws one for each layer.)
 
-An input that is cheap to make again is not kept: x.again = (function, tensors), where function(*tensors) is x, has the backward
-pass keep those tensors, which others keep anyway (gate and up for their product, the residual stream for its norm).
+An input that is cheap to compute again is not kept: x.recompute_fn = (function, tensors), where function(*tensors) is x, has
+the backward pass keep those tensors, which others keep anyway (gate and up for their product, the residual stream for its norm).
 
 `LoraGroup` puts this in the place of PEFT layers' own `forward`, and takes it away again; `why_not` says what it leaves to PEFT.
 """
@@ -52,7 +52,7 @@ class _Plan:
     dtype: torch.dtype
     dropout: float
     seed: int
-    again: Callable[..., Tensor] | None  # makes x of the last `sources` tensors
+    recompute_fn: Callable[..., Tensor] | None  # makes x of the last `sources` tensors
     sources: int
 
 
@@ -112,7 +112,7 @@ class _Group(torch.autograd.Function):
                     torch.addmm(bias.to(dtype), part, up, out=flat)
                 outputs.append(y)
         ctx.plan = plan
-        ctx.save_for_backward(inner, *([] if plan.again else [x]), *tensors)
+        ctx.save_for_backward(inner, *([] if plan.recompute_fn else [x]), *tensors)
         ctx.set_materialize_grads(False)
         return tuple(outputs)
 
@@ -121,7 +121,7 @@ class _Group(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         plan: _Plan = ctx.plan
         inner, *tensors = ctx.saved_tensors
-        x = plan.again(*tensors[len(tensors) - plan.sources :]) if plan.again else tensors.pop(0)
+        x = plan.recompute_fn(*tensors[len(tensors) - plan.sources :]) if plan.recompute_fn else tensors.pop(0)
         members, dtype = plan.members, plan.dtype
         layers = _split(tensors, members)
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
@@ -189,8 +189,9 @@ def lora_linears(x: Tensor, members: Sequence[Member], tensors: Sequence[Tensor]
     kind = x.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     seed = int(torch.randint(1 << 62, ())) if dropout else 0
-    again, sources = getattr(x, "again", (None, ()))
-    plan = _Plan(tuple(members), torch.get_autocast_dtype(kind) if on else x.dtype, dropout, seed, again, len(sources))
+    recompute_fn, sources = getattr(x, "recompute_fn", (None, ()))
+    dtype = torch.get_autocast_dtype(kind) if on else x.dtype
+    plan = _Plan(tuple(members), dtype, dropout, seed, recompute_fn, len(sources))
     outputs = _Group.apply(x, plan, *tensors, *(source.detach() for source in sources))
     frozen = [tensor.detach() for tensor in tensors]
     return cast(tuple[Tensor, ...], _Base.apply(x.detach(), plan, len(outputs), *outputs, *frozen))

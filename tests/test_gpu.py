@@ -126,7 +126,7 @@ def test_the_fast_step_on_the_card_is_the_plain_one(family: str) -> None:
     import transformers
     from peft import LoraConfig, get_peft_model
 
-    from finetune.train.fast import kernels, patching
+    from finetune.train.fast import patching
     from finetune.train.fast.chunked_loss import LMHead, fused_linear_cross_entropy, head_of
     from quant import linear_targets, register_peft, swap
 
@@ -155,14 +155,9 @@ def test_the_fast_step_on_the_card_is_the_plain_one(family: str) -> None:
         return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
     plain = gradients(None)
-    found = patching.find(model)
-    assert {r.of for r in found.patches} >= {"attention without padding", "groups of adapters", "norms", "gated activations"}
-    found.install()
-    try:
+    with patching.patched(model) as found:
+        assert {r.of for r in found.patches} >= {"attention without padding", "groups of adapters", "norms", "gated activations"}
         ours = gradients(head_of(model)[0])
-    finally:
-        found.remove()
-        kernels.switch(False)
     assert float((ours - plain).norm() / plain.norm()) < 0.05
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 ROUNDED = 1 << 22  # elements that are rounded at a time: a large embedding needs no second copy of itself for its noise
 
@@ -61,10 +62,16 @@ class LowMemory(torch.optim.Optimizer):
         super().__init__(groups, self.inner.defaults)
         self.state = self.inner.state
         self.in_backward = in_backward
+        self._hooks: list[RemovableHandle] = []
         self._norms: dict[torch.Tensor, torch.Tensor] = {}  # parameter → norm of its gradient, fp32 on its device
         self._closed = False
         if in_backward:
             self._hooks = [p.register_post_accumulate_grad_hook(self._in_backward) for p in self._shadow]
+
+    def remove_hooks(self) -> None:
+        """Leave the parameters as they were: a backward pass gives gradients, and updates nothing."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def _in_backward(self, parameter: torch.Tensor) -> None:
         if self._closed:

@@ -18,6 +18,8 @@ print(sorted(heavy & {name.partition(".")[0] for name in sys.modules}))
 from quant import swap, nf4, prove_used, SwapReport, NF4Linear
 print(callable(swap), callable(prove_used), nf4.__name__)
 from quant import register_peft, linear_targets, assert_wrapped
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
+assert not _global_optimizer_post_hooks and not _global_optimizer_pre_hooks
 print(sorted({"finetune", "eval", "trl"} & {name.partition(".")[0] for name in sys.modules}))
 """
 

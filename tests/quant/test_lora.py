@@ -136,7 +136,7 @@ def test_an_input_that_can_be_made_again_is_not_kept() -> None:
 
     plain = results(formula(2 * source, made), source, made)
     x = 2 * source
-    x.again = double, (source,)  # type: ignore[attr-defined]
+    x.recompute_fn = double, (source,)  # type: ignore[attr-defined]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         outputs = computed(x, made)
     assert x.data_ptr() not in kept

@@ -436,6 +436,27 @@ def test_kept_codes_die_with_their_weight() -> None:
     assert len(_kept) == before
 
 
+def test_the_hook_on_optimizers_comes_with_the_first_kept_codes_and_can_go() -> None:
+    from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
+
+    from quant.derived import unhook_optimizers
+
+    unhook_optimizers()
+    before = dict(hooks)
+    layer, x = BitLinear.from_linear(_linear()), torch.randn(2, 96)
+    assert dict(hooks) == before  # nothing is kept yet
+    first = layer(x).detach()
+    assert len(hooks) == len(before) + 1
+    unhook_optimizers()
+    assert dict(hooks) == before
+    assert layer.cached_bytes() == 0
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
+    layer(x).sum().backward()  # brings it back
+    optimizer.step()
+    assert len(hooks) == len(before) + 1
+    assert not torch.equal(layer(x), first)
+
+
 def test_edits_that_nobody_sees_are_for_the_caller_to_say() -> None:
     layer, x = BitLinear.from_linear(_linear()), torch.randn(2, 96)
     layer(x)

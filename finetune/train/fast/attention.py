@@ -399,3 +399,12 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed)
+
+
+def unregister(name: str = NAME) -> None:
+    """Take an implementation out of transformers' registers of attention and of masks again, which know no public way to."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+
+    AttentionInterface._global_mapping.pop(name, None)
+    AttentionMaskInterface._global_mapping.pop(name, None)

@@ -61,7 +61,7 @@ def as_norm(module: Any) -> Callable[..., Any] | None:
 
 def _norm(module: Any, norm: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> Tensor:
     y = norm(x, module.weight)
-    y.again = norm, (x, module.weight)  # type: ignore[attr-defined]
+    y.recompute_fn = norm, (x, module.weight)  # type: ignore[attr-defined]
     return y
 
 
@@ -85,7 +85,7 @@ def as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]]) 
 
     def gated(gate: Tensor, up: Tensor) -> Tensor:
         product = fuse(gate, up)
-        product.again = fuse, (gate, up)  # type: ignore[attr-defined]
+        product.recompute_fn = fuse, (gate, up)  # type: ignore[attr-defined]
         return getattr(module, norms[0])(product) if norms else product
 
     def apart(x: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _on = False
+_limit: int | None = None  # torch's own, while compilation is on
 
 # A graph more for each dtype, rank, need of gradients and autocast: Gemma 3 has norms of its heads beside those of hidden states.
 # At torch's own limit of 8 it would compute without compilation from there on, and log a line.
@@ -35,10 +36,13 @@ GRAPHS = 64
 
 def switch(on: bool) -> bool:
     """Compile from now on, in this process, or no longer; returns what it was before."""
-    global _on
+    global _on, _limit
     before, _on = _on, on
-    if on:
-        torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    config = torch._dynamo.config
+    if on and _limit is None:
+        _limit, config.recompile_limit = config.recompile_limit, max(GRAPHS, config.recompile_limit)
+    elif not on and _limit is not None:
+        config.recompile_limit, _limit = _limit, None
     return before
 
 

@@ -9,19 +9,21 @@ module is taken for an RMSNorm, or for a gated MLP, when its own output comes ou
 is compared, layer by layer and in fp32, with the model's own eager one on two samples in a row. What is not recognized computes
 as it did, and `skipped` says where and why. (The chunked loss, chunked_loss.py, is tried in the same way: `head_of`.)
 
-While `install`ed, replaced modules have an attribute `forward` of their own; weights, names and state are untouched, and
-`remove` leaves the model as it was. Calls with a cache or a mask, as in generation, get the model's own attention.
+While `install`ed, patched modules have an attribute `forward` of their own; weights, names and state are untouched. `remove`
+leaves the model and the process as they were, `with patched(model)` does both (what is changed: fast/__init__.py). Calls with a
+cache or a mask, as in generation, get the model's own attention.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -50,15 +52,68 @@ class Patch:
     remove: Callable[[], None]
 
 
-class FastStep:
-    """What of a model is computed fast. `skipped`: path → why not, of what is left as it was; `head`: for the loss in chunks."""
+class _Shared:
+    """Something of the process that several patched models need: done for the first of them, undone after the last.
 
-    def __init__(self, patches: list[Patch], skipped: dict[str, str], head: chunked_loss.LMHead | None = None) -> None:
-        self.patches, self.skipped, self.head = patches, skipped, head
+    do: does it, and returns what undoes it.
+    """
+
+    _all: ClassVar[dict[str, _Shared]] = {}
+
+    def __init__(self, do: Callable[[], Callable[[], object]]) -> None:
+        self._do, self._users = do, 0
+
+    @classmethod
+    def named(cls, name: str, do: Callable[[], Callable[[], object]]) -> _Shared:
+        """The one of that name; `do` is of the first who asks."""
+        return cls._all.setdefault(name, cls(do))
+
+    def acquire(self) -> None:
+        if not self._users:
+            self._undo = self._do()
+        self._users += 1
+
+    def release(self) -> None:
+        self._users -= 1
+        if not self._users:
+            self._undo()
+
+
+def _compile() -> Callable[[], object]:
+    before = kernels.switch(True)
+    return lambda: kernels.switch(before)
+
+
+def _register_attention() -> Callable[[], object]:
+    attention.register()
+    return attention.unregister
+
+
+_COMPILATION = _Shared.named("compilation", _compile)
+_ATTENTION = _Shared.named("attention", _register_attention)
+
+
+class FastStep:
+    """Which modules of a model are patched, and why others are not.
+
+    skipped: path → why. head: for the loss in chunks. compiled: kernels are, while it is installed.
+    """
+
+    def __init__(
+        self,
+        patches: list[Patch],
+        skipped: dict[str, str],
+        head: chunked_loss.LMHead | None = None,
+        *,
+        compiled: bool = False,
+    ) -> None:
+        self.patches, self.skipped, self.head, self.compiled = patches, skipped, head, compiled
         self.installed = False
 
     def install(self) -> None:
         if not self.installed:
+            if self.compiled:
+                _COMPILATION.acquire()
             for patch in self.patches:
                 patch.install()
             self.installed = True
@@ -67,6 +122,8 @@ class FastStep:
         if self.installed:
             for patch in reversed(self.patches):
                 patch.remove()
+            if self.compiled:
+                _COMPILATION.release()
             self.installed = False
 
     @contextmanager
@@ -137,7 +194,6 @@ def find(
     decoder = getattr(base, "base_model", None)
     if decoder is None or decoder is base or not hasattr(base, "config"):
         return FastStep([], {"": f"{type(base).__name__} is not a causal language model of transformers"})
-    kernels.switch(not_compiled is None)
     seen = _watch(base, decoder)
     if attention:
         _attention(base, decoder, seen, patches, skipped)
@@ -148,7 +204,18 @@ def find(
             _blocks(base, seen, patches, skipped)
         else:
             skipped["norms, rotary positions and gated activations"] = not_compiled
-    return FastStep(patches, skipped)
+    return FastStep(patches, skipped, compiled=not_compiled is None)
+
+
+@contextmanager
+def patched(model: nn.Module, **options: Any) -> Iterator[FastStep]:
+    """Within it what `find` finds is installed; after it the model and the process are as before. options: those of `find`."""
+    found = find(model, **options)
+    found.install()
+    try:
+        yield found
+    finally:
+        found.remove()
 
 
 # ------------------------------------------------------------------------------------------------------------ watching a pass
@@ -220,7 +287,7 @@ def _watch(base: Any, decoder: Any) -> _Seen:
         for hook in hooks:
             hook.remove()
         attention.set_segments(None)
-        AttentionInterface.register(TRIAL, attention.packed)  # it knows ours by its closure, and would keep the model alive
+        attention.unregister(TRIAL)
     return seen
 
 
@@ -253,7 +320,6 @@ def _attention(base: Any, decoder: Any, seen: _Seen, patches: list[Patch], skipp
         skipped[paths[module]] = f"{type(module).__name__}: {why}"
     if wrong:
         return  # one name serves the whole model
-    attention.register()
     configs = _configs(base)
     names = [config._attn_implementation for config in configs]
     hooks: list[Any] = []
@@ -269,10 +335,12 @@ def _attention(base: Any, decoder: Any, seen: _Seen, patches: list[Patch], skipp
             attention.set_segments(attention.segments_of(kwargs.get("position_ids"), shape, device))
 
     def install() -> None:
+        _ATTENTION.acquire()
         hooks.append(decoder.register_forward_pre_hook(before, with_kwargs=True))
 
     def remove() -> None:
         hooks.pop().remove()
+        _ATTENTION.release()
         attention.set_segments(None)
         for config, name in zip(configs, names, strict=True):
             config._attn_implementation = name
@@ -353,15 +421,16 @@ def _forward(of: str, module: Any, forward: Callable[..., Any]) -> Patch:
     return Patch(of, install, remove)
 
 
+_compiled_once = functools.cache(kernels.compiled)  # installed again, it finds its machine code again
+
+
 def _rotary(source: Any) -> Patch:
-    """The function that turns q and k by their positions, as the model's file has it, compiled."""
-    own = source.apply_rotary_pos_emb
-    fast = kernels.compiled(own)
+    """The function that turns q and k by their positions, which all models of one file of transformers share, compiled."""
 
-    def install() -> None:
-        source.apply_rotary_pos_emb = fast
+    def replace() -> Callable[[], object]:
+        own = source.apply_rotary_pos_emb
+        source.apply_rotary_pos_emb = _compiled_once(own)
+        return lambda: setattr(source, "apply_rotary_pos_emb", own)
 
-    def remove() -> None:
-        source.apply_rotary_pos_emb = own
-
-    return Patch("rotary positions", install, remove)
+    shared = _Shared.named(f"rotary positions of {source.__name__}", replace)
+    return Patch("rotary positions", shared.acquire, shared.release)

@@ -85,10 +85,10 @@ def quickened(model: Any, wanted: bool) -> LMHead | None:
     if not wanted:
         return None
     found = patching.find(model)
-    kernels.switch(False)  # what would be compiled computes as it is written
     count = Counter(patch.of for patch in found.patches)
     assert (count["attention without padding"], count["norms"], count["gated activations"]) == (1, 5, 2), found.skipped
     found.install()
+    kernels.switch(False)  # what would be compiled computes as it is written
     head, why = head_of(model)
     assert head is not None, why
     return head

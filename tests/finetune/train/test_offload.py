@@ -174,18 +174,13 @@ def test_without_checkpointing_a_backward_pass_is_an_error_and_no_other_gradient
 
 
 def test_the_fast_step_is_found_and_computes_the_same() -> None:
-    from finetune.train.fast import kernels, patching
+    from finetune.train.fast import patching
 
     def stepped(move: Any) -> tuple[list[str], list[Tensor]]:
         model = prepared(llama(layers=3), move)
-        before = kernels.switched_on()
-        try:
-            words = patching.find(model).in_words()  # tries norms and MLPs out, one by one
-            found = patching.find(model, not_compiled="not here")
-            found.install()
+        words = patching.find(model).in_words()  # tries norms and MLPs out, one by one
+        with patching.patched(model, not_compiled="not here"):
             return words, trained(model)
-        finally:
-            kernels.switch(before)
 
     expected = stepped(None)
     found = stepped(lambda model: Fetched(model, CPU, None))

@@ -248,6 +248,15 @@ def test_a_second_backward_pass_before_the_step_is_refused() -> None:
         loss_of(model, 2).backward()
 
 
+def test_without_its_hooks_the_parameters_are_as_they_were() -> None:
+    model = Net()
+    before = Net()
+    make(model, in_backward=True).remove_hooks()
+    loss_of(model, 1).backward()
+    assert same(model, before)
+    assert model.large.weight.grad is not None
+
+
 def test_a_shared_weight_is_stepped_once_with_its_whole_gradient() -> None:
     ends = []
     for inside in (False, True):

@@ -50,7 +50,6 @@ def _as_it_was() -> Iterator[None]:
     """Where torch.compile would give up on a function that it has compiled too often, and compute without, a test fails."""
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
-    kernels.switch(False)
 
 
 def made(family: str, *, dtype: torch.dtype = torch.float32, scheme: str | None = "nf4", **lora: Any) -> Any:
@@ -137,6 +136,7 @@ def test_each_part_alone_is_the_plain_step(part: str) -> None:
     assert bool(found.patches) == (part != "loss")
     found.install()
     assert apart(gradients(model, head_of(model)[0] if part == "loss" else None), plain) < 2e-5
+    found.remove()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
@@ -148,8 +148,8 @@ def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_step(family: str) -> 
     exact = gradients(made(family, dtype=torch.bfloat16).float())
     model = made(family, dtype=torch.bfloat16)
     plain = gradients(model)
-    patching.find(model).install()
-    ours = gradients(model, head_of(model)[0])
+    with patching.patched(model):
+        ours = gradients(model, head_of(model)[0])
 
     def error(found: dict[str, Tensor]) -> float:
         return sum(float((found[n].float() - exact[n].float()).norm() / exact[n].float().norm()) for n in exact) / len(exact)
@@ -160,13 +160,13 @@ def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_step(family: str) -> 
 def test_other_lengths_are_not_compiled_anew() -> None:
     model = made("llama")
     plain = {lengths: gradients(model, lengths=lengths) for lengths in ((13, 1, 22, 7), (9,), (5, 40), (64, 2, 2))}
-    patching.find(model).install()
     head = head_of(model)[0]
     torch._dynamo.utils.counters.clear()
-    for number, (lengths, theirs) in enumerate(plain.items()):
-        assert apart(gradients(model, head, lengths), theirs) < 2e-5
-        if number == 1:
-            compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    with patching.patched(model):
+        for number, (lengths, theirs) in enumerate(plain.items()):
+            assert apart(gradients(model, head, lengths), theirs) < 2e-5
+            if number == 1:
+                compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
     assert not torch._dynamo.utils.counters["recompile_limit"]
 
@@ -176,10 +176,9 @@ def test_other_bases_than_nf4(scheme: str | None, bound: float) -> None:
     """ternary: an activation that comes out otherwise in its last place can be rounded to another of its 256 steps."""
     model = made("llama", scheme=scheme)
     plain = gradients(model)
-    found = patching.find(model, attention=False, blocks=False)
-    found.install()
-    assert counted(found) == {"groups of adapters": 8}
-    assert apart(gradients(model), plain) < bound
+    with patching.patched(model, attention=False, blocks=False) as found:
+        assert counted(found) == {"groups of adapters": 8}
+        assert apart(gradients(model), plain) < bound
 
 
 def test_dora_is_left_to_peft_with_a_word() -> None:
@@ -193,20 +192,21 @@ def test_dora_is_left_to_peft_with_a_word() -> None:
     assert any(line.startswith("fast: attention without padding, 2 gated activations, 5 norms, rot") for line in found.in_words())
     found.install()
     assert apart(gradients(model), plain) < 2e-5
+    found.remove()
 
 
 def test_rslora_and_checkpointing() -> None:
     model = made("llama", use_rslora=True)
     plain = gradients(model)
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    patching.find(model).install()
     head = head_of(model)[0]
-    assert apart(gradients(model, head), plain) < 2e-5
-    with torch.autograd.graph.save_on_cpu():  # train.checkpointing: offload
-        assert apart(gradients(model, head), plain) < 2e-5
     kept: list[torch.Size] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
-        gradients(model, head)
+    with patching.patched(model):
+        assert apart(gradients(model, head), plain) < 2e-5
+        with torch.autograd.graph.save_on_cpu():  # train.checkpointing: offload
+            assert apart(gradients(model, head), plain) < 2e-5
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+            gradients(model, head)
     assert kept[:2] == [(1, sum(LENGTHS), 64)] * 2  # what offload takes along: the input of each of the two layers
 
 
@@ -238,6 +238,7 @@ def test_a_block_that_is_not_known_is_named_and_computes_as_it_did() -> None:
     assert counted(found) | {"norms": 4, "gated activations": 1} == counted(found)
     found.install()
     assert apart(gradients(model), plain) < 2e-5
+    found.remove()
 
 
 def test_a_model_that_fails_when_it_is_tried_is_left_alone() -> None:
@@ -265,6 +266,7 @@ def test_an_adapter_that_is_called_twice_stays_pefts() -> None:
     assert found.skipped["model.layers.0.mlp.gate_proj"] == "adapter: it is not called once in a pass"
     found.install()
     assert apart(gradients(model), plain) < 2e-5
+    found.remove()
 
 
 def test_attention_of_its_own_stays_its_own() -> None:
@@ -303,6 +305,69 @@ def test_losses_of_an_evaluation() -> None:
     generator = torch.Generator().manual_seed(2)
     rows = [(row := torch.randint(3, 128, (n,), generator=generator).tolist(), [-100, *row[1:]]) for n in (9, 30, 4, 17)]
     plain = evaluate_loss(model, rows, batch_tokens=40)
-    patching.find(model).install()
-    ours = evaluate_loss(model, rows, batch_tokens=40, of_tokens=evaluator(head_of(model)[0], 7))  # type: ignore[arg-type]
+    with patching.patched(model):
+        ours = evaluate_loss(model, rows, batch_tokens=40, of_tokens=evaluator(head_of(model)[0], 7))  # type: ignore[arg-type]
     assert ours.row_loss_sums == pytest.approx(plain.row_loss_sums, rel=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------- nothing is left behind
+
+
+def of_the_process() -> dict[str, Any]:
+    """What patches change outside of a model."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface
+    from transformers.models.llama import modeling_llama
+
+    return {
+        "rotary": modeling_llama.apply_rotary_pos_emb,
+        "attention": dict(AttentionInterface._global_mapping),
+        "masks": dict(AttentionMaskInterface._global_mapping),
+        "limit": torch._dynamo.config.recompile_limit,
+        "compiling": kernels.switched_on(),
+    }
+
+
+def of_the_model(model: Any) -> dict[str, Any]:
+    modules = list(model.modules())
+    return {
+        "forward": [vars(module).get("forward") for module in modules],
+        "hooks": [dict(hooks) for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)],
+        "configs": [module.config._attn_implementation for module in modules if hasattr(module, "config")],
+    }
+
+
+def test_a_patched_model_leaves_itself_and_the_process_as_they_were() -> None:
+    """The same objects, not only the same results."""
+    model, before = made("llama"), of_the_process()
+    own = of_the_model(model)
+    with patching.patched(model):
+        gradients(model, head_of(model)[0])
+        within = of_the_process()
+        assert all(within[key] != before[key] for key in ("rotary", "attention", "limit", "compiling"))
+        assert of_the_model(model) != own
+    assert of_the_process() == before
+    assert of_the_process()["rotary"] is before["rotary"]
+    assert of_the_model(model) == own
+    patching.find(model)  # trying out leaves nothing behind either
+    assert (of_the_process(), of_the_model(model)) == (before, own)
+    with pytest.raises(RuntimeError, match="in the middle"), patching.patched(model):
+        raise RuntimeError("in the middle")
+    assert (of_the_process(), of_the_model(model)) == (before, own)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_two_patched_models_in_any_order(first: int) -> None:
+    """What they share of the process goes with the last of them."""
+    models, before = [made("llama"), made("llama")], of_the_process()
+    plain = gradients(models[0])
+    found = [patching.find(models[0])]
+    found[0].install()
+    found.append(patching.find(models[1]))  # while the other is patched
+    found[1].install()
+    found[first].remove()
+    assert of_the_process()["rotary"] is not before["rotary"]
+    assert apart(gradients(models[1 - first]), plain) < 2e-5
+    found[1 - first].remove()
+    assert of_the_process() == before
+    assert apart(gradients(models[0]), plain) == 0
