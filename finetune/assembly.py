@@ -66,9 +66,7 @@ def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> 
         Mistake: it cannot be read, fits no format, or the template refuses it.
     """
     shown = None if progress is None else lambda done, total: progress(done, total, "rows")
-    return gather(
-        recipe, inputs.tokenizer, inputs.stop_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown
-    )
+    return gather(recipe, inputs.tokenizer, inputs.stop_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown)
 
 
 def architecture(recipe: Recipe, inputs: Inputs) -> tuple[ArchitectureInfo, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import typer
 
@@ -26,11 +27,22 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (run, resume, check, plan, recipes, schema, show, merge, export):
-    app.command()(command)
-app.command("eval")(evaluate)
-for command in (chat, bench):
-    app.command()(command)
+COMMANDS: dict[str, Callable[..., None]] = {
+    "run": run,
+    "resume": resume,
+    "check": check,
+    "plan": plan,
+    "recipes": recipes,
+    "schema": schema,
+    "show": show,
+    "merge": merge,
+    "export": export,
+    "eval": evaluate,
+    "chat": chat,
+    "bench": bench,
+}
+for name, command in COMMANDS.items():
+    app.command(name)(command)
 
 
 def _mistake_in(error: Exception) -> Mistake | None:

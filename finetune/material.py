@@ -56,8 +56,9 @@ def data_record(record: Record) -> ConversationsRecord | TextRecord | None:
     """
     if record.data is None:
         return None
-    kind = TextRecord if record.kind == "pretrain" else ConversationsRecord
-    return part_as(kind, record.data, "data")
+    if record.kind == "pretrain":
+        return part_as(TextRecord, record.data, "data")
+    return part_as(ConversationsRecord, record.data, "data")
 
 
 class Material(Protocol):

@@ -13,15 +13,31 @@ from finetune.files import require_space
 from finetune.libraries import quiet_libraries
 from finetune.processes import is_first, world
 from finetune.recipe import Recipe
-from finetune.record import Record
 from finetune.run_dir import RunDir, absolute, bytes_to_write
 from finetune.screen import Screen
-from finetune.stages.context import RunContext, agreed_dir, next_commands, print_summary, recipe_threads, signals_as_ctrl_c
+from finetune.stages.context import (
+    Done,
+    RunContext,
+    agreed_dir,
+    next_commands,
+    print_summary,
+    recipe_threads,
+    release,
+    signals_as_ctrl_c,
+)
 from finetune.stages.failure import on_failure
 
 
-def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False, screen: Screen | None = None) -> Record:
-    """Execute a recipe; returns its record (run.json). `name` is what the run is called (the recipe's file name).
+def run(
+    recipe: Recipe,
+    name: str,
+    *,
+    resume: bool = False,
+    force: bool = False,
+    screen: Screen | None = None,
+    command: str = "finetune run",
+) -> Done:
+    """Execute a recipe. `name` is what the run is called (the recipe's file name), `command` what was typed, for its record.
 
     Raises:
         Mistake: the user's; nothing was written. GateStop: a gate refused (`force` overrides those before anything is loaded:
@@ -29,11 +45,11 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
     """
     screen, recipe = screen or Screen(), absolute(recipe)
     run_dir = RunDir(agreed_dir(recipe, name, resume))
-    main = RunContext.begin(name, recipe, run_dir, screen, resume=resume, force=force)
+    main = RunContext.begin(name, recipe, run_dir, screen, command, resume=resume, force=force)
     stages = [main]
     if not main.is_done():
         with contextlib.ExitStack() as stack:
-            stack.callback(lambda: [stage.run_dir.release() for stage in stages])
+            stack.callback(release, stages)
             try:
                 for setting in (quiet_libraries(screen), recipe_threads(recipe), signals_as_ctrl_c()):
                     stack.enter_context(setting)
@@ -51,7 +67,7 @@ def run(recipe: Recipe, name: str, *, resume: bool = False, force: bool = False,
                 raise told from None
     print_summary(main)
     assert main.record is not None
-    return main.record
+    return Done(main.path, main.record)
 
 
 def execute(run: RunContext) -> None:

@@ -93,7 +93,7 @@ def test_a_ternary_model_from_scratch_with_its_twin(tmp_path: Path, monkeypatch:
         "data.heldout=8",
         "run.device=cuda",
     ]
-    record = run(read_recipe(tiny, words), "ternary").as_dict()
+    record = run(read_recipe(tiny, words), "ternary").record.as_dict()
     assert record["eval"]["after"]["loss"] < record["eval"]["before"]["loss"] - 1
     assert {export["gate"]["status"] for export in record["exports"].values()} == {"pass"}
 
@@ -113,7 +113,7 @@ def test_1_9_billion_parameters_step_within_12_gigabytes(tmp_path: Path, monkeyp
         "train.max_steps=3", "train.micro_batch=1", "data.heldout=2", "eval.samples=0", "eval.prompts=[]",
     ]  # fmt: skip
     try:
-        record = run(read_recipe(d32, words), "d32").as_dict()
+        record = run(read_recipe(d32, words), "d32").record.as_dict()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert record["model"]["parameters"] > 1.8e9
@@ -174,5 +174,5 @@ def test_checkpoints_that_wait_in_cpu_memory(tmp_path: Path, tiny_model: Path, m
             "data": {"path": str(rows), "max_length": 256, "heldout": 6}, "eval": {"samples": 0},
             "train": {"max_steps": 3, "checkpointing": kind}, "run": {"device": "cuda", "dir": f"run-{kind}", "merge": False},
         }  # fmt: skip
-        losses[kind] = run(Recipe.model_validate(said), "offload").as_dict()["eval"]["after"]["loss"]
+        losses[kind] = run(Recipe.model_validate(said), "offload").record.as_dict()["eval"]["after"]["loss"]
     assert losses["offload"] == pytest.approx(losses[True], abs=5e-3)

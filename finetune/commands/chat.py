@@ -66,7 +66,7 @@ def _answer(loaded: LoadedModel, history: list[dict[str, str]], line: str, sampl
         print(f"[{loaded.what}] ", end="", flush=True)
     answer = ""
     prompt = history if loaded.tokenizer.chat_template else line  # a model of plain text goes on with the line
-    pieces = stream(loaded.model, loaded.tokenizer, prompt, **sampling)
+    pieces: Any = stream(loaded.model, loaded.tokenizer, prompt, **sampling)
     try:
         for piece in pieces:
             answer += piece

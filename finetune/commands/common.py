@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -66,6 +67,11 @@ def dtype_name(name: str) -> str:
     if known not in ("auto", "bf16", "fp16", "fp32"):
         raise Mistake("unknown dtype", where="--dtype", found=name, do="auto, bf16, fp16 or fp32")
     return str(known)
+
+
+def typed() -> str:
+    """The command line of this process."""
+    return shlex.join(["finetune", *sys.argv[1:]])
 
 
 def spawned(count: int, arguments: list[str]) -> None:

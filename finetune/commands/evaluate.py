@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from finetune.commands.common import Dtype, dtype_name, open_model, rows_of_run
+from finetune.commands.common import Dtype, dtype_name, open_model, rows_of_run, typed
 from finetune.errors import Mistake
 
 if TYPE_CHECKING:
@@ -89,7 +88,7 @@ def evaluate_models(
         for name in names:
             loaded = open_model(name, dtype, screen)
             device = next(loaded.model.parameters()).device
-            found = provenance.collect(device, 0, " ".join(sys.argv)) | {"dtype": str(loaded.model.dtype)}
+            found = provenance.collect(device, 0, typed()) | {"dtype": str(loaded.model.dtype)}
             scores = results[name] = Scores(found)
             if file is not None or not tasks:
                 if file is None and loaded.recipe is None:
@@ -102,9 +101,7 @@ def evaluate_models(
                 scores.loss, scores.on = _loss(loaded, file, limit, screen)
             if tasks:
                 folder = str(include_path) if include_path else None
-                scores.tasks = score_tasks(
-                    loaded.model, loaded.tokenizer, tasks, screen, include_path=folder, limit=limit
-                )
+                scores.tasks = score_tasks(loaded.model, loaded.tokenizer, tasks, screen, include_path=folder, limit=limit)
             del loaded
     return results
 

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from finetune.commands.common import Overrides, checked_recipe
 from finetune.errors import Mistake
+
+if TYPE_CHECKING:
+    from finetune.planning.result import Plan
+
+
+def plan_of(name: str, overrides: list[str], *, gpu: str | None, memory: str | None) -> Plan:
+    """The plan of a recipe. gpu: else its own, or the device that is here. memory: such as 12GB, else its own, or all.
+
+    Raises:
+        Mistake: of the recipe, or no such device. Untraceable: the model's step cannot be planned.
+    """
+    from finetune.libraries import quiet_libraries
+    from finetune.planning.command import budget_of, device_for
+    from finetune.planning.estimate import plan as estimate
+
+    path, recipe = checked_recipe(name, overrides)
+    with quiet_libraries():
+        device = device_for(recipe, gpu)
+        return estimate(recipe, path.stem, device, budget_bytes=budget_of(recipe, memory, device))
 
 
 def plan(
@@ -42,6 +61,4 @@ def plan(
             plan_table([checked] if checked is not None else all_recipes(), gpu=gpu, as_json=as_json, screen=screen)
         elif checked is not None:
             path, resolved = checked
-            plan_recipe(
-                resolved, path, overrides or [], gpu=gpu, budget=budget, as_json=as_json, out=out, screen=screen
-            )
+            plan_recipe(resolved, path, overrides or [], gpu=gpu, budget=budget, as_json=as_json, out=out, screen=screen)

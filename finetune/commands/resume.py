@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.commands.common import Force, Processes, RunFolder, leave_processes, spawned
+from finetune.commands.common import Force, Processes, RunFolder, leave_processes, spawned, typed
 
 
 def resume(run: RunFolder, force: Force = False, processes: Processes = 1) -> None:
@@ -16,5 +16,5 @@ def resume(run: RunFolder, force: Force = False, processes: Processes = 1) -> No
         spawned(processes, ["resume", str(run), *["--force"] * force])
     from finetune import pipeline
 
-    pipeline.run(resolved, name, resume=True, force=force)
+    pipeline.run(resolved, name, resume=True, force=force, command=typed())
     leave_processes()

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from finetune.commands.common import Force, Overrides, Processes, RecipeName, checked_recipe, leave_processes, spawned
+from finetune.commands.common import Force, Overrides, Processes, RecipeName, checked_recipe, leave_processes, spawned, typed
 
 
 def run(
@@ -22,5 +22,5 @@ def run(
         spawned(processes, ["run", recipe, *(overrides or []), *["--resume"] * resume, *["--force"] * force])
     from finetune import pipeline
 
-    pipeline.run(resolved, path.stem, resume=resume, force=force)
+    pipeline.run(resolved, path.stem, resume=resume, force=force, command=typed())
     leave_processes()

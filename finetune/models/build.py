@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,9 +38,13 @@ Phases = Callable[[str], AbstractContextManager[Shown]]
 
 
 @contextmanager
-def silently(name: str) -> Any:
+def silently(name: str) -> Iterator[Shown]:
     """Phases of who has no screen."""
-    yield lambda done, total, note="": None
+
+    def shown(done: int, total: int, note: str = "") -> None:
+        return None
+
+    yield shown
 
 
 @dataclass

@@ -14,7 +14,7 @@ from finetune.data.samples import set_template
 from finetune.errors import Mistake
 from finetune.files import MARK
 from finetune.memory import free_bytes
-from finetune.models.build import BuiltModel, build_model
+from finetune.models.build import BuiltModel, build_model, silently
 from finetune.models.config import load_config, load_tokenizer, recipe_tokenizer
 from finetune.models.device import pick_device
 from finetune.models.precision import DTYPES, default_dtype
@@ -119,7 +119,8 @@ class _OfRun:
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[Shown]:
-        yield self.progress if self.progress is not None and name == "weights" else lambda done, total, note="": None
+        with silently(name) as quiet:
+            yield self.progress if self.progress is not None and name == "weights" else quiet
 
 
 def _load_run(run: _OfRun, merged: bool) -> LoadedModel:

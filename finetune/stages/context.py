@@ -5,15 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shlex
 import signal
-import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.files import write_atomic
 from finetune.processes import is_first, world
@@ -39,6 +37,7 @@ class RunContext:
     recipe: Recipe
     run_dir: RunDir
     screen: Screen
+    command: str
     resume: bool
     force: bool
     fresh: bool
@@ -51,13 +50,15 @@ class RunContext:
         return self.run_dir.path
 
     @classmethod
-    def begin(cls, name: str, recipe: Recipe, run_dir: RunDir, screen: Screen, *, resume: bool, force: bool) -> RunContext:
-        """The context of a run that begins or goes on.
+    def begin(
+        cls, name: str, recipe: Recipe, run_dir: RunDir, screen: Screen, command: str, *, resume: bool, force: bool
+    ) -> RunContext:
+        """The context of a run that begins or goes on. command: what was typed.
 
         Raises:
             Mistake: it is to go on, and cannot.
         """
-        context = cls(name, recipe, run_dir, screen, resume, force, fresh=not run_dir.path.exists())
+        context = cls(name, recipe, run_dir, screen, command, resume, force, fresh=not run_dir.path.exists())
         if resume:
             context.recipe = as_it_was_fitted(recipe, run_dir.read()) if run_dir.exists else recipe
             check_resumable(run_dir, context.recipe)
@@ -91,7 +92,7 @@ class RunContext:
             same_data(record, checked.data.digest, run_dir.path)  # before the record is ours: a refusal leaves it as it was
             record.state, record.error = "running", None
         else:
-            collected = provenance.collect(checked.device, recipe.run.seed, shlex.join(["finetune", *sys.argv[1:]]))
+            collected = provenance.collect(checked.device, recipe.run.seed, self.command)
             record = Record(
                 version=Record.model_fields["version"].default,
                 name=self.name,
@@ -136,6 +137,19 @@ class RunContext:
             resumed.processes = world()
         self.record.provenance.resumed.append(resumed)
         self.save()
+
+
+class Done(NamedTuple):
+    """A run that has ended well: its folder and its run.json."""
+
+    path: Path
+    record: Record
+
+
+def release(stages: Iterable[RunContext]) -> None:
+    """Give run folders up."""
+    for stage in stages:
+        stage.run_dir.release()
 
 
 def now() -> str:

@@ -75,7 +75,8 @@ def measure(when: When, run: RunContext, checked: Checked, model: Any, patches: 
 def saved_result(run_dir: RunDir, when: When) -> LossResult:
     """What `measure` has written."""
     saved = json.loads((run_dir.path / "eval" / f"{when}.json").read_text(encoding="utf-8"))
-    return LossResult(**{key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()})
+    values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
+    return LossResult(**values)
 
 
 def difference(run_dir: RunDir) -> tuple[float | None, float | None]:

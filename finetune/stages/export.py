@@ -35,7 +35,7 @@ def export_all(run: RunContext, checked: Checked, built: BuiltModel, model: Any)
     if recipe.quant.scheme != "ternary":  # the trained model was merged away: what was written, and gated, is it
         merged = find_model(str(run_dir / "merged"))
         model = load_weights(merged, load_config(merged), dtype=built.dtype, attention="auto")
-    records = {}
+    records: dict[str, ExportRecord] = {}
     for wanted in recipe.export.formats:
         suffix = FORMATS[wanted].suffix
         file = f"{run.name}-{wanted.removeprefix('gguf-').upper()}{suffix}" if suffix else wanted

@@ -118,9 +118,7 @@ def merge(
     if not rows:
         with screen.phase("save model"), atomic_folder(out) as temporary:
             merging.write_folder(merging.into_float(model, dtype), tokenizer, temporary)
-        screen.warn(
-            "the merged model was not compared with the trained one: there are no held-out rows, or eval.merge_rows is 0"
-        )
+        screen.warn("the merged model was not compared with the trained one: there are no held-out rows, or eval.merge_rows is 0")
         return MergeRecord(path=out.name, gate=None)
     with screen.phase(name) as progress:
         figures = merging.write_gated(

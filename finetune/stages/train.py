@@ -162,7 +162,7 @@ def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: Fast
             recipe, setup.model, rows, patches, lambda done, of: shown(step, total, f"evaluating {done}/{of} held-out rows")
         )
         measured = {"eval_loss": result.loss, "eval_stderr": result.stderr, "eval_perplexity": result.perplexity}
-        return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.blend_of(step)) < 1 else {})
+        return measured | ({"eval_blend": λ} if watch is not None and (λ := watch.schedule.blend(step)) < 1 else {})
 
     screen.say(f"  {total} steps ({setup.limit})")
     with screen.phase("train") as shown:
@@ -193,9 +193,7 @@ def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: Fast
     return Trained(trained, TernaryRecord.model_validate(watch.summary()) if watch is not None else None)
 
 
-def _take_best(
-    best: Best, last: int, model: Any, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]
-) -> None:
+def _take_best(best: Best, last: int, model: Any, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
     """The weights with the lowest held-out loss, from their checkpoint."""
     path = run_dir / "checkpoints" / f"{checkpoint.PREFIX}{best.step:06d}"
     if best.step != last and (wrong := checkpoint.damage(path)) is not None:

@@ -36,7 +36,9 @@ def begin(run: RunContext) -> RunContext:
     run_dir = RunDir(run.path / FOLDER)
     force = run.force or (run.checked is not None and run.checked.forced is not None)
     screen = Screen(run.screen.console)
-    return RunContext.begin(f"{run.name}-twin", absolute(recipe), run_dir, screen, resume=run_dir.exists, force=force)
+    return RunContext.begin(
+        f"{run.name}-twin", absolute(recipe), run_dir, screen, run.command, resume=run_dir.exists, force=force
+    )
 
 
 def twin_recipe(recipe: Recipe, name: str, run_dir: RunDir, record: Record) -> Recipe:
