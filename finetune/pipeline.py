@@ -15,16 +15,7 @@ from finetune.processes import is_first, world
 from finetune.recipe import Recipe
 from finetune.run_dir import RunDir, absolute, bytes_to_write
 from finetune.screen import Screen
-from finetune.stages.context import (
-    Done,
-    RunContext,
-    agreed_dir,
-    next_commands,
-    print_summary,
-    recipe_threads,
-    release,
-    signals_as_ctrl_c,
-)
+from finetune.stages.context import Done, RunContext, agreed_dir, recipe_threads, release, signals_as_ctrl_c
 from finetune.stages.failure import on_failure
 
 
@@ -59,13 +50,13 @@ def run(
                     if not stage.is_done():
                         execute(stage)
                         conclude(stage)
-                    print_summary(stage)
+                    stage.print_summary()
                 conclude(main, *stages[1:])
             except BaseException as error:
                 if (told := on_failure(stages, error)) is error:
                     raise
                 raise told from None
-    print_summary(main)
+    main.print_summary()
     assert main.record is not None
     return Done(main.path, main.record)
 
@@ -149,7 +140,7 @@ def conclude(run: RunContext, *within: RunContext) -> None:
         return
     for other in within:
         record.twin = twin.compare(run, other)
-    record.state, record.next = "done", next_commands(run.recipe, run.path)
+    record.state, record.next = "done", run.next_commands()
     with run.screen.phase("report"):
         run.save(finished=True)
         write_report(run.path)

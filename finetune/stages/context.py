@@ -138,6 +138,30 @@ class RunContext:
         self.record.provenance.resumed.append(resumed)
         self.save()
 
+    def print_summary(self) -> None:
+        """The result, and what to type next. Of several processes the first one knows."""
+        record, screen, run_dir = self.record, self.screen, self.path
+        if record is None or not self.run_dir.writes:
+            return
+        before, after = record.eval.before, record.eval.after
+        if before is not None and after is not None and record.eval.difference is not None:
+            screen.say(
+                f"\nheld-out loss {number(before.loss, 3)} → {number(after.loss, 3)} nats ({record.eval.difference:+.3f} ± "
+                f"{number(record.eval.difference_stderr, 3)}), perplexity {number(before.perplexity, 2)} → "
+                f"{number(after.perplexity, 2)}; {clock(record.provenance.seconds)} in all"
+            )
+        screen.say(f"\nreport   {run_dir / 'report.html'}")
+        for line in record.next or []:
+            screen.say(f"next     {line}")
+
+    def next_commands(self) -> list[str]:
+        """What to type after a run that went well."""
+        recipe, run_dir = self.recipe, self.path
+        commands = [f"finetune chat {run_dir}{f' {run_dir}/twin' if recipe.twin else ''}", f"finetune show {run_dir}"]
+        if recipe.mergeable and not recipe.run.merge:
+            commands.append(f"finetune merge {run_dir} --out {run_dir}/merged")
+        return commands
+
 
 class Done(NamedTuple):
     """A run that has ended well: its folder and its run.json."""
@@ -193,28 +217,3 @@ def signals_as_ctrl_c() -> Iterator[None]:
     finally:
         for which, old in before.items():
             signal.signal(which, old)
-
-
-def print_summary(run: RunContext) -> None:
-    """The result, and what to type next. Of several processes the first one knows."""
-    record, screen, run_dir = run.record, run.screen, run.path
-    if record is None or not run.run_dir.writes:
-        return
-    before, after = record.eval.before, record.eval.after
-    if before is not None and after is not None and record.eval.difference is not None:
-        screen.say(
-            f"\nheld-out loss {number(before.loss, 3)} → {number(after.loss, 3)} nats ({record.eval.difference:+.3f} ± "
-            f"{number(record.eval.difference_stderr, 3)}), perplexity {number(before.perplexity, 2)} → "
-            f"{number(after.perplexity, 2)}; {clock(record.provenance.seconds)} in all"
-        )
-    screen.say(f"\nreport   {run_dir / 'report.html'}")
-    for line in record.next or []:
-        screen.say(f"next     {line}")
-
-
-def next_commands(recipe: Recipe, run_dir: Path) -> list[str]:
-    """What to type after a run that went well."""
-    commands = [f"finetune chat {run_dir}{f' {run_dir}/twin' if recipe.twin else ''}", f"finetune show {run_dir}"]
-    if recipe.mergeable and not recipe.run.merge:
-        commands.append(f"finetune merge {run_dir} --out {run_dir}/merged")
-    return commands
