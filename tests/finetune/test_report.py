@@ -23,6 +23,8 @@ from finetune.files import finite
 from finetune.report import elements, page, plots, write_report
 from finetune.report.metrics import Metrics
 
+pytestmark = pytest.mark.drawn
+
 SECTIONS = [
     "Loss", "Before and after", "Answers", "Labels", "Speed and memory", "Learning rate and gradient norm", "Where the time went",
     "Merge gate", "Provenance", "Recipe", "What to type next",

@@ -47,6 +47,7 @@ def left_behind(folder: Path) -> set[str]:
 
 
 @pytest.mark.planned
+@pytest.mark.drawn
 def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = finetune("run", str(recipe))
     assert code == 0, err
