@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --durations=25
+DEFAULT := not slow and not gpu and not network
 
 .PHONY: install quickstart test test-slow check clean
 
@@ -20,8 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 quickstart: install
 	$(BIN)/finetune run recipes/quickstart.yaml
 
+# Files side by side, then alone what measures time, memory or the machine or starts several processes. Both halves run in any case.
 test: install
-	$(BIN)/python -m pytest
+	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not alone and $(DEFAULT)'; first=$$?; \
+	$(PYTEST) -m 'alone and $(DEFAULT)' && exit $$first
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu and not network'

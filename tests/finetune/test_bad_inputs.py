@@ -210,10 +210,11 @@ def make_room():
 
 
 @pytest.fixture(scope="module")
-def on_a_disk(_recipe: Path) -> dict[str, Any]:
+def on_a_disk(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) -> dict[str, Any]:
     """What each command came to on a disk of 64 MiB that is full at the start, fills while it trains, while it merges, and is
     read-only at last; skips where nobody may mount one."""
-    root = _recipe.parent
+    root = tmp_path_factory.mktemp("disks")
+    recipe_in(root, tiny_llama(root / "model", tokenizer_folder, vocab_size=49152))  # 12 MB, which a full disk has no room for
     (root / "disk").mkdir()
     apart = ["unshare", "--user", "--map-root-user", "--mount"]
     try:
@@ -516,11 +517,11 @@ def test_damaged_headers_of_gguf(finetune: Terminal, recipe: Path, tmp_path: Pat
 def test_tokenizers_that_do_not_belong(
     finetune: Terminal, recipe: Path, model: Path, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    tiny_llama(tmp_path / "small", tokenizer_folder, vocab_size=1000)
+    tiny_llama(tmp_path / "small", tokenizer_folder, vocab_size=100)
     words = ("run", str(recipe), f"model.name={tmp_path / 'small'}", "run.dir=r")
     for forced in ((), ("--force",)):
         message = refused(finetune, *words, *forced, code=3)
-        assert "the model has 1000 embeddings: a tokenizer of another model" in message
+        assert "the model has 100 embeddings: a tokenizer of another model" in message
     (model / "tokenizer.json").write_text('{"version": "1.0"')
     assert "tokenizer.json" in refused_model(finetune, recipe, model, cheaply=False)
     (model / "tokenizer.json").unlink()

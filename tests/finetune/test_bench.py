@@ -379,6 +379,7 @@ def test_the_kernels_of_a_packed_weight_are_prepared_once(monkeypatch: pytest.Mo
     assert spy.call_count == 1
 
 
+@pytest.mark.alone
 def test_a_small_one_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(quant, "SIZES", TINY)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -576,6 +577,7 @@ def test_each_side_is_asked_once_for_its_peak(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
+@pytest.mark.alone
 def test_the_peak_holds_what_a_step_needs() -> None:
     sizes = dataclasses.replace(TINY_BITNET, cpu=TINY_BITNET.cpu._replace(hidden=512, intermediate=1024))
     parameters = sum(p.numel() for p in bitnet.made(sizes.cpu, "cpu", "bf16").parameters())

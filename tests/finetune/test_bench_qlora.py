@@ -29,6 +29,8 @@ from finetune.errors import Mistake, Stop
 from finetune.screen import Screen
 from tests.conftest import Terminal, alpaca, write_jsonl
 
+pytestmark = pytest.mark.alone
+
 TINY = qlora.Sizes(
     steps=4, pairs=4, warm_up=1, large_pairs=3, large_length=32,
     large={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -55,6 +55,7 @@ def without_clock(run: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines_of(run)]
 
 
+@pytest.mark.drawn
 def test_from_scratch_with_its_twin_and_out_again(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     code, out, err = finetune("run", str(recipe), "twin=true", "export.formats=[gguf-tq2_0]", "run.dir=made")
     assert code == 0, err

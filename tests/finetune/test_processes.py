@@ -16,6 +16,8 @@ from safetensors.torch import load_file
 
 from tests.conftest import alpaca, story, write_jsonl
 
+pytestmark = pytest.mark.alone
+
 STEPS = 12
 CLOSE = {"lora": 2e-4, "qlora": 2e-4, "bitnet": 5e-3}  # nats; fp32 sums in another order: of ternary weights a few flip
 

@@ -7,6 +7,10 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
+pytestmark = pytest.mark.alone
+
 WORKER = """
 import os, sys, torch, torch.distributed as dist
 from torch import nn

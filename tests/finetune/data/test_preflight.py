@@ -178,8 +178,8 @@ def test_what_the_model_cannot_take_is_refused(tokenizer: Any) -> None:
     coder = encoder(tokenizer)
     prepared = prepare(ROWS, None, coder, heldout=0, dedupe=True, seed=1)
     assert status(inspect(prepared, coder, Limits(positions=16)), "the model's length") == "fail"
-    assert status(inspect(prepared, coder, Limits(vocabulary=1000)), "the model's vocabulary") == "fail"
-    assert inspect(prepared, coder, Limits(2048, 49152)).failed == []
+    assert status(inspect(prepared, coder, Limits(vocabulary=100)), "the model's vocabulary") == "fail"
+    assert inspect(prepared, coder, Limits(2048, 512)).failed == []
 
 
 def test_nothing_to_learn_is_refused(tokenizer: Any) -> None:

@@ -296,6 +296,7 @@ def test_blocks_are_made_ahead_and_no_thread_stays() -> None:
     assert threads() == []
 
 
+@pytest.mark.alone
 def test_closing_does_not_wait_for_a_large_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "TOGETHER", 50)
     source = Slow()

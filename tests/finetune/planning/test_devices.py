@@ -317,6 +317,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert devices.present().kind == "cpu"
 
 
+@pytest.mark.alone
 def test_bench_device_measures_and_keeps_it(
     own_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -323,6 +323,7 @@ def test_the_best_checkpoint_is_written_and_stays(tmp_path: Path, accelerator: A
     assert state["best"] == {"step": 4, "loss": 1.0}
 
 
+@pytest.mark.alone
 def test_training_goes_on_while_a_checkpoint_is_written(
     tmp_path: Path,
     accelerator: Any,

@@ -23,6 +23,8 @@ from finetune.train import parallel
 from tests.conftest import Terminal
 from tests.finetune.train.dealt import cases
 
+pytestmark = pytest.mark.alone
+
 REPOSITORY = Path(__file__).parents[3]
 FEW, ALL = ([" ".join(map(str, case)) for case in cases(every)] for every in (False, True))
 REST = [pytest.param(case, marks=pytest.mark.slow) for case in ALL if case not in FEW]
@@ -150,7 +152,8 @@ def test_streaming_and_sharing_out_exclude_each_other(tmp_path: Path) -> None:
 
 def driver(child: str, *, count: int = 2, before: str = "") -> subprocess.Popen[str]:
     """A process that starts `count` of `child` together and exits as they do."""
-    program = f"import sys\nfrom finetune import processes\n{before}\n" + (
+    hang_up = "signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # these tests may run under nohup, which has it ignored
+    program = f"import signal, sys\nfrom finetune import processes\n{hang_up}\n{before}\n" + (
         f"sys.exit(processes.start([sys.executable, '-c', {child!r}], {count}))"
     )
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(REPOSITORY)}
