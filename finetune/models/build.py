@@ -114,16 +114,12 @@ def build_model(
     if measure_float is not None and recipe.trains_quantized and was_float:
         measure_float(model.to(device))  # type: ignore[arg-type]
     offloaded: list[offload.Streamed] = []
-    move: Callable[[Any], object] | None = None
-    if training and not on_meta and recipe.model.stream != "none":
-        move = lambda whole: offloaded.append(offload.stream(whole, device, disk))  # noqa: E731
-    elif training and not on_meta and world() > 1 and recipe.run.parallel == "fsdp":
-        move = lambda whole: parallel.shard(whole, device)  # noqa: E731
     with phase("prepare") as progress:
         if recipe.quant.sub_norms and not on_meta:
             model = insert_sub_norms(model, [ids.to(model.device) for ids in calibration])
         if targets is None:
             targets = adapter_targets(recipe.adapter, architecture_of(source, model.config)) if recipe.base_frozen else []
+        architecture = type(model).__name__
         prepared = prepare(
             model,
             quant=recipe.quant,
@@ -133,7 +129,7 @@ def build_model(
             device=device,
             checkpointing=training and bool(recipe.train.checkpointing),
             seed=recipe.run.seed,
-            move=move,
+            move=_mover(recipe, device, disk, offloaded) if training and not on_meta else None,
             trained=adapter,
             compute_dtype=compute_dtype,
             progress=lambda done, total: progress(done, total, "linears"),
@@ -141,7 +137,7 @@ def build_model(
     set_stops(prepared.model, stop_ids)
     return BuiltModel(
         model=prepared.model,
-        architecture=type(model).__name__,
+        architecture=architecture,
         swap=prepared.swap,
         targets=targets,
         parameters=prepared.parameters,
@@ -149,6 +145,17 @@ def build_model(
         dtype=dtype,
         offloaded=offloaded[0] if offloaded else None,
     )
+
+
+def _mover(
+    recipe: Recipe, device: torch.device, disk: offload.Scratch | None, offloaded: list[offload.Streamed]
+) -> Callable[[Any], None] | None:
+    """What brings a model to the device that cannot hold all of it; None where it can. offloaded: gets what lies elsewhere."""
+    if recipe.model.stream != "none":
+        return lambda model: offloaded.append(offload.stream(model, device, disk))
+    if world() > 1 and recipe.run.parallel == "fsdp":
+        return lambda model: parallel.shard(model, device)
+    return None
 
 
 def _meta_base(recipe: Recipe, source: Source, config: Any, dtype: torch.dtype) -> PreTrainedModel:
