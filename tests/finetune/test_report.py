@@ -393,7 +393,8 @@ def test_missing_parts_do_not_stop_the_page(tmp_path: Path, record: Record, miss
         put(record, **{missing: None})
     else:
         record = without(record, missing)
-    assert outline(write_run(tmp_path / "run", record, [] if empty else metrics(3))).headings == SECTIONS
+    lines = metrics(3) if missing == "train" else []  # what else may be missing, plots do not ask for
+    assert outline(write_run(tmp_path / "run", record, lines)).headings == SECTIONS
 
 
 @pytest.mark.parametrize(("part", "nothing"), [("eval", EvalRecord()), ("samples", []), ("phases", [])])
@@ -471,10 +472,15 @@ def test_nan_and_broken_lines_do_not_break_plots(tmp_path: Path, record: Record)
     assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
 
 
-@pytest.mark.parametrize("column", ["loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step_seconds"])
-def test_a_column_without_any_number(tmp_path: Path, record: Record, column: str) -> None:
-    lines = [line | {column: math.nan} for line in metrics()]
-    assert outline(write_run(tmp_path / "run", record, lines)).headings == SECTIONS
+@pytest.mark.parametrize(
+    "columns",  # one of each plot, then the others
+    [("loss", "lr", "tokens_per_second"), ("grad_norm", "memory_bytes", "step_seconds")],
+)
+def test_columns_without_any_number(tmp_path: Path, record: Record, columns: tuple[str, ...]) -> None:
+    lines = [line | dict.fromkeys(columns, math.nan) for line in metrics()]
+    seen = outline(write_run(tmp_path / "run", record, lines))
+    assert seen.headings == SECTIONS
+    assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 5000])
@@ -633,10 +639,14 @@ def test_a_run_that_did_not_end_is_compared_as_far_as_it_came(
     seen = outline(write_run(tmp_path / "run", record, metrics(20))).text
     assert f"training1 min 58 s{DASH}{DASH}" in seen.replace(TIGHT, " ")
     assert "peak memory of training1.40 GiB1.4" in seen
-    warming = [line | {"step_seconds": seconds} for line, seconds in zip(metrics(3), (9.0, 1.5, 1.5), strict=True)]
-    assert "an optimizer step (median)1.02 s1.50 s+47.1" in outline(write_run(tmp_path / "warm", record, warming[:2])).text
     nothing = outline(write_run(tmp_path / "empty", record, [])).text
     assert f"peak memory of training1.40 GiB{DASH}" in nothing
+
+
+def test_the_first_step_warms_up(tmp_path: Path, with_plan: Callable[[float], Record]) -> None:
+    record = with_plan(8)
+    warming = [line | {"step_seconds": seconds} for line, seconds in zip(metrics(3), (9.0, 1.5, 1.5), strict=True)]
+    assert "an optimizer step (median)1.02 s1.50 s+47.1" in outline(write_run(tmp_path / "warm", record, warming[:2])).text
 
 
 @pytest.mark.parametrize(
