@@ -86,10 +86,10 @@ class PlannedPhase(Part):
     """Bytes by term at the phase's peak; `host_bytes`: of the CPU's memory besides."""
 
     name: str
-    peak_bytes: float
+    peak_bytes: int
     seconds: float | None = None
-    terms: dict[str, float]
-    host_bytes: float | None = None
+    terms: dict[str, int]
+    host_bytes: int = 0
 
 
 class FitChange(Part):
@@ -108,11 +108,11 @@ class FitRecord(Part):
 
 class PlanRecord(Part):
     device: str
-    budget_bytes: float
+    budget_bytes: int
     phases: list[PlannedPhase]
-    peak_bytes: float
+    peak_bytes: int
     fits: bool
-    tokens_per_step: float
+    tokens_per_step: int
     step_seconds: float
     seconds: float
     kwh: float | None = None
@@ -125,7 +125,7 @@ class PlanRecord(Part):
 class Planned(Part):
     """What the plan says of training, measured as training measures itself."""
 
-    peak_bytes: float
+    peak_bytes: int
     step_seconds: float
     seconds: float | None = None
 
@@ -152,7 +152,7 @@ class Piece(Part):
 
 
 class Histogram(Part):
-    edges: list[float]
+    edges: list[int]
     counts: list[int]
 
 
@@ -220,7 +220,7 @@ class EvalRecord(Part):
     after: LossRecord | None = None
     difference: float | None = None
     difference_stderr: float | None = None
-    tasks: dict[str, dict[str, dict[str, Any]]] | None = None
+    tasks: dict[When, dict[str, dict[str, Any]]] | None = None
 
 
 class Sample(Part):

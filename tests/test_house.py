@@ -80,8 +80,6 @@ SIZE_OFFENDERS: dict[str, tuple[int, str]] = {
     "finetune/data/stream.py": (702, "reading, shuffling and cutting of streamed text in one file"),
     "finetune/planning/devices.py": (677, "table of GPUs and measurement of this machine in one file"),
     "finetune/planning/trace.py": (541, "recorder and stand-ins of the fast step in one file"),
-    "finetune/report/page.py": (697, "all sections in one file; they move to report/sections/"),
-    "finetune/report/page.py::provenance_section": (83, "moves to report/sections/"),
     "quant/backends/numba_cpu.py": (642, "compiler and kernels in one file"),
     "quant/backends/numba_cpu.py::_dot": (126, "one kernel, written as LLVM instructions"),
     "quant/backends/triton_kernels.py": (540, "all kernels for CUDA in one file"),

@@ -30,13 +30,6 @@ def join(parts: Iterable[Any]) -> Html:
     return Html("".join(part if isinstance(part, Html) else html.escape(str(part)) for part in parts if part is not None))
 
 
-def pick(record: Any, path: str) -> Any:
-    """`record["a"]["b"]` for "a.b", or None where there is no such thing."""
-    for key in path.split("."):
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
 # ------------------------------------------------------------------------------------------------------------------ parts
 
 
@@ -45,9 +38,8 @@ def section(title: str, *content: Any, note: Any = None) -> Html:
     return el("section", el("h2", title), el("p", note, class_="note") if note else None, *content, id=name)
 
 
-def not_made(record: dict[str, Any], reason: str, what: str | None = None) -> Html:
+def not_made(state: str, reason: str, what: str | None = None) -> Html:
     """Why a part (or `what` of it) is missing; `reason` is that of a run which did all it should."""
-    state = record.get("state")
     if state == "failed":
         reason = "the run failed before it; the error stands above"
     elif state == "stopped":
@@ -75,3 +67,14 @@ def figure(svg: str, caption: Any = None, class_: str | None = None) -> Html:
 
 def key(variable: str, text: str) -> Html:
     return el("span", el("i", style=f"background:var(--{variable})"), text)
+
+
+def verdict_line(passed: bool, said: str) -> Html:
+    """What a gate found, in a list of checks."""
+    status = el("span", "✓" if passed else "✗", class_="badge")
+    return el("li", status, el("div", el("b", said)), class_="pass" if passed else "fail")
+
+
+def trimmed(text: str) -> str:
+    """Without empty lines before and after: a row of text may begin anywhere, and a young model write a screenful of them."""
+    return re.sub(r"\A\s*\n|\s+\Z", "", text)

