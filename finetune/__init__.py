@@ -52,7 +52,7 @@ def run(
     """Execute a recipe (a file, or the name of a shipped one) as `finetune run` does, in this process.
 
     Raises:
-        Mistake: the recipe or what it names is wrong; nothing was written. GateStop: a gate refused. Interruption: Ctrl-C; what
+        UserError: the recipe or what it names is wrong; nothing was written. GateError: a gate refused. Interruption: Ctrl-C; what
             was trained is saved, and `resume=True` goes on.
     """
     from finetune import pipeline
@@ -68,7 +68,7 @@ def check(recipe: str | Path, overrides: Overrides | None = None) -> Recipe:
     """The recipe with every default, once its keys and the files and packages that it names are found good.
 
     Raises:
-        Mistakes: everything that is wrong with it.
+        UserErrors: everything that is wrong with it.
     """
     from finetune.commands.common import checked_recipe
 
@@ -81,7 +81,7 @@ def plan(recipe: str | Path, overrides: Overrides | None = None, *, gpu: str | N
     gpu: such as rtx-4070, else the device that is here. memory: how much of it, such as 12GB, else all.
 
     Raises:
-        Mistake: of the recipe, or no such device. Untraceable (a GateStop): the model's step cannot be planned.
+        UserError: of the recipe, or no such device. Untraceable (a GateError): the model's step cannot be planned.
     """
     from finetune.commands.plan import plan_of
 
@@ -94,7 +94,7 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", merged
     merged: of a run, its merged model; else the adapter on its base as it was trained.
 
     Raises:
-        Mistake: there is nothing to load.
+        UserError: there is nothing to load.
     """
     from finetune.commands.common import dtype_name
     from finetune.libraries import quiet_libraries
@@ -108,7 +108,7 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto", verbose: b
     """Merge an adapter into a model folder that plain transformers loads; measured before it is kept.
 
     Raises:
-        Mistake: nothing to merge, or `out` is in the way. GateStop: the merged model is another.
+        UserError: nothing to merge, or `out` is in the way. GateError: the merged model is another.
     """
     from finetune.commands.merge import merge_model
 
@@ -119,7 +119,7 @@ def export(model: str | Path, to: str, out: str | Path, *, verbose: bool = False
     """Write a model for another program (`to`: bitnet, gguf-f16, …); kept only if what runs there is the same model.
 
     Raises:
-        Mistake: what the format cannot express, or `out` is in the way. GateStop: it is another model there.
+        UserError: what the format cannot express, or `out` is in the way. GateError: it is another model there.
     """
     from finetune.commands.export import export_model
 
@@ -138,7 +138,7 @@ def evaluate(
     """Score models by name: loss on a file or on the held-out rows of their runs, harness tasks.
 
     Raises:
-        Mistake: nothing to score with, or a model, file or task that is not there.
+        UserError: nothing to score with, or a model, file or task that is not there.
     """
     from finetune.commands.evaluate import evaluate_models
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.material import Material, gather, open_stream
 from finetune.models.architecture import ArchitectureInfo, adapter_targets, architecture_of
 from finetune.models.build import BuiltModel, build_model, build_teacher, distillation
@@ -49,7 +49,7 @@ def open_inputs(recipe: Recipe, run_dir: Path, *, revision: str | None = None, p
     """Model, tokenizer and stream of a recipe. run_dir: has the tokenizer that its run trained. revision: of the stream.
 
     Raises:
-        Mistake: one of them is not there, cannot be read, or cannot be had as the recipe wants it.
+        UserError: one of them is not there, cannot be read, or cannot be had as the recipe wants it.
     """
     source = source_of(recipe.model)
     stream = open_stream(recipe, revision) if recipe.streams_text else None
@@ -63,7 +63,7 @@ def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> 
     """The data of a recipe, read and looked at.
 
     Raises:
-        Mistake: it cannot be read, fits no format, or the template refuses it.
+        UserError: it cannot be read, fits no format, or the template refuses it.
     """
     shown = None if progress is None else lambda done, total: progress(done, total, "rows")
     return gather(recipe, inputs.tokenizer, inputs.stop_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown)
@@ -73,7 +73,7 @@ def architecture(recipe: Recipe, inputs: Inputs) -> tuple[ArchitectureInfo, list
     """What the model is made of, and which of its modules get adapters.
 
     Raises:
-        Mistake: it is no causal language model, or a target matches nothing.
+        UserError: it is no causal language model, or a target matches nothing.
     """
     info = architecture_of(inputs.source, inputs.config)
     return info, adapter_targets(recipe.adapter, info) if recipe.base_frozen else []
@@ -99,7 +99,7 @@ def teacher_of(recipe: Recipe, model: Any, *, device: torch.device, dtype: torch
     """The losses of `model` beside the recipe's teacher, or None. dtype: of the student's weights. options: as `build_teacher`.
 
     Raises:
-        Mistake: the teacher cannot be read, or does not fit the student.
+        UserError: the teacher cannot be read, or does not fit the student.
     """
     own = default_dtype(device.type) if recipe.model.dtype == "auto" else dtype
     return distillation(recipe, build_teacher(recipe, device=device, dtype=own, **options), model)
@@ -151,7 +151,7 @@ def set_up_training(
     """Batches, loss and optimizer for a model that is built. changes: of the settings.
 
     Raises:
-        Mistake: the optimizer cannot be had, or does not take these weights.
+        UserError: the optimizer cannot be had, or does not take these weights.
     """
     settings, packing = batching(recipe, built.model, data)
     notes = []
@@ -206,14 +206,14 @@ def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[
     whether it pays.
 
     Raises:
-        Mistake: the recipe cannot be trained, or nothing of its data is.
+        UserError: the recipe cannot be trained, or nothing of its data is.
     """
     from accelerate.utils import set_seed
 
     inputs = open_inputs(recipe, run_dir)
     data = open_data(recipe, inputs)
     if not data.preflight.supervised_tokens:
-        raise Mistake("there is nothing to train on", where=data.source, found="no token is supervised")
+        raise UserError("there is nothing to train on", where=data.source, got="no token is supervised")
     info, targets = architecture(recipe, inputs)
     offload.check(recipe.model.stream, device)
     built = build_model(

@@ -18,7 +18,7 @@ from finetune.commands.recipes import recipes, schema
 from finetune.commands.resume import resume
 from finetune.commands.run import run
 from finetune.commands.show import show
-from finetune.errors import Mistake, Stop
+from finetune.errors import UserError, Stop
 
 app = typer.Typer(
     help="Fine-tune real models on one 12 GB card. Begin with: finetune run recipes/quickstart.yaml",
@@ -45,18 +45,18 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
-def _mistake_in(error: Exception) -> Mistake | None:
+def _mistake_in(error: Exception) -> UserError | None:
     """The user's mistake that an error of a library means, wherever it came from; None of a bug of ours."""
     from finetune.files import disk_error
 
     kind = type(error).__name__  # their modules are not loaded by --help
     if kind == "BackendError" and isinstance(error, ValueError):  # of quant.backends
-        return Mistake("this backend cannot be used", where="QUANT_BACKEND", found=str(error))
+        return UserError("this backend cannot be used", where="QUANT_BACKEND", got=str(error))
     if (refused := disk_error(error)) is not None:
         return refused
     if kind == "SafetensorError":
-        do = "fetch the model again, or take the checkpoint before"
-        return Mistake("a file that should be safetensors cannot be read", found=str(error), do=do)
+        hint = "fetch the model again, or take the checkpoint before"
+        return UserError("a file that should be safetensors cannot be read", got=str(error), hint=hint)
     return None
 
 

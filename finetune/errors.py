@@ -1,6 +1,6 @@
 """Errors that say what happened, where, what was found, and what to type next.
 
-`Mistake` is the user's (exit code 2), `GateStop` a gate that refused (exit code 3), `Interruption` a signal (130, as shells have
+`UserError` is the user's (exit code 2), `GateError` a gate that refused (exit code 3), `Interruption` a signal (130, as shells have
 it). Everything else that escapes is a fault of ours (exit code 1) and keeps its traceback.
 """
 
@@ -13,38 +13,40 @@ from collections.abc import Iterable
 class Stop(Exception):
     """Ends the command with `exit_code` and one clear message, without a traceback.
 
-    what: one sentence; where: file:line, key or module path; found: the value that was met; do: what to type or change next.
+    message: one sentence; where: file:line, key or module path; got: the value that was met; hint: what to type or change next.
     """
 
     exit_code = 1
 
-    def __init__(self, what: str, *, where: str | None = None, found: str | None = None, do: str | None = None) -> None:
-        self.what, self.where, self.found, self.do = what, where, found, do
+    def __init__(
+        self, message: str, *, where: str | None = None, got: str | None = None, hint: str | None = None
+    ) -> None:
+        self.message, self.where, self.got, self.hint = message, where, got, hint
         super().__init__(str(self))
 
     def __str__(self) -> str:
-        rows = [("where", self.where), ("found", self.found), ("do", self.do)]
-        return "\n".join([self.what, *(f"  {name + ':':7}{text}" for name, text in rows if text)])
+        lines = [("where", self.where), ("got", self.got), ("hint", self.hint)]
+        return "\n".join([self.message, *(f"  {name + ':':7}{text}" for name, text in lines if text)])
 
 
-class Mistake(Stop):
+class UserError(Stop):
     """Something that the user can mend: a recipe, a file, a folder, a missing package."""
 
     exit_code = 2
 
 
-class Mistakes(Mistake):
+class UserErrors(UserError):
     """Several mistakes, shown at once."""
 
-    def __init__(self, mistakes: list[Mistake], title: str) -> None:
+    def __init__(self, mistakes: list[UserError], title: str) -> None:
         self.mistakes = mistakes
         super().__init__(title)
 
     def __str__(self) -> str:
-        return "\n\n".join([self.what, *map(str, self.mistakes)])
+        return "\n\n".join([self.message, *map(str, self.mistakes)])
 
 
-class GateStop(Stop):
+class GateError(Stop):
     """A check of the run's own promises that did not hold; the message carries the numbers."""
 
     exit_code = 3

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import Mistake, Stop
+from finetune.errors import UserError, Stop
 from finetune.units import human_bytes
 
 MARK = "run.json"
@@ -36,7 +36,7 @@ REFUSALS = {
 }
 
 
-class DiskError(Mistake):
+class DiskError(UserError):
     """A disk is full, closed or broken."""
 
 
@@ -54,15 +54,15 @@ def disk_error(error: BaseException, path: Path | None = None) -> DiskError | No
             number = errno.ENOSPC
     if number not in REFUSALS:
         return None
-    what, do = REFUSALS[number]
+    what, hint = REFUSALS[number]
     named = getattr(error, "filename", None)
     if named is not None and ".finetune-" not in str(named):  # a name of `_beside` tells nobody anything
         path = Path(os.fsdecode(named))
-    found = os.strerror(number)
+    got = os.strerror(number)
     there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None) if path is not None else None
-    if there is not None and do == ROOM:
-        found += f"; {human_bytes(shutil.disk_usage(there).free)} free"
-    return DiskError(what, where=None if path is None else str(path), found=found, do=do)
+    if there is not None and hint == ROOM:
+        got += f"; {human_bytes(shutil.disk_usage(there).free)} free"
+    return DiskError(what, where=None if path is None else str(path), got=got, hint=hint)
 
 
 @contextlib.contextmanager
@@ -181,22 +181,22 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
     """Refuse now what would fail after hours.
 
     Raises:
-        Mistake: the disk that holds `folder` has less than `needed_bytes` free.
+        UserError: the disk that holds `folder` has less than `needed_bytes` free.
     """
     there = folder.absolute()
     while not there.exists():
         there = there.parent
     if not os.access(there, os.W_OK) or not shutil.disk_usage(there).total:
-        raise Mistake(
-            f"{what} cannot be written there", where=str(folder), found=f"{there} is not writable", do="give another run.dir"
+        raise UserError(
+            f"{what} cannot be written there", where=str(folder), got=f"{there} is not writable", hint="give another run.dir"
         )
     free = shutil.disk_usage(there).free
     if free < needed_bytes:
-        raise Mistake(
+        raise UserError(
             f"not enough disk space: {what} will write about {human_bytes(needed_bytes)}",
             where=str(folder),
-            found=f"{human_bytes(free)} free",
-            do="free some space, or put the run elsewhere: run.dir=/path/on/a/larger/disk",
+            got=f"{human_bytes(free)} free",
+            hint="free some space, or put the run elsewhere: run.dir=/path/on/a/larger/disk",
         )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from finetune.data.preflight import FAIL, PASS, Check, Limits, Preflight, Prepared, inspect, prepare
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.recipe import Recipe, Train
 from finetune.record import DataRecord, Record, Sample, part_as
 
@@ -52,7 +52,7 @@ def data_record(record: Record) -> ConversationsRecord | TextRecord | None:
     """What a run's record says of its data, as its kind of training has written it; None where it has not come so far.
 
     Raises:
-        Mistake: it is not what such a run writes.
+        UserError: it is not what such a run writes.
     """
     if record.data is None:
         return None
@@ -114,7 +114,7 @@ def gather(
     """The material of a recipe. `source`: a stream that is open already.
 
     Raises:
-        Mistake: the data cannot be read, fits no format, or the template refuses it.
+        UserError: the data cannot be read, fits no format, or the template refuses it.
     """
     if recipe.streams_text:
         return Text(recipe, tokenizer, source or open_stream(recipe), limits)
@@ -125,7 +125,7 @@ def open_stream(recipe: Recipe, revision: str | None = None) -> Source:
     """The text that a pretraining recipe names; nothing of it is read yet. `revision`: of a dataset on the hub, its commit.
 
     Raises:
-        Mistake: it is not there, or has no revisions.
+        UserError: it is not there, or has no revisions.
     """
     from finetune.data.stream import open_source
 
@@ -187,8 +187,8 @@ class Conversations:
             self.rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress
         )
         if not self.data.train_rows:
-            do = f"take fewer of the {len(self.data.heldout_rows)}: data.heldout=0.1"
-            raise Mistake("the held-out rows are all there are", where="data.heldout", found=f"{data.heldout}", do=do)
+            hint = f"take fewer of the {len(self.data.heldout_rows)}: data.heldout=0.1"
+            raise UserError("the held-out rows are all there are", where="data.heldout", got=f"{data.heldout}", hint=hint)
         self.preflight, self.ends = inspect(self.data, encoder, limits), frozenset(encoder.ends)
         self.source, self.digest = self.rows.source, self.rows.sha256
 
@@ -283,8 +283,8 @@ class Text:
 
         data = recipe.data
         if tokenizer.eos_token_id is None:
-            raise Mistake(
-                "this tokenizer has no end token to put between documents", where="tokenizer", found=tokenizer.name_or_path
+            raise UserError(
+                "this tokenizer has no end token to put between documents", where="tokenizer", got=tokenizer.name_or_path
             )
         self.recipe, self.tokenizer = recipe, tokenizer
         self.source, self.digest = source.name, source.digest
@@ -300,9 +300,9 @@ class Text:
             self.rows_held_out = [row.ids.tolist() for row in rows]
             self.digest = hashlib.sha256(f"{self.digest} {other.digest}".encode()).hexdigest()
             if not self.rows_held_out:
-                do = f"give at least {data.max_length} tokens, or a smaller data.max_length"
-                raise Mistake(
-                    "this file is too short to hold out a row", where="data.heldout_path", found=data.heldout_path, do=do
+                hint = f"give at least {data.max_length} tokens, or a smaller data.max_length"
+                raise UserError(
+                    "this file is too short to hold out a row", where="data.heldout_path", got=data.heldout_path, hint=hint
                 )
         self.ends = frozenset({tokenizer.eos_token_id})
         self.first = self._first_rows(64)

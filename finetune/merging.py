@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.errors import GateStop
+from finetune.errors import GateError
 from finetune.files import atomic_folder
 from finetune.memory import free_bytes
 from quant import to_float
@@ -30,7 +30,7 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     """The trained model (consumed) as a plain float model on the CPU: dequantized base plus adapters, in `dtype`.
 
     Raises:
-        GateStop: a merged weight is not finite.
+        GateError: a merged weight is not finite.
     """
     if hasattr(model, "merge_and_unload"):
         model = model.to("cpu").merge_and_unload()
@@ -38,7 +38,7 @@ def into_float(model: Any, dtype: torch.dtype) -> PreTrainedModel:
     model = model.to("cpu", dtype)
     for name, tensor in model.named_parameters():
         if not torch.isfinite(tensor).all():
-            raise GateStop("a merged weight is not finite; nothing was written", where=name)
+            raise GateError("a merged weight is not finite; nothing was written", where=name)
     return model
 
 
@@ -88,7 +88,7 @@ def write_ternary(
         (the merged model, packed; those figures and the export's).
 
     Raises:
-        GateStop: plain transformers computes something else from what was written.
+        GateError: plain transformers computes something else from what was written.
     """
     from eval.perplexity import evaluate_loss
     from finetune.exporters import export
@@ -150,7 +150,7 @@ def write_gated(
         the gate's figures.
 
     Raises:
-        GateStop: the reloaded model's loss differs from the trained one's by more than `limit`, or a weight is not finite.
+        GateError: the reloaded model's loss differs from the trained one's by more than `limit`, or a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -187,10 +187,10 @@ def write_gated(
             "status": "pass" if abs(merged - trained) <= limit else "fail",
         }
         if gate["status"] == "fail":
-            raise GateStop(
+            raise GateError(
                 "the merged model is not the model that was trained; it was not kept",
                 where=str(out),
-                found=f"loss {merged:.4f} after, {trained:.4f} before, on the same {len(rows)} rows in {gate['arithmetic']}",
-                do=f"the gate allows {limit} nats (eval.merge_limit); finetune merge RUN --dtype fp32 --out DIR rounds less",
+                got=f"loss {merged:.4f} after, {trained:.4f} before, on the same {len(rows)} rows in {gate['arithmetic']}",
+                hint=f"the gate allows {limit} nats (eval.merge_limit); finetune merge RUN --dtype fp32 --out DIR rounds less",
             )
     return gate | {"bytes": size}

@@ -31,7 +31,7 @@ def run(
     """Execute a recipe. `name` is what the run is called (the recipe's file name), `command` what was typed, for its record.
 
     Raises:
-        Mistake: the user's; nothing was written. GateStop: a gate refused (`force` overrides those before anything is loaded:
+        UserError: the user's; nothing was written. GateError: a gate refused (`force` overrides those before anything is loaded:
             the preflight's and the plan's). Interruption: a signal; what was trained is saved.
     """
     screen, recipe = screen or Screen(), absolute(recipe)

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationError
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import MARK, plain, write_json
 
 VERSION = 2
@@ -406,7 +406,7 @@ def read_record(run_dir: Path) -> Record:
     """The record of the run folder `run_dir`.
 
     Raises:
-        Mistake: it is no run folder, or its record is damaged, incomplete, or of a newer version.
+        UserError: it is no run folder, or its record is damaged, incomplete, or of a newer version.
     """
     path = run_dir / MARK
     try:
@@ -423,12 +423,12 @@ def read_record(run_dir: Path) -> Record:
         if not plain(record.name):
             raise ValueError(f"name: {record.name[:80]!r}, which is no plain name")
     except FileNotFoundError:
-        do = "finetune show runs/NAME"
-        raise Mistake("this is no run folder", where=str(run_dir), found=f"no {MARK} in it", do=do) from None
+        hint = "finetune show runs/NAME"
+        raise UserError("this is no run folder", where=str(run_dir), got=f"no {MARK} in it", hint=hint) from None
     except (OSError, ValueError, RecursionError) as error:  # what is no JSON or no UTF-8, and a ValidationError, is a ValueError
-        found = _first_error(error) if isinstance(error, ValidationError) else str(error)
-        do = "bring it back from a copy of the folder"
-        raise Mistake("the run's record cannot be read", where=str(path), found=found, do=do) from None
+        got = _first_error(error) if isinstance(error, ValidationError) else str(error)
+        hint = "bring it back from a copy of the folder"
+        raise UserError("the run's record cannot be read", where=str(path), got=got, hint=hint) from None
     return record
 
 
@@ -436,13 +436,13 @@ def part_as(kind: type[P], part: Part, key: str) -> P:
     """A part that a task has written, as that task's own type.
 
     Raises:
-        Mistake: it is none.
+        UserError: it is none.
     """
     try:
         return kind.model_validate(part.model_dump(by_alias=True))
     except ValidationError as error:
-        do = "bring it back from a copy of the folder"
-        raise Mistake("the run's record cannot be read", where=f"{MARK}, {key}", found=_first_error(error), do=do) from None
+        hint = "bring it back from a copy of the folder"
+        raise UserError("the run's record cannot be read", where=f"{MARK}, {key}", got=_first_error(error), hint=hint) from None
 
 
 def _first_error(error: ValidationError) -> str:

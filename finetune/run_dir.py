@@ -17,7 +17,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import MARK, DiskError, finite, plain, write_json, writing
 from finetune.processes import is_first
 from finetune.recipe import Recipe, differences, read_resolved
@@ -67,7 +67,7 @@ class RunDir:
         """Take the folder for this process; the lock dies with its owner.
 
         Raises:
-            Mistake: another process is running in the folder.
+            UserError: another process is running in the folder.
         """
         import fcntl
 
@@ -83,11 +83,11 @@ class RunDir:
             except OSError:
                 owner = os.read(handle, 20).decode(errors="replace")
                 os.close(handle)
-                raise Mistake(
+                raise UserError(
                     "another process is running in this folder",
                     where=str(self.path),
-                    found=f"process {owner}" if owner else None,
-                    do="wait for it, or give run.dir=OTHER",
+                    got=f"process {owner}" if owner else None,
+                    hint="wait for it, or give run.dir=OTHER",
                 ) from None
             # The owner before removes the file when it ends: what was locked here need not be what the next one will open.
             if file.exists() and os.path.samestat(os.fstat(handle), os.stat(file)):
@@ -108,7 +108,7 @@ class RunDir:
         """run.json.
 
         Raises:
-            Mistake: there is none, or it is damaged.
+            UserError: there is none, or it is damaged.
         """
         return read_record(self.path)
 
@@ -142,30 +142,30 @@ def choose_dir(recipe: Recipe, name: str, resume: bool) -> Path:
     """Where the run lives.
 
     Raises:
-        Mistake: the folder that the recipe names belongs to another run, or holds other files; nothing to resume.
+        UserError: the folder that the recipe names belongs to another run, or holds other files; nothing to resume.
     """
     if recipe.run.dir is not None:
         path = Path(recipe.run.dir)
         if path.exists() and not path.is_dir():
-            raise Mistake("run.dir is a file", where="run.dir", found=str(path), do="give a folder")
+            raise UserError("run.dir is a file", where="run.dir", got=str(path), hint="give a folder")
         if not resume and path.is_dir() and any(entry.name not in UNBEGUN for entry in path.iterdir()):
             owner = "belongs to another run" if (path / "run.json").exists() else "is not empty"
-            raise Mistake(
+            raise UserError(
                 f"the output folder {owner}",
                 where="run.dir",
-                found=str(path),
-                do="give another run.dir, remove it, or add --resume",
+                got=str(path),
+                hint="give another run.dir, remove it, or add --resume",
             )
         return path
     if not plain(name):
-        raise Mistake("no folder can be named after this recipe", where="runs/", found=repr(name), do="give run.dir=FOLDER")
+        raise UserError("no folder can be named after this recipe", where="runs/", got=repr(name), hint="give run.dir=FOLDER")
     own = re.compile(rf"{re.escape(name)}(-\d+)?")
     taken = sorted(
         (path for path in Path("runs").glob(f"{name}*") if own.fullmatch(path.name)), key=lambda path: _number(path, name)
     )
     if resume:
         if not taken:
-            raise Mistake("there is no run to resume", where="runs/", found=f"no {name}", do="leave out --resume")
+            raise UserError("there is no run to resume", where="runs/", got=f"no {name}", hint="leave out --resume")
         return taken[-1]
     return Path("runs", f"{name}-{_number(taken[-1], name) + 1}" if taken else name)
 
@@ -195,7 +195,7 @@ def absolute(recipe: Recipe) -> Recipe:
 
 def check_resumable(folder: RunDir, recipe: Recipe) -> None:
     if not folder.exists:
-        raise Mistake("there is no run to resume", where=str(folder.path), found="no run.json", do="leave out --resume")
+        raise UserError("there is no run to resume", where=str(folder.path), got="no run.json", hint="leave out --resume")
     begun = read_resolved(folder.path / "recipe.yaml")
     changed = {
         key: values
@@ -204,23 +204,23 @@ def check_resumable(folder: RunDir, recipe: Recipe) -> None:
     }
     if changed:
         shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
-        raise Mistake(
+        raise UserError(
             "this folder belongs to a run with another recipe",
             where=str(folder.path / "recipe.yaml"),
-            found=shown,
-            do=f"finetune resume {folder.path}, or another run.dir for a new run",
+            got=shown,
+            hint=f"finetune resume {folder.path}, or another run.dir for a new run",
         )
 
 
 def same_data(record: Record, digest: str, folder: Path) -> None:
-    """Raise Mistake when a run's data is no longer what it was trained on: its split would be another one."""
+    """Raise UserError when a run's data is no longer what it was trained on: its split would be another one."""
     data = record.provenance.data
     if data is not None and data.sha256 != digest:
-        raise Mistake(
+        raise UserError(
             "the data has changed since this run began",
             where=f"{folder}: {data.source}",
-            found=f"SHA-256 {digest[:12]}…, it was {data.sha256[:12]}…",
-            do="put the old file back, or begin a new run",
+            got=f"SHA-256 {digest[:12]}…, it was {data.sha256[:12]}…",
+            hint="put the old file back, or begin a new run",
         )
 
 
@@ -242,8 +242,8 @@ def with_checkpoint(error: DiskError, run_dir: Path) -> DiskError:
     whole = [file.parent.name for file in run_dir.glob("checkpoints/step-*/manifest.json")]
     last = max(whole, key=lambda name: (len(name), name), default=None)  # the longer number is the higher one
     stands = f"the last whole checkpoint is {last}" if last else "no checkpoint was written yet"
-    do = f"{error.do}, then: finetune resume {run_dir}"
-    return DiskError(error.what, where=error.where, found=f"{error.found}; {stands}", do=do)
+    hint = f"{error.hint}, then: finetune resume {run_dir}"
+    return DiskError(error.message, where=error.where, got=f"{error.got}; {stands}", hint=hint)
 
 
 def bytes_to_write(recipe: Recipe, info: ArchitectureInfo, trainable: int) -> int:

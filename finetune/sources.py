@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from finetune.data.rows import PACKAGE, READABLE, check_patterns, no_such_file, package_files
-from finetune.errors import Mistake, Mistakes
+from finetune.errors import UserError, UserErrors
 from finetune.files import require_space
 from finetune.models.config import new_config
 from finetune.models.source import check_files, find_model, find_tokenizer
@@ -17,14 +17,14 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
     """Look for every local thing that the recipe names; `where` gives a key's file:line.
 
     Raises:
-        Mistakes: all that is missing, damaged, or leads elsewhere.
+        UserErrors: all that is missing, damaged, or leads elsewhere.
     """
-    mistakes: list[Mistake] = []
+    mistakes: list[UserError] = []
 
     def look(check: Callable[[], object]) -> None:
         try:
             check()
-        except Mistake as mistake:
+        except UserError as mistake:
             mistakes.append(mistake)
 
     def place(key: str) -> str:
@@ -39,8 +39,8 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
         if not path.is_file():
             raise no_such_file(path, place(key))
         if path.suffix.lower() not in READABLE:
-            do = "one of " + " ".join(READABLE)
-            raise Mistake("this kind of data file is not read", where=place(key), found=str(path), do=do)
+            hint = "one of " + " ".join(READABLE)
+            raise UserError("this kind of data file is not read", where=place(key), got=str(path), hint=hint)
 
     def model_of(key: str, name: str, revision: str | None = None) -> None:
         check_files(find_model(name, revision=revision, where=place(key)), place(key))
@@ -63,8 +63,8 @@ def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> Non
         look(lambda: model_of("distill.teacher", str(recipe.distill.teacher)))
     tasks = recipe.eval.include_path
     if tasks is not None and not Path(tasks).is_dir():
-        mistakes.append(Mistake("there is no such folder", where=place("eval.include_path"), found=tasks))
+        mistakes.append(UserError("there is no such folder", where=place("eval.include_path"), got=tasks))
     if recipe.run.dir is not None:
         look(lambda: require_space(Path(str(recipe.run.dir)), 1, "this run"))
     if mistakes:
-        raise Mistakes(mistakes, f"{name}: {len(mistakes)} mistake{'s' if len(mistakes) != 1 else ''}")
+        raise UserErrors(mistakes, f"{name}: {len(mistakes)} mistake{'s' if len(mistakes) != 1 else ''}")

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import Mistake, nearest
+from finetune.errors import UserError, nearest
 from finetune.files import write_json
 from finetune.screen import Screen
 from finetune.units import significant
@@ -49,19 +49,19 @@ def bench_command(
     """Measure, show the table, and write `json_file` when all is there. recipe, overrides: for `qlora` alone.
 
     Raises:
-        Mistake: there is no such benchmark, it takes no recipe or not this one, or the file cannot be written.
+        UserError: there is no such benchmark, it takes no recipe or not this one, or the file cannot be written.
     """
     if name is None:
         there = "; ".join(f"finetune bench {known}: {about}" for known, about in NAMES.items())
-        raise Mistake("which benchmark?", where="NAME", found="nothing", do=there)
+        raise UserError("which benchmark?", where="NAME", got="nothing", hint=there)
     if name not in NAMES:
         close = nearest(name, NAMES)
         meant = f"did you mean {close}? " if close else ""
-        raise Mistake("there is no such benchmark", where="NAME", found=name, do=f"{meant}there are: {', '.join(NAMES)}")
+        raise UserError("there is no such benchmark", where="NAME", got=name, hint=f"{meant}there are: {', '.join(NAMES)}")
     if name != TAKES_RECIPE and (recipe is not None or overrides):
         given = f"--recipe {recipe}" if recipe is not None else " ".join(overrides or [])
-        do = f"leave it out; finetune bench {TAKES_RECIPE} takes one"
-        raise Mistake("this benchmark takes no recipe", where=f"bench {name}", found=given, do=do)
+        hint = f"leave it out; finetune bench {TAKES_RECIPE} takes one"
+        raise UserError("this benchmark takes no recipe", where=f"bench {name}", got=given, hint=hint)
     if json_file is not None:
         _require_writable(json_file)
     screen = Screen()
@@ -144,18 +144,18 @@ def _require_writable(path: Path) -> None:
     """Say now what would otherwise be said when all has been measured."""
     what, where, folder = "the results cannot be written there", f"--json {path}", path.absolute().parent
     if path.exists() and not path.is_file():
-        found = "a folder" if path.is_dir() else "no ordinary file"
-        raise Mistake(what, where=where, found=found, do="give the name of a file")
+        got = "a folder" if path.is_dir() else "no ordinary file"
+        raise UserError(what, where=where, got=got, hint="give the name of a file")
     if not folder.is_dir():
         if folder.exists():
-            raise Mistake(what, where=where, found=f"{folder} is no folder", do="give the name of a file in a folder")
-        raise Mistake(what, where=where, found=f"no folder {folder}", do=f"make the folder: mkdir -p {shlex.quote(str(folder))}")
+            raise UserError(what, where=where, got=f"{folder} is no folder", hint="give the name of a file in a folder")
+        raise UserError(what, where=where, got=f"no folder {folder}", hint=f"make the folder: mkdir -p {shlex.quote(str(folder))}")
     try:  # permissions do not tell: root has all of them, and still cannot write everywhere
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".finetune-try", dir=folder):
             pass
     except OSError as error:
-        found = f"{folder} takes no file: {error.strerror or error}"
-        raise Mistake(what, where=where, found=found, do="give the name of a file in a folder that can be written to") from None
+        got = f"{folder} takes no file: {error.strerror or error}"
+        raise UserError(what, where=where, got=got, hint="give the name of a file in a folder that can be written to") from None
 
 
 def _measured(name: str, device: str, progress: Callable[[int, int, str], None]) -> tuple[list[Row], dict[str, Any]]:

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from finetune.bench import baselines
 from finetune.bench.measure import Amounts, Case, Pairing, Side, Skip
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.memory import PeakMemory, resident_bytes, return_freed_memory
 from finetune.units import MIB
 from quant import backends, swap
@@ -324,7 +324,7 @@ class Exports:
         ids = batch(self.shape, "cpu")[0].tolist()
         try:
             return int(export(self._model("ours"), words, self.path(format), format=format, rows=[(ids, ids)])["bytes"])
-        except Mistake as mistake:
+        except UserError as mistake:
             raise Skip(str(mistake)) from mistake
 
 

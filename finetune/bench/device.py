@@ -26,7 +26,7 @@ from torch import Tensor
 
 from finetune import provenance
 from finetune.bench.measure import Row, cache_bytes
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import write_json
 from finetune.memory import keep_freed_memory
 from finetune.planning.devices import LARGE, Calibration, Device, attention_flops, present, save_calibration
@@ -577,7 +577,7 @@ def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES)
     """Measure the device that a run takes, keep it for the plan, show it, and write `json_file`.
 
     Raises:
-        Mistake: other programs took so much of the machine that it is not kept.
+        UserError: other programs took so much of the machine that it is not kept.
     """
     import sys
 
@@ -588,11 +588,11 @@ def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES)
     found = rows(measured, table)
     show(found, table, screen)
     if measured.others > sizes.too_busy:
-        raise Mistake(
+        raise UserError(
             "this machine was too busy: what was measured is not kept",
             where=table.name,
-            found=f"other programs took {measured.others:.0%} of it",
-            do="finetune bench device when nothing else runs",
+            got=f"other programs took {measured.others:.0%} of it",
+            hint="finetune bench device when nothing else runs",
         )
     path = save_calibration(table.key, measured)
     screen.say(f"{table.name}: kept for finetune plan in {path}")

@@ -33,7 +33,7 @@ from finetune import provenance
 from finetune.bench import baselines
 from finetune.bench.child import Progress, flags
 from finetune.bench.measure import Row, interval
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.memory import free_bytes
 from finetune.recipe import Recipe, dump_recipe, find_recipe, locator, read_recipe
 from finetune.run_dir import absolute
@@ -120,7 +120,7 @@ def recipes(name: str | None, overrides: list[str]) -> dict[str, Recipe]:
     """The recipe in both modes: `name`'s, or the default one.
 
     Raises:
-        Mistake: there is none of that name, a key is wrong, or the plain stack has nothing like it.
+        UserError: there is none of that name, a key is wrong, or the plain stack has nothing like it.
     """
     path = DEFAULT if name is None else find_recipe(name)
     recipe = read_recipe(path, overrides)
@@ -134,7 +134,7 @@ def recipes(name: str | None, overrides: list[str]) -> dict[str, Recipe]:
 
 
 def _require_comparable(recipe: Recipe, where: str) -> None:
-    """Raise Mistake for what TRL, PEFT and bitsandbytes have nothing like."""
+    """Raise UserError for what TRL, PEFT and bitsandbytes have nothing like."""
     for key, value, able, instead in (
         ("kind", recipe.kind, not recipe.streams_text, "sft"),
         ("adapter.kind", recipe.adapter.kind, recipe.base_frozen and recipe.mergeable, "lora"),
@@ -142,9 +142,9 @@ def _require_comparable(recipe: Recipe, where: str) -> None:
         ("model.dtype", recipe.model.dtype, recipe.model.dtype != "fp16", "auto"),
     ):
         if not able:
-            raise Mistake(
+            raise UserError(
                 "the plain stack is compared in supervised fine-tuning of LoRA adapters, on an NF4 base or a float one",
-                where=f"{where}, {key}", found=str(value), do=f"{key}={instead}, or another recipe",
+                where=f"{where}, {key}", got=str(value), hint=f"{key}={instead}, or another recipe",
             )  # fmt: skip
 
 
@@ -178,7 +178,7 @@ class Side:
         """Its next answer.
 
         Raises:
-            Lost: it cannot run here, or died. Mistake: it met one.
+            Lost: it cannot run here, or died. UserError: it met one.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
@@ -188,7 +188,7 @@ class Side:
             raise Lost(f"{self.name} failed (exit code {code}):\n{self.said.read()[-4000:].strip()}")
         answer: dict[str, Any] = json.loads(line)
         if "mistake" in answer:
-            raise Mistake(**answer["mistake"])
+            raise UserError(**answer["mistake"])
         if "skip" in answer:
             raise Lost(answer["skip"])
         return answer
@@ -288,7 +288,7 @@ def contest(
     """Steps of ours and of each opponent in turn.
 
     Raises:
-        Mistake: the recipe's data is not enough, or not to be had. RuntimeError: our side failed, or the sides were not given
+        UserError: the recipe's data is not enough, or not to be had. RuntimeError: our side failed, or the sides were not given
             the same work.
     """
     share = Path(tempfile.mkdtemp(dir=stage.folder))
@@ -299,9 +299,9 @@ def contest(
         result.ready["ours"] = ready = _of_ours(sides["ours"].hear)["ready"]
         counts = ready["counts"]
         if len(counts) < warm_up + LEAST:
-            raise Mistake(
-                "there are too few rows for this", where="data", found=f"{len(counts)} whole steps",
-                do=f"give rows for {warm_up + LEAST} and more, or a smaller train.micro_batch or train.accumulation",
+            raise UserError(
+                "there are too few rows for this", where="data", got=f"{len(counts)} whole steps",
+                hint=f"give rows for {warm_up + LEAST} and more, or a smaller train.micro_batch or train.accumulation",
             )  # fmt: skip
         others: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             one.name: ({"side": "plain", "share": str(share), "as_ours": one.as_ours}, one.environment) for one in opponents
@@ -428,7 +428,7 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
     """All of it on `device`. large: the model of random codes too.
 
     Raises:
-        Mistake, RuntimeError: as `contest`.
+        UserError, RuntimeError: as `contest`.
     """
     result = Result()
     shares = 7.0 * sizes.steps, 10.0 * sizes.pairs, 85.0 * sizes.large_pairs * large  # seconds on two cores, with loading

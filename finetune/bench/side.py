@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finetune.errors import Mistakes, Stop
+from finetune.errors import UserErrors, Stop
 from finetune.files import write_json
 from finetune.memory import PeakMemory
 from finetune.run_dir import RunDir
@@ -425,8 +425,8 @@ def main(out: int, path: str) -> None:
     try:
         SIDES[spec["side"]](pipe, spec)
     except Stop as stop:
-        what = str(stop) if isinstance(stop, Mistakes) else stop.what
-        pipe.say(mistake={"what": what, "where": stop.where, "found": stop.found, "do": stop.do})
+        what = str(stop) if isinstance(stop, UserErrors) else stop.message
+        pipe.say(mistake={"what": what, "where": stop.where, "found": stop.got, "do": stop.hint})
     except Exception as error:
         from finetune.bench.measure import Skip
 

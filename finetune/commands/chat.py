@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.commands.common import Dtype, dtype_name, open_model
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.models.load import LoadedModel
@@ -29,7 +29,7 @@ def chat(
 
     wanted, screen = dtype_name(dtype), Screen()
     if len(models) > 2:
-        raise Mistake("chat takes one model, or two", found=str(len(models)))
+        raise UserError("chat takes one model, or two", got=str(len(models)))
     with quiet_libraries(screen):
         talks: list[tuple[LoadedModel, list[dict[str, str]]]] = [(open_model(name, wanted, screen), []) for name in models]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.material import HeldOut
@@ -43,7 +43,7 @@ def checked_recipe(name: str, overrides: list[str] | None = None) -> tuple[Path,
     """The recipe, once its keys and what it names are found good.
 
     Raises:
-        Mistakes: everything that is wrong with it.
+        UserErrors: everything that is wrong with it.
     """
     from finetune.recipe import find_recipe, locator, read_recipe
 
@@ -59,13 +59,13 @@ def dtype_name(name: str) -> str:
     """--dtype as recipes spell it.
 
     Raises:
-        Mistake: there is no such dtype.
+        UserError: there is no such dtype.
     """
     from finetune.recipe import canonical_value
 
     known = canonical_value("model.dtype", name)
     if known not in ("auto", "bf16", "fp16", "fp32"):
-        raise Mistake("unknown dtype", where="--dtype", found=name, do="auto, bf16, fp16 or fp32")
+        raise UserError("unknown dtype", where="--dtype", got=name, hint="auto, bf16, fp16 or fp32")
     return str(known)
 
 
@@ -79,11 +79,11 @@ def spawned(count: int, arguments: list[str]) -> None:
     from finetune import processes
 
     if processes.world() > 1:
-        raise Mistake(
+        raise UserError(
             "this process is one of several already",
             where="--processes",
-            found=f"{count}, under a launcher that started {processes.world()} (WORLD_SIZE)",
-            do="leave --processes out; or start it without the launcher",
+            got=f"{count}, under a launcher that started {processes.world()} (WORLD_SIZE)",
+            hint="leave --processes out; or start it without the launcher",
         )
     sys.exit(processes.spawn(arguments, count))
 
@@ -113,7 +113,7 @@ def rows_of_run(loaded: LoadedModel) -> HeldOut:
     """The held-out rows of the run that a model belongs to.
 
     Raises:
-        Mistake: its data is gone, or is not what it was.
+        UserError: its data is gone, or is not what it was.
     """
     from finetune.data.preflight import Limits
     from finetune.material import gather
@@ -139,6 +139,6 @@ def rows_to_compare_on(loaded: LoadedModel, screen: Screen, what: str) -> HeldOu
     if loaded.recipe is not None:
         try:
             rows = rows_of_run(loaded)
-        except Mistake as mistake:
-            screen.warn(f"the run's held-out rows cannot be had ({mistake.what}); {what} a passage of prose instead")
+        except UserError as mistake:
+            screen.warn(f"the run's held-out rows cannot be had ({mistake.message}); {what} a passage of prose instead")
     return rows or text_rows(loaded.tokenizer, PASSAGE, length=1024)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from finetune.commands.common import Dtype, dtype_name, open_model, rows_of_run, typed
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from eval.perplexity import LossResult
@@ -73,13 +73,13 @@ def evaluate_models(
     """Score each model in turn.
 
     Raises:
-        Mistake: nothing to score with, or a model, file or task that is not there.
+        UserError: nothing to score with, or a model, file or task that is not there.
     """
     from finetune.libraries import quiet_libraries
 
     dtype = dtype_name(dtype)
     if file is not None and not file.is_file():
-        raise Mistake("there is no such file", where="--file", found=str(file))
+        raise UserError("there is no such file", where="--file", got=str(file))
     results: dict[str, Scores] = {}
     with quiet_libraries(screen):
         from finetune import provenance
@@ -92,11 +92,11 @@ def evaluate_models(
             scores = results[name] = Scores(found)
             if file is not None or not tasks:
                 if file is None and loaded.recipe is None:
-                    raise Mistake(
+                    raise UserError(
                         "there is nothing to score this model on",
                         where="MODEL",
-                        found=name,
-                        do="add --file FILE or --tasks a,b",
+                        got=name,
+                        hint="add --file FILE or --tasks a,b",
                     )
                 scores.loss, scores.on = _loss(loaded, file, limit, screen)
             if tasks:
@@ -115,7 +115,7 @@ def _loss(loaded: LoadedModel, file: Path | None, limit: int | None, screen: Scr
         try:
             return evaluate_loss(loaded.model, rows[:limit], progress=lambda d, t: progress(d, t, "rows")), on
         except ValueError as error:
-            raise Mistake(str(error), where=on) from None
+            raise UserError(str(error), where=on) from None
 
 
 def _rows_of_file(loaded: LoadedModel, file: Path) -> tuple[Any, str]:
@@ -129,16 +129,16 @@ def _rows_of_file(loaded: LoadedModel, file: Path) -> tuple[Any, str]:
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise Mistake("the file is not UTF-8", where=str(file), found=str(error)) from None
+            raise UserError("the file is not UTF-8", where=str(file), got=str(error)) from None
         return text_rows(tokenizer, text, length=WINDOW), f"{file} in windows of {WINDOW} tokens"
     chats = bool(tokenizer.chat_template)
     read = load_rows(name=None, path=str(file), format_="auto" if chats else "text", skip_bad=not chats)
     if read.skipped:
-        raise Mistake(
+        raise UserError(
             "this model goes on with text and has no chat template, and these rows are no text",
             where=str(file),
-            found=f"{len(read.skipped)} of {len(read.rows) + len(read.skipped)} rows, the first {read.skipped[0]}",
-            do='give a .txt, or rows with "text"',
+            got=f"{len(read.skipped)} of {len(read.rows) + len(read.skipped)} rows, the first {read.skipped[0]}",
+            hint='give a .txt, or rows with "text"',
         )
     encoder = Encoder(tokenizer, max_length=LONGEST, stop_ids=frozenset(stop_ids(loaded.model, tokenizer)))
     rows = [(list(sample.input_ids), list(sample.labels)) for row in read.rows for sample in encoder.encode(row)]

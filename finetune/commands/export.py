@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.commands.common import open_model, rows_to_compare_on
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.record import ExportRecord
@@ -30,14 +30,14 @@ def export_model(name: str, to: str, out: Path, screen: Screen) -> ExportRecord:
     """Write a model for another program, compared with it by the gate.
 
     Raises:
-        Mistake: nothing to export, what the format cannot express, or `out` is in the way. GateStop: it is another model there.
+        UserError: nothing to export, what the format cannot express, or `out` is in the way. GateError: it is another model there.
     """
     from finetune.exporters import check, known
     from finetune.libraries import quiet_libraries
 
     known(to)
     if out.exists() and (out.is_file() or any(out.iterdir())):
-        raise Mistake("there is something already", where="--out", found=str(out), do="give a new name, or remove it")
+        raise UserError("there is something already", where="--out", got=str(out), hint="give a new name, or remove it")
     with quiet_libraries(screen):
         from finetune.exporters import GATE_TOKENS
         from finetune.stages.export import export_one
@@ -45,9 +45,9 @@ def export_model(name: str, to: str, out: Path, screen: Screen) -> ExportRecord:
         online = to == "bitnet-online"
         loaded = open_model(name, "auto", screen, merged=not online)  # merged/ is packed, a checkpoint has master weights
         if hasattr(loaded.model, "merge_and_unload"):
-            do = f"finetune merge {name} --out DIR, then export that"
-            do += " --to bitnet: it has no master weights" if online else ""
-            raise Mistake("an adapter cannot be exported", where="MODEL", found=loaded.what, do=do)
+            hint = f"finetune merge {name} --out DIR, then export that"
+            hint += " --to bitnet: it has no master weights" if online else ""
+            raise UserError("an adapter cannot be exported", where="MODEL", got=loaded.what, hint=hint)
         check(loaded.model, to, tokenizer=loaded.tokenizer)
         return export_one(
             to,

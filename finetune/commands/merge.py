@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.commands.common import Dtype, dtype_name, open_model, rows_to_compare_on
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.record import MergeRecord
@@ -32,13 +32,13 @@ def merge_model(name: str, out: Path, dtype: str, screen: Screen) -> MergeRecord
     """Merge an adapter (of a run, a checkpoint or a folder) into `out`, gated; on a ternary base it becomes ternary again.
 
     Raises:
-        Mistake: nothing to merge, or `out` is in the way. GateStop: the merged model is another.
+        UserError: nothing to merge, or `out` is in the way. GateError: the merged model is another.
     """
     from finetune.libraries import quiet_libraries
 
     dtype = dtype_name(dtype)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise Mistake("the output folder is not empty", where="--out", found=str(out), do="give a new folder, or remove it")
+        raise UserError("the output folder is not empty", where="--out", got=str(out), hint="give a new folder, or remove it")
     with quiet_libraries(screen):
         from finetune.models.precision import DTYPES
         from finetune.recipe import Eval
@@ -48,16 +48,16 @@ def merge_model(name: str, out: Path, dtype: str, screen: Screen) -> MergeRecord
         # The trained model is opened as it was trained, and only what is written gets the dtype.
         loaded = open_model(name, "auto", screen, merged=False)
         if not hasattr(loaded.model, "merge_and_unload"):
-            raise Mistake(
+            raise UserError(
                 "there is no adapter to merge",
                 where="MODEL",
-                found=loaded.what,
-                do="give a run with an adapter, or an adapter folder",
+                got=loaded.what,
+                hint="give a run with an adapter, or an adapter folder",
             )
         ternary = any(isinstance(module, PackedBitLinear) for module in loaded.model.modules())
         if ternary and dtype != "auto":
-            found = f"{dtype}, and the base of {loaded.what} is ternary"
-            raise Mistake("what is merged here stays ternary", where="--dtype", found=found, do="leave it out")
+            got = f"{dtype}, and the base of {loaded.what} is ternary"
+            raise UserError("what is merged here stays ternary", where="--dtype", got=got, hint="leave it out")
         settings = loaded.recipe.eval if loaded.recipe is not None else Eval()
         rows = rows_to_compare_on(loaded, screen, "the merge is measured on")[: max(1, settings.merge_rows)]
         device = next(loaded.model.parameters()).device

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from finetune.commands.common import Overrides, checked_recipe
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from finetune.planning.result import Plan
@@ -18,7 +18,7 @@ def plan_of(name: str, overrides: list[str], *, gpu: str | None, memory: str | N
     """The plan of a recipe. gpu: else its own, or the device that is here. memory: such as 12GB, else its own, or all.
 
     Raises:
-        Mistake: of the recipe, or no such device. Untraceable: the model's step cannot be planned.
+        UserError: of the recipe, or no such device. Untraceable: the model's step cannot be planned.
     """
     from finetune.libraries import quiet_libraries
     from finetune.planning.command import budget_of, device_for
@@ -45,9 +45,9 @@ def plan(
     checked = checked_recipe(recipe, overrides) if recipe is not None else None
     if table and (budget is not None or out is not None):
         given = "--fit" if budget is not None else "--out"
-        raise Mistake("the table has its own budgets, and writes no recipe", where="--table", found=given, do="leave it out")
+        raise UserError("the table has its own budgets, and writes no recipe", where="--table", got=given, hint="leave it out")
     if not table and checked is None:
-        raise Mistake("which recipe?", where="RECIPE", found="nothing", do="finetune recipes lists what ships; or --table")
+        raise UserError("which recipe?", where="RECIPE", got="nothing", hint="finetune recipes lists what ships; or --table")
     from rich.console import Console
 
     from finetune.libraries import quiet_libraries

@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from finetune.errors import Mistake, nearest
+from finetune.errors import UserError, nearest
 
 Raw = tuple[str, Any]  # (where, value)
 PACKAGE = "package:"
@@ -75,10 +75,10 @@ class Rows:
 # ---------------------------------------------------------------------------------------------------------------- sources
 
 
-def _fits_nothing(what: str, problems: list[tuple[str, str]], total: int, do: str) -> Mistake:
+def _fits_nothing(what: str, problems: list[tuple[str, str]], total: int, do: str) -> UserError:
     shown = "\n         ".join(f"{where}: {why}" for where, why in problems[:5])
     more = f"\n         … and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return Mistake(f"{len(problems)} of {total} {what}", found=shown + more, do=do)
+    return UserError(f"{len(problems)} of {total} {what}", got=shown + more, hint=do)
 
 
 def _read_jsonl(text: str, name: str) -> list[Raw]:
@@ -106,32 +106,32 @@ def _read_json(text: str, name: str) -> list[Raw]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines in a file named .json
             return _read_jsonl(text, name)
-        raise Mistake(
+        raise UserError(
             "the file is not JSON",
             where=f"{name}:{error.lineno}",
-            found=f"{error.msg} at column {error.colno}",
-            do="mend that line",
+            got=f"{error.msg} at column {error.colno}",
+            hint="mend that line",
         ) from None
     except RecursionError:
-        found = "brackets in brackets without end"
-        raise Mistake("the file holds no rows", where=name, found=found, do="give a list of rows, or one row a line") from None
+        got = "brackets in brackets without end"
+        raise UserError("the file holds no rows", where=name, got=got, hint="give a list of rows, or one row a line") from None
     if isinstance(value, dict):
         lists = {key: item for key, item in value.items() if isinstance(item, list)}
         if len(lists) != 1:
-            raise Mistake(
+            raise UserError(
                 "the file holds one object, and it is not clear where its rows are",
                 where=name,
-                found="keys: " + ", ".join(value),
-                do="give a list of rows, or one row a line (.jsonl)",
+                got="keys: " + ", ".join(value),
+                hint="give a list of rows, or one row a line (.jsonl)",
             )
         (key, value), *_ = lists.items()
         return [(f"{name}:{key}[{index}]", item) for index, item in enumerate(value)]
     if not isinstance(value, list):
-        raise Mistake(
+        raise UserError(
             "the file holds no rows",
             where=name,
-            found=type(value).__name__,
-            do="give a list of rows, or one row a line (.jsonl)",
+            got=type(value).__name__,
+            hint="give a list of rows, or one row a line (.jsonl)",
         )
     decoder = json.JSONDecoder()
     raws, position, line = [], text.index("[") + 1, 1
@@ -163,15 +163,15 @@ def _read_text(text: str, name: str) -> list[Raw]:
 
 
 def _check_nesting(text: str, name: str, loader: Any) -> None:
-    """Raise Mistake for YAML that would fill the memory (aliases) or end the process (libyaml's loader has no limit of depth)."""
+    """Raise UserError for YAML that would fill the memory (aliases) or end the process (libyaml's loader has no limit of depth)."""
     depth = 0
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-            found = f"the alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"lists in lists, over {DEEPEST}"
+            got = f"the alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"lists in lists, over {DEEPEST}"
             line = event.start_mark.line + 1 if event.start_mark else 1
-            do = "write each row out; an alias can unfold into more than fits into memory"
-            raise Mistake("this YAML holds no rows", where=f"{name}:{line}", found=found, do=do)
+            hint = "write each row out; an alias can unfold into more than fits into memory"
+            raise UserError("this YAML holds no rows", where=f"{name}:{line}", got=got, hint=hint)
 
 
 def _read_yaml(text: str, name: str) -> list[Raw]:
@@ -181,10 +181,10 @@ def _read_yaml(text: str, name: str) -> list[Raw]:
         value = yaml.load(text, Loader=loader)
     except (yaml.YAMLError, ValueError) as error:  # a ValueError: what looks like a date, and is none
         said = str(error).splitlines()[0]
-        raise Mistake("the file is not YAML", where=name, found=said, do="mend it, or give .jsonl") from None
+        raise UserError("the file is not YAML", where=name, got=said, hint="mend it, or give .jsonl") from None
     rows = value.get("conversations") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        raise Mistake("the file holds no rows", where=name, do="a list of rows, or `conversations:` with one")
+        raise UserError("the file holds no rows", where=name, hint="a list of rows, or `conversations:` with one")
     return [(f"{name}[{index}]", item) for index, item in enumerate(rows)]
 
 
@@ -197,10 +197,10 @@ READERS: dict[str, Callable[[str, str], list[Raw]]] = {
 }
 
 
-def no_such_file(path: Path, where: str) -> Mistake:
+def no_such_file(path: Path, where: str) -> UserError:
     near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-    do = f"did you mean {path.parent / near}?" if near else "put the file there, or give another: data.path=FILE"
-    return Mistake("there is no such data file", where=where, found=str(path), do=do)
+    hint = f"did you mean {path.parent / near}?" if near else "put the file there, or give another: data.path=FILE"
+    return UserError("there is no such data file", where=where, got=str(path), hint=hint)
 
 
 def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
@@ -211,12 +211,12 @@ def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
         raise no_such_file(path, "data.path") from None
     except UnicodeDecodeError as error:
         line = content[: error.start].count(b"\n") + 1
-        raise Mistake("the data file is not UTF-8", where=f"{name}:{line}", found=f"byte {content[error.start]:#04x}") from None
+        raise UserError("the data file is not UTF-8", where=f"{name}:{line}", got=f"byte {content[error.start]:#04x}") from None
     except OSError as error:
-        raise Mistake("the data file cannot be read", where="data.path", found=str(error)) from None
+        raise UserError("the data file cannot be read", where="data.path", got=str(error)) from None
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise Mistake("this kind of data file is not read", where=name, found=path.suffix, do="one of " + " ".join(READABLE))
+        raise UserError("this kind of data file is not read", where=name, got=path.suffix, hint="one of " + " ".join(READABLE))
     return reader(text, name), content
 
 
@@ -224,35 +224,35 @@ def package_files(name: str, where: str) -> dict[str, Path]:
     """Files of the installed distribution `package:NAME`, by their path in it; nothing of it is imported.
 
     Raises:
-        Mistake: it is not installed.
+        UserError: it is not installed.
     """
     distribution = name.removeprefix(PACKAGE)
     try:
         files = importlib.metadata.files(distribution)
     except importlib.metadata.PackageNotFoundError:
-        raise Mistake(
-            "this package is not installed", where=where, found=name, do=f"pip install --no-deps {distribution}"
+        raise UserError(
+            "this package is not installed", where=where, got=name, hint=f"pip install --no-deps {distribution}"
         ) from None
     return {str(file): Path(str(file.locate())) for file in files or [] if not file.is_absolute() and ".." not in file.parts}
 
 
 def check_patterns(patterns: list[str], where: str = "data.files") -> None:
-    """Raise Mistake for a pattern that leads out of what it chooses from: a dataset would read any file of this machine by it."""
+    """Raise UserError for a pattern that leads out of what it chooses from: a dataset would read any file of this machine by it."""
     for pattern in patterns:
         if pattern.startswith(("/", "~")) or ".." in pattern.replace("\\", "/").split("/"):
-            do = "give patterns of files in it; a file of this machine is data.path=FILE"
-            raise Mistake("this pattern leads out of the dataset", where=where, found=pattern, do=do)
+            hint = "give patterns of files in it; a file of this machine is data.path=FILE"
+            raise UserError("this pattern leads out of the dataset", where=where, got=pattern, hint=hint)
 
 
 def _read_package(name: str, patterns: list[str]) -> tuple[list[Raw], str]:
     files = {file: path for file, path in package_files(name, "data.name").items() if file.endswith(READABLE)}
     chosen = {f: p for f, p in files.items() if not patterns or any(fnmatch.fnmatch(f, pattern) for pattern in patterns)}
     if not chosen:
-        raise Mistake(
+        raise UserError(
             "no data file of this package matches",
             where="data.files",
-            found=", ".join(patterns) or name,
-            do="it has: " + ", ".join(list(files)[:20]) if files else "it carries no data files",
+            got=", ".join(patterns) or name,
+            hint="it has: " + ", ".join(list(files)[:20]) if files else "it carries no data files",
         )
     raws: list[Raw] = []
     digest = hashlib.sha256()
@@ -269,11 +269,11 @@ def _read_hub(name: str, split: str, files: list[str], max_rows: int | None) -> 
     try:
         dataset = datasets.load_dataset(name, split=split, data_files=files or None)
     except Exception as error:  # the hub's client raises many kinds; each means: this source gives no rows
-        raise Mistake(
+        raise UserError(
             "the dataset cannot be loaded",
             where="data.name",
-            found=f"{name} (split {split}): {type(error).__name__}: {str(error).splitlines()[0]}",
-            do="check the name and split on huggingface.co/datasets, the network, and `hf auth login`; "
+            got=f"{name} (split {split}): {type(error).__name__}: {str(error).splitlines()[0]}",
+            hint="check the name and split on huggingface.co/datasets, the network, and `hf auth login`; "
             "or give a local file: data.path=FILE.jsonl",
         ) from None
     if max_rows is not None:
@@ -361,7 +361,7 @@ def detect(raws: list[Raw]) -> tuple[str, str]:
     """(format, why) of raw rows, by their content.
 
     Raises:
-        Mistake: they fit no format; shows the first five.
+        UserError: they fit no format; shows the first five.
     """
     looked = raws[:200]
     fits = {format_: sum(_to_row(raw, format_) is not None for raw in looked) for format_ in FORMATS}
@@ -389,7 +389,7 @@ def load_rows(
     """All rows of a source, in its order.
 
     Raises:
-        Mistake: the source cannot be read, or rows fit no format (the first five with their lines, and how many).
+        UserError: the source cannot be read, or rows fit no format (the first five with their lines, and how many).
     """
     check_patterns(files or [])
     if path is not None:
@@ -400,9 +400,9 @@ def load_rows(
     elif name is not None:
         (raws, digest), source = _read_hub(name, split, files or [], max_rows), f"{name} ({split})"
     else:
-        raise Mistake("no data is named", where="data", do="data.path=FILE.jsonl or data.name=HUB_ID")
+        raise UserError("no data is named", where="data", hint="data.path=FILE.jsonl or data.name=HUB_ID")
     if not raws:
-        raise Mistake("the data is empty", where=source, found="0 rows")
+        raise UserError("the data is empty", where=source, got="0 rows")
     raws = raws[:max_rows]
     if format_ == "auto":
         format_, reason = detect(raws)

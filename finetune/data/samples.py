@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.rows import Row
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,11 +46,11 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
     if template == "chatml":
         missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
         if missing:
-            raise Mistake(
+            raise UserError(
                 "the chatml template needs tokens that this tokenizer lacks",
                 where="data.template",
-                found=", ".join(missing),
-                do="data.template=alpaca",
+                got=", ".join(missing),
+                hint="data.template=alpaca",
             )
     tokenizer.chat_template = TEMPLATES[template]
     return template
@@ -101,7 +101,7 @@ class Encoder:
         too_long: str = "cut",
     ) -> None:
         if not tokenizer.is_fast:
-            raise Mistake("this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name")
+            raise UserError("this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name")
         self.tokenizer, self.max_length, self.system, self.learn, self.too_long = (
             tokenizer,
             max_length,
@@ -119,7 +119,7 @@ class Encoder:
         """The samples of a row (several when the template rewrites earlier turns; none when too long and dropped).
 
         Raises:
-            Mistake: the chat template refuses the row.
+            UserError: the chat template refuses the row.
         """
         samples = [self._text_sample(row)] if row.text is not None else self._conversation(row)
         if self.too_long == "drop":
@@ -140,11 +140,11 @@ class Encoder:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
         except Exception as error:  # jinja's own and whatever the template raises: each means it refuses this row
-            raise Mistake(
+            raise UserError(
                 "the chat template refuses this row",
                 where=where,
-                found=f"{error} (roles: {', '.join(m['role'] for m in messages)})",
-                do="mend the row, or choose another: data.template=alpaca",
+                got=f"{error} (roles: {', '.join(m['role'] for m in messages)})",
+                hint="mend the row, or choose another: data.template=alpaca",
             ) from None
 
     def _conversation(self, row: Row) -> list[Sample]:

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from finetune.data.rows import PACKAGE, check_patterns, no_such_file, package_files
-from finetune.errors import Mistake, nearest
+from finetune.errors import UserError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +94,7 @@ class Source(ABC):
         """Blocks from a place on, each at least `block_bytes` of text but for the last. The place of any block gives it again.
 
         Raises:
-            Mistake: the data cannot be read, or a row holds no text.
+            UserError: the data cannot be read, or a row holds no text.
         """
         place, documents, size = place or {}, [], 0
         after: After | None = None
@@ -118,29 +118,29 @@ class Source(ABC):
             try:
                 text.encode()
             except UnicodeEncodeError as error:
-                found = f"{text[error.start]!r}, half of a surrogate pair, at character {error.start}"
-                self._skip(Mistake("this text is not Unicode", where=where, found=found, do=MEND), position)
+                got = f"{text[error.start]!r}, half of a surrogate pair, at character {error.start}"
+                self._skip(UserError("this text is not Unicode", where=where, got=got, hint=MEND), position)
                 return None
         text = text.replace("\r\n", "\n")
         return Document(where, text) if text.strip() else None
 
-    def _no_text(self, value: Any, where: str) -> Mistake:
+    def _no_text(self, value: Any, where: str) -> UserError:
         if not isinstance(value, dict):
-            found = f"{type(value).__name__}: {str(value)[:60]!r}"
-            do = f'a row is a string, or an object with "{self.text_key}"; {MEND}'
-            return Mistake("this row is no text", where=where, found=found, do=do)
+            got = f"{type(value).__name__}: {str(value)[:60]!r}"
+            hint = f'a row is a string, or an object with "{self.text_key}"; {MEND}'
+            return UserError("this row is no text", where=where, got=got, hint=hint)
         if self.text_key in value:
-            found = f"{type(value[self.text_key]).__name__}: {str(value[self.text_key])[:60]!r}"
-            return Mistake(f'"{self.text_key}" of this row is no text', where=where, found=found, do=MEND)
+            got = f"{type(value[self.text_key]).__name__}: {str(value[self.text_key])[:60]!r}"
+            return UserError(f'"{self.text_key}" of this row is no text', where=where, got=got, hint=MEND)
         texts = [key for key, item in value.items() if isinstance(item, str)]
         return self._no_key(where, list(value), max(texts, key=lambda key: len(value[key]), default=None))
 
-    def _no_key(self, where: str, keys: list[str], guess: str | None) -> Mistake:
+    def _no_key(self, where: str, keys: list[str], guess: str | None) -> UserError:
         guess = nearest(self.text_key, keys) or guess
-        do = f"data.text_key={guess}, if that is the text" if guess else MEND
-        return Mistake(f'there is no "{self.text_key}" here', where=where, found="keys: " + ", ".join(keys[:20]), do=do)
+        hint = f"data.text_key={guess}, if that is the text" if guess else MEND
+        return UserError(f'there is no "{self.text_key}" here', where=where, got="keys: " + ", ".join(keys[:20]), hint=hint)
 
-    def _skip(self, mistake: Mistake, position: tuple[int, int]) -> None:
+    def _skip(self, mistake: UserError, position: tuple[int, int]) -> None:
         """Counts what is bad at `position` (file, line or row), once; raises where the user did not ask to skip."""
         if not self.skip_bad:
             raise mistake
@@ -148,9 +148,9 @@ class Source(ABC):
             return
         self._furthest, self.bad = position, self.bad + 1
         if len(self.skipped) < SHOWN:
-            self.skipped.append(f"{mistake.where}: {mistake.what}")
+            self.skipped.append(f"{mistake.where}: {mistake.message}")
         if self.bad == HOPELESS and not self._found_text:
-            raise Mistake(f"the first {HOPELESS} rows hold no text", where=mistake.where, found=mistake.found, do=mistake.do)
+            raise UserError(f"the first {HOPELESS} rows hold no text", where=mistake.where, got=mistake.got, hint=mistake.hint)
 
 
 MEND = "mend it, or data.bad_rows=skip"
@@ -176,20 +176,20 @@ class Files(Source):
                         for found in reader(number, place if number == place.get("file") else {}):
                             self._same(number, file)  # else what was read may have been written, or cut off, just now
                             yield found
-                    except Mistake:
+                    except UserError:
                         self._same(number, file)  # then this is the reason
                         raise
                     self._same(number, file)
             except OSError as error:
-                raise Mistake("the data file cannot be read", where=self.files[number][0], found=str(error), do=BACK) from None
+                raise UserError("the data file cannot be read", where=self.files[number][0], got=str(error), hint=BACK) from None
 
     def _same(self, number: int, file: BinaryIO) -> None:
-        """Raise Mistake when an open file is not what it was when the run looked at it first. One that was only touched is."""
+        """Raise UserError when an open file is not what it was when the run looked at it first. One that was only touched is."""
         _, path = self.files[number]
         before, now = self._stamps.setdefault(number, _stamp(file)), _stamp(file)
         if now != before and _digest(dict(self.files)) != self.digest:
-            found = f"{now[0]} bytes, it had {before[0]}" if now[0] != before[0] else "other text"
-            raise Mistake("the data file has changed while it was read", where=str(path), found=found, do=BACK)
+            got = f"{now[0]} bytes, it had {before[0]}" if now[0] != before[0] else "other text"
+            raise UserError("the data file has changed while it was read", where=str(path), got=got, hint=BACK)
 
     def _text(self, number: int, place: Place) -> Iterator[tuple[Document, After]]:
         """A .txt is one long text; its documents end at the first blank line after `PIECE` characters.
@@ -240,10 +240,10 @@ class Files(Source):
             while raw := file.readline(LONGEST_ROW):
                 where, position = f"{name}:{line}", (number, line)
                 if len(raw) == LONGEST_ROW:
-                    raise Mistake(
+                    raise UserError(
                         f"this line is longer than {LONGEST_ROW >> 20} MiB",
                         where=where,
-                        do="a .jsonl has one JSON object a line; a long text is a .txt",
+                        hint="a .jsonl has one JSON object a line; a long text is a .txt",
                     )
                 text = self._decode(raw, number, offset, line)
                 offset += len(raw)
@@ -253,12 +253,12 @@ class Files(Source):
                 try:
                     value = json.loads(text)
                 except json.JSONDecodeError as error:
-                    found = f"{error.msg} at column {error.colno}: {text[:80]!r}"
-                    self._skip(Mistake("this line is not JSON", where=where, found=found, do=MEND), position)
+                    got = f"{error.msg} at column {error.colno}: {text[:80]!r}"
+                    self._skip(UserError("this line is not JSON", where=where, got=got, hint=MEND), position)
                     continue
                 except RecursionError:
-                    found = "brackets in brackets without end"
-                    self._skip(Mistake("this line is not a row", where=where, found=found, do=MEND), position)
+                    got = "brackets in brackets without end"
+                    self._skip(UserError("this line is not a row", where=where, got=got, hint=MEND), position)
                     continue
                 document = self._document(value, where, position)
                 if document is not None:
@@ -296,18 +296,18 @@ class Files(Source):
                                 yield document, after
                     begin, skip = begin + row, 0
         except pyarrow.ArrowException as error:
-            raise Mistake("the parquet file cannot be read", where=name, found=str(error).splitlines()[0], do=BACK) from None
+            raise UserError("the parquet file cannot be read", where=name, got=str(error).splitlines()[0], hint=BACK) from None
 
     def _decode(self, raw: bytes, number: int, offset: int, line: int) -> str:
         """The text of one line; an empty one where it is not UTF-8 and is skipped."""
         try:
             return raw.decode("utf-8-sig" if not offset else "utf-8")
         except UnicodeDecodeError as error:
-            mistake = Mistake(
+            mistake = UserError(
                 "the data file is not UTF-8",
                 where=f"{self.files[number][0]}:{line}",
-                found=f"byte {raw[error.start]:#04x} at column {error.start + 1}",
-                do="save it as UTF-8 (iconv -f latin1 -t utf-8), or data.bad_rows=skip leaves out such lines",
+                got=f"byte {raw[error.start]:#04x} at column {error.start + 1}",
+                hint="save it as UTF-8 (iconv -f latin1 -t utf-8), or data.bad_rows=skip leaves out such lines",
             )
             self._skip(mistake, (number, line))
             return ""
@@ -350,11 +350,11 @@ class Hub(Source):
             except StopIteration:
                 return
             except Exception as error:  # the hub's client raises many kinds; each means: the rest of the data cannot be had
-                raise Mistake(
+                raise UserError(
                     "the dataset cannot be read any further",
                     where=f"{self.name}[{index}]",
-                    found=_in_a_line(error),
-                    do="look at the network, then: finetune resume RUN; it goes on from there",
+                    got=_in_a_line(error),
+                    hint="look at the network, then: finetune resume RUN; it goes on from there",
                 ) from None
             where = f"{self.name}[{index}]"
             index += 1
@@ -386,7 +386,7 @@ def _digest(files: dict[str, Path]) -> str:
                 file.seek(max(0, size - (1 << 20)))
                 digest.update(file.read(1 << 20))
         except OSError as error:
-            raise Mistake("the data file cannot be read", where=name, found=str(error), do=BACK) from None
+            raise UserError("the data file cannot be read", where=name, got=str(error), hint=BACK) from None
     return digest.hexdigest()
 
 
@@ -400,12 +400,12 @@ def _in_a_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
-def _not_loaded(name: str, error: Exception) -> Mistake:
-    return Mistake(
+def _not_loaded(name: str, error: Exception) -> UserError:
+    return UserError(
         "the dataset cannot be loaded",
         where="data.name",
-        found=f"{name}: {_in_a_line(error)}",
-        do="check the name, split and revision on huggingface.co/datasets, the network, and `hf auth login`; "
+        got=f"{name}: {_in_a_line(error)}",
+        hint="check the name, split and revision on huggingface.co/datasets, the network, and `hf auth login`; "
         "or give a local file: data.path=FILE.jsonl",
     )
 
@@ -435,9 +435,9 @@ def _open_hub(name: str, split: str, files: list[str], revision: str | None) -> 
     return functools.partial(builder.as_streaming_dataset, split=split), digest, commit
 
 
-def _no_revisions(name: str, revision: str) -> Mistake:
-    return Mistake(
-        "only a dataset on the hub has revisions", where="data.revision", found=f"{revision} of {name}", do="leave it out"
+def _no_revisions(name: str, revision: str) -> UserError:
+    return UserError(
+        "only a dataset on the hub has revisions", where="data.revision", got=f"{revision} of {name}", hint="leave it out"
     )
 
 
@@ -461,7 +461,7 @@ def open_source(
     that cannot be decoded are counted and left out, not refused.
 
     Raises:
-        Mistake: it is not there, holds no such file, is of another kind, or has no revisions.
+        UserError: it is not there, holds no such file, is of another kind, or has no revisions.
     """
     check_patterns(files or [])
     settings: dict[str, Any] = {"text_key": text_key, "skip_bad": skip_bad, "block_bytes": block_bytes}
@@ -476,11 +476,11 @@ def open_source(
         if not root.exists():
             raise no_such_file(root, "data.path")
         if root.suffix.lower() not in STREAMED:
-            do = "one of " + " ".join(STREAMED) + ", or a folder of them"
-            raise Mistake("this kind of data file is not streamed", where=root.name, found=root.suffix or "no suffix", do=do)
+            hint = "one of " + " ".join(STREAMED) + ", or a folder of them"
+            raise UserError("this kind of data file is not streamed", where=root.name, got=root.suffix or "no suffix", hint=hint)
         return Files(path, {root.name: root}, **settings)
     if name is None:
-        raise Mistake("no data is named", where="data", do="data.path=FILE.txt or data.name=HUB_ID")
+        raise UserError("no data is named", where="data", hint="data.path=FILE.txt or data.name=HUB_ID")
     if name.startswith(PACKAGE):
         return Files(name, _choose(package_files(name, "data.name"), files or [], name), **settings)
     dataset, digest, commit = _open_hub(name, split, files or [], revision)
@@ -491,11 +491,11 @@ def _choose(files: dict[str, Path], patterns: list[str], name: str) -> dict[str,
     known = sorted(file for file in files if file.lower().endswith(STREAMED) and ".dist-info/" not in file)
     chosen = [file for file in known if not patterns or any(fnmatch.fnmatch(file, pattern) for pattern in patterns)]
     if not chosen:
-        raise Mistake(
+        raise UserError(
             "no text file here matches",
             where="data.files" if patterns else "data",
-            found=", ".join(patterns) or name,
-            do="it has: " + ", ".join(known[:20]) if known else f"{name} holds no {', '.join(STREAMED)} file",
+            got=", ".join(patterns) or name,
+            hint="it has: " + ", ".join(known[:20]) if known else f"{name} holds no {', '.join(STREAMED)} file",
         )
     return {file: files[file] for file in chosen}
 
@@ -531,7 +531,7 @@ class Corpus:
     characters and tokens made ready in this process, and how many tokens were dropped so.
 
     Raises:
-        Mistake: the data is empty, or its first block has not twice the tokens that are to be held out.
+        UserError: the data is empty, or its first block has not twice the tokens that are to be held out.
     """
 
     def __init__(self, source: Source, encode: Encode, *, length: int, end: int, seed: int, heldout_rows: int) -> None:
@@ -547,7 +547,7 @@ class Corpus:
         first = next(blocks, None)
         if first is None:
             skipped = f"; {self.source.bad} skipped, such as {self.source.skipped[0]}" if self.source.bad else ""
-            raise Mistake("the data holds no text", where=self.source.name, found=f"0 documents{skipped}")
+            raise UserError("the data holds no text", where=self.source.name, got=f"0 documents{skipped}")
         del blocks
         needed = count * self.length
         tokens: list[int] = []
@@ -568,12 +568,12 @@ class Corpus:
                 return [tokens[at : at + self.length] for at in range(0, needed, self.length)]
         total = sum(lengths)
         possible = max(min(taken, total - taken) for taken in itertools.accumulate(lengths)) // self.length
-        raise Mistake(
+        raise UserError(
             "there is too little text to hold out so much",
             where="data.heldout",
-            found=f"{count} rows of {self.length} are {needed:,} tokens, and at least as many must be left to train; the first "
+            got=f"{count} rows of {self.length} are {needed:,} tokens, and at least as many must be left to train; the first "
             f"block of {self.source.name} has {total:,} tokens in {len(lengths)} documents, which are held out whole",
-            do=(f"at most data.heldout={possible}, or " if possible else "") + "a smaller data.max_length, or more text",
+            hint=(f"at most data.heldout={possible}, or " if possible else "") + "a smaller data.max_length, or more text",
         )
 
     def _encoded(
@@ -629,7 +629,7 @@ class Corpus:
         The next blocks are made ready in the background. Close the generator, or let it go, and that ends.
 
         Raises:
-            Mistake: the data cannot be read, has changed at that place, or does not fill one row.
+            UserError: the data cannot be read, has changed at that place, or does not fill one row.
         """
         stop = threading.Event()
         blocks = ahead(self._blocks(epoch, place, stop), stop)
@@ -649,17 +649,17 @@ class Corpus:
             if check is not None:
                 raise self._changed(place)
             if not came:
-                found = f"{self.read['tokens']:,} tokens without those held out; a row is {self.length}"
-                raise Mistake("the data does not fill one row", where=self.source.name, found=found, do="give more text")
+                got = f"{self.read['tokens']:,} tokens without those held out; a row is {self.length}"
+                raise UserError("the data does not fill one row", where=self.source.name, got=got, hint="give more text")
         finally:
             blocks.close()
 
-    def _changed(self, place: Place | None) -> Mistake:
-        return Mistake(
+    def _changed(self, place: Place | None) -> UserError:
+        return UserError(
             "the data is not what it was when this position was saved",
             where=self.source.name,
-            found=f"other rows at {json.dumps(place)[:300]}",
-            do="bring back the data, tokenizer, seed and data.max_length of that run, or begin a new one",
+            got=f"other rows at {json.dumps(place)[:300]}",
+            hint="bring back the data, tokenizer, seed and data.max_length of that run, or begin a new one",
         )
 
 

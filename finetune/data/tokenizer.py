@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.stream import Encode, Source
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -43,14 +43,14 @@ def train_tokenizer(
     max_bytes: so much of the texts is read, in UTF-8. progress is told now and then how many bytes were.
 
     Raises:
-        Mistake: the vocabulary is smaller than 258, or larger than these texts give.
+        UserError: the vocabulary is smaller than 258, or larger than these texts give.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if vocabulary < SMALLEST:
-        found = f"{vocabulary}; the end token and all 256 bytes are 257"
-        raise Mistake("the vocabulary is too small", where="tokenizer.train", found=found, do="such as tokenizer.train=4096")
+        got = f"{vocabulary}; the end token and all 256 bytes are 257"
+        raise UserError("the vocabulary is too small", where="tokenizer.train", got=got, hint="such as tokenizer.train=4096")
     read = 0
 
     def limited() -> Iterator[str]:
@@ -81,11 +81,11 @@ def train_tokenizer(
         progress(read)
     made = tokenizer.get_vocab_size()
     if made < vocabulary:
-        raise Mistake(
+        raise UserError(
             "the text is too small for this vocabulary",
             where="tokenizer.train",
-            found=f"{vocabulary:,} tokens were asked for, {read:,} bytes of text gave {made:,}",
-            do=(f"tokenizer.train={made}, or " if made >= SMALLEST else "") + "more text",
+            got=f"{vocabulary:,} tokens were asked for, {read:,} bytes of text gave {made:,}",
+            hint=(f"tokenizer.train={made}, or " if made >= SMALLEST else "") + "more text",
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, model_max_length=1 << 20, clean_up_tokenization_spaces=False

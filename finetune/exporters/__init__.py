@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import Mistake, nearest
+from finetune.errors import UserError, nearest
 from finetune.files import atomic_file, atomic_folder, require_space
 from finetune.units import human_bytes
 
@@ -53,11 +53,11 @@ LONGEST = 512  # tokens of a row that the gate runs
 
 
 def known(format: str) -> Format:  # noqa: A002
-    """The row of FORMATS; Mistake for a name that has none."""
+    """The row of FORMATS; UserError for a name that has none."""
     if format not in FORMATS:
         guess = nearest(format, FORMATS)
-        raise Mistake(
-            f"there is no export format {format!r}", found=format, do=f"--to {guess}" if guess else f"one of {', '.join(FORMATS)}"
+        raise UserError(
+            f"there is no export format {format!r}", got=format, hint=f"--to {guess}" if guess else f"one of {', '.join(FORMATS)}"
         )
     return FORMATS[format]
 
@@ -79,7 +79,7 @@ def check(
     tokenizer: the model's, to be told now and not after training when a GGUF cannot carry it.
 
     Raises:
-        Mistake: naming the layer and its shape, or the key of the config, and what to do; a keep pattern matches nothing.
+        UserError: naming the layer and its shape, or the key of the config, and what to do; a keep pattern matches nothing.
     """
     from transformers import PretrainedConfig
 
@@ -99,8 +99,8 @@ def check(
         from finetune.exporters.llama_cpp import WHEEL
 
         if importlib.util.find_spec(WHEEL.partition("=")[0]) is None:
-            do = f"pip install {WHEEL} (or finetune12g[export])"
-            raise Mistake("GGUF exports are proven by running them in llama.cpp, which is not installed", where=format, do=do)
+            hint = f"pip install {WHEEL} (or finetune12g[export])"
+            raise UserError("GGUF exports are proven by running them in llama.cpp, which is not installed", where=format, hint=hint)
         gguf.check(model, format)
         if tokenizer is not None:
             from finetune.exporters import vocabulary
@@ -133,16 +133,16 @@ def export(
         figures for JSON: format, path, bytes, parameters, bits_per_weight (of all that is written), gate.
 
     Raises:
-        Mistake: what `check` refuses, a tokenizer that cannot be carried, no rows, no space, no llama.cpp.
-        GateStop: the export is not the model; nothing was kept.
+        UserError: what `check` refuses, a tokenizer that cannot be carried, no rows, no space, no llama.cpp.
+        GateError: the export is not the model; nothing was kept.
     """
     suffix = known(format).suffix
     if suffix and out.suffix != suffix:
-        raise Mistake(f"{format} is a file that ends in {suffix}", where=str(out), do=f"--out {out.with_suffix(suffix)}")
+        raise UserError(f"{format} is a file that ends in {suffix}", where=str(out), hint=f"--out {out.with_suffix(suffix)}")
     check(model, format, tokenizer=tokenizer)
     sample = cut(rows, gate_tokens)
     if not sample:
-        raise Mistake("the export's gate has no rows to run", do="give held-out data (data.eval), or a text")
+        raise UserError("the export's gate has no rows to run", hint="give held-out data (data.eval), or a text")
     parameters = sum(p.numel() for p in model.parameters() if p.dtype.is_floating_point) + _packed_weights(model)
     require_space(out.parent, _size(model, format), f"the export to {format}")
     if format.startswith("bitnet"):

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 from finetune.exporters.gate import Bounds
 from finetune.exporters.layers import Ternary, check_layers, function, require_ternary, ternary_layers, widened
 from quant import BitLinear, ternary
@@ -28,14 +28,14 @@ is simulated. Sums in another order, as on a GPU, cost up to 0.0003 nats (untrai
 
 
 def check(model: Any, format: str) -> None:  # noqa: A002
-    """Refuse what the format cannot express. Raises Mistake."""
+    """Refuse what the format cannot express. Raises UserError."""
     from quant.pretrained import quantizer_for
 
     check_layers(model)
     require_ternary(model, format)
     for name, layer in ternary_layers(model).items():
         if format == "bitnet-online" and not isinstance(layer, BitLinear):
-            raise Mistake("this model is packed: its master weights are gone", where=name, do="--to bitnet keeps its codes")
+            raise UserError("this model is packed: its master weights are gone", where=name, hint="--to bitnet keeps its codes")
     said = getattr(model.config, "quantization_config", None)
     try:
         quantizer_for(model).refresh(model)
@@ -52,7 +52,7 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write `model` (a copy of layers.py: packed, or with its master weights) to `folder`, which exists.
 
     Raises:
-        Mistake: a setting that the format has once for all layers differs between them; a layer that it does not know.
+        UserError: a setting that the format has once for all layers differs between them; a layer that it does not know.
     """
     from quant.pretrained import attach_quantizer
 
@@ -65,15 +65,15 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _inexpressible(model: Any, error: ValueError) -> Mistake:
-    return Mistake("Hugging Face bitnet cannot express this model", where=type(model).__name__, found=str(error))
+def _inexpressible(model: Any, error: ValueError) -> UserError:
+    return UserError("Hugging Face bitnet cannot express this model", where=type(model).__name__, got=str(error))
 
 
 @contextmanager
 def loaded(folder: Path, format: str) -> Iterator[Callable[[list[int]], Tensor]]:  # noqa: A002
     """The folder as plain transformers runs it, in fp32 on the CPU: token ids → logits.
 
-    Its layers are compiled by torch, for which a C++ compiler is needed; they are run without. Raises GateStop when it loads
+    Its layers are compiled by torch, for which a C++ compiler is needed; they are run without. Raises GateError when it loads
     something else than packed layers.
     """
     from transformers import AutoModelForCausalLM
@@ -82,7 +82,7 @@ def loaded(folder: Path, format: str) -> Iterator[Callable[[list[int]], Tensor]]
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     kind = plain.BitLinear if format == "bitnet" else plain.AutoBitLinear
     if not any(type(module) is kind for module in model.modules()):
-        raise GateStop("plain transformers found no ternary layers of this format in the export", where=str(folder))
+        raise GateError("plain transformers found no ternary layers of this format in the export", where=str(folder))
     run = function(model.eval())
     with torch.compiler.set_stance("force_eager"):
         yield run

@@ -36,7 +36,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.errors import GateStop
+from finetune.errors import GateError
 
 Logits = Callable[[list[int]], Tensor]  # token ids of a row (n) → logits (n, vocabulary), float
 Rows = Sequence[tuple[list[int], list[int]]]  # input ids, labels (the label AT each position, −100 where none)
@@ -127,7 +127,7 @@ def compare(
 
     Raises:
         ValueError: there is no row with a token.
-        GateStop: the target's vocabulary has another size.
+        GateError: the target's vocabulary has another size.
     """
     rows = [(ids, labels) for ids, labels in rows if ids]
     if not rows:
@@ -140,7 +140,7 @@ def compare(
         ours, theirs = _logits(trained, ids), _logits(target, ids)
         expected = ours if simulation is None else _logits(simulation, ids)
         if theirs.shape != ours.shape:
-            raise GateStop("the export has another vocabulary", found=f"{theirs.shape[-1]} tokens, the model {ours.shape[-1]}")
+            raise GateError("the export has another vocabulary", got=f"{theirs.shape[-1]} tokens, the model {ours.shape[-1]}")
         row_apart, row_squares = _squares(expected - theirs), _squares(expected)
         squares, apart, noise = squares + row_squares, apart + row_apart, noise + _squares(expected - ours)
         worst_row = _max(worst_row, _ratio(row_apart, row_squares))
@@ -173,18 +173,18 @@ def compare(
 
 
 def hold(verdict: Verdict, *, where: str, do: str | None = None) -> None:
-    """Raise GateStop, with the figures, for an export that is not the model that was trained."""
+    """Raise GateError, with the figures, for an export that is not the model that was trained."""
     if (reason := verdict.reason) is None:
         return
-    raise GateStop(
+    raise GateError(
         f"the export is not the model that was trained, it was not kept: {reason}",
         where=where,
-        found=(
+        got=(
             f"over {verdict.tokens} tokens: error {verdict.error:.3g}, KL {verdict.kl:.3g} nats (arithmetic alone "
             f"{verdict.simulation_kl:.3g}), loss {verdict.export_loss:.4f} against {verdict.trained_loss:.4f}, same next token "
             f"{verdict.same_top:.1%}"
         ),
-        do=do,
+        hint=do,
     )
 
 

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.exporters.gate import Bounds
 from finetune.exporters.layers import check_layers, require_ternary, ternary_layers, widened
 from finetune.exporters.vocabulary import Vocabulary
@@ -85,19 +85,19 @@ def check(model: Any, format: str) -> None:  # noqa: A002
     """Refuse what llama.cpp cannot express. A model on `meta` is checked by its shapes and its config.
 
     Raises:
-        Mistake: naming the layer or the key of the config.
+        UserError: naming the layer or the key of the config.
     """
     kind, config = type(model).__name__, model.config
     if (architecture := ARCHITECTURES.get(kind)) is None:
-        raise Mistake(
+        raise UserError(
             "this architecture cannot be exported as GGUF here",
             where=kind,
-            found=f"known are {', '.join(ARCHITECTURES)}",
-            do="adapters are merged first (finetune merge); another architecture goes through llama.cpp's own converter",
+            got=f"known are {', '.join(ARCHITECTURES)}",
+            hint="adapters are merged first (finetune merge); another architecture goes through llama.cpp's own converter",
         )
 
-    def refuse(key: str, what: str, do: str | None = None) -> Mistake:
-        return Mistake(f"llama.cpp's `{architecture.name}` {what}", where=f"{kind}: {key}", found=_shown(config, key), do=do)
+    def refuse(key: str, what: str, do: str | None = None) -> UserError:
+        return UserError(f"llama.cpp's `{architecture.name}` {what}", where=f"{kind}: {key}", got=_shown(config, key), hint=do)
 
     if config.hidden_act not in architecture.activations:
         raise refuse(
@@ -117,20 +117,20 @@ def check(model: Any, format: str) -> None:  # noqa: A002
         require_ternary(model, format)
     for name, layer in ternary_layers(model).items():
         if layer.rms_norm is not None:
-            raise Mistake(
+            raise UserError(
                 f"llama.cpp's `{architecture.name}` has no norm inside a linear (the training-tips layout)",
                 where=name,
-                found="use_rms_norm",
-                do="export --to bitnet, which carries it; or train the layout with sub-norms",
+                got="use_rms_norm",
+                hint="export --to bitnet, which carries it; or train the layout with sub-norms",
             )
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
-            raise Mistake(
-                f"a bias is not carried to llama.cpp's `{architecture.name}`", where=name, found=str(tuple(parameter.shape))
+            raise UserError(
+                f"a bias is not carried to llama.cpp's `{architecture.name}`", where=name, got=str(tuple(parameter.shape))
             )
         module = name.rpartition(".")[0]
         if _gguf_name(module) is None or (module.endswith("sub_norm") and not architecture.sub_norms):
-            raise Mistake(f"llama.cpp's `{architecture.name}` has no place for this tensor", where=name)
+            raise UserError(f"llama.cpp's `{architecture.name}` has no place for this tensor", where=name)
 
 
 def _shown(config: Any, key: str) -> str:
@@ -158,7 +158,7 @@ def write(packed: Any, words: Vocabulary, path: Path, format: str, *, name: str)
     """Write `packed` (layers.packed_copy, checked) to `path`.
 
     Raises:
-        Mistake: a weight is larger than F16 holds, or not finite.
+        UserError: a weight is larger than F16 holds, or not finite.
     """
     import gguf
 
@@ -224,7 +224,7 @@ def tensors(packed: Any, format: str) -> Iterator[tuple[str, np.ndarray, str]]: 
         if architecture.interleaved and path.endswith(("q_proj", "k_proj")):
             values = interleave(values, _head_dim(packed.config))
         if not bool((values.half() if kind == "F16" else values).isfinite().all()):
-            raise Mistake("a weight is not finite in F16", where=path, found=f"the largest is {float(values.abs().max()):.3g}")
+            raise UserError("a weight is not finite in F16", where=path, got=f"the largest is {float(values.abs().max()):.3g}")
         quantization = gguf.GGMLQuantizationType[kind]
         yield name, gguf.quants.quantize(values.contiguous().numpy(), quantization), kind
 
@@ -234,8 +234,8 @@ def weights(layer: PackedBitLinear) -> Tensor:
     packed = layer.packed
     scale = (1 / packed.scale).half().float()
     if not bool((scale > 0) & scale.isfinite()):
-        raise Mistake(
-            "the scale of a ternary layer is outside the range of F16", found=f"mean|W| = {float(1 / packed.scale):.3g}"
+        raise UserError(
+            "the scale of a ternary layer is outside the range of F16", got=f"mean|W| = {float(1 / packed.scale):.3g}"
         )
     return ternary.unpack(packed.codes).float() * scale
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from quant import BitLinear, PackedBitLinear, swap, weights_changed
 from quant.swap import DEFAULT_KEEP, as_linear
 from quant.ternary import ROWS_A_BYTE, looks_ternary, unfit
@@ -31,7 +31,7 @@ def to_be(
     all_fit: a layer that would stay in floats for its shape alone is refused, not left.
 
     Raises:
-        Mistake: transformers knows no such model, a keep pattern matches nothing, or nothing can become ternary.
+        UserError: transformers knows no such model, a keep pattern matches nothing, or nothing can become ternary.
     """
     from transformers import AutoModelForCausalLM
 
@@ -39,8 +39,8 @@ def to_be(
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(config)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        found = f"{config.model_type}: {str(error).splitlines()[0][:200]}"
-        raise Mistake("this is no causal language model that transformers can build", where="model.name", found=found) from None
+        got = f"{config.model_type}: {str(error).splitlines()[0][:200]}"
+        raise UserError("this is no causal language model that transformers can build", where="model.name", got=got) from None
     try:
         if ternary is not False and getattr(config, "quantization_config", None) and _as_stored(model, config):
             return model
@@ -49,7 +49,7 @@ def to_be(
         options: dict[str, Any] = {"norm_eps": getattr(config, "rms_norm_eps", 1e-6)} if rms_norm else {}
         report = swap(model, scheme="ternary", trainable=True, keep=(*DEFAULT_KEEP, *keep), **options)
     except ValueError as error:
-        raise Mistake("this model cannot be trained in ternary", where="quant", found=str(error)) from None
+        raise UserError("this model cannot be trained in ternary", where="quant", got=str(error)) from None
     for path, reason in report.left.items() if all_fit else ():
         module = model.get_submodule(path)
         if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2:
@@ -70,12 +70,12 @@ def _as_stored(model: Any, config: Any) -> bool:
     return True
 
 
-def _no_fours(path: str, out_features: int, in_features: int) -> Mistake:
-    return Mistake(
+def _no_fours(path: str, out_features: int, in_features: int) -> UserError:
+    return UserError(
         f"packed ternary needs out_features in fours: {out_features} are not",
         where=path,
-        found=f"a weight of shape ({out_features}, {in_features})",
-        do=f"model sizes that make it {out_features + -out_features % ROWS_A_BYTE}, or keep this layer in floats (quant.keep)",
+        got=f"a weight of shape ({out_features}, {in_features})",
+        hint=f"model sizes that make it {out_features + -out_features % ROWS_A_BYTE}, or keep this layer in floats (quant.keep)",
     )
 
 
@@ -85,23 +85,23 @@ def check_layers(model: nn.Module, *, multiple: int = 1) -> None:
     multiple: in_features of a ternary layer must be one of it.
 
     Raises:
-        Mistake: naming the layer and its shape.
+        UserError: naming the layer and its shape.
     """
     for name, module in model.named_modules():
         kind = getattr(module, "quantized", None)
         if isinstance(kind, str) and not isinstance(module, Ternary):
-            raise Mistake(
+            raise UserError(
                 f"{kind} is no format of this export",
                 where=name,
-                found=type(module).__name__,
-                do="finetune merge makes a float model of it; --to gguf-f16 takes that",
+                got=type(module).__name__,
+                hint="finetune merge makes a float model of it; --to gguf-f16 takes that",
             )
         if type(module).__module__.startswith("transformers.integrations"):
-            raise Mistake(
+            raise UserError(
                 "this checkpoint is quantized already, and was loaded by plain transformers",
                 where=name,
-                found=f"{type(module).__module__}.{type(module).__name__}",
-                do="quant.pretrained.load reads its codes as they are; to quantize it again would change it",
+                got=f"{type(module).__module__}.{type(module).__name__}",
+                hint="quant.pretrained.load reads its codes as they are; to quantize it again would change it",
             )
         if not isinstance(module, Ternary):
             continue
@@ -109,36 +109,36 @@ def check_layers(model: nn.Module, *, multiple: int = 1) -> None:
         if out_features % ROWS_A_BYTE:
             raise _no_fours(name, out_features, in_features)
         if in_features % multiple:
-            raise Mistake(
+            raise UserError(
                 f"this format needs in_features to be a multiple of {multiple}: {in_features} is none",
                 where=name,
-                found=f"a weight of shape ({out_features}, {in_features})",
-                do=f"a hidden or intermediate size of {in_features + -in_features % multiple}; or --to bitnet, which takes it",
+                got=f"a weight of shape ({out_features}, {in_features})",
+                hint=f"a hidden or intermediate size of {in_features + -in_features % multiple}; or --to bitnet, which takes it",
             )
         if isinstance(module, BitLinear) and getattr(module, "blend", 1) != 1:
-            raise Mistake(
+            raise UserError(
                 "this layer is still on its way to ternary",
                 where=name,
-                found=f"λ = {module.blend}",
-                do="export after the warm-up has ended",
+                got=f"λ = {module.blend}",
+                hint="export after the warm-up has ended",
             )
         weight = module.weight
         if isinstance(module, nn.Linear) and not weight.is_meta and looks_ternary(weight):
-            raise Mistake(
+            raise UserError(
                 "this checkpoint is ternary already, as floats: a second quantization would keep the codes and shrink the scale",
                 where=name,
-                found="weights −c, 0 and c",
-                do="export the packed checkpoint that it came from; --to gguf-f16 takes plain float layers as they are",
+                got="weights −c, 0 and c",
+                hint="export the packed checkpoint that it came from; --to gguf-f16 takes plain float layers as they are",
             )
 
 
 def require_ternary(model: nn.Module, format: str) -> None:  # noqa: A002
-    """Raise Mistake for a model without a ternary layer."""
+    """Raise UserError for a model without a ternary layer."""
     if not ternary_layers(model):
-        raise Mistake(
+        raise UserError(
             f"{format} is a format of ternary models, and this one has no ternary layer",
             where=type(model).__name__,
-            do="train with scheme: ternary; a float model goes --to gguf-f16",
+            hint="train with scheme: ternary; a float model goes --to gguf-f16",
         )
 
 

@@ -26,7 +26,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 
 WORKER = Path(__file__).with_name("llama_worker.py")
 WHEEL = "xllamacpp==2026.10.11549"
@@ -40,8 +40,8 @@ class Llama:
     what llama.cpp does by itself.
 
     Raises:
-        Mistake: xllamacpp is missing, or is another version than the one that is known.
-        GateStop: llama.cpp cannot load the file.
+        UserError: xllamacpp is missing, or is another version than the one that is known.
+        GateError: llama.cpp cannot load the file.
     """
 
     def __init__(self, path: Path, *, context: int = 512, threads: int = THREADS, exact: bool = True) -> None:
@@ -89,18 +89,18 @@ class Llama:
         reply = json.loads(line)
         if error := reply.get("error"):
             if reply["kind"] in ("ImportError", "ModuleNotFoundError"):
-                raise Mistake("llama.cpp is not installed", found=error, do=f"pip install {WHEEL}")
+                raise UserError("llama.cpp is not installed", got=error, hint=f"pip install {WHEEL}")
             if reply["kind"] in ("LayoutError", "AttributeError"):
-                raise Mistake(
-                    "this xllamacpp is another version than the one that is known", found=error, do=f"pip install {WHEEL}"
+                raise UserError(
+                    "this xllamacpp is another version than the one that is known", got=error, hint=f"pip install {WHEEL}"
                 )
             raise self._stop(error)
         return reply, bytearray(self._process.stdout.read(reply["bytes"]))
 
-    def _stop(self, what: str) -> GateStop:
+    def _stop(self, what: str) -> GateError:
         self._errors.seek(0)
         said = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return GateStop(what, where=str(self.path), found=" | ".join(said[-4:])[-600:] or None)
+        return GateError(what, where=str(self.path), got=" | ".join(said[-4:])[-600:] or None)
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):

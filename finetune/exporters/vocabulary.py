@@ -10,7 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 
 if TYPE_CHECKING:
     from finetune.exporters.llama_cpp import Llama
@@ -44,7 +44,7 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     """What a GGUF needs to know of `tokenizer` for a model of `size` embeddings.
 
     Raises:
-        Mistake: it is not byte-level BPE with a rule that llama.cpp has, it has no end token, or does not fit the model.
+        UserError: it is not byte-level BPE with a rule that llama.cpp has, it has no end token, or does not fit the model.
     """
     from gguf import TokenType
 
@@ -60,15 +60,15 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
     if rule is None:
         raise _refusal(where, f"pre_tokenizer {json.dumps(spec.get('pre_tokenizer'))[:200]}")
     if tokenizer.eos_token_id is None:
-        raise Mistake("the tokenizer has no end token, and a GGUF needs one", where=where, do="tokenizer.eos_token = …")
+        raise UserError("the tokenizer has no end token, and a GGUF needs one", where=where, hint="tokenizer.eos_token = …")
     tokens, kinds = [f"[PAD{i}]" for i in range(size)], [int(TokenType.UNUSED)] * size
     added = {token["id"]: token for token in spec["added_tokens"]}
     for text, i in tokenizer.get_vocab().items():
         if i >= size:
-            raise Mistake(
+            raise UserError(
                 "the tokenizer does not fit the model",
                 where=where,
-                found=f"token {text!r} has id {i}, the model has {size} embeddings",
+                got=f"token {text!r} has id {i}, the model has {size} embeddings",
             )
         kind = TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED
         tokens[i], kinds[i] = text, int(kind)
@@ -89,7 +89,7 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
 
 def compare(tokenizer: Any, llama: Llama) -> int:
     """Tokenize the probes with both, and the texts of (some of) the vocabulary's own tokens, since a wrong rule shows where the
-    vocabulary has a token that it never splits off. Returns the number of tokens; raises GateStop where they differ."""
+    vocabulary has a token that it never splits off. Returns the number of tokens; raises GateError where they differ."""
     ids = range(0, len(tokenizer), 1 + len(tokenizer) // MOST)
     own = [tokenizer.decode(ids[start : start + 200], skip_special_tokens=True) for start in range(0, len(ids), 200)]
     count = 0
@@ -97,10 +97,10 @@ def compare(tokenizer: Any, llama: Llama) -> int:
         ours, theirs = list(tokenizer(text).input_ids), llama.tokenize(text)
         if ours != theirs:
             place = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-            raise GateStop(
+            raise GateError(
                 "llama.cpp tokenizes otherwise than the tokenizer that the model was trained with; the export was not kept",
                 where=f"the text {tokenizer.decode(ours[max(place - 5, 0) : place + 5])!r}",
-                found=f"{theirs[place : place + 5]} instead of {ours[place : place + 5]}",
+                got=f"{theirs[place : place + 5]} instead of {ours[place : place + 5]}",
             )
         count += len(ours)
     return count
@@ -119,10 +119,10 @@ def _rule(pre_tokenizer: dict[str, Any] | None) -> str | None:
     return "smollm" if before == [{"type": "Digits", "individual_digits": True}] else None
 
 
-def _refusal(where: str, found: str) -> Mistake:
-    return Mistake(
+def _refusal(where: str, found: str) -> UserError:
+    return UserError(
         "this tokenizer cannot be carried in a GGUF: byte-level BPE with GPT-2's splitting rule can",
         where=where,
-        found=found,
-        do="--to bitnet keeps the tokenizer as it is",
+        got=found,
+        hint="--to bitnet keeps the tokenizer as it is",
     )

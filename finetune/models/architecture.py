@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from finetune.errors import Mistake, nearest
+from finetune.errors import UserError, nearest
 from finetune.models.source import Source
 from finetune.recipe import Adapter
 from quant.swap import DEFAULT_KEEP, as_linear, linear_like, reasons_to_leave
@@ -30,7 +30,7 @@ def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInf
     """The model without weights.
 
     Raises:
-        Mistake: transformers knows no causal language model of this config.
+        UserError: transformers knows no causal language model of this config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -38,10 +38,10 @@ def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInf
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise Mistake(
+        raise UserError(
             "this is no causal language model that transformers can build",
             where="model.name",
-            found=f"{source.name} ({config.model_type}): {str(error).splitlines()[0][:200]}",
+            got=f"{source.name} ({config.model_type}): {str(error).splitlines()[0][:200]}",
         ) from None
     linears = {path: _shape(module) for path, module in linear_like(model).items()}
     parameters = sum(p.numel() for p in model.parameters())
@@ -57,7 +57,7 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
     """Full paths of the modules that get adapters.
 
     Raises:
-        Mistake: a target matches no module, or only such as cannot carry an adapter; names those that exist.
+        UserError: a target matches no module, or only such as cannot carry an adapter; names those that exist.
     """
     able = [name for name in info.linears if name not in info.left]
     if adapter.targets == "all-linear":
@@ -69,13 +69,13 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
         unable = next((name for name in matched if name in info.left), None)
         near = nearest(target, leaves)
         if not matched or unable:
-            raise Mistake(
+            raise UserError(
                 f"this adapter target cannot be wrapped: {info.left[unable]}"
                 if unable
                 else "this adapter target matches no module",
                 where="adapter.targets",
-                found=unable or target,
-                do=(f"did you mean {near}? " if near and not unable else "")
+                got=unable or target,
+                hint=(f"did you mean {near}? " if near and not unable else "")
                 + f"this {info.architecture} has: {', '.join(leaves)}",
             )
         chosen |= matched

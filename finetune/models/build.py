@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.models.architecture import adapter_targets, architecture_of
 from finetune.models.config import load_config, load_tokenizer, set_stops
 from finetune.models.prepare import prepare
@@ -91,7 +91,7 @@ def build_model(
     measure_float: told a pretrained float model before it is made ternary.
 
     Raises:
-        Mistake: weights or adapters cannot be read, do not fit, or cannot be quantized as the recipe says.
+        UserError: weights or adapters cannot be read, do not fit, or cannot be quantized as the recipe says.
     """
     on_meta = device.type == "meta"
     disk = offload.Scratch(scratch_dir) if training and recipe.model.stream == "disk" and not on_meta and scratch_dir else None
@@ -189,7 +189,7 @@ def build_teacher(
     the same.
 
     Raises:
-        Mistake: it cannot be read, or has another vocabulary.
+        UserError: it cannot be read, or has another vocabulary.
     """
     name = recipe.distill.teacher
     if name is None:
@@ -202,7 +202,7 @@ def build_teacher(
     source = find_model(name, where="distill.teacher")
     with phase("teacher") as progress:
         if vocabulary is not None and load_tokenizer(source).get_vocab() != vocabulary:
-            raise Mistake("teacher and student read different tokens", where="distill.teacher", found=name)
+            raise UserError("teacher and student read different tokens", where="distill.teacher", got=name)
         teacher: Any = load_weights(source, load_config(source), dtype=dtype, attention=recipe.model.attention, progress=progress)
         return teacher.to(device)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from finetune.data.preflight import Limits
-from finetune.errors import Mistake, nearest
+from finetune.errors import UserError, nearest
 from finetune.files import TOKENIZER
 from finetune.models.source import FAULTS, Source, find_tokenizer, unavailable
 from finetune.recipe import Quant, Recipe
@@ -23,7 +23,7 @@ def load_config(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
     """The model's configuration; from scratch its vocabulary and end token are those of `tokenizer`, unless it says others.
 
     Raises:
-        Mistake: it cannot be read, or a key of model.config is none of that configuration class.
+        UserError: it cannot be read, or a key of model.config is none of that configuration class.
     """
     from transformers import AutoConfig
 
@@ -45,7 +45,7 @@ def new_config(
     where: the place of `given`, for messages.
 
     Raises:
-        Mistake: no such model_type or key, or values that do not go together.
+        UserError: no such model_type or key, or values that do not go together.
     """
     import dataclasses
 
@@ -55,21 +55,21 @@ def new_config(
     kind = keys.pop("model_type")
     if kind not in CONFIG_MAPPING:
         near = nearest(kind, list(CONFIG_MAPPING.keys()))
-        raise Mistake(
+        raise UserError(
             "transformers knows no such model_type",
             where=f"{where}.model_type",
-            found=kind,
-            do=f"did you mean {near}?" if near else "such as bitnet, llama, gpt2",
+            got=kind,
+            hint=f"did you mean {near}?" if near else "such as bitnet, llama, gpt2",
         )
     configuration = CONFIG_MAPPING[kind]
     known = {field.name for field in dataclasses.fields(configuration)} | set(configuration.attribute_map)
     if unknown := sorted(keys.keys() - known):
         near = nearest(unknown[0], sorted(known))
-        raise Mistake(
+        raise UserError(
             f"{configuration.__name__} has no key of this name",
             where=f"{where}.{unknown[0]}",
-            found=repr(keys[unknown[0]]),
-            do=f"did you mean {near}?" if near else "see this class in the documentation of transformers",
+            got=repr(keys[unknown[0]]),
+            hint=f"did you mean {near}?" if near else "see this class in the documentation of transformers",
         )
     if tokenizer is not None:
         ends = {"eos_token_id": tokenizer.eos_token_id, "bos_token_id": tokenizer.bos_token_id}
@@ -78,7 +78,7 @@ def new_config(
         return configuration(**keys)
     except Exception as error:  # validators of transformers raise many kinds; each means: these values do not go together
         said = str(error).strip().splitlines()[0]
-        raise Mistake(f"{configuration.__name__} refuses these values", where=where, found=said) from None
+        raise UserError(f"{configuration.__name__} refuses these values", where=where, got=said) from None
 
 
 def limits(config: PretrainedConfig) -> Limits:
@@ -97,9 +97,9 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     except Exception as error:
         if source.local and source.gguf is None and "trust_remote_code" not in str(error):
             files = [path.name for path in Path(source.folder).iterdir() if "token" in path.name or "vocab" in path.name]
-            found = f"{', '.join(sorted(files)) or 'no file of one'}: {(str(error).strip().splitlines() or [''])[0]}"
-            do = "put there the tokenizer.json and tokenizer_config.json that came with the model"
-            raise Mistake("the tokenizer cannot be read", where=source.folder, found=found, do=do) from None
+            got = f"{', '.join(sorted(files)) or 'no file of one'}: {(str(error).strip().splitlines() or [''])[0]}"
+            hint = "put there the tokenizer.json and tokenizer_config.json that came with the model"
+            raise UserError("the tokenizer cannot be read", where=source.folder, got=got, hint=hint) from None
         raise unavailable(source, error) from None
 
 
@@ -111,7 +111,7 @@ def recipe_tokenizer(
     run: the run's folder, which has the one that it trained. stream: the recipe's text, where one may have to be trained.
 
     Raises:
-        Mistake: it is not there, or the text does not give such a vocabulary.
+        UserError: it is not there, or the text does not give such a vocabulary.
     """
     from finetune.data.tokenizer import MAX_BYTES, tokenizer_texts, train_tokenizer
 
@@ -123,7 +123,7 @@ def recipe_tokenizer(
     if (own / "tokenizer.json").is_file():
         return load_tokenizer(Source(str(own), str(own)))
     if stream is None:
-        raise Mistake("this run's tokenizer is gone", where=str(own), found="no tokenizer.json")
+        raise UserError("this run's tokenizer is gone", where=str(own), got="no tokenizer.json")
 
     def read(done: int) -> None:
         if progress is not None:
@@ -154,29 +154,29 @@ def set_stops(model: Any, ids: Iterable[int]) -> None:
 
 
 def check_scheme(source: Source, config: PretrainedConfig, quant: Quant, *, frozen: bool, twin: bool = False) -> None:
-    """Raise Mistake when what the run asks for cannot be had from this checkpoint: before anything is read or trained."""
+    """Raise UserError when what the run asks for cannot be had from this checkpoint: before anything is read or trained."""
     if getattr(config, "quantization_config", None):
         stored = as_packed(source, config, quant, frozen=frozen).quantization_config["stored"]
         if twin or quant.sub_norms:
-            raise Mistake(
+            raise UserError(
                 "this model is ternary already: it has no float twin, and its layout stays",
                 where="twin" if twin else "quant.sub_norms",
-                found=source.name,
-                do="leave it out",
+                got=source.name,
+                hint="leave it out",
             )
         if frozen and stored.get("use_rms_norm"):
-            raise Mistake(
+            raise UserError(
                 "adapters cannot go on linears that normalize their input themselves",
                 where="adapter.kind",
-                found=f"{source.name}: use_rms_norm",
-                do="a model with sub-norms (model_type bitnet) takes them",
+                got=f"{source.name}: use_rms_norm",
+                hint="a model with sub-norms (model_type bitnet) takes them",
             )
     elif quant.scheme == "ternary" and frozen:
-        raise Mistake(
+        raise UserError(
             "adapters on a ternary base need a model that was trained to be ternary; rounding this one would destroy it",
             where="quant.scheme",
-            found=f"ternary, and {source.name} is in floats",
-            do="quant.scheme=nf4; or train its weights: adapter.kind=none, quant.warmup=0.5, quant.sub_norms=true",
+            got=f"ternary, and {source.name} is in floats",
+            hint="quant.scheme=nf4; or train its weights: adapter.kind=none, quant.warmup=0.5, quant.sub_norms=true",
         )
 
 
@@ -187,32 +187,32 @@ def as_packed(source: Source, config: PretrainedConfig, quant: Quant | None, *, 
     try:
         packed = packed_config(config)
     except PackingError as error:
-        raise Mistake(
-            "this model is quantized in a way that cannot be read", where="model.name", found=f"{source.name}: {error}"
+        raise UserError(
+            "this model is quantized in a way that cannot be read", where="model.name", got=f"{source.name}: {error}"
         ) from None
-    found = str(packed.quantization_config["quant_method"]).removeprefix("packed_")
-    if quant is not None and quant.scheme != found:
-        raise Mistake(
+    got = str(packed.quantization_config["quant_method"]).removeprefix("packed_")
+    if quant is not None and quant.scheme != got:
+        raise UserError(
             "this model is quantized already, and quantizing twice destroys it",
             where="model.name",
-            found=f"{source.name}: {found}",
-            do=f"quant.scheme={found} trains adapters on it as it is",
+            got=f"{source.name}: {got}",
+            hint=f"quant.scheme={got} trains adapters on it as it is",
         )
     masters = packed.quantization_config["stored"].get("quantization_mode") == "online"
-    if quant is not None and found == "ternary" and masters == frozen:
-        raise Mistake(
+    if quant is not None and got == "ternary" and masters == frozen:
+        raise UserError(
             "this model holds float master weights of ternary layers, which are trained, not adapted"
             if masters
             else "this model is ternary already: its master weights are gone, and a second quantization would shrink its scales",
             where="model.name",
-            found=source.name,
-            do=f"adapter.kind=none; or pack it first: finetune export {source.name} --to bitnet --out DIR"
+            got=source.name,
+            hint=f"adapter.kind=none; or pack it first: finetune export {source.name} --to bitnet --out DIR"
             if masters
             else "adapter.kind=lora trains adapters on it; to train its weights, give a checkpoint that has them "
             "(finetune export RUN --to bitnet-online)",
         )
     if quant is not None and quant.keep:
-        raise Mistake(
-            "this model is packed already, so nothing more can be kept in floats", where="quant.keep", found=source.name
+        raise UserError(
+            "this model is packed already, so nothing more can be kept in floats", where="quant.keep", got=source.name
         )
     return packed

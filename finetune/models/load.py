@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.data.samples import set_template
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import MARK
 from finetune.memory import free_bytes
 from finetune.models.build import BuiltModel, build_model, silently
@@ -50,7 +50,7 @@ def load_model(
     """Load what `name` means. A run gives its merged model if it has one and `merged`, else its adapter or newest checkpoint.
 
     Raises:
-        Mistake: there is nothing to load.
+        UserError: there is nothing to load.
     """
     path, on = Path(name), pick_device(device)
     if (path / MARK).is_file():
@@ -84,7 +84,7 @@ class _OfRun:
     def checkpoint(self, folder: Path) -> LoadedModel:
         wrong = checkpoint.damage(folder)
         if wrong is not None:
-            raise Mistake("the checkpoint is damaged", where=str(folder), found=wrong)
+            raise UserError("the checkpoint is damaged", where=str(folder), got=wrong)
         # Gains of sub-norms are the checkpoint's: any ids do to make them.
         built, tokenizer = self._build(calibration=[torch.arange(16)[None]])
         checkpoint.load_weights(folder, built.model)
@@ -95,11 +95,11 @@ class _OfRun:
         recipe, source = self.recipe, source_of(self.recipe.model)
         told = self.record.model
         if told is None or told.dtype not in NAMES:
-            raise Mistake(
+            raise UserError(
                 "the run's record does not say how it loaded its model",
                 where=str(self.path / MARK),
-                found=f"model: {told.dtype if told is not None else None}",
-                do=f"finetune resume {self.path}",
+                got=f"model: {told.dtype if told is not None else None}",
+                hint=f"finetune resume {self.path}",
             )
         tokenizer = recipe_tokenizer(recipe, source, self.path)
         built = build_model(
@@ -140,10 +140,10 @@ def _load_run(run: _OfRun, merged: bool) -> LoadedModel:
         return loaded
     newest, damaged = checkpoint.newest(path / "checkpoints")
     if newest is None and damaged:
-        do = "bring one back from a copy, or train again"
-        raise Mistake("every checkpoint of this run is damaged", where=str(path), found="; ".join(damaged), do=do)
+        hint = "bring one back from a copy, or train again"
+        raise UserError("every checkpoint of this run is damaged", where=str(path), got="; ".join(damaged), hint=hint)
     if newest is None:
-        raise Mistake("this run has made nothing to load yet", where=str(path), do=f"finetune resume {path}")
+        raise UserError("this run has made nothing to load yet", where=str(path), hint=f"finetune resume {path}")
     loaded = run.checkpoint(newest)
     if damaged:
         loaded.note = f"damaged checkpoint {'; '.join(damaged)}; this is {newest.name}"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import atomic_folder
 from finetune.models.source import Source, shapes_in
 from finetune.models.weights import cast, parameters_of
@@ -78,7 +78,7 @@ def packed(model: Any, quant: Quant, progress: Callable[[int, int], None] | None
     """What was packed of the base, None where it is in floats; what was not packed while it was read is packed now.
 
     Raises:
-        Mistake: a keep pattern matches nothing, nothing can be packed, or weights are not finite.
+        UserError: a keep pattern matches nothing, nothing can be packed, or weights are not finite.
     """
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None and getattr(quantizer, "report", None) is not None:
         return quantizer.report
@@ -88,30 +88,30 @@ def packed(model: Any, quant: Quant, progress: Callable[[int, int], None] | None
     try:
         return swap(model, scheme=quant.scheme, keep=(*DEFAULT_KEEP, *quant.keep), progress=progress, **options)
     except ValueError as error:
-        raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
+        raise UserError("the base cannot be quantized", where="quant", got=str(error)) from None
 
 
 def _trainable(model: Any, quant: Quant, progress: Callable[[int, int], None] | None = None) -> SwapReport | None:
     """What of the model trains master weights in a scheme, None where all of it is in floats.
 
     Raises:
-        Mistake: a keep pattern matches nothing, a shape does not fit the format, or weights are ternary already.
+        UserError: a keep pattern matches nothing, a shape does not fit the format, or weights are ternary already.
     """
     if quant.scheme == "none":
         return None
     if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # read from a checkpoint of master weights
         return quantizer.report
     if quant.rms_norm and any(name.endswith("_sub_norm") for name, _ in model.named_modules()):
-        found = f"rms_norm, and {type(model).__name__} has sub-norms of its own"
-        raise Mistake(
-            "these are two layouts of one idea", where="quant.rms_norm", found=found, do="model_type: llama, or rms_norm off"
+        got = f"rms_norm, and {type(model).__name__} has sub-norms of its own"
+        raise UserError(
+            "these are two layouts of one idea", where="quant.rms_norm", got=got, hint="model_type: llama, or rms_norm off"
         )
     eps = getattr(model.config, "rms_norm_eps", 1e-6)
     options: dict[str, Any] = {"norm_eps": eps} if quant.rms_norm else {}
     try:
         return swap(model, scheme=quant.scheme, trainable=True, keep=(*DEFAULT_KEEP, *quant.keep), progress=progress, **options)
     except ValueError as error:
-        raise Mistake("this model cannot be trained in ternary", where="quant", found=str(error)) from None
+        raise UserError("this model cannot be trained in ternary", where="quant", got=str(error)) from None
 
 
 def fix_norms(model: Any) -> None:
@@ -121,14 +121,14 @@ def fix_norms(model: Any) -> None:
     loads. The last norm, before the head, stays.
 
     Raises:
-        Mistake: the blocks have other norms than Llama's two.
+        UserError: the blocks have other norms than Llama's two.
     """
     layers: Any = next((m for m in model.get_decoder().children() if isinstance(m, torch.nn.ModuleList)), [])
     for layer in layers:
         norms: dict[str, Any] = {n: child for n, child in layer.named_children() if "norm" in type(child).__name__.lower()}
         if norms.keys() != {"input_layernorm", "post_attention_layernorm"}:
-            found = f"{type(layer).__name__} with {', '.join(norms) or 'no norm'}"
-            raise Mistake("it is not known which norms of these blocks stand before linears", where="quant.rms_norm", found=found)
+            got = f"{type(layer).__name__} with {', '.join(norms) or 'no norm'}"
+            raise UserError("it is not known which norms of these blocks stand before linears", where="quant.rms_norm", got=got)
         for norm in norms.values():
             torch.nn.init.ones_(norm.weight)
             norm.requires_grad_(False)
@@ -163,13 +163,13 @@ def check_adapter(folder: Path) -> None:
     """Look at an adapter's weights, before its base is loaded.
 
     Raises:
-        Mistake: they are damaged, or no safetensors.
+        UserError: they are damaged, or no safetensors.
     """
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():  # peft would take adapter_model.bin, a pickle
-        found = ", ".join(sorted(file.name for file in folder.glob("adapter_model*"))) or "no weights"
-        do = "save it as safetensors, which is what PEFT does by itself"
-        raise Mistake("an adapter is read from adapter_model.safetensors alone", where=str(folder), found=found, do=do)
+        got = ", ".join(sorted(file.name for file in folder.glob("adapter_model*"))) or "no weights"
+        hint = "save it as safetensors, which is what PEFT does by itself"
+        raise UserError("an adapter is read from adapter_model.safetensors alone", where=str(folder), got=got, hint=hint)
     shapes_in(weights, str(folder))
 
 
@@ -177,7 +177,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
     """`model` with the trained adapters of PEFT's `folder`, which `check_adapter` found good.
 
     Raises:
-        Mistake: they cannot be read, or do not fit.
+        UserError: they cannot be read, or do not fit.
     """
     from peft import PeftConfig, PeftModel
 
@@ -186,16 +186,16 @@ def load_adapter(model: Any, folder: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError, OSError) as error:
-        found = f"{type(error).__name__}: {error}"
-        do = "fetch the adapter again, or update peft"
-        raise Mistake(
-            "the adapter's config cannot be read", where=str(folder / "adapter_config.json"), found=found, do=do
+        got = f"{type(error).__name__}: {error}"
+        hint = "fetch the adapter again, or update peft"
+        raise UserError(
+            "the adapter's config cannot be read", where=str(folder / "adapter_config.json"), got=got, hint=hint
         ) from None
     register_peft(config)
     try:
         return PeftModel.from_pretrained(model, str(folder), config=config)
     except (RuntimeError, ValueError, OSError) as error:
-        raise Mistake("the adapter does not fit its base model", where=str(folder), found=str(error).splitlines()[0]) from None
+        raise UserError("the adapter does not fit its base model", where=str(folder), got=str(error).splitlines()[0]) from None
 
 
 def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

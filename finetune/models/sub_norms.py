@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.model_state import evaluating
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 if TYPE_CHECKING:
     from transformers import BitNetForCausalLM
@@ -45,7 +45,7 @@ def insert_sub_norms(model: Any, batches: Iterable[Tensor]) -> BitNetForCausalLM
     loaded apart). batches: input ids (1, T) of text on the model's device, some thousand tokens, by which gains are measured.
 
     Raises:
-        Mistake: the model is no Llama, or has what a BitNetForCausalLM cannot express; there is nothing to measure with.
+        UserError: the model is no Llama, or has what a BitNetForCausalLM cannot express; there is nothing to measure with.
     """
     from transformers import BitNetForCausalLM
 
@@ -75,7 +75,7 @@ def converted_config(model: Any) -> Any:
     """The BitNetConfig of the converted `model`, which may lie on `meta`.
 
     Raises:
-        Mistake: as `insert_sub_norms`.
+        UserError: as `insert_sub_norms`.
     """
     from transformers import BitNetConfig
 
@@ -93,12 +93,12 @@ def converted_config(model: Any) -> Any:
     return converted
 
 
-def _unfit(found: str) -> Mistake:
-    return Mistake(
+def _unfit(found: str) -> UserError:
+    return UserError(
         "sub-norms can only be inserted into a plain Llama: the result has to be a BitNetForCausalLM of transformers",
         where="model.name",
-        found=found,
-        do="take a Llama, SmolLM2 or a Mistral without biases; or train without sub-norms",
+        got=found,
+        hint="take a Llama, SmolLM2 or a Mistral without biases; or train without sub-norms",
     )
 
 
@@ -123,8 +123,8 @@ def _gains(model: Any, batches: Iterable[Tensor]) -> dict[str, float]:
             hook.remove()
     gains = {path: float(torch.cat(found).median()) for path, found in sizes.items()}
     if not gains or not all(0 < gain < math.inf for gain in gains.values()):
-        raise Mistake(
+        raise UserError(
             "the gain of the sub-norms cannot be measured",
-            found="no text" if not gains else "activations that are zero or not finite",
+            got="no text" if not gains else "activations that are zero or not finite",
         )
     return gains

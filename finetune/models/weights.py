@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.models.config import as_packed
 from finetune.models.source import AGAIN, FAULTS, Source, check_files, shapes_in, unavailable
 from finetune.recipe import Quant
@@ -40,7 +40,7 @@ def load_weights(
     that is packed already, as bitsandbytes or bitnet, is read as it is.
 
     Raises:
-        Mistake: the weights are missing, damaged, not all that the architecture needs, cannot be packed, or are packed
+        UserError: the weights are missing, damaged, not all that the architecture needs, cannot be packed, or are packed
             otherwise than `quant` says.
     """
     from transformers import AutoModelForCausalLM
@@ -70,7 +70,7 @@ def load_weights(
     except PackingError as error:
         if "the checkpoint has no" in str(error):
             raise _incomplete(source, str(error)) from None
-        raise Mistake("the base cannot be quantized", where="quant", found=str(error)) from None
+        raise UserError("the base cannot be quantized", where="quant", got=str(error)) from None
     except FAULTS:
         raise
     except Exception as error:  # transformers raises many kinds for one cause: this is no readable model
@@ -94,22 +94,22 @@ def _random_weights(config: PretrainedConfig, *, dtype: torch.dtype, seed: int, 
             model(input_ids=torch.zeros((1, 2), dtype=torch.int64), use_cache=False)
         return model
     except RuntimeError as error:
-        found = str(error).strip().splitlines()[0]
-        raise Mistake("a model of this configuration cannot run", where="model.config", found=found) from None
+        got = str(error).strip().splitlines()[0]
+        raise UserError("a model of this configuration cannot run", where="model.config", got=got) from None
     except (ImportError, ValueError) as error:
-        found = str(error).strip().splitlines()[0]
-        raise Mistake("this model has no such attention", where="model.attention", found=found) from None
+        got = str(error).strip().splitlines()[0]
+        raise UserError("this model has no such attention", where="model.attention", got=got) from None
 
 
-def _unreadable(source: Source, config: PretrainedConfig, attention: str, error: Exception) -> Mistake:
+def _unreadable(source: Source, config: PretrainedConfig, attention: str, error: Exception) -> UserError:
     """What an error of from_pretrained means."""
     if isinstance(error, ImportError):
-        found = str(error).strip().splitlines()[0]
-        return Mistake("a package for this model is missing", where="model.attention", found=found)
+        got = str(error).strip().splitlines()[0]
+        return UserError("a package for this model is missing", where="model.attention", got=got)
     if "attn_implementation" in str(error):
-        return Mistake("this model has no such attention", where="model.attention", found=attention, do="model.attention=auto")
+        return UserError("this model has no such attention", where="model.attention", got=attention, hint="model.attention=auto")
     if "ignore_mismatched_sizes" in str(error) and (misfit := _misfit(source, config)) is not None:
-        return Mistake("the weights are of another model", where=source.folder, found=misfit, do=AGAIN)
+        return UserError("the weights are of another model", where=source.folder, got=misfit, hint=AGAIN)
     return unavailable(source, error)
 
 
@@ -126,9 +126,9 @@ def _misfit(source: Source, config: PretrainedConfig) -> str | None:
     return None
 
 
-def _incomplete(source: Source, found: str) -> Mistake:
-    return Mistake(
-        "weights are missing: these would stay random", where=source.folder, found=found, do="fetch or save the model again"
+def _incomplete(source: Source, found: str) -> UserError:
+    return UserError(
+        "weights are missing: these would stay random", where=source.folder, got=found, hint="fetch or save the model again"
     )
 
 

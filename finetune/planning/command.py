@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 from finetune.files import finite, write_atomic
 from finetune.planning.fit import Fit, PlanOf, fit
 from finetune.planning.result import Plan
@@ -33,7 +33,7 @@ def device_for(recipe: Recipe, gpu: str | None) -> Device:
     """The device to plan for: asked for, of the recipe, or the one that is here.
 
     Raises:
-        Mistake: it is not in the table, or run.device asks for one that is not here.
+        UserError: it is not in the table, or run.device asks for one that is not here.
     """
     from finetune.planning.devices import device, present
 
@@ -66,15 +66,15 @@ def plan_recipe(
     """Plan one recipe; with `budget`, or where the recipe says fit: auto, make it fit. `screen` is not for the JSON.
 
     Raises:
-        GateStop: it does not fit; what was planned has been shown. Mistake: of the user's.
+        GateError: it does not fit; what was planned has been shown. UserError: of the user's.
     """
     from finetune.planning.estimate import plan
 
     wanted = budget is not None or recipe.fit == "auto"
     if out is not None and not wanted:
-        raise Mistake("there is no changed recipe to write", where="--out", found="no --fit", do="add --fit 12GB")
+        raise UserError("there is no changed recipe to write", where="--out", got="no --fit", hint="add --fit 12GB")
     if out is not None and out.exists():
-        raise Mistake("there is something already", where="--out", found=str(out), do="give a new name, or remove it")
+        raise UserError("there is something already", where="--out", got=str(out), hint="give a new name, or remove it")
     device = device_for(recipe, gpu)
     limit = budget_of(recipe, budget, device)
     made: Fit | None = None
@@ -119,10 +119,10 @@ def write_changed(made: Fit, path: Path, overrides: list[str], out: Path, screen
 def _refuse(planned: Plan, made: Fit | None, path: Path) -> None:
     if made is not None:
         shorter = f"data.max_length={made.proposal}" if made.proposal else None
-        raise GateStop("no change makes it fit", where=str(path), found=cannot(made), do=shorter or "a device with more memory")
-    found = f"{gib(planned.peak_bytes)} GiB in {planned.highest.name}; there are {gib(planned.budget_bytes)} GiB"
-    do = f"finetune plan {path} --fit {card(planned.budget_bytes).replace(' ', '')}"
-    raise GateStop("it does not fit", where=str(path), found=found, do=do)
+        raise GateError("no change makes it fit", where=str(path), got=cannot(made), hint=shorter or "a device with more memory")
+    got = f"{gib(planned.peak_bytes)} GiB in {planned.highest.name}; there are {gib(planned.budget_bytes)} GiB"
+    hint = f"finetune plan {path} --fit {card(planned.budget_bytes).replace(' ', '')}"
+    raise GateError("it does not fit", where=str(path), got=got, hint=hint)
 
 
 # ----------------------------------------------------------------------------------------------------------------- the table
@@ -132,7 +132,7 @@ def plan_table(recipes: list[tuple[Path, Recipe]], *, gpu: str | None, as_json: 
     """Recipes × BUDGETS at the rates of one device: as they ship where they fit, else changed; then what claims come to.
 
     Raises:
-        Mistake: the device is not in the table.
+        UserError: the device is not in the table.
     """
     from finetune.planning.devices import device
     from finetune.planning.estimate import plan
@@ -168,8 +168,8 @@ def row(recipe: Recipe, name: str, plan_at: Callable[[int], PlanOf], *, kind: st
         for limit in BUDGETS:
             made = fit(recipe, limit, plan_at(limit), kind=kind)
             plans[limit] = made if made.steps or not made.fits else made.plan
-    except Mistake as mistake:
-        return {"recipe": name, "parameters": None, "tokens": None, "plans": {}, "error": mistake.what}
+    except UserError as mistake:
+        return {"recipe": name, "parameters": None, "tokens": None, "plans": {}, "error": mistake.message}
     first = plans[BUDGETS[-1]]
     first = first.before if isinstance(first, Fit) else first
     return {"recipe": name, "parameters": first.parameters, "tokens": first.tokens, "plans": plans, "flops": first.flops}

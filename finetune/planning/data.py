@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.packing import MULTIPLE
 from finetune.data.preflight import Limits
 from finetune.data.samples import IGNORE
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.material import BEGINNING, gather
 from finetune.models.source import Source
 from finetune.planning import known
@@ -102,7 +102,7 @@ def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]
     ).rows  # fmt: skip
     try:
         tokenizer = recipe_tokenizer(recipe, source, Path(recipe.run.dir or "runs"))
-    except Mistake:
+    except UserError:
         lengths = [
             min(
                 data.max_length,

@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import write_json
 from finetune.memory import machine_bytes
 from finetune.units import GIB
@@ -148,13 +148,13 @@ class Calibration:
         rates, beyond them at the rate of the nearest. A layout that was not measured counts as nt.
 
         Raises:
-            Mistake: nothing of this dtype was measured.
+            UserError: nothing of this dtype was measured.
         """
         name = self.measured(dtype)
         if name is None:
             known = sorted({dtype for dtype, _ in self._grids})
-            raise Mistake(f"products in {dtype} were not measured on this device", where=self.device, found=", ".join(known),
-                          do="finetune bench device")  # fmt: skip
+            raise UserError(f"products in {dtype} were not measured on this device", where=self.device, got=", ".join(known),
+                          hint="finetune bench device")  # fmt: skip
         if not m * n * k:
             return 0.0
         key = (name, layout if (name, layout) in self._grids else "nt", m, n, k)
@@ -240,20 +240,20 @@ class Device:
         """FLOP/s as the table has it.
 
         Raises:
-            Mistake: the device has none in this dtype.
+            UserError: the device has none in this dtype.
         """
         for name in (dtype, STANDS_FOR.get(dtype, dtype)):
             if name in self.rates:
                 return self.rates[name]
-        do = "model.dtype=fp16" if dtype == "bf16" and "fp16" in self.rates else f"one of {', '.join(self.rates)}"
-        raise Mistake(f"{self.name} does not multiply in {dtype}", where=self.key, found=dtype, do=do)
+        hint = "model.dtype=fp16" if dtype == "bf16" and "fp16" in self.rates else f"one of {', '.join(self.rates)}"
+        raise UserError(f"{self.name} does not multiply in {dtype}", where=self.key, got=dtype, hint=hint)
 
     def gemm_seconds(self, dtype: str, m: int, n: int, k: int, layout: str = "nt") -> float:
         """(m, k) · (k, n), as `Calibration.gemm_seconds` where that was measured; else arithmetic or memory, whichever takes
         longer, at the shares of the table's figures that are reached.
 
         Raises:
-            Mistake: the device has nothing for this dtype.
+            UserError: the device has nothing for this dtype.
         """
         if self.measured is not None and self.measured.measured(dtype) is not None:
             return self.measured.gemm_seconds(dtype, m, n, k, layout)
@@ -444,7 +444,7 @@ def devices() -> dict[str, Device]:
     same.
 
     Raises:
-        Mistake: that file cannot be understood.
+        UserError: that file cannot be understood.
     """
     return {one.key: one for one in TABLE} | _own(own_path())
 
@@ -460,9 +460,9 @@ def _own(path: Path) -> dict[str, Device]:
     try:
         lines = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise Mistake("the file of your own devices is not YAML", where=str(path), found=str(error), do=form) from None
+        raise UserError("the file of your own devices is not YAML", where=str(path), got=str(error), hint=form) from None
     if not isinstance(lines, dict):
-        raise Mistake("the file of your own devices holds no devices", where=str(path), found=type(lines).__name__, do=form)
+        raise UserError("the file of your own devices holds no devices", where=str(path), got=type(lines).__name__, hint=form)
     found = {}
     for key, line in lines.items():
         try:
@@ -478,7 +478,7 @@ def _own(path: Path) -> dict[str, Device]:
                 raise ValueError(f"unknown: {', '.join(map(str, said))}")
         except (KeyError, TypeError, ValueError) as error:
             what = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
-            raise Mistake("one of your own devices is not described well", where=f"{path}: {key}", found=what, do=form) from None
+            raise UserError("one of your own devices is not described well", where=f"{path}: {key}", got=what, hint=form) from None
         found[str(key)] = _cuda(str(key), name, memory, numbers[0], rates, numbers[1], capability, source)
     return found
 
@@ -497,7 +497,7 @@ def device(name: str) -> Device:
     """The device of that name, with its measurement where there is one: "rtx-4070", "RTX 4070", "4070", "4060 ti 16gb", "cpu".
 
     Raises:
-        Mistake: there is none, or the name fits several.
+        UserError: there is none, or the name fits several.
     """
     asked = _letters(re.sub("nvidia|geforce|apple|rtx", "", name.lower()))
     if asked == "cpu":
@@ -512,11 +512,11 @@ def device(name: str) -> Device:
         return _with_measurement(known[fits[0]])
     listed = ", ".join(known)
     if fits:
-        raise Mistake("several devices have this name", where="--gpu", found=name, do=f"one of {', '.join(fits)}")
+        raise UserError("several devices have this name", where="--gpu", got=name, hint=f"one of {', '.join(fits)}")
     close = difflib.get_close_matches(f"rtx{asked}", keys, n=3) or difflib.get_close_matches(_letters(name), keys, n=3)
     meant = f"did you mean {' or '.join(keys[word] for word in close)}? " if close else ""
-    raise Mistake(
-        "this device is not known", where="--gpu", found=name, do=f"{meant}there are cpu, {listed}; yours: {own_path()}"
+    raise UserError(
+        "this device is not known", where="--gpu", got=name, hint=f"{meant}there are cpu, {listed}; yours: {own_path()}"
     )
 
 
@@ -525,7 +525,7 @@ def present(torch_device: Any = None, *, measured: bool = True) -> Device:
     them): memory as the system reports it, the rest of the table, and its measurement where there is one and it is asked for.
 
     Raises:
-        Mistake: it is not there; or its measurement is damaged.
+        UserError: it is not there; or its measurement is damaged.
     """
     import torch
 
@@ -537,8 +537,8 @@ def present(torch_device: Any = None, *, measured: bool = True) -> Device:
     elif kind.type == "mps" and torch.backends.mps.is_available():
         found = _present_mps()
     else:
-        do = "cpu, or --gpu NAME"
-        raise Mistake(f"there is no {kind.type} device", where="device", found=f"torch {torch.__version__}", do=do)
+        hint = "cpu, or --gpu NAME"
+        raise UserError(f"there is no {kind.type} device", where="device", got=f"torch {torch.__version__}", hint=hint)
     if not measured:
         return found
     found = _with_measurement(found)
@@ -587,7 +587,7 @@ def _present_mps() -> Device:
     name = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
     found = next((one for one in TABLE if one.kind == "mps" and _chip(one.name) == _chip(name)), None)
     if found is None:
-        raise Mistake("this chip is not in the table of devices", where="device", found=name, do=f"describe it in {own_path()}")
+        raise UserError("this chip is not in the table of devices", where="device", got=name, hint=f"describe it in {own_path()}")
     return replace(found, memory_bytes=torch.mps.recommended_max_memory())
 
 
@@ -631,12 +631,12 @@ def parse_bytes(text: str) -> int:
     such a card.
 
     Raises:
-        Mistake: it is no amount of memory.
+        UserError: it is no amount of memory.
     """  # fmt: skip
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])i?b?\s*", text, re.IGNORECASE)
     count = round(float(found[1]) * (1 << _UNITS[found[2].lower()])) if found else 0
     if count <= 0:
-        raise Mistake("this is no amount of memory", where="memory", found=repr(text), do="a number and a unit: 12GB, 11.5GiB")
+        raise UserError("this is no amount of memory", where="memory", got=repr(text), hint="a number and a unit: 12GB, 11.5GiB")
     return count
 
 
@@ -657,7 +657,7 @@ def load_calibration(key: str) -> Calibration | None:
     """The measurement of a device; None when there is none, or one of another version of this program.
 
     Raises:
-        Mistake: the file is damaged.
+        UserError: the file is damaged.
     """
     path = calibration_path(key)
     try:
@@ -668,9 +668,9 @@ def load_calibration(key: str) -> Calibration | None:
     except FileNotFoundError:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
-        found = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
-        do = f"finetune bench device writes a new one; or delete it: rm {path}"
-        raise Mistake("the measurement of this device cannot be read", where=str(path), found=found, do=do) from None
+        got = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
+        hint = f"finetune bench device writes a new one; or delete it: rm {path}"
+        raise UserError("the measurement of this device cannot be read", where=str(path), got=got, hint=hint) from None
 
 
 def _with_measurement(one: Device) -> Device:

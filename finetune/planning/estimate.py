@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from finetune.data.packing import MULTIPLE
-from finetune.errors import GateStop
+from finetune.errors import GateError
 from finetune.files import write_json
 from finetune.models.architecture import architecture_of
 from finetune.models.config import load_config, load_tokenizer, new_config
@@ -64,7 +64,7 @@ def plan(
     """What a run of `recipe` needs on `device`. material, config: of a run that has read its data and its model's configuration.
 
     Raises:
-        Mistake: the configuration of the model cannot be had, or the device cannot compute what the recipe asks for.
+        UserError: the configuration of the model cannot be had, or the device cannot compute what the recipe asks for.
     """
     budget = device.memory_bytes if budget_bytes is None else budget_bytes
     source = source_of(recipe.model)
@@ -179,8 +179,8 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         raise Untraceable(
             f"a step of {info.architecture} cannot be traced without its numbers",
             where="plan",
-            found=f"{type(error).__name__}: {said[0][:300] if said else ''}",
-            do="finetune run trains it without a plan",
+            got=f"{type(error).__name__}: {said[0][:300] if said else ''}",
+            hint="finetune run trains it without a plan",
         ) from error
     made = _Phases(recipe, device, place, facts, found, config, teacher)
     phases = made.all()
@@ -266,7 +266,7 @@ def busy_seconds(work: Work, device: Device) -> float:
     return busy
 
 
-class Untraceable(GateStop):
+class Untraceable(GateError):
     """The step of this model cannot be run on shapes alone."""
 
 

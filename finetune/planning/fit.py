@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.planning.result import Plan
 from finetune.recipe import Recipe, Train, differences
 
@@ -196,10 +196,10 @@ class _Search:
         if key not in self.plans:
             try:
                 self.plans[key] = self.plan_of(recipe)
-            except Mistake as mistake:
+            except UserError as mistake:
                 self.plans[key] = None
                 made = ", ".join(f"{name}={new}" for name, (_, new) in differences(self.recipe, recipe).items())
-                self.refused[mistake.what] = f"{made}: {mistake.what}"
+                self.refused[mistake.message] = f"{made}: {mistake.message}"
         return self.plans[key]
 
     def plan(self, pulled: Pulled) -> Plan | None:
@@ -298,7 +298,7 @@ def fit(recipe: Recipe, budget_bytes: int, plan_of: PlanOf, *, kind: str) -> Fit
     which decides what there is to change.
 
     Raises:
-        Mistake: of plan_of, for the recipe as it is.
+        UserError: of plan_of, for the recipe as it is.
     """
     search = _Search(recipe, budget_bytes, plan_of, kind)
     if search.fits(search.first):

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from finetune.errors import Mistake, Mistakes, nearest
+from finetune.errors import UserError, UserErrors, nearest
 from finetune.recipe.elsewhere import ELSEWHERE_CALLED, NEAR_VALUES
 from finetune.recipe.schema import Recipe, known_keys
 from finetune.recipe.translate import called_now, translate
@@ -28,7 +28,7 @@ class _Source:
     def __init__(self, text: str, name: str) -> None:
         self.name = name
         self.lines: dict[tuple[str | int, ...], int] = {}
-        self.mistakes: list[Mistake] = []
+        self.mistakes: list[UserError] = []
         self._nodes = 0
         try:
             loader = yaml.SafeLoader(text)
@@ -39,17 +39,17 @@ class _Source:
                 loader.dispose()
         except yaml.MarkedYAMLError as error:
             mark = error.problem_mark or error.context_mark
-            raise Mistake(
+            raise UserError(
                 "the recipe is not valid YAML",
                 where=f"{name}:{mark.line + 1}" if mark else name,
-                found=error.problem or str(error),
-                do="mend that line; keys are indented by spaces and end with a colon",
+                got=error.problem or str(error),
+                hint="mend that line; keys are indented by spaces and end with a colon",
             ) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            do = "a recipe is a few dozen plain keys: finetune schema"
-            raise Mistake("the recipe is not valid YAML", where=name, found=str(error).splitlines()[0], do=do) from None
+            hint = "a recipe is a few dozen plain keys: finetune schema"
+            raise UserError("the recipe is not valid YAML", where=name, got=str(error).splitlines()[0], hint=hint) from None
         if not isinstance(self.value, dict):
-            raise Mistake("a recipe is a mapping of sections", where=name, found=type(self.value).__name__, do="finetune recipes")
+            raise UserError("a recipe is a mapping of sections", where=name, got=type(self.value).__name__, hint="finetune recipes")
 
     def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
         self._nodes += 1 + (len(node.value) // 1000 if isinstance(node, yaml.ScalarNode) else 0)
@@ -64,10 +64,10 @@ class _Source:
                 key = str(loader.construct_object(key_node))
                 if key in result:
                     self.mistakes.append(
-                        Mistake(
+                        UserError(
                             f"the key {dotted((*path, key))} stands twice",
                             where=f"{self.name}:{key_node.start_mark.line + 1}",
-                            do="keep one of them",
+                            hint="keep one of them",
                         )
                     )
                 self.lines[(*path, key)] = key_node.start_mark.line + 1
@@ -111,11 +111,11 @@ def _apply_overrides(value: dict[str, Any], overrides: list[str]) -> set[str]:
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
-            raise Mistake(
+            raise UserError(
                 "an override has the form section.key=value",
                 where="command line",
-                found=override,
-                do="such as train.lr=1e-4",
+                got=override,
+                hint="such as train.lr=1e-4",
             )
         try:
             parsed = yaml.safe_load(text) if text else None
@@ -126,13 +126,13 @@ def _apply_overrides(value: dict[str, Any], overrides: list[str]) -> set[str]:
         for section in sections:
             there = there.setdefault(section, {})
             if not isinstance(there, dict):
-                raise Mistake(f"{key} names a key inside something that is not a section", where="command line", found=override)
+                raise UserError(f"{key} names a key inside something that is not a section", where="command line", got=override)
         there[last] = parsed
         keys.add(key)
     return keys
 
 
-def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
+def _mistake(error: Any, source: _Source, overridden: set[str]) -> UserError:
     """One pydantic error, in the words of the recipe."""
     known = known_keys()
     path = tuple(part for part in error["loc"])
@@ -152,15 +152,15 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
             or (f"{section}.{leaf}".lstrip(".") if leaf else None)
         )
         names = ", ".join(k.rpartition(".")[2] for k in siblings)
-        do = f"did you mean {near}?" if near else f"known keys here: {names}"
-        return Mistake(f"unknown key {key}", where=where, found=repr(error["input"]), do=do)
+        hint = f"did you mean {near}?" if near else f"known keys here: {names}"
+        return UserError(f"unknown key {key}", where=where, got=repr(error["input"]), hint=hint)
     if error["type"] == "missing" and key == dotted(tuple(error["loc"])):
         field = known[key]
-        return Mistake(f"the key {key} is missing", where=where, do=f"add {key}: {field.description}")
+        return UserError(f"the key {key} is missing", where=where, hint=f"add {key}: {field.description}")
     if error["type"] == "rule":
-        return Mistake(error["msg"], where=where)
+        return UserError(error["msg"], where=where)
     if error["type"] == "value_error":
-        return Mistake(f"{key or 'the recipe'}: {error['msg'].removeprefix('Value error, ')}", where=where)
+        return UserError(f"{key or 'the recipe'}: {error['msg'].removeprefix('Value error, ')}", where=where)
     field = known.get(key)
     expected = allowed(field.annotation) if field is not None else error["msg"]
     bounds = " ".join(
@@ -169,15 +169,15 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> Mistake:
         for name, sign in (("gt", ">"), ("ge", "≥"), ("lt", "<"), ("le", "≤"))
         if getattr(limit, name, None) is not None
     )
-    found = repr(error["input"])
+    got = repr(error["input"])
     words = re.split(r" \| | or ", expected)
     near = called_now(key, error["input"]) or NEAR_VALUES.get(key, {}).get(str(error["input"]))
     near = near or (nearest(str(error["input"]), words) if len(words) > 1 else None)
-    return Mistake(
+    return UserError(
         f"{key} does not take this value",
         where=where,
-        found=found if len(found) < 200 else found[:200] + "…",
-        do=f"allowed: {expected}{' ' + bounds if bounds else ''}" + (f"; did you mean {near}?" if near else ""),
+        got=got if len(got) < 200 else got[:200] + "…",
+        hint=f"allowed: {expected}{' ' + bounds if bounds else ''}" + (f"; did you mean {near}?" if near else ""),
     )
 
 
@@ -185,7 +185,7 @@ def find_recipe(name: str) -> Path:
     """A path, or the name of a shipped recipe (`quickstart`, `recipes/quickstart.yaml`).
 
     Raises:
-        Mistake: neither; names the nearest shipped one.
+        UserError: neither; names the nearest shipped one.
     """
     path = Path(name)
     if path.is_file():
@@ -194,10 +194,10 @@ def find_recipe(name: str) -> Path:
     if path.stem in shipped and path.parent in (Path(), Path("recipes")):
         return shipped[path.stem]
     near = nearest(path.stem, shipped)
-    raise Mistake(
+    raise UserError(
         "there is no such recipe",
-        found=name,
-        do=f"did you mean {near}?" if near else "finetune recipes lists what ships",
+        got=name,
+        hint=f"did you mean {near}?" if near else "finetune recipes lists what ships",
     )
 
 
@@ -211,8 +211,8 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in `path` with `overrides` (`section.key=value`) applied.
 
     Raises:
-        Mistakes: everything that is wrong with it, at once, each with file:line.
-        Mistake: the file cannot be read as YAML at all.
+        UserErrors: everything that is wrong with it, at once, each with file:line.
+        UserError: the file cannot be read as YAML at all.
     """
     return _validated(_source(path), overrides or [])
 
@@ -231,7 +231,7 @@ def _source(path: Path) -> _Source:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Mistake("the recipe cannot be read", where=str(path), found=str(error)) from None
+        raise UserError("the recipe cannot be read", where=str(path), got=str(error)) from None
     return _Source(text, str(path))
 
 
@@ -243,14 +243,14 @@ def _validated(source: _Source, overrides: list[str]) -> Recipe:
         recipe = Recipe.model_validate(source.value)
     except ValidationError as error:
         # A union reports every branch that failed: one line a key is enough.
-        seen: dict[tuple[str, str], Mistake] = {}
+        seen: dict[tuple[str, str], UserError] = {}
         for item in error.errors():
             mistake = _mistake(item, source, overridden)
-            seen.setdefault((mistake.what, mistake.where or ""), mistake)
+            seen.setdefault((mistake.message, mistake.where or ""), mistake)
         mistakes = mistakes + list(seen.values())
     if mistakes or recipe is None:
         count = len(mistakes)
-        raise Mistakes(mistakes, f"{source.name}: {count} mistake{'s' if count != 1 else ''}")
+        raise UserErrors(mistakes, f"{source.name}: {count} mistake{'s' if count != 1 else ''}")
     return recipe
 
 

@@ -30,7 +30,7 @@ class RunFiles:
         """The run in `run_dir`.
 
         Raises:
-            Mistake: `run_dir` is no run folder, or its record or that of its twin cannot be read.
+            UserError: `run_dir` is no run folder, or its record or that of its twin cannot be read.
         """
         recipe = run_dir / "recipe.yaml"
         return cls(
@@ -42,7 +42,7 @@ class RunFiles:
 
     @property
     def data(self) -> ConversationsRecord | TextRecord | None:
-        """What the record says of the data. Raises Mistake where that is damaged."""
+        """What the record says of the data. Raises UserError where that is damaged."""
         return data_record(self.record)
 
     @property

@@ -41,7 +41,7 @@ def write_report(run_dir: Path) -> Path:
     """Write `report.html` into the run folder, complete or not at all, and return its path.
 
     Raises:
-        Mistake: `run_dir` is no run folder, or its run.json cannot be read.
+        UserError: `run_dir` is no run folder, or its run.json cannot be read.
     """
     path = run_dir / NAME
     write_atomic(path, page(run_dir))

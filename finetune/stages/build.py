@@ -24,7 +24,7 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
     """The model of a run. A pretrained float model is measured before it is made ternary, once: what it was is the baseline.
 
     Raises:
-        Mistake: weights are missing or damaged, or cannot be quantized as the recipe says.
+        UserError: weights are missing or damaged, or cannot be quantized as the recipe says.
     """
     recipe, screen, run_dir = run.recipe, run.screen, run.path
 

@@ -56,7 +56,7 @@ class RunContext:
         """The context of a run that begins or goes on. command: what was typed.
 
         Raises:
-            Mistake: it is to go on, and cannot.
+            UserError: it is to go on, and cannot.
         """
         context = cls(name, recipe, run_dir, screen, command, resume, force, fresh=not run_dir.path.exists())
         if resume:
@@ -82,7 +82,7 @@ class RunContext:
         """The record, read again now that the folder is ours, or a new one with the resolved recipe beside it.
 
         Raises:
-            Mistake: the data of a run that goes on is not what it was.
+            UserError: the data of a run that goes on is not what it was.
         """
         from finetune import provenance
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from eval.generation import generate
 from eval.perplexity import IGNORED, LossResult, evaluate_loss, loss_of, paired_difference
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.material import HeldOut
 from finetune.processes import rank, world
 from finetune.recipe import Recipe
@@ -153,12 +153,12 @@ def score_tasks(
     """lm-evaluation-harness, with progress on the screen: {task: {metric: value}}.
 
     Raises:
-        Mistake: it is not installed, or a task is unknown.
+        UserError: it is not installed, or a task is unknown.
     """
     from eval.harness import UnknownTask, run_tasks
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise Mistake("there is no such folder of tasks", where="include_path", found=include_path)
+        raise UserError("there is no such folder of tasks", where="include_path", got=include_path)
     with screen.phase(name) as progress:
         try:
             return run_tasks(
@@ -170,6 +170,6 @@ def score_tasks(
                 progress=lambda done, total: progress(done, total, "requests"),
             )
         except ImportError as error:
-            raise Mistake(str(error), where="eval.tasks", do="pip install -e '.[eval]'") from None
+            raise UserError(str(error), where="eval.tasks", hint="pip install -e '.[eval]'") from None
         except UnknownTask as error:
-            raise Mistake(str(error), where="eval.tasks") from None
+            raise UserError(str(error), where="eval.tasks") from None

@@ -27,7 +27,7 @@ def export_all(run: RunContext, checked: Checked, built: BuiltModel, model: Any)
     """What the recipe's `export.formats` ask for, by format. model: the trained one, where that was not merged away.
 
     Raises:
-        GateStop: what runs elsewhere is another model.
+        GateError: what runs elsewhere is another model.
     """
     recipe, run_dir = run.recipe, run.path
     if not recipe.export.formats:
@@ -68,7 +68,7 @@ def export_one(
     """`model` in the format `wanted`. run_dir: the path in the record is told from there.
 
     Raises:
-        GateStop: what runs elsewhere is another model; nothing is kept.
+        GateError: what runs elsewhere is another model; nothing is kept.
     """
     with screen.phase(f"export {wanted}") as progress:
         figures = export(

@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from finetune.errors import GateStop, Interruption, Mistake
+from finetune.errors import GateError, Interruption, UserError
 from finetune.files import DiskError, disk_error
 from finetune.run_dir import with_checkpoint
 from finetune.stages.context import RunContext
@@ -22,16 +22,16 @@ def on_failure(contexts: Sequence[RunContext], error: BaseException) -> BaseExce
     run, last = contexts[0], contexts[-1]
     if isinstance(error, Exception) and "torch" in sys.modules and (stop := _out_of_memory(last, error)) is not None:
         error = stop
-    elif isinstance(error, Exception) and not isinstance(error, Mistake) and (refused := disk_error(error)) is not None:
+    elif isinstance(error, Exception) and not isinstance(error, UserError) and (refused := disk_error(error)) is not None:
         error = refused
     if isinstance(error, DiskError) and _has_trained(run):
         error = with_checkpoint(error, run.run_dir.path)
     for context in reversed(contexts):
         _record(context, error)
     if isinstance(error, KeyboardInterrupt) and run.record is not None and run.run_dir.exists:
-        return Interruption("stopped", do=f"finetune resume {run.run_dir.path}")
+        return Interruption("stopped", hint=f"finetune resume {run.run_dir.path}")
     if isinstance(error, Interruption):
-        return Interruption(error.what, do=f"finetune resume {run.run_dir.path}")  # not of the stage within it
+        return Interruption(error.message, hint=f"finetune resume {run.run_dir.path}")  # not of the stage within it
     return error
 
 
@@ -45,7 +45,7 @@ def _record(context: RunContext, error: BaseException) -> None:
     if record is None or record.state == "done" or not context.run_dir.writes:
         return
     stopped = isinstance(error, KeyboardInterrupt | Interruption)
-    if context.fresh and not _has_trained(context) and (stopped or isinstance(error, Mistake)):
+    if context.fresh and not _has_trained(context) and (stopped or isinstance(error, UserError)):
         shutil.rmtree(path, ignore_errors=True)
         return
     record.state, record.error = "stopped" if stopped else "failed", str(error) or type(error).__name__
@@ -59,19 +59,19 @@ def _record(context: RunContext, error: BaseException) -> None:
         context.screen.warn(f"could not record how the run ended: {second}")
 
 
-def _out_of_memory(context: RunContext, error: Exception) -> GateStop | None:
+def _out_of_memory(context: RunContext, error: Exception) -> GateError | None:
     """What to say where memory has run out, and nothing is left to halve; None of any other error."""
     from eval.model_state import forget, out_of_memory
     from finetune.stages.planning import with_what_would_fit
     from finetune.train.loop import NoMemory
 
     if isinstance(error, NoMemory):
-        stop: GateStop = error
+        stop: GateError = error
     elif out_of_memory(error):
         path = context.run_dir.path
         trained = context.record is not None and (path / "checkpoints").is_dir()
-        do = f"with less beside it, finetune resume {path} goes on from the last checkpoint" if trained else None
-        stop = GateStop(f"out of memory in the phase {context.screen.now!r}", where=str(path), found=forget(error), do=do)
+        hint = f"with less beside it, finetune resume {path} goes on from the last checkpoint" if trained else None
+        stop = GateError(f"out of memory in the phase {context.screen.now!r}", where=str(path), got=forget(error), hint=hint)
     else:
         return None
     if context.planned is None or context.checked is None:

@@ -39,7 +39,7 @@ def finish(run: RunContext, checked: Checked, built: BuiltModel, after: LossReco
     after: the trained model's held-out loss in its own arithmetic.
 
     Raises:
-        GateStop: the merged model is not the trained one.
+        GateError: the merged model is not the trained one.
     """
     recipe, run_dir, screen = run.recipe, run.path, run.screen
     model, tokenizer, data = built.model, checked.inputs.tokenizer, checked.data
@@ -113,7 +113,7 @@ def merge(
     own: its loss as it was measured after training.
 
     Raises:
-        GateStop: it is another model; `out` is not made.
+        GateError: it is another model; `out` is not made.
     """
     if not rows:
         with screen.phase("save model"), atomic_folder(out) as temporary:
@@ -162,7 +162,7 @@ def merge_ternary(
     trained: where the adapter lies, which on its base is the trained model.
 
     Raises:
-        GateStop: plain transformers computes something else from what was written.
+        GateError: plain transformers computes something else from what was written.
     """
     with screen.phase("merge") as progress:
         model, figures = merging.write_ternary(

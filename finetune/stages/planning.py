@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from finetune.errors import GateStop
+from finetune.errors import GateError
 from finetune.memory import resident_bytes, usable_bytes
 from finetune.planning.devices import parse_bytes, present
 from finetune.planning.estimate import Untraceable, plan
@@ -52,7 +52,7 @@ def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> Planned
     """What the run will need; with `fit: auto` the recipe changes until that is there. begun: a run that goes on keeps its own.
 
     Raises:
-        GateStop: it will not fit, and nobody forces.
+        GateError: it will not fit, and nobody forces.
     """
     recipe, name, screen = run.recipe, run.name, run.screen
     if (planner := default_planner) is None:
@@ -72,7 +72,7 @@ def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> Planned
             else:
                 planned = PlannedRun(recipe, planner(recipe, name, checked, limit))
     except Untraceable as error:
-        screen.warn(f"there is no plan: {error.what} ({error.found})")
+        screen.warn(f"there is no plan: {error.message} ({error.got})")
         return PlannedRun(recipe)
     assert planned.plan is not None
     screen.say(f"  {verdict(planned.plan)}")
@@ -81,18 +81,18 @@ def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> Planned
             screen.say(f"  fit: {key} {old} → {new}: {change.why}")
     if planned.plan.fits:
         return planned
-    found = f"{gib(planned.plan.peak_bytes)} GiB in {planned.plan.highest.name}; there are {gib(limit)} GiB"
+    got = f"{gib(planned.plan.peak_bytes)} GiB in {planned.plan.highest.name}; there are {gib(limit)} GiB"
     if world() > 1 and recipe.run.parallel == "fsdp":
-        screen.warn(f"the plan is of one process that has the whole model, which would not fit: {found}")
+        screen.warn(f"the plan is of one process that has the whole model, which would not fit: {got}")
         return planned
     if run.force:
-        screen.warn(f"--force: by the plan it does not fit: {found}")
+        screen.warn(f"--force: by the plan it does not fit: {got}")
         return planned
-    raise GateStop(
+    raise GateError(
         "this run would not fit",
         where=device.name,
-        found=cannot(planned.fit) if planned.fit is not None else found,
-        do=f"finetune plan RECIPE --fit {gib(limit)}GB says what would; fit=auto does it; use --force to start anyway",
+        got=cannot(planned.fit) if planned.fit is not None else got,
+        hint=f"finetune plan RECIPE --fit {gib(limit)}GB says what would; fit=auto does it; use --force to start anyway",
     )
 
 
@@ -112,7 +112,7 @@ def note(record: Record, planned: PlannedRun, device: torch.device) -> None:
     record.planned = Planned(peak_bytes=training.peak_bytes + other, step_seconds=plan.step_seconds, seconds=training.seconds)
 
 
-def with_what_would_fit(stop: GateStop, planned: PlannedRun, name: str, checked: Checked) -> GateStop:
+def with_what_would_fit(stop: GateError, planned: PlannedRun, name: str, checked: Checked) -> GateError:
     """`stop`, out of memory, with what the plan says of less."""
     if planned.plan is None or (planner := default_planner) is None:
         return stop
@@ -123,8 +123,8 @@ def with_what_would_fit(stop: GateStop, planned: PlannedRun, name: str, checked:
     except Exception:  # there is little memory: what is known already is what is to be said
         return stop
     if not fitted.plan.fits:
-        return type(stop)(stop.what, where=stop.where, found=f"{stop.found}; {cannot(fitted)}", do=stop.do)
+        return type(stop)(stop.message, where=stop.where, got=f"{stop.got}; {cannot(fitted)}", hint=stop.hint)
     keys = " ".join(f"{key}={scalar(new)}" for change in fitted.steps for key, (_, new) in change.keys.items())
     saves = f"by the plan {human_bytes(fitted.plan.peak_bytes)} instead of {human_bytes(planned.plan.peak_bytes)}"
-    do = f"{keys} ({saves}), in a new run.dir" + (f"; {stop.do}" if stop.do else "")
-    return type(stop)(stop.what, where=stop.where, found=stop.found, do=do)
+    hint = f"{keys} ({saves}), in a new run.dir" + (f"; {stop.hint}" if stop.hint else "")
+    return type(stop)(stop.message, where=stop.where, got=stop.got, hint=hint)

@@ -14,7 +14,7 @@ import torch
 
 from finetune import provenance
 from finetune.assembly import Inputs, architecture, open_data, open_inputs
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 from finetune.exporters import check
 from finetune.files import TOKENIZER, atomic_folder
 from finetune.material import HeldOut, Material, TextRecord, data_record
@@ -48,7 +48,7 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
     """Check what a recipe asks for and what it will learn from. record: of a run that goes on.
 
     Raises:
-        Mistake: something that it names is missing, damaged or impossible. GateStop: labels are wrong, and nobody forces.
+        UserError: something that it names is missing, damaged or impossible. GateError: labels are wrong, and nobody forces.
     """
     recipe, screen = run.recipe, run.screen
     device = _device(recipe, screen)
@@ -81,11 +81,11 @@ def _device(recipe: Recipe, screen: Screen) -> torch.device:
     screen.say(f"  {provenance.device_name(device)}{several}")
     check_processes(recipe, world())
     if recipe.train.checkpointing == "offload" and device.type == "cpu":
-        raise Mistake(
+        raise UserError(
             "on the CPU activations are in its memory already",
             where="train.checkpointing",
-            found="offload",
-            do="train.checkpointing=true",
+            got="offload",
+            hint="train.checkpointing=true",
         )
     if device.type == "cpu" and recipe.run.device == "auto" and Path("/proc/driver/nvidia").exists():
         screen.warn(f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it (CUDA 13.0 needs 580 or newer)")
@@ -93,14 +93,14 @@ def _device(recipe: Recipe, screen: Screen) -> torch.device:
 
 
 def require_trackers(names: Iterable[str]) -> None:
-    """Raise Mistake for a tracker that is not installed."""
+    """Raise UserError for a tracker that is not installed."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise Mistake("this tracker is not installed", where="run.trackers", found=name, do=f"pip install {name}")
+            raise UserError("this tracker is not installed", where="run.trackers", got=name, hint=f"pip install {name}")
 
 
 def check_processes(recipe: Recipe, processes: int) -> None:
-    """Raise Mistake for what several processes cannot do, before anything is loaded."""
+    """Raise UserError for what several processes cannot do, before anything is loaded."""
     train, run = recipe.train, recipe.run
     if processes == 1:
         return
@@ -113,18 +113,18 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     ):
         raise refused.mistake()
     if recipe.fit == "auto":
-        raise Mistake(
+        raise UserError(
             "this is for one process: each would change the recipe for itself",
             where="fit",
-            found=f"{processes} processes",
-            do="fit=none; finetune plan --fit says",
+            got=f"{processes} processes",
+            hint="fit=none; finetune plan --fit says",
         )
     if train.micro_batch * train.accumulation < processes:
-        raise Mistake(
+        raise UserError(
             "there are more processes than rows in a step",
             where="train.accumulation",
-            found=f"micro_batch {train.micro_batch} × accumulation {train.accumulation}, {processes} processes",
-            do=f"train.accumulation={-(-processes // train.micro_batch)}; micro-batches are split across processes, the global "
+            got=f"micro_batch {train.micro_batch} × accumulation {train.accumulation}, {processes} processes",
+            hint=f"train.accumulation={-(-processes // train.micro_batch)}; micro-batches are split across processes, the global "
             "batch size stays the same",
         )
 
@@ -152,7 +152,7 @@ def _gate(data: Material, screen: Screen, *, force: bool) -> str | None:
     """The reasons that --force overrode, or None.
 
     Raises:
-        GateStop: a check failed and nobody forces.
+        GateError: a check failed and nobody forces.
     """
     failed = data.preflight.failed
     if not failed:
@@ -163,11 +163,11 @@ def _gate(data: Material, screen: Screen, *, force: bool) -> str | None:
     if force and not hopeless:
         screen.warn(f"--force: {reasons}")
         return reasons
-    raise (Mistake if nothing else GateStop)(
+    raise (UserError if nothing else GateError)(
         "there is nothing to train on" if nothing else "the preflight of labels refuses this data",
         where=data.source,
-        found=reasons,
-        do="fix the data or the template" + ("" if hopeless else "; --force trains anyway and records why it should not have"),
+        got=reasons,
+        hint="fix the data or the template" + ("" if hopeless else "; --force trains anyway and records why it should not have"),
     )
 
 
@@ -195,11 +195,11 @@ def keep_tokenizer(run: RunContext, checked: Checked) -> None:
 
 
 def agree(recipe: Recipe, checked: Checked) -> None:
-    """Raise GateStop where processes have read other data, or other tokens: what they train together would be neither."""
+    """Raise GateError where processes have read other data, or other tokens: what they train together would be neither."""
     vocabulary = json.dumps(checked.inputs.tokenizer.get_vocab(), sort_keys=True)
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in (vocabulary, dump_recipe(recipe))]
     everyones: list[list[Any]] = parallel.everyone([checked.data.digest, *digests])
     for what, values in zip(("data", "tokenizer", "recipe"), zip(*everyones, strict=True), strict=True):
         if len(set(values)) > 1:
-            found = ", ".join(f"process {number}: {value[:12]}…" for number, value in enumerate(values))
-            raise GateStop(f"the processes do not have the same {what}", where=checked.data.source, found=found)
+            got = ", ".join(f"process {number}: {value[:12]}…" for number, value in enumerate(values))
+            raise GateError(f"the processes do not have the same {what}", where=checked.data.source, got=got)

@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from finetune.assembly import TrainingSetup, set_up_training, teacher_of
-from finetune.errors import GateStop, Interruption, Mistake
+from finetune.errors import GateError, Interruption, UserError
 from finetune.models.build import BuiltModel
 from finetune.planning import local
 from finetune.processes import is_first, rank, world
@@ -35,7 +35,7 @@ def set_up(run: RunContext, checked: Checked, built: BuiltModel, patches: FastSt
     """What the loop takes, proven on one micro-batch; and the bytes that training keeps, by kind, without activations.
 
     Raises:
-        GateStop: quantized linears take no part in the forward pass. Mistake: teacher or optimizer cannot be had.
+        GateError: quantized linears take no part in the forward pass. UserError: teacher or optimizer cannot be had.
     """
     recipe, screen = run.recipe, run.screen
     teacher = teacher_of(
@@ -77,14 +77,14 @@ def _prove_swap(setup: TrainingSetup, built: BuiltModel) -> None:
     except RuntimeError as error:
         if "took no part" not in str(error):
             raise
-        raise GateStop("packed linears are bypassed", where="quant", found=str(error), do="add them to quant.keep") from None
+        raise GateError("packed linears are bypassed", where="quant", got=str(error), hint="add them to quant.keep") from None
 
 
 def go_on(run: RunContext, checked: Checked, setup: TrainingSetup) -> Progress:
     """Model, optimizer, random numbers and metrics as they were at the newest whole checkpoint; that it goes on is written down.
 
     Raises:
-        Mistake: there are checkpoints, and all are damaged.
+        UserError: there are checkpoints, and all are damaged.
     """
     folder, screen = run.path / "checkpoints", run.screen
     checkpoint.sweep(folder)
@@ -93,8 +93,8 @@ def go_on(run: RunContext, checked: Checked, setup: TrainingSetup) -> Progress:
     for damaged in notes:
         screen.warn(f"damaged checkpoint {damaged}; using the one before")
     if path is None and notes:
-        do = f"bring one back from a copy; to begin again: rm -r {folder}, then finetune resume {run.path}"
-        raise Mistake("every checkpoint of this run is damaged", where=str(folder), found="; ".join(notes), do=do)
+        hint = f"bring one back from a copy; to begin again: rm -r {folder}, then finetune resume {run.path}"
+        raise UserError("every checkpoint of this run is damaged", where=str(folder), got="; ".join(notes), hint=hint)
     run.note_resume(path)
     if path is None:
         screen.say("  no checkpoint yet: beginning again")
@@ -178,7 +178,7 @@ def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: Fast
                 show=shown,
             ).run()
         except Interrupted as stop:
-            raise Interruption(str(stop), do=f"finetune resume {run_dir.path}") from None
+            raise Interruption(str(stop), hint=f"finetune resume {run_dir.path}") from None
     trained = TrainRecord.model_validate(figures)
     if world() > 1:
         trained.processes, trained.parallel = world(), recipe.run.parallel

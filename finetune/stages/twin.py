@@ -6,7 +6,7 @@ import gc
 
 import torch
 
-from finetune.errors import GateStop
+from finetune.errors import GateError
 from finetune.files import TOKENIZER
 from finetune.material import TextRecord, data_record
 from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train
@@ -66,7 +66,7 @@ def compare(run: RunContext, other: RunContext) -> TwinRecord:
     """The gap between a ternary run and its float twin.
 
     Raises:
-        GateStop: the twin has read something else.
+        GateError: the twin has read something else.
     """
     recipe, record, twin = run.recipe, run.record, other.record
     assert record is not None
@@ -75,8 +75,8 @@ def compare(run: RunContext, other: RunContext) -> TwinRecord:
     assert ours is not None
     assert its is not None
     if its.sha256 != ours.sha256:
-        found = f"{ours.source} has changed since this run began"
-        raise GateStop("the twin has not read the same text, so there is no gap to tell", where=str(other.path), found=found)
+        got = f"{ours.source} has changed since this run began"
+        raise GateError("the twin has not read the same text, so there is no gap to tell", where=str(other.path), got=got)
     assert record.train is not None
     assert twin.train is not None
     told = TwinRecord(path=FOLDER, lr=twin_rate(recipe), seed=recipe.run.seed, loss=None, gap=None)

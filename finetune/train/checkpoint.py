@@ -29,7 +29,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import atomic_folder, plain, remove_folder, sha256, sync_file, write_json
 from finetune.memory import free_bytes
 from finetune.processes import is_first, rank
@@ -186,7 +186,7 @@ def write(folder: Path, taken: Snapshot, *, keep: int) -> Path:
     """Write checkpoints/step-N under `folder` and remove all but the newest `keep` and the best. Returns the checkpoint's folder.
 
     Raises:
-        Mistake: the disk is full, or cannot be written to; the checkpoints before it stand.
+        UserError: the disk is full, or cannot be written to; the checkpoints before it stand.
     """
     path, metrics = folder / f"{PREFIX}{taken.step:06d}", folder.parent / "metrics.jsonl"
     if metrics.exists():
@@ -327,25 +327,25 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
     """Put a checkpoint's trained parameters into `model`, bit for bit.
 
     Raises:
-        Mistake: they are not those that this model trains.
+        UserError: they are not those that this model trains.
     """
     weights = load_file(path / "weights.safetensors")
     parameters = trained(model)
     if weights.keys() != parameters.keys():
         only = sorted(weights.keys() ^ parameters.keys())
-        raise Mistake(
+        raise UserError(
             "the checkpoint is of another model",
             where=str(path),
-            found=f"{len(only)} parameters differ, such as {only[0]}",
+            got=f"{len(only)} parameters differ, such as {only[0]}",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
             if parameter.shape != weights[name].shape or parameter.dtype != weights[name].dtype:
-                raise Mistake(
+                raise UserError(
                     "the checkpoint is of another model",
                     where=f"{path}: {name}",
-                    found=f"{tuple(weights[name].shape)} {weights[name].dtype}",
-                    do=f"the model has {tuple(parameter.shape)} {parameter.dtype} there",
+                    got=f"{tuple(weights[name].shape)} {weights[name].dtype}",
+                    hint=f"the model has {tuple(parameter.shape)} {parameter.dtype} there",
                 )
             parallel.put(parameter, weights[name])
 
@@ -354,7 +354,7 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
     """Put everything back as it was at the checkpoint; returns (progress, bytes of metrics.jsonl that belong to it)."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state["format"] > FORMAT:
-        raise Mistake("the checkpoint was written by a newer version", where=str(path), found=f"format {state['format']}")
+        raise UserError("the checkpoint was written by a newer version", where=str(path), got=f"format {state['format']}")
     load_weights(path, model)
     parameters = trained(model)
     names = _names_in_optimizer(optimizer, parameters)

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from eval.model_state import device_of, evaluating
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.train import trace_context
 
 TOKENS = 256  # whose logits exist at a time; in fp32 about five times (256, vocabulary)
@@ -87,16 +87,16 @@ class Distillation:
         After the swap: a swap leaves modules with hooks as they are.
 
         Raises:
-            Mistake: the vocabularies differ, logits are not just the head's product, or the layer, its Q, K and V, or a
+            UserError: the vocabularies differ, logits are not just the head's product, or the layer, its Q, K and V, or a
                 division into `split_heads` do not exist.
         """
         self.detach()
         heads = {who: _head(model, who) for who, model in (("teacher", self.teacher), ("student", student))}
         if heads["teacher"].weight.shape[0] != heads["student"].weight.shape[0]:
-            raise Mistake(
+            raise UserError(
                 "teacher and student have different vocabularies",
-                found=f"{heads['teacher'].weight.shape[0]} and {heads['student'].weight.shape[0]} tokens",
-                do="distill from a model with the same tokenizer",
+                got=f"{heads['teacher'].weight.shape[0]} and {heads['student'].weight.shape[0]} tokens",
+                hint="distill from a model with the same tokenizer",
             )
         storages = [{p.untyped_storage()._cdata for p in of.parameters()} for of in (self.teacher, student)]
         if storages[0] & storages[1]:
@@ -109,9 +109,9 @@ class Distillation:
             for who, modules in found.items():
                 for name, module in modules.items():
                     if module.out_features % self.split_heads:
-                        raise Mistake(
+                        raise UserError(
                             "the projections do not divide into that many relation heads",
-                            found=f"{name} of the {who} has {module.out_features} features, split_heads is {self.split_heads}",
+                            got=f"{name} of the {who} has {module.out_features} features, split_heads is {self.split_heads}",
                         )
                     self._hooks.append(module.register_forward_hook(self._listener(who, name)))
         self._attached = True
@@ -172,14 +172,14 @@ class Distillation:
     def _projections(self, model: nn.Module, who: str) -> dict[str, Any]:
         blocks = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
         if not blocks:
-            raise Mistake(
+            raise UserError(
                 f"the {who} has no separate Q, K and V, so attention relations cannot be distilled",
-                found=type(model).__name__,
-                do="distill logits alone (relations 0)",
+                got=type(model).__name__,
+                hint="distill logits alone (relations 0)",
             )
         index = len(blocks) - 1 - len(blocks) // 8 if self.layer is None else self.layer
         if not -len(blocks) <= index < len(blocks):
-            raise Mistake(f"the {who} has no such attention layer", found=f"layer {index} of {len(blocks)}")
+            raise UserError(f"the {who} has no such attention layer", got=f"layer {index} of {len(blocks)}")
         return {name: getattr(blocks[index], name) for name in PROJECTIONS}
 
     def _listener(self, who: str, name: str) -> Any:
@@ -221,8 +221,8 @@ def _head(model: Any, who: str) -> nn.Linear:
             # 2 %: roundings in bf16
             same = trace_context.current() is not None or bool(difference <= 0.02 * logits.float().abs().max())
     if not same:
-        raise Mistake(
-            f"the {who}'s logits are more than a product with its head (a bias, a scale, a cap)", found=type(model).__name__
+        raise UserError(
+            f"the {who}'s logits are more than a product with its head (a bias, a scale, a cap)", got=type(model).__name__
         )
     return head
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from finetune.errors import GateStop
+from finetune.errors import GateError
 from finetune.train.checkpoint import Progress
 
 
@@ -69,7 +69,7 @@ class Keys:
                 key = next(self.epoch)
             except StopIteration:
                 if not progress.position:
-                    raise GateStop(f"epoch {progress.epoch + 1} of the data holds no row to train on", where="data") from None
+                    raise GateError(f"epoch {progress.epoch + 1} of the data holds no row to train on", where="data") from None
                 progress.epoch, progress.position, progress.place = progress.epoch + 1, 0, None
                 self.epoch = self.kind.keys(progress.epoch, 0, None)
                 continue

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from eval.model_state import forget, out_of_memory
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 from finetune.memory import PeakMemory, keep_freed_memory
 from finetune.processes import world
 from finetune.train import checkpoint, parallel
@@ -113,10 +113,10 @@ class Training:
             `split`, and `best` where that is kept.
 
         Raises:
-            GateStop: too many steps went wrong (NaN, infinity, a spike), or the recipe wants none; the last was not taken.
+            GateError: too many steps went wrong (NaN, infinity, a spike), or the recipe wants none; the last was not taken.
             NoMemory: not even one row at a time fits.
             Interrupted: a signal came; the step is finished and saved.
-            Mistake: a checkpoint cannot be written.
+            UserError: a checkpoint cannot be written.
             What fetching a micro-batch raises (a line that is no row, a hub that cannot be reached): the last step is saved.
         """
         if self.device.type == "cpu":
@@ -164,20 +164,20 @@ class Training:
         fault: Exception | None = None
         try:
             fetched = [self._fetch() for _ in range(settings.accumulation)]  # should one fail, nothing has moved
-        except GateStop:
+        except GateError:
             raise
         except Exception as error:
             fault = error
         if parallel.any_of(fault is not None):
             self._save_unless_saved(finished)  # hours of work, perhaps: how often is saved is up to the recipe
             faults = parallel.everyone(str(fault) if fault is not None else None)
-            raise fault or Mistake("another process could not read its data", where="data", found=next(filter(None, faults)))
+            raise fault or UserError("another process could not read its data", where="data", got=next(filter(None, faults)))
         try:
             sums = self._sums(step, [one.key for one in fetched])
         except NoMemory as error:
             if not (self.in_backward or self.sharded):  # the weights are those of the step before
                 self._keep(finished)
-            raise NoMemory(error.what, where=error.where, found=error.found, do=self._stands()) from None
+            raise NoMemory(error.message, where=error.where, got=error.got, hint=self._stands()) from None
         mean = sums.loss / max(1, sums.count)
         if self.in_backward:
             none = 0.0 if math.isfinite(mean) else math.nan  # the optimizer still has the norm of the step before
@@ -255,11 +255,11 @@ class Training:
     def _samples(self, fetched: list[_Fetched]) -> list[str]:
         return [str(sample) for one in fetched for sample in self.kind.samples(one.key)]
 
-    def _leave_out(self, step: int, fetched: list[_Fetched], stop: GateStop, finished: Progress) -> None:
+    def _leave_out(self, step: int, fetched: list[_Fetched], stop: GateError, finished: Progress) -> None:
         """Go on without a step that went wrong: with the next samples, or from the last checkpoint.
 
         Raises:
-            GateStop: that is not wanted, or not any more. The steps before it are saved.
+            GateError: that is not wanted, or not any more. The steps before it are saved.
         """
         progress, settings = self.progress, self.settings
         back = self.in_backward or settings.on_bad_step == "back"
@@ -270,9 +270,9 @@ class Training:
         if settings.on_bad_step == "stop" or progress.wrong >= settings.max_bad_steps or (back and path is None):
             if not self.in_backward:  # else the weights have taken the step already
                 self._keep(finished)
-            raise GateStop(stop.what, where=stop.where, found=stop.found, do=f"{stop.do}; {self._stands()}")
+            raise GateError(stop.message, where=stop.where, got=stop.got, hint=f"{stop.hint}; {self._stands()}")
         progress.wrong += 1
-        event = {"found": stop.found, "where": stop.where, "samples": self._samples(fetched)}
+        event = {"found": stop.got, "where": stop.where, "samples": self._samples(fetched)}
         if path is None:
             self.folder.append({"step": step, "skipped": event})
             self._show(step - 1, f"step {step} went wrong: begun again with the next samples")

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.processes import world
 from finetune.train import parallel
 from finetune.train.low_memory import LowMemory, has_shadow, temporary_bytes
@@ -133,8 +133,8 @@ class Refusal(NamedTuple):
     why: str
     hint: str
 
-    def mistake(self) -> Mistake:
-        return Mistake(self.why, where=self.key, found=self.got, do=self.hint)
+    def mistake(self) -> UserError:
+        return UserError(self.why, where=self.key, got=self.got, hint=self.hint)
 
 
 def refusals(
@@ -199,7 +199,7 @@ def build(
     the optimizer is a `LowMemory`.
 
     Raises:
-        Mistake: the first of `refusals`.
+        UserError: the first of `refusals`.
     """
     row, notes = get_optimizer(name), []
     sharded = any(parallel.is_shard(p) for p in parameters.values())

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from finetune import processes
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.memory import return_freed_memory
 from finetune.train import offload
 
@@ -53,7 +53,7 @@ def begin(device_type: str) -> torch.device:
     Before anything is loaded, and before there is an `Accelerator`, which then is of the same processes.
 
     Raises:
-        Mistake: there are fewer GPUs than processes.
+        UserError: there are fewer GPUs than processes.
     """
     for name in ACCELERATE:
         os.environ.pop(f"ACCELERATE_{name}", None)
@@ -61,11 +61,11 @@ def begin(device_type: str) -> torch.device:
         return torch.device(device_type)
     os.environ.setdefault("LOCAL_RANK", "0")  # which accelerate asks for
     if device_type == "cuda" and processes.local_rank() >= torch.cuda.device_count():
-        raise Mistake(
+        raise UserError(
             "there are fewer GPUs than processes",
             where="run.device",
-            found=f"process {processes.local_rank()} of this machine, and {torch.cuda.device_count()} GPUs",
-            do="as many processes as GPUs; or run.device=cpu",
+            got=f"process {processes.local_rank()} of this machine, and {torch.cuda.device_count()} GPUs",
+            hint="as many processes as GPUs; or run.device=cpu",
         )
     from accelerate import PartialState
 
@@ -101,7 +101,7 @@ def shard(model: Any, device: torch.device) -> None:
     It is used as ever, by all processes alike.
 
     Raises:
-        Mistake: no layers are found.
+        UserError: no layers are found.
     """
     if not several():
         model.to(device)
@@ -112,12 +112,12 @@ def shard(model: Any, device: torch.device) -> None:
     decoder = _decoder(model)
     try:
         layers = offload.layers_of(model)
-    except Mistake as error:
-        raise Mistake(
+    except UserError as error:
+        raise UserError(
             "this model has no list of layers that could be shared out",
             where="run.parallel",
-            found=error.found,
-            do="run.parallel=ddp",
+            got=error.got,
+            hint="run.parallel=ddp",
         ) from None
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     unfit = _unfit(model, layers)

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from finetune.errors import GateStop
+from finetune.errors import GateError
 
 if TYPE_CHECKING:
     from finetune.recipe import Train
@@ -29,7 +29,7 @@ def spike(loss: float, recent: Sequence[float]) -> float:
     return (loss - median) / max(spread, SPREAD_LEAST * abs(median), 1e-12)
 
 
-class NoMemory(GateStop):
+class NoMemory(GateError):
     """Out of memory with micro-batches that cannot be made smaller."""
 
 
@@ -47,13 +47,13 @@ def wrong(step: int, mean: float, norm: float, recent: Sequence[float], threshol
     return f"the loss of step {step} is a spike, {many:.1f} spreads above the last {len(recent)}"
 
 
-def bad_step(what: str, samples: Sequence[str], mean: float, norm: float, settings: Train) -> GateStop:
+def bad_step(what: str, samples: Sequence[str], mean: float, norm: float, settings: Train) -> GateError:
     """The stop of a run whose step went wrong. what: as `wrong` says; samples: those of the step."""
-    return GateStop(
+    return GateError(
         f"{what}; the step was not taken",
         where=f"samples {', '.join(samples)}"[:400],
-        found=f"loss {mean}, gradient norm {norm}",
-        do=f"look at these samples; --resume with more than {settings.max_bad_steps} train.max_bad_steps leaves them out; or "
+        got=f"loss {mean}, gradient norm {norm}",
+        hint=f"look at these samples; --resume with more than {settings.max_bad_steps} train.max_bad_steps leaves them out; or "
         f"begin anew with a lower train.lr (it was {settings.lr:g})",
     )
 
@@ -65,4 +65,4 @@ def no_memory(step: int, found: str, *, in_backward: bool, sharded: bool) -> NoM
         why = "in one of several processes with sharded layers, where a step cannot be repeated"
     elif in_backward:
         why = "and with train.step_in_backward a step cannot be repeated in parts"
-    return NoMemory(f"out of memory in step {step}, {why}", where="train", found=found)
+    return NoMemory(f"out of memory in step {step}, {why}", where="train", got=found)

@@ -159,7 +159,7 @@ import numpy
 import finetune.pipeline
 import finetune.stages.planning
 from finetune import cli
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import atomic_file
 from finetune.train import checkpoint
 
@@ -234,7 +234,7 @@ def on_a_disk(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Path) 
         try:
             with atomic_file(disk / "a.gguf") as path:
                 numpy.ones(1 << 22).tofile(path)  # it writes a GGUF, and has words of its own
-        except Mistake as mistake:
+        except UserError as mistake:
             said["export"] = str(mistake)
         make_room()
         command("room again", "resume", "disk/one")

@@ -25,7 +25,7 @@ from rich.console import Console
 import finetune.bench as bench
 from finetune.bench import baselines, qlora, side
 from finetune.bench.measure import Row, Skip
-from finetune.errors import Mistake, Stop
+from finetune.errors import UserError, Stop
 from finetune.screen import Screen
 from tests.conftest import Terminal, alpaca, write_jsonl
 
@@ -214,7 +214,7 @@ def test_a_side_that_dies_is_a_row_that_says_why(scripted: type[Scripted], tmp_p
 
 
 def test_too_few_rows_are_the_users_mistake(scripted: type[Scripted], tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="2 whole steps"):
+    with pytest.raises(UserError, match="2 whole steps"):
         a_contest(tmp_path, steps=2)
 
 
@@ -459,7 +459,7 @@ def test_a_mistake_in_a_side_reaches_the_user(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(side.Pipe, "say", lambda self, **answer: said.append(answer))
 
     def fail(pipe: Any, spec: Any) -> None:
-        raise Mistake("no such row", where="rows.jsonl:3", found="nothing", do="mend it")
+        raise UserError("no such row", where="rows.jsonl:3", got="nothing", hint="mend it")
 
     monkeypatch.setitem(side.SIDES, "ours", fail)
     path = tmp_path / "spec.json"
@@ -467,7 +467,7 @@ def test_a_mistake_in_a_side_reaches_the_user(tmp_path: Path, monkeypatch: pytes
     side.main(0, str(path))
     assert said == [{"mistake": {"what": "no such row", "where": "rows.jsonl:3", "found": "nothing", "do": "mend it"}}]
     with pytest.raises(Stop, match="no such row"):
-        raise Mistake(**said[0]["mistake"])
+        raise UserError(**said[0]["mistake"])
 
 
 def test_a_model_of_random_codes_is_read_by_our_side(tmp_path: Path) -> None:

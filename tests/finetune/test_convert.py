@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.models.sub_norms import insert_sub_norms
 from finetune.models.weights import cast
 
@@ -108,7 +108,7 @@ def test_mistral_is_one_without_its_window() -> None:
     (ids, _) = _batches()
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
     assert type(insert_sub_norms(model, [ids])).__name__ == "BitNetForCausalLM"
-    with pytest.raises(Mistake, match="sliding window of 8 tokens"):
+    with pytest.raises(UserError, match="sliding window of 8 tokens"):
         insert_sub_norms(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)), [ids])
 
 
@@ -118,22 +118,22 @@ def test_what_it_is_not_for() -> None:
     from quant import swap
 
     (ids, _) = _batches()
-    with pytest.raises(Mistake, match=r"q_proj\.bias|k_proj\.bias"):
+    with pytest.raises(UserError, match=r"q_proj\.bias|k_proj\.bias"):
         insert_sub_norms(_llama(attention_bias=True), [ids])
-    with pytest.raises(Mistake, match=r"down_proj\.bias"):
+    with pytest.raises(UserError, match=r"down_proj\.bias"):
         insert_sub_norms(_llama(mlp_bias=True), [ids])
-    with pytest.raises(Mistake, match="heads of 16"):
+    with pytest.raises(UserError, match="heads of 16"):
         insert_sub_norms(_llama(head_dim=16), [ids])
-    with pytest.raises(Mistake, match="Qwen2ForCausalLM"):
+    with pytest.raises(UserError, match="Qwen2ForCausalLM"):
         insert_sub_norms(Qwen2ForCausalLM(Qwen2Config(**SIZES)), [ids])
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=1))
-    with pytest.raises(Mistake, match="GPT2LMHeadModel"):
+    with pytest.raises(UserError, match="GPT2LMHeadModel"):
         insert_sub_norms(gpt2, [ids])
-    with pytest.raises(Mistake, match="a LlamaModel"):
+    with pytest.raises(UserError, match="a LlamaModel"):
         insert_sub_norms(LlamaModel(_llama().config), [ids])
     packed = _llama()
     swap(packed, scheme="ternary")
-    with pytest.raises(Mistake, match="quantized weights"):
+    with pytest.raises(UserError, match="quantized weights"):
         insert_sub_norms(packed, [ids])
-    with pytest.raises(Mistake, match="no text"):
+    with pytest.raises(UserError, match="no text"):
         insert_sub_norms(_llama(), [])

@@ -49,11 +49,11 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
-    from finetune.errors import Mistake
+    from finetune.errors import UserError
 
     one, two = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
     one.acquire()
-    with pytest.raises(Mistake, match="another process"):
+    with pytest.raises(UserError, match="another process"):
         two.acquire()
     one.release()
     two.acquire()

@@ -408,7 +408,7 @@ class Workshop:
                     patch.setattr(planning, "default_planner", None)
                 run(read_recipe(path), "keys")
         except Stop as stop:
-            return Outcome(folder, refused=f"{stop.what} {stop}")
+            return Outcome(folder, refused=f"{stop.message} {stop}")
         finally:
             torch.set_num_threads(threads)
         lines = self.lines(folder)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from finetune.errors import Mistake, Mistakes
+from finetune.errors import UserError, UserErrors
 from finetune.recipe import (
     ELSEWHERE_CALLED,
     NEAR_VALUES,
@@ -34,8 +34,8 @@ def write(tmp_path: Path, text: str) -> Path:
     return path
 
 
-def mistakes(tmp_path: Path, text: str, overrides: list[str] | None = None) -> list[Mistake]:
-    with pytest.raises(Mistakes) as caught:
+def mistakes(tmp_path: Path, text: str, overrides: list[str] | None = None) -> list[UserError]:
+    with pytest.raises(UserErrors) as caught:
         read_recipe(write(tmp_path, text), overrides)
     return caught.value.mistakes
 
@@ -47,7 +47,7 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
         "train:\n  lr: -1\n  max_setps: 3\n  betas: [0.9]\n"
         "lora:\n  rank: 4\n"
     )
-    found = {mistake.what: mistake for mistake in mistakes(tmp_path, text)}
+    found = {mistake.message: mistake for mistake in mistakes(tmp_path, text)}
     lines = {what: int(re.search(r":(\d+)$", mistake.where or "")[1]) for what, mistake in found.items()}
     assert lines == {
         "unknown key model.nam": 2,
@@ -68,7 +68,7 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
 
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:
     (mistake,) = mistakes(tmp_path, GOOD + "  rank: 3\n")
-    assert "adapter.rank" in mistake.do
+    assert "adapter.rank" in mistake.hint
 
 
 def test_names_of_other_programs_are_known() -> None:
@@ -108,16 +108,16 @@ def test_a_value_that_may_not_mean_the_same_gets_a_hint(tmp_path: Path) -> None:
     for key, called in NEAR_VALUES.items():
         for theirs, hint in called.items():
             (mistake,) = mistakes(tmp_path, GOOD, [f"{key}={theirs}"])
-            assert mistake.what == f"{key} does not take this value"
-            assert f"did you mean {hint}?" in mistake.do
+            assert mistake.message == f"{key} does not take this value"
+            assert f"did you mean {hint}?" in mistake.hint
     (mistake,) = mistakes(tmp_path, GOOD + "train:\n  schedule: cosine_with_min_lr\n")
     assert mistake.where.endswith(":6")
-    assert mistake.do.endswith("did you mean cosine, which ends at train.min_lr?")
+    assert mistake.hint.endswith("did you mean cosine, which ends at train.min_lr?")
 
 
 def test_a_key_that_stands_twice_is_a_mistake(tmp_path: Path) -> None:
     (mistake,) = mistakes(tmp_path, GOOD + "model:\n  name: other\n")
-    assert mistake.what == "the key model stands twice"
+    assert mistake.message == "the key model stands twice"
     assert mistake.where.endswith(":5")
 
 
@@ -125,14 +125,14 @@ def test_a_key_that_stands_twice_is_a_mistake(tmp_path: Path) -> None:
     "text", ["model: [", "- a\n- b\n", "a: &x [1]\nb: *y\n", "model:\n\tname: x\n", "!!python/object:os.system {}\n"]
 )
 def test_what_is_no_recipe(tmp_path: Path, text: str) -> None:
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         read_recipe(write(tmp_path, text))
 
 
 def test_a_yaml_bomb_is_refused(tmp_path: Path) -> None:
     text = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
     text += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
-    with pytest.raises(Mistake, match="10000"):
+    with pytest.raises(UserError, match="10000"):
         read_recipe(write(tmp_path, text))
 
 
@@ -147,13 +147,13 @@ def test_a_wrong_override_says_that_it_is_of_the_command_line(tmp_path: Path) ->
     (mistake,) = mistakes(tmp_path, GOOD, ["train.lr=fast"])
     assert mistake.where == "command line, train.lr"
     for bad in ("train.lr", "=3", "train lr=3"):
-        with pytest.raises(Mistake, match=r"section\.key=value"):
+        with pytest.raises(UserError, match=r"section\.key=value"):
             read_recipe(write(tmp_path, GOOD), [bad])
 
 
 def test_quantized_full_training_is_refused_on_its_line(tmp_path: Path) -> None:
     (mistake,) = mistakes(tmp_path, GOOD + "quant:\n  scheme: nf4\nadapter: {kind: none}\n")
-    assert "full fine-tuning" in mistake.what
+    assert "full fine-tuning" in mistake.message
     assert mistake.where.endswith("recipe.yaml:6")
 
 
@@ -164,7 +164,7 @@ def test_each_broken_rule_is_told_once_with_the_line_of_its_key(tmp_path: Path) 
         "twin: true\n"
     )
     found = mistakes(tmp_path, text, ["quant.warmup=0.5"])
-    lines = [(mistake.what.split(" ")[0].strip(":"), (mistake.where or "").rpartition("recipe.yaml:")[2]) for mistake in found]
+    lines = [(mistake.message.split(" ")[0].strip(":"), (mistake.where or "").rpartition("recipe.yaml:")[2]) for mistake in found]
     assert sorted(lines) == sorted(
         [
             ("kind", "1"),
@@ -177,13 +177,13 @@ def test_each_broken_rule_is_told_once_with_the_line_of_its_key(tmp_path: Path) 
             ("twin", "13"),
         ]
     )
-    assert len({mistake.what for mistake in found}) == len(found)
+    assert len({mistake.message for mistake in found}) == len(found)
 
 
 def test_a_rule_of_a_key_that_is_not_given_points_at_its_section_or_the_beginning(tmp_path: Path) -> None:
     (mistake,) = mistakes(tmp_path, GOOD + "train: {best: use, step_in_backward: true, eval_steps: 2, save_steps: 2}\n"
                           "adapter: {kind: none}\n")  # fmt: skip
-    assert "train.max_grad_norm=0" in mistake.what
+    assert "train.max_grad_norm=0" in mistake.message
     assert mistake.where.endswith("recipe.yaml:5")
     (mistake,) = mistakes(tmp_path, GOOD, ["kind=pretrain"])
     assert mistake.where == "command line, kind"
@@ -249,7 +249,7 @@ def test_every_shipped_recipe_is_good() -> None:
 
 def test_recipes_are_found_by_name_and_near_misses_are_named() -> None:
     assert find_recipe("quickstart").samefile(find_recipe("recipes/quickstart.yaml"))
-    with pytest.raises(Mistake, match="quickstart"):
+    with pytest.raises(UserError, match="quickstart"):
         find_recipe("quikstart")
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.material import ConversationsRecord, TextRecord, data_record
 from finetune.record import VERSION, LossRecord, PlanRecord, Record, read_record, write_record
 from tests.conftest import Terminal, alpaca, record_of, write_jsonl
@@ -115,7 +115,7 @@ def test_the_first_layout_is_read(run: Path) -> None:
 @pytest.mark.parametrize("version", [VERSION + 1, 0, "two", 1.5, None])
 def test_another_version_is_refused(run: Path, version: Any) -> None:
     change(run, "version", version)
-    with pytest.raises(Mistake) as raised:
+    with pytest.raises(UserError) as raised:
         read_record(run)
     assert f"version {version}; this program reads 1 to {VERSION}" in str(raised.value)
 
@@ -163,7 +163,7 @@ def test_data_is_what_its_task_wrote(run: Path) -> None:
     assert isinstance(data, ConversationsRecord)
     assert (data.rows, data.train_rows, data.heldout_rows) == (8, 6, 2)
     record.kind = "pretrain"
-    with pytest.raises(Mistake, match="vocabulary is missing"):
+    with pytest.raises(UserError, match="vocabulary is missing"):
         data_record(record)
     record.data = TextRecord(format="text", format_reason="", heldout_rows=1, rows_skipped=0, vocabulary=300)
     assert data_record(record) == record.data
@@ -227,7 +227,7 @@ def test_commands_refuse_an_odd_record_in_a_sentence(finetune: Terminal, run: Pa
 def test_the_report_refuses_an_odd_record(run: Path, key: str) -> None:
     odd = ODD.get(key, REMOVED)
     change(run, key, odd, remove=odd is REMOVED)
-    with pytest.raises(Mistake, match="the run's record cannot be read") as raised:
+    with pytest.raises(UserError, match="the run's record cannot be read") as raised:
         report(run)
     assert key.removeprefix("data.") in str(raised.value)
     assert not (run / "report.html").exists()
@@ -241,19 +241,19 @@ def cut(text: str) -> str:
 def test_what_is_no_record_is_refused(run: Path, damage: Callable[[str], str]) -> None:
     file = run / "run.json"
     file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
-    with pytest.raises(Mistake, match="the run's record cannot be read"):
+    with pytest.raises(UserError, match="the run's record cannot be read"):
         read_record(run)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", ""])
 def test_a_name_that_leads_elsewhere_is_refused(run: Path, name: str) -> None:
     change(run, "name", name)
-    with pytest.raises(Mistake, match="no plain name"):
+    with pytest.raises(UserError, match="no plain name"):
         read_record(run)
 
 
 def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="this is no run folder"):
+    with pytest.raises(UserError, match="this is no run folder"):
         read_record(tmp_path)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.files import finite
 from finetune.record import (
     EvalRecord,
@@ -456,7 +456,7 @@ def test_the_barest_run(tmp_path: Path, record: Record) -> None:
 
 
 def test_no_run_folder(tmp_path: Path) -> None:
-    with pytest.raises(Mistake):
+    with pytest.raises(UserError):
         write_report(tmp_path)
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.model_state import device_of, evaluating
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.train import parallel, trace_context
 from finetune.train.fast import attention, chunked_loss, kernels
 from finetune.train.fast.blocks import SAME, as_fast_as_it_gets, as_gated, as_norm, difference, like_norm
@@ -156,7 +156,7 @@ def apply_patches(model: nn.Module, recipe: Recipe, device: torch.device, *, wor
     """What the recipe wants of the fast step, installed. work: parameters × tokens of the run, for compilation that is `auto`.
 
     Raises:
-        Mistake: the recipe wants compilation, and there is no compiler.
+        UserError: the recipe wants compilation, and there is no compiler.
     """
     said, not_compiled = recipe.fast, None
     if said.compile is False:
@@ -166,7 +166,7 @@ def apply_patches(model: nn.Module, recipe: Recipe, device: torch.device, *, wor
     elif trace_context.current() is None:
         not_compiled = kernels.unavailable(device.type)
         if not_compiled is not None and said.compile is True:
-            raise Mistake("nothing can be compiled here", where="fast.compile", found=not_compiled, do="fast.compile=auto")
+            raise UserError("nothing can be compiled here", where="fast.compile", got=not_compiled, hint="fast.compile=auto")
     chosen = recipe.model.attention != "auto"
     parts = {"attention": said.attention and not chosen, "lora": said.lora, "blocks": said.blocks}
     found = find(model, **parts, not_compiled=not_compiled)

@@ -18,7 +18,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 FILE = 1 << 30  # bytes; sparse, so that the last one takes what is in it
 # The system reads ahead no more than its window for one request, whatever is asked for (mm/readahead.c, force_page_cache_ra).
@@ -57,7 +57,7 @@ class Scratch:
         """The same numbers, on the disk; `tensor` itself, where it lies here already.
 
         Raises:
-            Mistake: the disk is full, or cannot be written to.
+            UserError: the disk is full, or cannot be written to.
         """
         if self.holds(tensor) or not tensor.numel():
             return tensor
@@ -70,11 +70,11 @@ class Scratch:
                 written = os.pwrite(file.file.fileno(), rest.data, at)
                 rest, at = rest[written:], at + written
         except OSError as error:
-            raise Mistake(
+            raise UserError(
                 "the weights cannot be put on the disk",
                 where=str(self.folder),
-                found=str(error),
-                do="free some space, or put the run elsewhere: run.dir=/path/on/a/larger/disk",
+                got=str(error),
+                hint="free some space, or put the run elsewhere: run.dir=/path/on/a/larger/disk",
             ) from None
         start, file.used = file.used, file.used + _pages(size)
         return file.bytes[start : start + size].view(tensor.dtype).view(tensor.shape)

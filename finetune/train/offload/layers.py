@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.memory import return_freed_memory
 from finetune.train.offload.disk import Scratch, let_go, read_ahead
 
@@ -40,13 +40,13 @@ ALIGNED = 256  # bytes: kernels read vectors, and the scales of packed weights a
 
 
 def check(mode: str, device: torch.device) -> None:
-    """Raise Mistake for layers that are to be streamed from where they would be anyway."""
+    """Raise UserError for layers that are to be streamed from where they would be anyway."""
     if mode == "memory" and device.type == "cpu":
-        raise Mistake(
+        raise UserError(
             "on the CPU the layers are in its memory already",
             where="model.stream",
-            found="memory, and the run is on the CPU",
-            do="model.stream=disk where that memory is too small, or model.stream=none",
+            got="memory, and the run is on the CPU",
+            hint="model.stream=disk where that memory is too small, or model.stream=none",
         )
 
 
@@ -57,7 +57,7 @@ def stream(model: Any, device: torch.device, scratch: Scratch | None) -> Streame
     it is used as ever; what is to be done with its weights themselves (merging them) comes after `restore`.
 
     Raises:
-        Mistake: no layers are found, nothing in them is frozen, or the disk is full.
+        UserError: no layers are found, nothing in them is frozen, or the disk is full.
     """
     streamed = Mapped(model, scratch) if device.type == "cpu" and scratch is not None else Fetched(model, device, scratch)
     gc.collect()
@@ -72,7 +72,7 @@ def layers_of(model: Any) -> list[nn.Module]:
     """The decoder's layers, in the order in which they run.
 
     Raises:
-        Mistake: there is no list of layers.
+        UserError: there is no list of layers.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
@@ -85,7 +85,7 @@ def layers_of(model: Any) -> list[nn.Module]:
             within += module.children()
     layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
     if layers is None or not len(layers):
-        raise Mistake("this model has no list of layers that could be streamed", where="model.stream", found=type(base).__name__)
+        raise UserError("this model has no list of layers that could be streamed", where="model.stream", got=type(base).__name__)
     return list(layers)
 
 
@@ -113,11 +113,11 @@ def _frozen(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[list[Layer]
     ]
     own = {parameter for layer in layers for parameter in layer.frozen}
     if not own:
-        raise Mistake(
+        raise UserError(
             "nothing is frozen in the layers of this model, so nothing can be streamed",
             where="model.stream",
-            found=f"{len(layers)} × {type(modules[0]).__name__}",
-            do="adapter.kind=lora",
+            got=f"{len(layers)} × {type(modules[0]).__name__}",
+            hint="adapter.kind=lora",
         )
     return layers, [p for p in model.parameters() if not p.requires_grad and p not in own]
 

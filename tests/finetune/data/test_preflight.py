@@ -9,7 +9,7 @@ import pytest
 from finetune.data.preflight import Limits, Preflight, inspect, prepare
 from finetune.data.rows import Row
 from finetune.data.samples import ALPACA, IGNORE, Encoder, Sample, set_template
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 IM_END = 2
 
@@ -105,13 +105,13 @@ def test_chatml_needs_its_tokens(tokenizer: Any) -> None:
     from transformers import PreTrainedTokenizerFast
 
     plain = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a")))
-    with pytest.raises(Mistake, match="chatml"):
+    with pytest.raises(UserError, match="chatml"):
         set_template(plain, "chatml")
 
 
 def test_a_row_that_the_template_refuses_is_named(tokenizer: Any) -> None:
     tokenizer.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system here') }}{% endif %}"
-    with pytest.raises(Mistake, match=r"rows:7[\s\S]*no system here"):
+    with pytest.raises(UserError, match=r"rows:7[\s\S]*no system here"):
         encoder(tokenizer).encode(talk("q", "a", system="s", where="rows:7"))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from finetune.data.rows import load_rows
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 
 def write(path: Path, rows: Any) -> str:
@@ -69,7 +69,7 @@ def test_json_rows_know_their_lines(tmp_path: Path) -> None:
 def test_broken_lines_are_all_counted_and_five_shown(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join([json.dumps(ALPACA), *(['{"instruction": "x",'] * 7)]))
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         load_rows(name=None, path=str(path))
     text = str(caught.value)
     assert "7 of 8 lines are not JSON" in text
@@ -80,11 +80,11 @@ def test_broken_lines_are_all_counted_and_five_shown(tmp_path: Path) -> None:
 
 
 def test_rows_of_no_format_and_rows_of_another(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match="3 of 3 rows fit no format") as caught:
+    with pytest.raises(UserError, match="3 of 3 rows fit no format") as caught:
         load_rows(name=None, path=write(tmp_path / "a.jsonl", [{"foo": 1}] * 3))
     assert "foo (int)" in str(caught.value)
     mixed = write(tmp_path / "b.jsonl", [ALPACA, ALPACA, {"foo": 1}])
-    with pytest.raises(Mistake, match="1 of 3 rows are not of the format alpaca") as caught:
+    with pytest.raises(UserError, match="1 of 3 rows are not of the format alpaca") as caught:
         load_rows(name=None, path=mixed)
     assert "b.jsonl:3" in str(caught.value)
     skipped = load_rows(name=None, path=mixed, skip_bad=True)
@@ -97,18 +97,18 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         (tmp_path / "rwos.jsonl", "did you mean"),
         (tmp_path / "rows.jsonl", "empty"),
     ]:
-        with pytest.raises(Mistake, match=words):
+        with pytest.raises(UserError, match=words):
             load_rows(name=None, path=str(path))
     (tmp_path / "a.csv").write_text("a,b\n")
-    with pytest.raises(Mistake, match="not read"):
+    with pytest.raises(UserError, match="not read"):
         load_rows(name=None, path=str(tmp_path / "a.csv"))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
-    with pytest.raises(Mistake, match=r"b\.jsonl:2"):
+    with pytest.raises(UserError, match=r"b\.jsonl:2"):
         load_rows(name=None, path=str(tmp_path / "b.jsonl"))
     (tmp_path / "c.json").write_text('[\n{"a": 1},\n{"a" 2}\n]')
-    with pytest.raises(Mistake, match=r"c\.json:3"):
+    with pytest.raises(UserError, match=r"c\.json:3"):
         load_rows(name=None, path=str(tmp_path / "c.json"))
-    with pytest.raises(Mistake, match="not installed"):
+    with pytest.raises(UserError, match="not installed"):
         load_rows(name="package:no-such-package", path=None)
 
 
@@ -116,12 +116,12 @@ def test_packages(tmp_path: Path) -> None:
     rows = load_rows(name="package:chatterbot-corpus", path=None, files=["*/english/coding.yml"])
     assert rows.format == "dialogue"
     assert len(rows.rows) > 100
-    with pytest.raises(Mistake, match=r"english/trivia\.yml|it has"):
+    with pytest.raises(UserError, match=r"english/trivia\.yml|it has"):
         load_rows(name="package:chatterbot-corpus", path=None, files=["*/english/nothing.yml"])
 
 
 def test_unknown_hub_dataset_is_the_users_mistake() -> None:
-    with pytest.raises(Mistake, match=r"data\.name"):
+    with pytest.raises(UserError, match=r"data\.name"):
         load_rows(name="nobody/no-such-dataset", path=None)
 
 

@@ -17,7 +17,7 @@ import pytest
 
 from finetune.data import stream
 from finetune.data.stream import Corpus, Document, Place, Source, open_source
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 LENGTH, END = 32, 1
 KINDS = ["jsonl", "txt", "parquet", "folder", "package", "hub_jsonl", "hub_parquet", "hub_txt"]
@@ -335,12 +335,12 @@ def test_the_order_does_not_depend_on_timing() -> None:
 
 
 def test_a_fault_in_the_background_is_raised_where_it_would_have_come() -> None:
-    mistake = Mistake("broken", where="slow:200")
+    mistake = UserError("broken", where="slow:200")
     made = corpus(Slow(mistake))
     count = len(list(corpus(Slow()).rows(0)))
     rows = made.rows(0)
     seen: list[Any] = []
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         seen.extend(row for row in rows)
     assert caught.value is mistake
     assert count - 40 <= len(seen) <= count  # the last block, which never became whole, is missing
@@ -354,16 +354,16 @@ def test_changed_data_is_seen_when_a_place_is_restored(tmp_path: Path) -> None:
     rows = list(corpus(source).rows(0))
     place = rows[len(rows) // 2].after
     for wrong in ({"seed": 1}, {"length": 16}):
-        with pytest.raises(Mistake, match="not what it was"):
+        with pytest.raises(UserError, match="not what it was"):
             next(corpus(open_source(path=str(path), block_bytes=4000), **wrong).rows(0, place))
-    with pytest.raises(Mistake, match="not what it was"):
+    with pytest.raises(UserError, match="not what it was"):
         next(corpus(source).rows(1, place))
     digest = source.digest
     assert open_source(path=str(path)).digest == digest
     write_jsonl(path, texts(60))
     shorter = open_source(path=str(path), block_bytes=4000)
     assert shorter.digest != digest
-    with pytest.raises(Mistake, match="not what it was"):
+    with pytest.raises(UserError, match="not what it was"):
         next(corpus(shorter).rows(0, rows[-1].after))
 
 
@@ -397,7 +397,7 @@ def test_what_holds_no_text_is_shown_with_its_line_or_skipped_and_counted(
 ) -> None:
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(Mistake) as caught:
+    with pytest.raises(UserError) as caught:
         read(path)
     assert all(word in str(caught.value) for word in words)
     source, documents = read(path, skip_bad=True)
@@ -430,22 +430,22 @@ def test_parquet_columns_nulls_and_damage(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     table = pyarrow.table({"content": ["one", None, "three"], "n": [1, 2, 3]})
     pyarrow.parquet.write_table(table, path, row_group_size=2)
-    with pytest.raises(Mistake, match=r"data\.text_key=content"):
+    with pytest.raises(UserError, match=r"data\.text_key=content"):
         read(path)
-    with pytest.raises(Mistake, match=r"a\.parquet\[1\]"):
+    with pytest.raises(UserError, match=r"a\.parquet\[1\]"):
         read(path, text_key="content")
     source, documents = read(path, text_key="content", skip_bad=True)
     assert [(d.where, d.text) for d in documents] == [("a.parquet[0]", "one"), ("a.parquet[2]", "three")]
     assert source.bad == 1
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(Mistake, match="parquet file cannot be read"):
+    with pytest.raises(UserError, match="parquet file cannot be read"):
         read(path, text_key="content")
 
 
 def test_a_wrong_key_ends_even_when_bad_rows_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_jsonl(tmp_path / "a.jsonl", texts(60))
     monkeypatch.setattr(stream, "HOPELESS", 50)
-    with pytest.raises(Mistake, match="first 50 rows hold no text") as caught:
+    with pytest.raises(UserError, match="first 50 rows hold no text") as caught:
         read(tmp_path / "a.jsonl", text_key="txt", skip_bad=True)
     assert "data.text_key=text" in str(caught.value)
 
@@ -463,31 +463,31 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
         ({"name": "nobody/no-such-dataset"}, r"data\.name"),
         ({}, "no data is named"),
     ]:
-        with pytest.raises(Mistake, match=words):
+        with pytest.raises(UserError, match=words):
             open_source(**given)
     source = open_source(path=str(tmp_path / "rows.jsonl"))
     (tmp_path / "rows.jsonl").unlink()
-    with pytest.raises(Mistake, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot be read"):
         list(source.blocks())
 
 
 def test_too_little_text(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text("\n")
-    with pytest.raises(Mistake, match="holds no text"):
+    with pytest.raises(UserError, match="holds no text"):
         corpus(open_source(path=str(path)))
     path.write_text("{}\n")
-    with pytest.raises(Mistake, match=r"1 skipped, such as a\.jsonl:1"):
+    with pytest.raises(UserError, match=r"1 skipped, such as a\.jsonl:1"):
         corpus(open_source(path=str(path), skip_bad=True))
     write_jsonl(path, texts(10))
     total = sum(len(text) + 1 for text in texts(10))
-    with pytest.raises(Mistake, match=f"has {total:,} tokens in 10 documents") as caught:
+    with pytest.raises(UserError, match=f"has {total:,} tokens in 10 documents") as caught:
         corpus(open_source(path=str(path)), heldout=total // LENGTH)
     possible = int(str(caught.value).split("data.heldout=")[1].split(",")[0])
     assert len(corpus(open_source(path=str(path)), heldout=possible).heldout) == possible > 0
-    with pytest.raises(Mistake, match=r"data\.heldout"):
+    with pytest.raises(UserError, match=r"data\.heldout"):
         corpus(open_source(path=str(path)), heldout=possible + 1)
-    with pytest.raises(Mistake, match="does not fill one row"):
+    with pytest.raises(UserError, match="does not fill one row"):
         next(corpus(open_source(path=str(path)), heldout=0, length=total + 1).rows(0))
 
 
@@ -534,12 +534,12 @@ def test_a_commit_on_the_hub_does_not_change_a_run_that_knows_its_own(hub: Any) 
 def test_a_tag_is_resolved_to_its_commit(hub: Any) -> None:
     assert open_source(name="a/b", revision="v1").revision == "1" * 40
     assert hub.asked == ["v1", "1" * 40]
-    with pytest.raises(Mistake, match=r"cannot be loaded[\s\S]*revision v9[\s\S]*doesn't exist"):
+    with pytest.raises(UserError, match=r"cannot be loaded[\s\S]*revision v9[\s\S]*doesn't exist"):
         open_source(name="a/b", revision="v9")
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_not_on_the_hub_has_no_revision(make: Any, kind: str) -> None:
     assert make(kind).revision is None
-    with pytest.raises(Mistake, match="only a dataset on the hub has revisions"):
+    with pytest.raises(UserError, match="only a dataset on the hub has revisions"):
         make(kind, revision="main")

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from finetune.data.stream import Corpus, open_source
 from finetune.data.tokenizer import END, batch_encoder, tokenizer_texts, train_tokenizer
-from finetune.errors import Mistake
+from finetune.errors import UserError
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "don't", "answer", "Naïve", "日本語", "questions"]
 
@@ -117,14 +117,14 @@ def test_slow_tokenizers_are_called() -> None:
 
 
 def test_vocabularies_that_cannot_be() -> None:
-    with pytest.raises(Mistake, match="too small") as caught:
+    with pytest.raises(UserError, match="too small") as caught:
         train_tokenizer(texts(10), 257)
     assert "found: 257" in str(caught.value)
-    with pytest.raises(Mistake, match="too small for this vocabulary") as caught:
+    with pytest.raises(UserError, match="too small for this vocabulary") as caught:
         train_tokenizer(texts(100), 50_000)
     made = int(str(caught.value).split("tokenizer.train=")[1].split(",")[0])
     assert len(train_tokenizer(texts(100), made)) == made
-    with pytest.raises(Mistake, match="0 bytes of text gave 257"):
+    with pytest.raises(UserError, match="0 bytes of text gave 257"):
         train_tokenizer([], 300)
 
 

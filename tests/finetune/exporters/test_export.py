@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 from finetune.exporters import FORMATS, bitnet, cut, export, gguf, llama_cpp
 from finetune.exporters.llama_cpp import Llama, tokens_per_second
 from finetune.models.weights import cast
@@ -118,7 +118,7 @@ def test_an_export_is_replaced_and_a_refused_one_leaves_the_old(
         before = {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
         with monkeypatch.context() as patch:
             patch.setattr("finetune.exporters.gate.Verdict.reason", "because")
-            with pytest.raises(GateStop, match="because"):
+            with pytest.raises(GateError, match="because"):
                 export(models["bitnet"], words, out, format=format, rows=rows)
         assert before == {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
 
@@ -176,9 +176,9 @@ def test_gguf_faults(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     GGUF_FAULTS[fault](monkeypatch)
-    with pytest.raises(GateStop, match="from what the target should compute") as stop:
+    with pytest.raises(GateError, match="from what the target should compute") as stop:
         export(models["bitnet"], words, tmp_path / "out.gguf", format=TQ, rows=rows)
-    print(fault, stop.value.found)
+    print(fault, stop.value.got)
     assert nothing_left(tmp_path)
 
 
@@ -194,7 +194,7 @@ def test_gguf_latent_weights(
 
         with monkeypatch.context() as patch:
             of_weights(latent)(patch)
-            with pytest.raises(GateStop, match="from what the target should compute"):
+            with pytest.raises(GateError, match="from what the target should compute"):
                 export(model, words, tmp_path / f"{kind}.gguf", format=TQ, rows=rows)
     assert nothing_left(tmp_path)
 
@@ -212,7 +212,7 @@ def test_gguf_wrong_activation(
     model = copy.deepcopy(models["bitnet"])
     for layer in model.model.layers:
         layer.mlp.act_fn = ACT2FN["relu2"]
-    with pytest.raises(GateStop, match="from what the target should compute"):
+    with pytest.raises(GateError, match="from what the target should compute"):
         export(model, words, tmp_path / "out.gguf", format=format, rows=rows)
     assert nothing_left(tmp_path)
 
@@ -221,7 +221,7 @@ def test_gguf_unpermuted_queries(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf, "interleave", lambda weight, head_dim: weight)
-    with pytest.raises(GateStop, match="from what the target should compute"):
+    with pytest.raises(GateError, match="from what the target should compute"):
         export(models["llama"], words, tmp_path / "out.gguf", format=TQ, rows=rows)
 
 
@@ -265,7 +265,7 @@ def test_bitnet_faults(
         BITNET_FAULTS[fault](folder)
 
     monkeypatch.setattr(bitnet, "write", wrong)
-    with pytest.raises(GateStop, match="from what the target should compute"):
+    with pytest.raises(GateError, match="from what the target should compute"):
         export(models["bitnet"], words, tmp_path / "out", format="bitnet", rows=rows)
     assert nothing_left(tmp_path)
 
@@ -284,7 +284,7 @@ def test_bitnet_latent_weights(
         plain.save_pretrained(folder)
 
     monkeypatch.setattr(bitnet, "write", wrong)
-    with pytest.raises(GateStop, match="no ternary layers of this format"):
+    with pytest.raises(GateError, match="no ternary layers of this format"):
         export(models["bitnet"], words, tmp_path / "out", format="bitnet", rows=rows)
     assert nothing_left(tmp_path)
 
@@ -296,7 +296,7 @@ def test_another_tokenization(tmp_path: Path, text: str, monkeypatch: pytest.Mon
     words = train_tokenizer([text, "1848 and 1989, 1848 and 1989, " * 400], 400)
     rows = [(list(range(1, 20)), list(range(1, 20)))]
     monkeypatch.setattr("finetune.exporters.vocabulary._rule", lambda spec: "smollm")
-    with pytest.raises(GateStop, match="tokenizes otherwise"):
+    with pytest.raises(GateError, match="tokenizes otherwise"):
         export(built("bitnet", len(words)), words, tmp_path / "out.gguf", format=TQ, rows=rows)
     assert nothing_left(tmp_path)
 
@@ -350,23 +350,23 @@ def test_llama_cpp_is_missing_or_another_one(
         assert change != worker
         (tmp_path / "worker.py").write_text(change)
         monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / "worker.py")
-        with pytest.raises(Mistake, match=message) as mistake:
+        with pytest.raises(UserError, match=message) as mistake:
             export(models["llama"], words, tmp_path / "out.gguf", format=TQ, rows=rows)
-        assert mistake.value.do == f"pip install {llama_cpp.WHEEL}"
+        assert mistake.value.hint == f"pip install {llama_cpp.WHEEL}"
         assert not (tmp_path / "out.gguf").exists()
 
 
 def test_llama_cpp_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "worker.py").write_text("import os, sys; print('GGML_ASSERT(x) failed', file=sys.stderr); os.abort()")
     monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / "worker.py")
-    with pytest.raises(GateStop, match="died with code -6") as stop:
+    with pytest.raises(GateError, match="died with code -6") as stop:
         Llama(tmp_path / "some.gguf")
     assert "GGML_ASSERT" in str(stop.value)
 
 
 def test_llama_cpp_says_what_it_cannot_load(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"nothing")
-    with pytest.raises(GateStop, match="cannot load this file"):
+    with pytest.raises(GateError, match="cannot load this file"):
         Llama(tmp_path / "no.gguf")
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.errors import GateStop
+from finetune.errors import GateError
 from finetune.exporters.gate import Bounds, Logits, compare, hold
 
 BOUNDS = Bounds(factor=2.0, floor=1e-3, ceiling=0.5, kl=1.0)
@@ -44,7 +44,7 @@ def test_the_arithmetic_is_the_yardstick() -> None:
     assert rough.error == pytest.approx(0.02 * 2**0.5, rel=0.2)
     assert rough.reason is None
     assert fine.reason is not None
-    with pytest.raises(GateStop, match="not the model that was trained") as stop:
+    with pytest.raises(GateError, match="not the model that was trained") as stop:
         hold(fine, where="out.gguf", do="look")
     assert f"{fine.error:.3g}" in str(stop.value)
 
@@ -81,7 +81,7 @@ def test_numbers_that_are_none(bad: float) -> None:
 
 
 def test_another_vocabulary_and_no_rows() -> None:
-    with pytest.raises(GateStop, match="another vocabulary"):
+    with pytest.raises(GateError, match="another vocabulary"):
         compare(ROWS, trained=model(), target=lambda ids: TABLE[ids][:, :19], bounds=BOUNDS)
     with pytest.raises(ValueError, match="no rows"):
         compare([], trained=model(), target=model(), bounds=BOUNDS)

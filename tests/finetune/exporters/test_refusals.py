@@ -19,7 +19,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.exporters import FORMATS, check, export
 from quant import pack, swap, to_float
 from tests.finetune.exporters.conftest import SIZES, built
@@ -28,9 +28,9 @@ TQ = ["gguf-tq2_0", "gguf-tq1_0"]
 GGUF = [*TQ, "gguf-f16"]
 
 
-def refused(model: Any, format: str, message: str) -> Mistake:  # noqa: A002
+def refused(model: Any, format: str, message: str) -> UserError:  # noqa: A002
     """A config is of a model whose training will be ternary."""
-    with pytest.raises(Mistake, match=message) as mistake:
+    with pytest.raises(UserError, match=message) as mistake:
         check(model, format, ternary=True if isinstance(model, PreTrainedConfig) else None)
     return mistake.value
 
@@ -60,8 +60,8 @@ def test_rows_that_make_no_blocks(format: str) -> None:  # noqa: A002
     for model in (built("bitnet", 64, intermediate_size=320), config(intermediate_size=320), built("llama", 64, hidden_size=320)):
         mistake = refused(model, format, "multiple of 256: 320 is none")
         assert str(mistake.where).startswith("model.layers.0.")
-        assert "320)" in str(mistake.found)
-        assert "512" in str(mistake.do)
+        assert "320)" in str(mistake.got)
+        assert "512" in str(mistake.hint)
     check(built("bitnet", 64, intermediate_size=320), "bitnet")
     check(built("bitnet", 64, intermediate_size=320), "gguf-f16")
 
@@ -69,9 +69,9 @@ def test_rows_that_make_no_blocks(format: str) -> None:  # noqa: A002
 @pytest.mark.parametrize("format", ["bitnet", *TQ])
 def test_rows_that_make_no_fours(format: str) -> None:  # noqa: A002
     mistake = refused(config(hidden_size=256, intermediate_size=510), format, "out_features in fours: 510 are not")
-    assert (mistake.where, "512" in str(mistake.do)) == ("model.layers.0.mlp.gate_proj", True)
+    assert (mistake.where, "512" in str(mistake.hint)) == ("model.layers.0.mlp.gate_proj", True)
 
-    with pytest.raises(Mistake, match="510 are not"):
+    with pytest.raises(UserError, match="510 are not"):
         check(config(intermediate_size=510), format, ternary=True, keep=["up_proj"])
     check(config(intermediate_size=510), "bitnet", ternary=True, keep=["gate_proj", "up_proj"])
     check(config(intermediate_size=510), "gguf-f16", ternary=True)
@@ -80,19 +80,19 @@ def test_rows_that_make_no_fours(format: str) -> None:  # noqa: A002
 def test_what_a_recipe_says_of_a_config() -> None:
     for ternary in (False, None):
         for format in ("bitnet", "bitnet-online", *TQ):  # noqa: A001
-            with pytest.raises(Mistake, match="no ternary layer"):
+            with pytest.raises(UserError, match="no ternary layer"):
                 check(config(), format, ternary=ternary)
         check(config(), "gguf-f16", ternary=ternary)
-    with pytest.raises(Mistake, match="320 is none") as mistake:
+    with pytest.raises(UserError, match="320 is none") as mistake:
         check(config(intermediate_size=320), "gguf-tq2_0", ternary=True, keep=["*.layers.0.mlp.down_proj"])
     assert mistake.value.where == "model.layers.1.mlp.down_proj"
     check(config(intermediate_size=320), "gguf-tq2_0", ternary=True, keep=["down_proj"])
-    with pytest.raises(Mistake, match="cannot be trained in ternary") as mistake:
+    with pytest.raises(UserError, match="cannot be trained in ternary") as mistake:
         check(config(), "bitnet", ternary=True, keep=["nowhere"])
-    assert (mistake.value.where, "nowhere" in str(mistake.value.found)) == ("quant", True)
+    assert (mistake.value.where, "nowhere" in str(mistake.value.got)) == ("quant", True)
     llama = LlamaConfig(**SIZES | {"vocab_size": 64})
     check(llama, "bitnet", ternary=True, rms_norm=True)
-    with pytest.raises(Mistake, match="no norm inside a linear"):
+    with pytest.raises(UserError, match="no norm inside a linear"):
         check(llama, "gguf-tq2_0", ternary=True, rms_norm=True)
 
 
@@ -192,7 +192,7 @@ def test_tokenizers_that_a_gguf_cannot_carry(tmp_path: Path, words: Any) -> None
     model, rows = built("bitnet", len(words)), [([1, 2, 3], [1, 2, 3])]
 
     def refuse(tokenizer: Any, message: str, model: Any = model) -> None:
-        with pytest.raises(Mistake, match=message):
+        with pytest.raises(UserError, match=message):
             export(model, tokenizer, tmp_path / "out.gguf", format="gguf-tq2_0", rows=rows)
         assert not list(tmp_path.iterdir())
 
@@ -214,18 +214,18 @@ def test_tokenizers_that_a_gguf_cannot_carry(tmp_path: Path, words: Any) -> None
     fits = config(vocab_size=len(words))
     check(fits, "gguf-tq2_0", ternary=True, tokenizer=words)
     check(fits, "bitnet", ternary=True, tokenizer=endless)
-    with pytest.raises(Mistake, match="no end token"):
+    with pytest.raises(UserError, match="no end token"):
         check(fits, "gguf-tq2_0", ternary=True, tokenizer=endless)
 
 
 def test_no_rows_a_wrong_name_and_no_space(tmp_path: Path, words: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model, rows = built("bitnet", len(words)), [([1, 2, 3], [1, 2, 3])]
-    with pytest.raises(Mistake, match="no rows"):
+    with pytest.raises(UserError, match="no rows"):
         export(model, words, tmp_path / "out.gguf", format="gguf-tq2_0", rows=[([1], [1])])
-    with pytest.raises(Mistake, match=r"ends in \.gguf"):
+    with pytest.raises(UserError, match=r"ends in \.gguf"):
         export(model, words, tmp_path / "out", format="gguf-tq2_0", rows=rows)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("Usage", (), {"total": 1, "free": 1})())
-    with pytest.raises(Mistake, match="not enough disk space"):
+    with pytest.raises(UserError, match="not enough disk space"):
         export(model, words, tmp_path / "out", format="bitnet", rows=rows)
     assert not list(tmp_path.iterdir())
 
@@ -235,11 +235,11 @@ def test_a_scale_or_a_weight_outside_f16(tmp_path: Path, words: Any) -> None:
     model = built("llama", len(words))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1e8)
-    with pytest.raises(Mistake, match="outside the range of F16"):
+    with pytest.raises(UserError, match="outside the range of F16"):
         export(model, words, tmp_path / "out.gguf", format="gguf-tq2_0", rows=rows)
     model = built("llama", len(words))
     with torch.no_grad():
         model.model.embed_tokens.weight[3, 3] = 1e6
-    with pytest.raises(Mistake, match="not finite in F16"):
+    with pytest.raises(UserError, match="not finite in F16"):
         export(model, words, tmp_path / "out.gguf", format="gguf-tq2_0", rows=rows)
     assert not list(tmp_path.iterdir())

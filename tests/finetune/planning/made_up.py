@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.planning.result import Phase, Plan
 from finetune.recipe import Recipe
 
@@ -32,7 +32,7 @@ class Planner:
         for name, value in self.impossible.items():
             section, leaf = name.split("__")
             if getattr(getattr(recipe, section), leaf) == value:
-                raise Mistake(f"no {leaf}: {value} here")
+                raise UserError(f"no {leaf}: {value} here")
         return made_up(recipe, self.budget)
 
 

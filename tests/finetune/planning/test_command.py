@@ -13,7 +13,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from finetune.cli import app
-from finetune.errors import GateStop, Mistake, Mistakes
+from finetune.errors import GateError, UserError, UserErrors
 from finetune.files import MARK, write_json
 from finetune.planning.devices import parse_bytes
 from finetune.recipe import dump_recipe, read_recipe
@@ -52,7 +52,7 @@ def command(*arguments: Any, code: int = 0) -> Result:
     """`finetune plan …`; an error's exit code, as main() makes it of the exception."""
     result = CliRunner().invoke(app, ["plan", *map(str, arguments)])
     error = result.exception
-    stopped = error.exit_code if isinstance(error, Mistake | GateStop) else result.exit_code
+    stopped = error.exit_code if isinstance(error, UserError | GateError) else result.exit_code
     assert stopped == code, result.output + str(error)
     return result
 
@@ -151,13 +151,13 @@ def test_another_plan_does_not_make_it_another_run(written: Path, tmp_path: Path
     (folder.path / "recipe.yaml").write_text(dump_recipe(begun))
     write_json(folder.path / MARK, {})
     check_resumable(folder, read_recipe(written, ["plan.gpu=rtx-4090", "plan.price_per_kwh=0.3", "plan.memory=8GB", "fit=auto"]))
-    with pytest.raises(Mistake, match="another recipe"):
+    with pytest.raises(UserError, match="another recipe"):
         check_resumable(folder, read_recipe(written, ["train.micro_batch=2"]))
 
 
 @pytest.mark.parametrize("memory", ["12", "lots", "-3GB", "12 apples"])
 def test_what_is_no_amount_of_memory(written: Path, memory: str) -> None:
-    with pytest.raises(Mistakes, match=r"plan\.memory"):
+    with pytest.raises(UserErrors, match=r"plan\.memory"):
         read_recipe(with_keys(written, plan={"memory": memory}))
 
 
@@ -188,7 +188,7 @@ def test_the_table_of_all_recipes_answers_the_claims(asked: list[Any]) -> None:
 def test_one_recipe_that_cannot_be_planned_does_not_hide_the_others(asked: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def plan(recipe: Any, name: str, device: Any, *, budget_bytes: int, progress: Any = None) -> Any:
         if name == "nanochat-d32":
-            raise Mistake("the hub cannot be reached")
+            raise UserError("the hub cannot be reached")
         return made_up(recipe, budget_bytes)
 
     monkeypatch.setattr(sys.modules["finetune.planning.estimate"], "plan", plan)

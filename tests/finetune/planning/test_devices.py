@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.memory import machine_bytes
 from finetune.planning import devices
 from finetune.planning.devices import Calibration, attention_flops, device, parse_bytes
@@ -102,12 +102,12 @@ def test_names_are_found_as_people_write_them(name: str, key: str) -> None:
 
 
 def test_a_wrong_name_is_the_users_mistake_and_a_near_one_is_offered() -> None:
-    with pytest.raises(Mistake, match=r"did you mean .*rtx-4070") as caught:
+    with pytest.raises(UserError, match=r"did you mean .*rtx-4070") as caught:
         device("rtx-407")
     assert caught.value.exit_code == 2
-    with pytest.raises(Mistake, match="there are cpu, rtx-3060,"):
+    with pytest.raises(UserError, match="there are cpu, rtx-3060,"):
         device("a toaster")
-    with pytest.raises(Mistake, match="one of a100-40gb, a100-80gb"):
+    with pytest.raises(UserError, match="one of a100-40gb, a100-80gb"):
         device("A100")
 
 
@@ -149,7 +149,7 @@ def test_a_device_of_ones_own_is_a_line_in_a_file() -> None:
         ("my-card: {", "not YAML"),
     ):
         path.write_text(wrong)
-        with pytest.raises(Mistake, match=said):
+        with pytest.raises(UserError, match=said):
             device("my-card")
 
 
@@ -170,7 +170,7 @@ def test_gigabytes_of_a_card_are_powers_of_two(text: str, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["12", "", "GB", "-3GB", "0GB", "twelve GB", "12GBs", "1e3GB", "nan GB"])
 def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
-    with pytest.raises(Mistake, match="no amount of memory"):
+    with pytest.raises(UserError, match="no amount of memory"):
         parse_bytes(text)
 
 
@@ -195,7 +195,7 @@ def test_without_a_measurement_products_take_arithmetic_or_memory() -> None:
 
 
 def test_a_dtype_that_a_device_has_not_is_refused_with_another() -> None:
-    with pytest.raises(Mistake, match=r"does not multiply in bf16(.|\n)*model.dtype=fp16"):
+    with pytest.raises(UserError, match=r"does not multiply in bf16(.|\n)*model.dtype=fp16"):
         device("t4").gemm_seconds("bf16", 64, 64, 64)
 
 
@@ -231,7 +231,7 @@ def test_a_shape_that_could_not_be_measured_is_as_its_neighbour() -> None:
 
 
 def test_a_dtype_that_was_not_measured_is_refused() -> None:
-    with pytest.raises(Mistake, match=r"fp64 were not measured(.|\n)*bench device"):
+    with pytest.raises(UserError, match=r"fp64 were not measured(.|\n)*bench device"):
         calibration().gemm_seconds("fp64", 64, 64, 64)
     assert calibration().measured("ternary") is None
     int8 = [{**point, "dtype": "int8"} for point in calibration().gemm]
@@ -280,7 +280,7 @@ def test_a_measurement_comes_back_as_it_was_kept(own_folders: Path) -> None:
     assert device("4070").measured is None
     for damaged in (json.dumps({"format": devices.FORMAT}), "{", "[]"):
         path.write_text(damaged)
-        with pytest.raises(Mistake, match="finetune bench device"):
+        with pytest.raises(UserError, match="finetune bench device"):
             device("4070")
 
 
@@ -312,7 +312,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     if torch.cuda.is_available() or torch.backends.mps.is_available():
         pytest.skip("they are there")
     for kind in ("cuda", "mps"):
-        with pytest.raises(Mistake, match=f"there is no {kind} device"):
+        with pytest.raises(UserError, match=f"there is no {kind} device"):
             devices.present(kind)
     assert devices.present().kind == "cpu"
 
@@ -375,7 +375,7 @@ def test_what_a_busy_machine_measured_is_not_kept(own_folders: Path, monkeypatch
 
     monkeypatch.setattr(bench, "measure", lambda *args: calibration(others=0.3))
     screen = Screen(Console(file=io.StringIO()))
-    with pytest.raises(Mistake, match="30% of it"):
+    with pytest.raises(UserError, match="30% of it"):
         bench.device_command(own_folders / "found.json", screen)
     assert list(own_folders.iterdir()) == []
     monkeypatch.setattr(bench, "measure", lambda *args: calibration(others=0.1))

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.planning.fit import fit, levers
 from finetune.planning.result import Plan
 from finetune.recipe import Recipe
@@ -270,7 +270,7 @@ def test_what_cannot_run_here_is_skipped_and_said() -> None:
 
 
 def test_a_mistake_in_the_recipe_itself_is_told() -> None:
-    with pytest.raises(Mistake, match="no optimizer"):
+    with pytest.raises(UserError, match="no optimizer"):
         fit(recipe(), GIB, Planner(GIB, train__optimizer="adamw"), kind="cuda")
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune.errors import Mistakes
+from finetune.errors import UserErrors
 from finetune.recipe import Recipe, dump_recipe, known_keys, read_recipe, read_resolved
 from finetune.recipe.translate import RENAMED, called_now, translate
 
@@ -87,7 +87,7 @@ def test_a_run_folder_of_an_older_version_is_read(tmp_path: Path) -> None:
     path = write(tmp_path, old)
     assert read_resolved(path) == Recipe.model_validate(now)
     assert read_resolved(path, ["train.lr=1e-3"]).train.lr == 1e-3
-    with pytest.raises(Mistakes, match=r"unknown key train\.speed[\s\S]*did you mean train\.lr\?"):
+    with pytest.raises(UserErrors, match=r"unknown key train\.speed[\s\S]*did you mean train\.lr\?"):
         read_resolved(path, ["train.speed=1e-3"])
 
 
@@ -95,9 +95,9 @@ def test_a_run_folder_of_an_older_version_is_read(tmp_path: Path) -> None:
 def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
     content = resolved() | {"where": "runs/one"}
     content["train"] |= {"speed": 1e-3, "small": True, "on_bad_step": "leave_out"}
-    with pytest.raises(Mistakes) as caught:
+    with pytest.raises(UserErrors) as caught:
         read_recipe(write(tmp_path, content))
-    hints = {mistake.what: str(mistake.do).rpartition("did you mean ")[2] for mistake in caught.value.mistakes}
+    hints = {mistake.message: str(mistake.hint).rpartition("did you mean ")[2] for mistake in caught.value.mistakes}
     assert hints == {
         "unknown key where": "run.dir?",
         "unknown key train.speed": "train.lr?",

@@ -21,7 +21,7 @@ from transformers.integrations.fsdp import is_fsdp_enabled
 
 from eval.perplexity import evaluate_loss
 from finetune import processes
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.models.prepare import packed, prepare
 from finetune.models.source import Source
 from finetune.recipe import Adapter, Quant
@@ -299,8 +299,8 @@ def words() -> dict[str, Any]:
     model = made("lora", checkpointing=False, move=lambda whole: parallel.shard(whole, torch.device("cpu")))
     try:
         optimizer_of(model, "adamw_8bit")
-    except Mistake as mistake:
-        said["8bit"] = mistake.do
+    except UserError as mistake:
+        said["8bit"] = mistake.hint
     return said
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.train import distill
 from finetune.train.distill import Distillation
 from quant import swap
@@ -177,18 +177,18 @@ def test_models_that_do_not_fit() -> None:
     from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
     student = _llama()
-    with pytest.raises(Mistake, match="different vocabularies"):
+    with pytest.raises(UserError, match="different vocabularies"):
         Distillation(_llama(1, vocab_size=91), logits=1, relations=0).attach(student)
-    with pytest.raises(Mistake, match=r"layer 3 of 3"):
+    with pytest.raises(UserError, match=r"layer 3 of 3"):
         Distillation(_llama(1), logits=0, relations=1, layer=3).attach(student)
-    with pytest.raises(Mistake, match=r"q_proj of the teacher has 32 features, split_heads is 3"):
+    with pytest.raises(UserError, match=r"q_proj of the teacher has 32 features, split_heads is 3"):
         Distillation(_llama(1), logits=0, relations=1, split_heads=3).attach(student)
     gpt2 = GPT2LMHeadModel(GPT2Config(vocab_size=90, n_embd=32, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=1))
-    with pytest.raises(Mistake, match="the teacher has no separate Q, K and V"):
+    with pytest.raises(UserError, match="the teacher has no separate Q, K and V"):
         Distillation(gpt2, logits=1, relations=1).attach(student)
     Distillation(gpt2, logits=1, relations=0).attach(student)
     cohere = CohereForCausalLM(CohereConfig(**(SIZES | {"logit_scale": 3.0, "eos_token_id": 1})))
-    with pytest.raises(Mistake, match="more than a product with its head"):
+    with pytest.raises(UserError, match="more than a product with its head"):
         Distillation(cohere, logits=1, relations=0).attach(student)
     with pytest.raises(ValueError, match="share weights"):
         Distillation(student, logits=1, relations=0).attach(student)

@@ -16,7 +16,7 @@ import torch
 
 from finetune.data.packing import Batches
 from finetune.data.samples import IGNORE, Sample
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 from finetune.recipe import Train
 from finetune.run_dir import RunDir
 from finetune.train import checkpoint, optim
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path: Path, acceler
     with torch.no_grad():
         model.model.norm.weight[0] = float("nan")
     before = {name: p.clone() for name, p in model.named_parameters()}
-    with pytest.raises(GateStop, match=r"loss of step 1 is not finite[\s\S]*rows:"):
+    with pytest.raises(GateError, match=r"loss of step 1 is not finite[\s\S]*rows:"):
         go(tmp_path / "run", accelerator, model=model)
     assert all(torch.equal(p, before[name]) or name == "model.norm.weight" for name, p in model.named_parameters())
 
@@ -244,7 +244,7 @@ class Broken:
         return total * self.fault if self.drawn in self.at and not isinstance(self.fault, Exception) else total, count
 
 
-@pytest.mark.parametrize("fault", [Mistake("line 9 is no row"), OSError("the hub is gone")])
+@pytest.mark.parametrize("fault", [UserError("line 9 is no row"), OSError("the hub is gone")])
 @pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"optimizer": "adamw_8bit", "step_in_backward": True}])
 def test_a_fault_in_the_data_costs_no_finished_step(
     tmp_path: Path, accelerator: Any, fault: Exception, settings: dict[str, Any]
@@ -352,9 +352,9 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(tmp_path: Path,
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, accelerator: Any) -> None:
     go(tmp_path / "run", accelerator, total=1)
-    with pytest.raises(Mistake, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "step-000001", torch.nn.Linear(2, 2))
-    with pytest.raises(Mistake, match="another model"):
+    with pytest.raises(UserError, match="another model"):
         checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "step-000001", llama(dtype=torch.bfloat16))
 
 

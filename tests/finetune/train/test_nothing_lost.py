@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from eval.model_state import out_of_memory
-from finetune.errors import GateStop, Mistake
+from finetune.errors import GateError, UserError
 from finetune.train import checkpoint
 from finetune.train.recovery import NoMemory, spike
 from tests.finetune.train.test_loop import equal, go, llama, samples, without_clock
@@ -265,13 +265,13 @@ def test_a_bad_step_is_skipped_and_its_samples_are_written_down(tmp_path: Path, 
 
 
 def test_bad_steps_are_counted_over_a_resume_and_one_too_many_stops(tmp_path: Path, accelerator: Any) -> None:
-    with pytest.raises(GateStop, match=r"loss of step 4 is not finite[\s\S]*rows:") as stop:
+    with pytest.raises(GateError, match=r"loss of step 4 is not finite[\s\S]*rows:") as stop:
         go(tmp_path / "run", accelerator, total=6, faults=at_losses({1, 4}, math.nan), max_bad_steps=1)
     assert "max_bad_steps" in str(stop.value)
     assert checkpoint.newest(tmp_path / "run" / "checkpoints")[0].name == "step-000003"  # type: ignore[union-attr]
-    with pytest.raises(GateStop, match="loss of step 5"):
+    with pytest.raises(GateError, match="loss of step 5"):
         go(tmp_path / "run", accelerator, total=6, resume=True, faults=at_losses({1}, math.nan), max_bad_steps=1)
-    with pytest.raises(GateStop, match="loss of step 1"):
+    with pytest.raises(GateError, match="loss of step 1"):
         go(tmp_path / "stop", accelerator, total=6, faults=at_losses({0}, math.nan), on_bad_step="stop")
 
 
@@ -368,7 +368,7 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_and_the_one_before_sta
         plain(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(Mistake, match=r"disk is full[\s\S]*step-000004[\s\S]*No space left"):
+    with pytest.raises(UserError, match=r"disk is full[\s\S]*step-000004[\s\S]*No space left"):
         go(tmp_path / "run", accelerator, total=9, save_steps=2)
     folder = tmp_path / "run" / "checkpoints"
     assert saved

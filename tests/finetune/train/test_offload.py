@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from finetune.errors import Mistake, Mistakes
+from finetune.errors import UserError, UserErrors
 from finetune.recipe import Adapter, Quant, read_recipe
 from finetune.train import offload
 from finetune.train.offload import Fetched, Scratch, Streamed
@@ -258,18 +258,18 @@ def test_outside_of_its_turn_a_layer_has_no_weights() -> None:
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path, rows_file: Path, tiny_model: Path) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_text(f"model: {{name: {tiny_model}, stream: disk}}\ndata: {{path: {rows_file}}}\n")
-    with pytest.raises(Mistakes, match=r"train\.checkpointing: true"):
+    with pytest.raises(UserErrors, match=r"train\.checkpointing: true"):
         read_recipe(path)
     assert read_recipe(path, ["train.checkpointing=true"]).model.stream == "disk"
-    with pytest.raises(Mistakes, match=r"adapter\.kind: lora"):
+    with pytest.raises(UserErrors, match=r"adapter\.kind: lora"):
         read_recipe(path, ["adapter.kind=none", "train.checkpointing=true"])
-    with pytest.raises(Mistake, match="on the CPU the layers are in its memory already"):
+    with pytest.raises(UserError, match="on the CPU the layers are in its memory already"):
         offload.check("memory", CPU)
     offload.check("disk", CPU)
     offload.check("memory", torch.device("cuda"))
-    with pytest.raises(Mistake, match="nothing is frozen"):
+    with pytest.raises(UserError, match="nothing is frozen"):
         offload.stream(llama(), CPU, Scratch(tmp_path))
-    with pytest.raises(Mistake, match="no list of layers"):
+    with pytest.raises(UserError, match="no list of layers"):
         offload.stream(nn.Sequential(nn.Linear(2, 2)), CPU, Scratch(tmp_path))
 
 
@@ -320,7 +320,7 @@ def test_what_is_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(Mistake, match="No space left on device"):
+    with pytest.raises(UserError, match="No space left on device"):
         disk.put(tensors[0])
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.train import checkpoint, low_memory, optim
 from finetune.train.checkpoint import Progress
 from finetune.train.low_memory import LowMemory, round_stochastically
@@ -450,12 +450,12 @@ def test_notes() -> None:
 
 
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(Mistake, match="bfloat16"):
+    with pytest.raises(UserError, match="bfloat16"):
         make(Net(torch.float16), stochastic_rounding=True)
     monkeypatch.setattr(optim, "world", lambda: 2)
     make(Net())
     for option in ("stochastic_rounding", "in_backward"):
-        with pytest.raises(Mistake, match="one process"):
+        with pytest.raises(UserError, match="one process"):
             make(Net(BF16), **{option: True})
 
 
@@ -472,7 +472,7 @@ def test_refusals_name_the_key_the_reason_and_a_way_out() -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     assert refusals("adamw") == []
-    with pytest.raises(Mistake, match="needs bitsandbytes"):
+    with pytest.raises(UserError, match="needs bitsandbytes"):
         make(Net(), "adamw_8bit")
 
 

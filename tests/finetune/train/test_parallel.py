@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from finetune import processes
-from finetune.errors import Mistake
+from finetune.errors import UserError
 from finetune.recipe import read_recipe
 from finetune.train import parallel
 from tests.conftest import Terminal
@@ -134,7 +134,7 @@ def test_alone_all_of_it_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_more_processes_than_gpus_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "99", "WORLD_SIZE": "100", "LOCAL_RANK": "99"}.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(Mistake, match="fewer GPUs"):
+    with pytest.raises(UserError, match="fewer GPUs"):
         parallel.begin("cuda")
 
 
@@ -143,7 +143,7 @@ def test_streaming_and_sharing_out_exclude_each_other(tmp_path: Path) -> None:
     file.write_text("model: {name: x/y}\ndata: {path: rows.jsonl}\n")
     assert read_recipe(file).run.parallel == "ddp"
     assert read_recipe(file, ["run.parallel=fsdp"]).run.parallel == "fsdp"
-    with pytest.raises(Mistake, match=r"run\.parallel"):
+    with pytest.raises(UserError, match=r"run\.parallel"):
         read_recipe(file, ["run.parallel=fsdp", "model.stream=memory", "train.checkpointing=true"])
 
 
@@ -237,7 +237,7 @@ def test_one_that_is_killed_is_told() -> None:
 
 
 def test_a_verdict_outweighs_a_lost_connection() -> None:
-    """The first process has raised a Mistake and takes its time to go; the second one has noticed, and is gone before."""
+    """The first process has raised a UserError and takes its time to go; the second one has noticed, and is gone before."""
     child = "import os, sys, time\nfirst = os.environ['RANK'] == '0'\ntime.sleep(0.3 * first)\nsys.exit(2 if first else 1)"
     code, _, err = ended(driver(child))
     assert code == 2
