@@ -38,12 +38,12 @@ class UserError(Stop):
 class UserErrors(UserError):
     """Several mistakes, shown at once."""
 
-    def __init__(self, mistakes: list[UserError], title: str) -> None:
-        self.mistakes = mistakes
+    def __init__(self, errors: list[UserError], title: str) -> None:
+        self.errors = errors
         super().__init__(title)
 
     def __str__(self) -> str:
-        return "\n\n".join([self.message, *map(str, self.mistakes)])
+        return "\n\n".join([self.message, *map(str, self.errors)])
 
 
 class GateError(Stop):

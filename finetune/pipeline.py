@@ -11,7 +11,7 @@ import contextlib
 
 from finetune.files import require_space
 from finetune.libraries import quiet_libraries
-from finetune.processes import is_first, world
+from finetune.processes import is_main_process, world_size
 from finetune.recipe import Recipe
 from finetune.run_dir import RunDir, absolute, bytes_to_write
 from finetune.screen import Screen
@@ -73,7 +73,7 @@ def execute(run: RunContext) -> None:
     run.recipe = planned.recipe
     require_space(run.path, bytes_to_write(run.recipe, checked.info, checked.trainable), "this run")
     preflight.describe(run, checked)
-    if world() > 1:
+    if world_size() > 1:
         preflight.agree(run.recipe, checked)  # and none is ahead of another that still looks at the folder
     run.run_dir.acquire()
     record = run.open_record(checked)
@@ -113,7 +113,7 @@ def execute(run: RunContext) -> None:
     evaluate.score("after", run, checked, built.model, patches, record)
     patches.remove()
     train.unshard(built, checked.device)
-    if is_first():
+    if is_main_process():
         merged = merge.finish(run, checked, built, record.eval.after)
         record.merge = merged.record
         if exports := merged.exports | export.export_all(run, checked, built, merged.model):
@@ -136,7 +136,7 @@ def conclude(run: RunContext, *within: RunContext) -> None:
 
     record = run.record
     assert record is not None
-    if not is_first():
+    if not is_main_process():
         return
     for other in within:
         record.twin = twin.compare(run, other)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import UserError
 from finetune.files import MARK, DiskError, finite, plain, write_json, writing
-from finetune.processes import is_first
+from finetune.processes import is_main_process
 from finetune.recipe import Recipe, differences, read_resolved
 from finetune.record import Record, read_record, write_record
 
@@ -55,7 +55,7 @@ class RunDir:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.writes = is_first()
+        self.writes = is_main_process()
         self.metrics = path / "metrics.jsonl"
         self._lock: int | None = None
 

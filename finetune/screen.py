@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.text import Text
 
-from finetune.processes import is_first
+from finetune.processes import is_main_process
 from finetune.units import amount, clock
 
 LINE_EVERY_S = 5.0
@@ -55,7 +55,7 @@ class Screen:
 
     def __init__(self, console: Console | None = None) -> None:
         # Of several processes the first one speaks.
-        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not is_first())
+        self.console = console or Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
         self.phases: list[dict[str, Any]] = []
         self.now = ""  # the phase that runs, or ran last
 

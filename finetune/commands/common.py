@@ -78,11 +78,11 @@ def spawned(count: int, arguments: list[str]) -> None:
     """Run this command in `count` processes, and exit as they do."""
     from finetune import processes
 
-    if processes.world() > 1:
+    if processes.world_size() > 1:
         raise UserError(
             "this process is one of several already",
             where="--processes",
-            got=f"{count}, under a launcher that started {processes.world()} (WORLD_SIZE)",
+            got=f"{count}, under a launcher that started {processes.world_size()} (WORLD_SIZE)",
             hint="leave --processes out; or start it without the launcher",
         )
     sys.exit(processes.spawn(arguments, count))
@@ -92,10 +92,10 @@ def leave_processes() -> None:
     """A run that went well has no more to say to the other processes."""
     from finetune import processes
 
-    if processes.world() > 1:
+    if processes.world_size() > 1:
         from finetune.train import parallel
 
-        parallel.end()
+        parallel.shutdown()
 
 
 def open_model(name: str, dtype: str, screen: Screen, *, merged: bool = True) -> LoadedModel:

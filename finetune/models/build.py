@@ -23,7 +23,7 @@ from finetune.models.prepare import prepare
 from finetune.models.source import Source, find_model
 from finetune.models.sub_norms import converted_config, insert_sub_norms
 from finetune.models.weights import load_weights
-from finetune.processes import world
+from finetune.processes import world_size
 from finetune.recipe import Recipe
 from finetune.screen import Shown
 from finetune.train import offload, parallel
@@ -153,7 +153,7 @@ def _mover(
     """What brings a model to the device that cannot hold all of it; None where it can. offloaded: gets what lies elsewhere."""
     if recipe.model.stream != "none":
         return lambda model: offloaded.append(offload.stream(model, device, disk))
-    if world() > 1 and recipe.run.parallel == "fsdp":
+    if world_size() > 1 and recipe.run.parallel == "fsdp":
         return lambda model: parallel.shard(model, device)
     return None
 

@@ -28,7 +28,7 @@ class _Source:
     def __init__(self, text: str, name: str) -> None:
         self.name = name
         self.lines: dict[tuple[str | int, ...], int] = {}
-        self.mistakes: list[UserError] = []
+        self.errors: list[UserError] = []
         self._nodes = 0
         try:
             loader = yaml.SafeLoader(text)
@@ -63,7 +63,7 @@ class _Source:
             for key_node, value_node in node.value:
                 key = str(loader.construct_object(key_node))
                 if key in result:
-                    self.mistakes.append(
+                    self.errors.append(
                         UserError(
                             f"the key {dotted((*path, key))} stands twice",
                             where=f"{self.name}:{key_node.start_mark.line + 1}",
@@ -237,7 +237,7 @@ def _source(path: Path) -> _Source:
 
 def _validated(source: _Source, overrides: list[str]) -> Recipe:
     overridden = _apply_overrides(source.value, overrides)
-    mistakes = source.mistakes
+    mistakes = source.errors
     recipe = None
     try:
         recipe = Recipe.model_validate(source.value)

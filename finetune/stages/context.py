@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from finetune.files import write_atomic
-from finetune.processes import is_first, world
+from finetune.processes import is_main_process, world_size
 from finetune.recipe import Recipe, dump_recipe
 from finetune.record import DataSource, EvalRecord, Phase, PreflightRecord, Provenance, Record, Resumed
 from finetune.run_dir import RunDir, as_it_was_fitted, check_resumable, choose_dir, same_data
@@ -105,7 +105,7 @@ class RunContext:
                 eval=EvalRecord(),
                 samples=[],
             )
-            if is_first():
+            if is_main_process():
                 write_atomic(run_dir.path / "recipe.yaml", dump_recipe(recipe))
         record.data = data = checked.data.record()
         record.preflight = PreflightRecord(**checked.data.preflight.as_dict(), forced=checked.forced)
@@ -133,8 +133,8 @@ class RunContext:
         assert self.record is not None
         name = checkpoint.name if checkpoint is not None else None
         resumed = Resumed(time=now(), checkpoint=name)
-        if world() > 1:
-            resumed.processes = world()
+        if world_size() > 1:
+            resumed.processes = world_size()
         self.record.provenance.resumed.append(resumed)
         self.save()
 
@@ -182,13 +182,13 @@ def now() -> str:
 
 def agreed_dir(recipe: Recipe, name: str, resume: bool) -> Path:
     """Where the run lives; of several processes the first one chooses."""
-    if world() == 1:
+    if world_size() == 1:
         return choose_dir(recipe, name, resume)
     from finetune.models.device import pick_device
     from finetune.train import parallel
 
-    parallel.begin(pick_device(recipe.run.device).type)
-    return Path(parallel.share(str(choose_dir(recipe, name, resume)) if is_first() else None))
+    parallel.init_distributed(pick_device(recipe.run.device).type)
+    return Path(parallel.broadcast_object(str(choose_dir(recipe, name, resume)) if is_main_process() else None))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from eval.generation import generate
 from eval.perplexity import IGNORED, LossResult, evaluate_loss, loss_of, paired_difference
 from finetune.errors import UserError
 from finetune.material import HeldOut
-from finetune.processes import rank, world
+from finetune.processes import rank, world_size
 from finetune.recipe import Recipe
 from finetune.record import LossRecord, Record, Sample, When
 from finetune.run_dir import RunDir
@@ -36,7 +36,7 @@ def held_out_loss(
     """The loss on held-out rows, which several processes share."""
     head = patches.head if patches is not None else None
     of_tokens = chunked_loss.evaluator(head, recipe.train.loss_chunk) if head is not None else None
-    shares = [rows[number :: world()] for number in range(world())]
+    shares = [rows[number :: world_size()] for number in range(world_size())]
     learnt = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
     # Sharded layers run in all processes alike: then each measures all rows.
     own = shares[rank()] if all(learnt) and not parallel.is_sharded(model) else rows
@@ -48,12 +48,12 @@ def held_out_loss(
         retry=not parallel.is_sharded(model),
         progress=progress,
     )
-    if world() == 1:
+    if world_size() == 1:
         return result
     if len(own) == len(rows):  # of one mind to the last bit: what is best is decided by it
-        return loss_of(*parallel.share([result.row_loss_sums, result.row_tokens]))
-    parts = parallel.everyone([result.row_loss_sums, result.row_tokens])
-    sums, tokens = ([parts[at % world()][which][at // world()] for at in range(len(rows))] for which in (0, 1))
+        return loss_of(*parallel.broadcast_object([result.row_loss_sums, result.row_tokens]))
+    parts = parallel.all_gather_object([result.row_loss_sums, result.row_tokens])
+    sums, tokens = ([parts[at % world_size()][which][at // world_size()] for at in range(len(rows))] for which in (0, 1))
     return loss_of(sums, tokens)
 
 

@@ -15,7 +15,7 @@ from finetune.planning.fit import Fit, fit
 from finetune.planning.result import Plan
 from finetune.planning.rewrite import scalar
 from finetune.planning.table import cannot, verdict
-from finetune.processes import world
+from finetune.processes import world_size
 from finetune.recipe import Recipe
 from finetune.record import FitRecord, Planned, PlanRecord, Record
 from finetune.stages.context import RunContext
@@ -61,9 +61,9 @@ def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> Planned
     limit = (
         parse_bytes(recipe.plan.memory)
         if recipe.plan.memory is not None
-        else min(device.memory_bytes, usable_bytes(checked.device) // (world() if device.kind == "cpu" else 1))
+        else min(device.memory_bytes, usable_bytes(checked.device) // (world_size() if device.kind == "cpu" else 1))
     )
-    limit = min(parallel.everyone(limit))
+    limit = min(parallel.all_gather_object(limit))
     try:
         with screen.phase("plan"):
             if recipe.fit == "auto" and begun is None:
@@ -82,7 +82,7 @@ def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> Planned
     if planned.plan.fits:
         return planned
     got = f"{gib(planned.plan.peak_bytes)} GiB in {planned.plan.highest.name}; there are {gib(limit)} GiB"
-    if world() > 1 and recipe.run.parallel == "fsdp":
+    if world_size() > 1 and recipe.run.parallel == "fsdp":
         screen.warn(f"the plan is of one process that has the whole model, which would not fit: {got}")
         return planned
     if run.force:

@@ -22,7 +22,7 @@ from finetune.models.architecture import ArchitectureInfo, adapter_parameters
 from finetune.models.config import recipe_tokenizer
 from finetune.models.device import pick_device
 from finetune.models.sub_norms import converted_config
-from finetune.processes import is_first, world
+from finetune.processes import is_main_process, world_size
 from finetune.recipe import Recipe, dump_recipe
 from finetune.record import Record
 from finetune.screen import Screen
@@ -75,11 +75,11 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
 def _device(recipe: Recipe, screen: Screen) -> torch.device:
     """The device of this process, once it is known that it can do what the recipe asks of it."""
     require_trackers(recipe.run.trackers)
-    device = parallel.begin(pick_device(recipe.run.device).type)
+    device = parallel.init_distributed(pick_device(recipe.run.device).type)
     offload.check(recipe.model.stream, device)
-    several = f", {world()} processes ({recipe.run.parallel})" if world() > 1 else ""
+    several = f", {world_size()} processes ({recipe.run.parallel})" if world_size() > 1 else ""
     screen.say(f"  {provenance.device_name(device)}{several}")
-    check_processes(recipe, world())
+    check_processes(recipe, world_size())
     if recipe.train.checkpointing == "offload" and device.type == "cpu":
         raise UserError(
             "on the CPU activations are in its memory already",
@@ -111,7 +111,7 @@ def check_processes(recipe: Recipe, processes: int) -> None:
         world_size=processes,
         sharded=run.parallel == "fsdp",
     ):
-        raise refused.mistake()
+        raise refused.error()
     if recipe.fit == "auto":
         raise UserError(
             "this is for one process: each would change the recipe for itself",
@@ -187,7 +187,7 @@ def keep_tokenizer(run: RunContext, checked: Checked) -> None:
     if run.recipe.model.config is None or run.recipe.tokenizer.name is not None:
         return
     folder = run.path / TOKENIZER
-    if is_first() and not folder.exists():
+    if is_main_process() and not folder.exists():
         with atomic_folder(folder) as temporary:
             checked.inputs.tokenizer.save_pretrained(temporary)
     parallel.wait()
@@ -198,7 +198,7 @@ def agree(recipe: Recipe, checked: Checked) -> None:
     """Raise GateError where processes have read other data, or other tokens: what they train together would be neither."""
     vocabulary = json.dumps(checked.inputs.tokenizer.get_vocab(), sort_keys=True)
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in (vocabulary, dump_recipe(recipe))]
-    everyones: list[list[Any]] = parallel.everyone([checked.data.digest, *digests])
+    everyones: list[list[Any]] = parallel.all_gather_object([checked.data.digest, *digests])
     for what, values in zip(("data", "tokenizer", "recipe"), zip(*everyones, strict=True), strict=True):
         if len(set(values)) > 1:
             got = ", ".join(f"process {number}: {value[:12]}…" for number, value in enumerate(values))

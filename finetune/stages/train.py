@@ -17,7 +17,7 @@ from finetune.assembly import TrainingSetup, set_up_training, teacher_of
 from finetune.errors import GateError, Interruption, UserError
 from finetune.models.build import BuiltModel
 from finetune.planning import local
-from finetune.processes import is_first, rank, world
+from finetune.processes import is_main_process, rank, world_size
 from finetune.record import Best, Record, TernaryRecord, TrainRecord
 from finetune.stages.context import RunContext
 from finetune.stages.evaluate import held_out_loss
@@ -180,8 +180,8 @@ def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: Fast
         except Interrupted as stop:
             raise Interruption(str(stop), hint=f"finetune resume {run_dir.path}") from None
     trained = TrainRecord.model_validate(figures)
-    if world() > 1:
-        trained.processes, trained.parallel = world(), recipe.run.parallel
+    if world_size() > 1:
+        trained.processes, trained.parallel = world_size(), recipe.run.parallel
     if setup.settings.best == "use" and trained.best is not None:
         _take_best(trained.best, trained.steps, setup.model, run_dir.path, screen.say, screen.warn)
     for tracker in accelerator.trackers:  # its end_training would leave the other processes, too
@@ -220,7 +220,7 @@ def note(run: RunContext, checked: Checked, record: Record, trained: Trained) ->
         f"  {figures.steps} steps, {figures.tokens} tokens, {figures.tokens_per_second:.0f} tok/s, "
         f"peak {human_bytes(figures.peak_bytes)} ({figures.memory_kind}{planned})"
     )
-    if plan is not None and record.planned is not None and world() == 1:
+    if plan is not None and record.planned is not None and world_size() == 1:
         metrics = run.run_dir.metrics
         lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() else []
         took = [seconds for line in lines if (seconds := json.loads(line).get("step_seconds"))]
@@ -239,5 +239,5 @@ def unshard(built: BuiltModel, device: torch.device) -> None:
     """Bring a sharded model together again, in the first process, which finishes the weights."""
     if parallel.is_sharded(built.model):
         parallel.restore(built.model)
-        if is_first():
+        if is_main_process():
             built.model.to(device)

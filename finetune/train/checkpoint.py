@@ -32,7 +32,7 @@ from safetensors.torch import load_file, save_file
 from finetune.errors import UserError
 from finetune.files import atomic_folder, plain, remove_folder, sha256, sync_file, write_json
 from finetune.memory import free_bytes
-from finetune.processes import is_first, rank
+from finetune.processes import is_main_process, rank
 from finetune.train import parallel
 
 FORMAT = 1
@@ -87,7 +87,7 @@ def set_generators(states: dict[str, torch.Tensor]) -> None:
 def _rng_tensors() -> dict[str, torch.Tensor]:
     """Those of the first process by their names, those of the others as rank1/cpu, rank1/cuda:1."""
     tensors: dict[str, torch.Tensor] = {}
-    for who, states in enumerate(parallel.everyone({name: state.tolist() for name, state in generators().items()})):
+    for who, states in enumerate(parallel.all_gather_object({name: state.tolist() for name, state in generators().items()})):
         for name, state in states.items():
             tensors[f"rank{who}/{name}" if who else name] = torch.tensor(state, dtype=torch.uint8)
     tensors["numpy"] = torch.from_numpy(np.asarray(np.random.get_state(legacy=False)["state"]["key"], dtype=np.int64))
@@ -146,7 +146,7 @@ def snapshot(
     Without `copy`, what lies in CPU memory already is not copied: it must stay as it is until all is written.
     """
     rng = _rng_tensors()
-    if not is_first() and not parallel.is_sharded(model):
+    if not is_main_process() and not parallel.is_sharded(model):
         return None
     parameters = trained(model)
     state = optimizer.state_dict()
@@ -154,7 +154,7 @@ def snapshot(
     seen: set[int] = set()
 
     def now(tensor: torch.Tensor) -> torch.Tensor:
-        there = parallel.whole(tensor).contiguous()
+        there = parallel.full_tensor(tensor).contiguous()
         shared = there.untyped_storage().data_ptr() in seen  # bitsandbytes' parameters share their maps; safetensors refuses that
         if there.data_ptr() == tensor.data_ptr() and (copy or shared):
             there = there.clone()
@@ -179,7 +179,7 @@ def snapshot(
         "optimizer": scalars,
         "rng": _rng_scalars(),
     }
-    return Snapshot(progress.step, weights, tensors, rng, said) if is_first() else None
+    return Snapshot(progress.step, weights, tensors, rng, said) if is_main_process() else None
 
 
 def write(folder: Path, taken: Snapshot, *, keep: int) -> Path:

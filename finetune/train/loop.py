@@ -19,7 +19,7 @@ import torch
 from eval.model_state import forget, out_of_memory
 from finetune.errors import GateError, UserError
 from finetune.memory import PeakMemory, keep_freed_memory
-from finetune.processes import world
+from finetune.processes import world_size
 from finetune.train import checkpoint, parallel
 from finetune.train.checkpoint import Progress
 from finetune.train.kind import Keys, Kind
@@ -168,9 +168,9 @@ class Training:
             raise
         except Exception as error:
             fault = error
-        if parallel.any_of(fault is not None):
+        if parallel.any_rank(fault is not None):
             self._save_unless_saved(finished)  # hours of work, perhaps: how often is saved is up to the recipe
-            faults = parallel.everyone(str(fault) if fault is not None else None)
+            faults = parallel.all_gather_object(str(fault) if fault is not None else None)
             raise fault or UserError("another process could not read its data", where="data", got=next(filter(None, faults)))
         try:
             sums = self._sums(step, [one.key for one in fetched])
@@ -205,7 +205,7 @@ class Training:
         self._tell(step, fetched, sums, mean, norm, time.monotonic() - started)
         best = self._evaluate(step)
         self.saver.look()
-        interrupted = sums.interrupted or (world() == 1 and self.interrupted())  # several have to be of one mind
+        interrupted = sums.interrupted or (world_size() == 1 and self.interrupted())  # several have to be of one mind
         if (settings.save_steps and step % settings.save_steps == 0) or step == self.total_steps or interrupted or best:
             self._save(progress)
             if interrupted:
@@ -234,7 +234,7 @@ class Training:
                 if self.sharded:  # the others wait for this one's layers, and cannot be told
                     raise no_memory(step, failed, in_backward=self.in_backward, sharded=True) from None
             told = [loss, float(count), float(tokens), float(bool(failed)), float(backward), float(self.interrupted())]
-            loss, total, read, out, learnt, interrupted = parallel.total(told)
+            loss, total, read, out, learnt, interrupted = parallel.all_reduce_sum(told)
             if not out:
                 return _Sums(loss, int(total), int(read), bool(learnt), bool(interrupted))
             self.optimizer.zero_grad(set_to_none=True)

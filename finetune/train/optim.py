@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from finetune.errors import UserError
-from finetune.processes import world
+from finetune.processes import world_size
 from finetune.train import parallel
 from finetune.train.low_memory import LowMemory, has_shadow, temporary_bytes
 
@@ -133,7 +133,7 @@ class Refusal(NamedTuple):
     why: str
     hint: str
 
-    def mistake(self) -> UserError:
+    def error(self) -> UserError:
         return UserError(self.why, where=self.key, got=self.got, hint=self.hint)
 
 
@@ -205,8 +205,8 @@ def build(
     sharded = any(parallel.is_shard(p) for p in parameters.values())
     dtypes = {key: p.dtype for key, p in parameters.items()}
     low = {"stochastic_rounding": stochastic_rounding, "in_backward": in_backward}
-    for refusal in refusals(name, **low, world_size=world(), sharded=sharded, dtypes=dtypes):
-        raise refusal.mistake()
+    for refusal in refusals(name, **low, world_size=world_size(), sharded=sharded, dtypes=dtypes):
+        raise refusal.error()
     if stochastic_rounding and torch.bfloat16 not in dtypes.values():
         notes.append("stochastic rounding: no trained weight is in bfloat16, there is nothing to round")
         stochastic_rounding = False

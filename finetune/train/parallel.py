@@ -47,7 +47,7 @@ _idle = False  # the backward pass that runs is nobody's gradient
 # -------------------------------------------------------------------------------------------------------- begin and end
 
 
-def begin(device_type: str) -> torch.device:
+def init_distributed(device_type: str) -> torch.device:
     """Join the other processes, where there are any; the device of this one. cpu: by gloo; cuda: by nccl, one GPU each.
 
     Before anything is loaded, and before there is an `Accelerator`, which then is of the same processes.
@@ -57,7 +57,7 @@ def begin(device_type: str) -> torch.device:
     """
     for name in ACCELERATE:
         os.environ.pop(f"ACCELERATE_{name}", None)
-    if processes.world() == 1:
+    if processes.world_size() == 1:
         return torch.device(device_type)
     os.environ.setdefault("LOCAL_RANK", "0")  # which accelerate asks for
     if device_type == "cuda" and processes.local_rank() >= torch.cuda.device_count():
@@ -74,7 +74,7 @@ def begin(device_type: str) -> torch.device:
     return torch.device("cpu") if cpu else torch.device("cuda", state.local_process_index)
 
 
-def end() -> None:
+def shutdown() -> None:
     """Leave the others. For the end of a process that went well; one that fails just ends."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -244,7 +244,7 @@ def restore(model: Any) -> None:
             for name, parameter in module._parameters.items():
                 if parameter is not None and is_shard(parameter):
                     if parameter not in full:
-                        full[parameter] = nn.Parameter(whole(parameter), parameter.requires_grad)
+                        full[parameter] = nn.Parameter(full_tensor(parameter), parameter.requires_grad)
                     module._parameters[name] = full[parameter]
     for sharded in [*layers, _decoder(model)]:  # torch has no way back: its hooks, and the class that it put on
         state = sharded._get_fsdp_state()
@@ -344,7 +344,7 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
     norm = float(torch.nn.utils.get_total_norm(plain)) if plain else 0.0
     if not several():
         return norm
-    (squares,) = total([float(torch.nn.utils.get_total_norm(parts)) ** 2 if parts else 0.0])
+    (squares,) = all_reduce_sum([float(torch.nn.utils.get_total_norm(parts)) ** 2 if parts else 0.0])
     return (norm**2 + squares) ** 0.5 if squares else norm
 
 
@@ -357,7 +357,7 @@ def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
 # --------------------------------------------------------------------------------------------------------------- tensors
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A parameter or an optimizer's state, whole, on the CPU, detached. Shared out: all processes ask together.
 
     It may share its memory with `tensor`.
@@ -392,7 +392,7 @@ def like(parameter: Tensor, full: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------------------------ words
 
 
-def total(values: Sequence[float]) -> list[float]:
+def all_reduce_sum(values: Sequence[float]) -> list[float]:
     """Each value's sum over the processes, in float64."""
     if not several():
         return list(values)
@@ -401,9 +401,9 @@ def total(values: Sequence[float]) -> list[float]:
     return cast(list[float], numbers.tolist())
 
 
-def any_of(flag: bool) -> bool:
+def any_rank(flag: bool) -> bool:
     """Whether it is true on any process."""
-    return total([float(flag)])[0] > 0
+    return all_reduce_sum([float(flag)])[0] > 0
 
 
 def wait() -> None:
@@ -412,16 +412,16 @@ def wait() -> None:
         dist.barrier()
 
 
-def share(value: Any) -> Any:
+def broadcast_object(value: Any) -> Any:
     """The first process's `value`, which JSON must be able to say, on all of them."""
     if not several():
         return value
-    said = [json.dumps(value) if processes.is_first() else None]
+    said = [json.dumps(value) if processes.is_main_process() else None]
     dist.broadcast_object_list(said, src=0)
     return json.loads(cast(str, said[0]))
 
 
-def everyone(value: Any) -> list[Any]:
+def all_gather_object(value: Any) -> list[Any]:
     """Each process's `value`, which JSON must be able to say, in their order."""
     if not several():
         return [value]

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from finetune.processes import rank, world
+from finetune.processes import rank, world_size
 from finetune.train import parallel
 from finetune.train.kind import Kind
 
@@ -56,7 +56,7 @@ class Passes:
 
         Layers that are sharded run in all processes or in none.
         """
-        many, mine = world(), rank()
+        many, mine = world_size(), rank()
         ways = split * (many // math.gcd(len(keys) * split, many))  # so that there is something to deal out
         parts = [part for key in keys for part in self.kind.split(key, ways)]
         return parts[mine::many], mine >= len(parts) % many > 0

@@ -37,7 +37,7 @@ def write(tmp_path: Path, text: str) -> Path:
 def mistakes(tmp_path: Path, text: str, overrides: list[str] | None = None) -> list[UserError]:
     with pytest.raises(UserErrors) as caught:
         read_recipe(write(tmp_path, text), overrides)
-    return caught.value.mistakes
+    return caught.value.errors
 
 
 def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
@@ -59,11 +59,11 @@ def test_all_mistakes_at_once_each_with_its_line(tmp_path: Path) -> None:
         "train.betas does not take this value": 11,
         "unknown key lora": 12,
     }
-    assert "model.name" in found["unknown key model.nam"].do
-    assert "did you mean bf16" in found["model.dtype does not take this value"].do
-    assert "> 0" in found["train.lr does not take this value"].do
-    assert "train.max_steps" in found["unknown key train.max_setps"].do
-    assert "adapter" in found["unknown key lora"].do
+    assert "model.name" in found["unknown key model.nam"].hint
+    assert "did you mean bf16" in found["model.dtype does not take this value"].hint
+    assert "> 0" in found["train.lr does not take this value"].hint
+    assert "train.max_steps" in found["unknown key train.max_setps"].hint
+    assert "adapter" in found["unknown key lora"].hint
 
 
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one(tmp_path: Path) -> None:

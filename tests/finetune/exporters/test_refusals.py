@@ -49,7 +49,7 @@ def test_what_is_fit(kind: str, format: str) -> None:  # noqa: A002
     check(model.config, format, ternary=True)
     pack(model)
     if format == "bitnet-online":
-        assert refused(model, format, "master weights are gone").do == "--to bitnet keeps its codes"
+        assert refused(model, format, "master weights are gone").hint == "--to bitnet keeps its codes"
         return
     check(model, format)
     check(model.to("meta"), format)
@@ -100,10 +100,10 @@ def test_what_a_recipe_says_of_a_config() -> None:
 def test_what_hugging_face_bitnet_has_no_layer_for(format: str) -> None:  # noqa: A002
     """Told by the config alone, before anything is trained."""
     gpt2 = GPT2Config(vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)
-    assert "Conv1D" in str(refused(gpt2, format, "bitnet cannot express this model").found)
+    assert "Conv1D" in str(refused(gpt2, format, "bitnet cannot express this model").got)
     sizes = SIZES | {"hidden_size": 32, "intermediate_size": 32, "vocab_size": 64, "num_local_experts": 2}
     mixture = refused(MixtralConfig(**sizes), format, "bitnet cannot express this model")
-    assert "experts" in str(mixture.found)
+    assert "experts" in str(mixture.got)
 
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-5])
@@ -146,7 +146,7 @@ def test_what_the_graphs_lack(format: str) -> None:  # noqa: A002
 def test_an_unknown_architecture_and_an_unknown_format() -> None:
     qwen = Qwen2ForCausalLM(Qwen2Config(**SIZES | {"vocab_size": 64}))
     assert refused(qwen, "gguf-f16", "cannot be exported as GGUF").where == "Qwen2ForCausalLM"
-    assert refused(qwen, "gguf-tq2", "no export format 'gguf-tq2'").do == "--to gguf-tq2_0"
+    assert refused(qwen, "gguf-tq2", "no export format 'gguf-tq2'").hint == "--to gguf-tq2_0"
 
 
 @pytest.mark.parametrize("format", ["bitnet", *TQ])
@@ -168,7 +168,7 @@ def test_another_scheme_and_half_way(tmp_path: Path) -> None:
 
     model = built("llama", 64)
     set_blend(model, 0.5)
-    assert "0.5" in str(refused(model, "gguf-tq2_0", "on its way to ternary").found)
+    assert "0.5" in str(refused(model, "gguf-tq2_0", "on its way to ternary").got)
     from transformers import LlamaForCausalLM
 
     plain = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 64}))
@@ -183,7 +183,7 @@ def test_loaded_by_plain_transformers(tmp_path: Path) -> None:
     pack(model)
     model.save_pretrained(tmp_path)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert "quant.pretrained.load" in str(refused(plain, "bitnet", "quantized already").do)
+    assert "quant.pretrained.load" in str(refused(plain, "bitnet", "quantized already").hint)
 
 
 def test_tokenizers_that_a_gguf_cannot_carry(tmp_path: Path, words: Any) -> None:

@@ -97,7 +97,7 @@ def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
     content["train"] |= {"speed": 1e-3, "small": True, "on_bad_step": "leave_out"}
     with pytest.raises(UserErrors) as caught:
         read_recipe(write(tmp_path, content))
-    hints = {mistake.message: str(mistake.hint).rpartition("did you mean ")[2] for mistake in caught.value.mistakes}
+    hints = {mistake.message: str(mistake.hint).rpartition("did you mean ")[2] for mistake in caught.value.errors}
     assert hints == {
         "unknown key where": "run.dir?",
         "unknown key train.speed": "train.lr?",

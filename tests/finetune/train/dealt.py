@@ -189,7 +189,7 @@ def together(name: str, mode: str, count: int, *, checkpointing: bool, quick: bo
     head = quickened(model, quick)
     optimizer, trained = optimizer_of(model), checkpoint.trained(model)
     parameters = list(trained.values())
-    rank, world = processes.rank(), processes.world()
+    rank, world = processes.rank(), processes.world_size()
     losses, norms, uneven = [], [], 0
     for number in range(STEPS):
         mine, total, targets = batches(count, number)[rank::world], 0.0, 0
@@ -203,17 +203,17 @@ def together(name: str, mode: str, count: int, *, checkpointing: bool, quick: bo
         without = {n for n, p in trained.items() if p.grad is None or (parallel.is_shard(p) and not p.has_gradient)}  # type: ignore[attr-defined]
         parallel.sum_gradients(parameters)
         uneven += sum(trained[n].grad is not None for n in without)
-        total, all_targets = parallel.total([total, targets])
+        total, all_targets = parallel.all_reduce_sum([total, targets])
         parallel.scale_gradients(parameters, 1 / all_targets)
         norms.append(parallel.grad_norm(parameters))
         losses.append(total / all_targets)
         optimizer.step()
         optimizer.zero_grad()
     states = {
-        f"{n}/{key}": parallel.whole(value) for n, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
+        f"{n}/{key}": parallel.full_tensor(value) for n, p in trained.items() for key, value in optimizer.state.get(p, {}).items()
     }
     assert states.keys() == reference["states"].keys(), sorted(states.keys() ^ reference["states"].keys())
-    weights = {n: parallel.whole(p).clone() for n, p in trained.items()}
+    weights = {n: parallel.full_tensor(p).clone() for n, p in trained.items()}
     figures = {
         "losses": max(abs(a - b) / abs(b) for a, b in zip(losses, reference["losses"], strict=True)),
         "norms": max(abs(a - b) / abs(b) for a, b in zip(norms, reference["norms"], strict=True)),
@@ -222,7 +222,7 @@ def together(name: str, mode: str, count: int, *, checkpointing: bool, quick: bo
         "moved": max(far(w, w_before) for w, w_before in zip(weights.values(), before(name).values(), strict=True)),
         "untouched": sum(f"{n}/exp_avg" not in states for n in trained),  # no process ever had a gradient
         "uneven": uneven,  # gradients that came from the other process alone
-        "agree": parallel.share(losses) == losses and not parallel.any_of(parallel.share(norms) != norms),
+        "agree": parallel.broadcast_object(losses) == losses and not parallel.any_rank(parallel.broadcast_object(norms) != norms),
     }
     found = measured(model, head)
     figures["evaluated"] = abs(found["evaluated"] - reference["evaluated"]) / reference["evaluated"]
@@ -261,13 +261,13 @@ def restored(model: Any, weights: dict[str, torch.Tensor], reference: dict[str, 
     torch.manual_seed(2)
     same = True
     for p in list(model.parameters())[:80]:
-        own = parallel.whole(p).clone()
+        own = parallel.full_tensor(p).clone()
         noise = torch.randint(0, 256, p.shape).to(p.dtype) if not p.is_floating_point() else torch.randn(p.shape, dtype=p.dtype)
         parallel.put(p, noise)
-        same &= bool((parallel.whole(p) == noise).all())
+        same &= bool((parallel.full_tensor(p) == noise).all())
         state = parallel.like(p, own)
-        same &= bool((parallel.whole(state) == own).all()) and state.shape == p.shape
-        parallel.put(p, parallel.whole(state))
+        same &= bool((parallel.full_tensor(state) == own).all()) and state.shape == p.shape
+        parallel.put(p, parallel.full_tensor(state))
     parallel.restore(model)
     plain = not any(parallel.is_shard(p) for p in model.parameters())
     kept = all(torch.equal(p, weights[n]) for n, p in checkpoint.trained(model).items())
@@ -283,9 +283,9 @@ def words() -> dict[str, Any]:
     """What processes say to each other; and what is refused."""
     rank = processes.rank()
     said = {
-        "total": parallel.total([1.5, rank]),
-        "any": [parallel.any_of(rank == 1), parallel.any_of(False)],
-        "share": parallel.share({"from": rank, "what": [1, None, "x"]}),
+        "total": parallel.all_reduce_sum([1.5, rank]),
+        "any": [parallel.any_rank(rank == 1), parallel.any_rank(False)],
+        "share": parallel.broadcast_object({"from": rank, "what": [1, None, "x"]}),
     }
     uneven = [torch.nn.Parameter(torch.zeros(n)) for n in (3, 5, 7)]  # a gradient here, there, nowhere
     uneven[rank].grad = torch.full_like(uneven[rank], rank + 1.0)
@@ -323,7 +323,7 @@ def cases(every: bool) -> list[tuple[Any, ...]]:
 
 def main() -> None:
     torch.set_num_threads(1)
-    device = parallel.begin("cpu")
+    device = parallel.init_distributed("cpu")
     accelerator = Accelerator(cpu=True)
     assert device == torch.device("cpu")
     assert parallel.several()
@@ -341,9 +341,9 @@ def main() -> None:
         results[" ".join(map(str, (name, mode, count, *how)))] = together(name, mode, count, reference=references[key], **options)
     results["words"] = words()
     parallel.wait()
-    if processes.is_first():
+    if processes.is_main_process():
         Path(sys.argv[1]).write_text(json.dumps(results, indent=1))
-    parallel.end()
+    parallel.shutdown()
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def test_what_processes_say_to_each_other(dealt: Any) -> None:
 def test_alone_all_of_it_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in MEDDLING.items():
         monkeypatch.setenv(name, value)
-    assert parallel.begin("cpu") == torch.device("cpu")
+    assert parallel.init_distributed("cpu") == torch.device("cpu")
     assert not any(f"ACCELERATE_{name}" in os.environ for name in parallel.ACCELERATE)
     p = torch.nn.Parameter(torch.ones(3))
     p.grad = torch.tensor([3.0, 0.0, 4.0])
@@ -114,12 +114,12 @@ def test_alone_all_of_it_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     parallel.scale_gradients(parameters, 0.5)
     assert p.grad.tolist() == [1.5, 0.0, 2.0]
     assert parameters[1].grad is None
-    assert parallel.total([0.1, 2]) == [0.1, 2]
-    assert parallel.any_of(True)
-    assert not parallel.any_of(False)
-    assert parallel.share({"a": 1}) == {"a": 1}
+    assert parallel.all_reduce_sum([0.1, 2]) == [0.1, 2]
+    assert parallel.any_rank(True)
+    assert not parallel.any_rank(False)
+    assert parallel.broadcast_object({"a": 1}) == {"a": 1}
     parallel.put(p, torch.arange(3.0))
-    assert parallel.whole(p).tolist() == [0.0, 1.0, 2.0]
+    assert parallel.full_tensor(p).tolist() == [0.0, 1.0, 2.0]
     assert parallel.like(p, torch.zeros(3)).tolist() == [0.0] * 3
     model = torch.nn.Linear(2, 2)
     parallel.shard(model, torch.device("cpu"))
@@ -128,14 +128,14 @@ def test_alone_all_of_it_is_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not parallel.is_sharded(model)
     assert dict(parallel.named_modules(model)) == {"": model}
     parallel.wait()
-    parallel.end()
+    parallel.shutdown()
 
 
 def test_more_processes_than_gpus_is_a_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"RANK": "99", "WORLD_SIZE": "100", "LOCAL_RANK": "99"}.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="fewer GPUs"):
-        parallel.begin("cuda")
+        parallel.init_distributed("cuda")
 
 
 def test_streaming_and_sharing_out_exclude_each_other(tmp_path: Path) -> None:
@@ -204,12 +204,12 @@ def test_they_know_each_other_and_one_speaks() -> None:
 def test_a_process_without_others(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
-    assert (processes.rank(), processes.world(), processes.local_rank(), processes.is_first()) == (0, 1, 0, True)
+    assert (processes.rank(), processes.world_size(), processes.local_rank(), processes.is_main_process()) == (0, 1, 0, True)
     monkeypatch.setenv("WORLD_SIZE", "8")  # of a cluster that has not said which one this is
-    assert processes.world() == 1
+    assert processes.world_size() == 1
     monkeypatch.setenv("RANK", "3")
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert (processes.rank(), processes.world(), processes.local_rank(), processes.is_first()) == (3, 8, 1, False)
+    assert (processes.rank(), processes.world_size(), processes.local_rank(), processes.is_main_process()) == (3, 8, 1, False)
 
 
 def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:
