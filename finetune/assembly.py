@@ -172,7 +172,7 @@ def set_up_training(
         weight_decay=settings.weight_decay,
         device=device.type,
         stochastic_rounding=settings.stochastic_rounding,
-        in_backward=settings.step_in_backward,
+        in_backward=settings.optimizer_in_backward,
     )
     autocast = autocast_dtype(recipe, built.dtype, device.type)
     return TrainingSetup(
@@ -215,7 +215,7 @@ def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[
     if not data.preflight.supervised_tokens:
         raise UserError("there is nothing to train on", where=data.source, got="no token is supervised")
     info, targets = architecture(recipe, inputs)
-    offload.check(recipe.model.stream, device)
+    offload.check(recipe.model.offload_layers, device)
     built = build_model(
         recipe,
         inputs.source,

@@ -180,8 +180,8 @@ class Conversations:
             max_length=data.max_length,
             stop_ids=stops,
             system=data.system,
-            learn=data.learn,
-            too_long=data.too_long,
+            loss_on=data.loss_on,
+            truncation=data.truncation,
         )
         self.data: Prepared = prepare(
             self.rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress

@@ -33,7 +33,7 @@ MAY_CHANGE = (
     "about",
     "data.bad_rows",
     "fit",
-    "model.stream",
+    "model.offload_layers",
     "train.save_steps",
     "train.keep_checkpoints",
     "train.max_bad_steps",
@@ -252,7 +252,7 @@ def bytes_to_write(recipe: Recipe, info: ArchitectureInfo, trainable: int) -> in
     stored = 4 if recipe.model.dtype == "fp32" or not recipe.base_frozen else 2
     one = trainable * (4 + 8)
     # The new one stands beside the kept ones for a moment.
-    total = one * (recipe.train.keep_checkpoints + (recipe.train.best != "none") + 1)
+    total = one * (recipe.train.keep_checkpoints + recipe.train.save_best + 1)
     if recipe.writes_adapter:
         total += 4 * trainable
     if recipe.run.merge or not recipe.base_frozen:
@@ -262,7 +262,7 @@ def bytes_to_write(recipe: Recipe, info: ArchitectureInfo, trainable: int) -> in
 
 def _bytes_streamed(recipe: Recipe, info: ArchitectureInfo) -> int:
     """Upper bound of the base's bytes where it is streamed from the disk: codes with their scales, the rest as floats."""
-    if recipe.model.stream != "disk":
+    if recipe.model.offload_layers != "disk":
         return 0
     from quant.swap import matches
 

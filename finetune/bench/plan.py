@@ -77,7 +77,7 @@ class Case:
 
 
 # Keys that others cannot be without (finetune/recipe/rules.py).
-IN_BACKWARD = {"train.step_in_backward": True, "train.save_steps": 1000, "train.max_grad_norm": 0.0}
+IN_BACKWARD = {"train.optimizer_in_backward": True, "train.save_steps": 1000, "train.max_grad_norm": 0.0}
 IMPLIED = ("train.save_steps", "train.max_grad_norm", "model.dtype")
 CASES = [
     Case("llama", "S", "full"),

@@ -44,7 +44,7 @@ class Prepared:
     train_rows: list[Row]
     heldout_rows: list[Row]
     duplicates_removed: int = 0
-    dropped: int = 0  # samples longer than max_length under too_long: drop
+    dropped: int = 0  # samples longer than max_length under truncation: drop
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
             WARN,
             f"{_share(len(truncated), len(train))} samples are cut at {encoder.max_length} tokens: {cut} tokens lost, "
             f"{cut_supervised} of them trained, {ends} end tokens. A cut answer teaches not to stop: raise data.max_length, "
-            "or data.too_long=drop",
+            "or data.truncation=drop",
         )
     elif not prepared.dropped:
         check("truncation", PASS, f"no sample is longer than data.max_length={encoder.max_length}")

@@ -97,17 +97,17 @@ class Encoder:
         max_length: int,
         stop_ids: frozenset[int],
         system: str | None = None,
-        learn: str = "answers",
-        too_long: str = "cut",
+        loss_on: str = "answers",
+        truncation: str = "cut",
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError("this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name")
-        self.tokenizer, self.max_length, self.system, self.learn, self.too_long = (
+        self.tokenizer, self.max_length, self.system, self.loss_on, self.truncation = (
             tokenizer,
             max_length,
             system,
-            learn,
-            too_long,
+            loss_on,
+            truncation,
         )
         probe = tokenizer("a")["input_ids"]
         self.adds_bos = bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
@@ -122,7 +122,7 @@ class Encoder:
             UserError: the chat template refuses the row.
         """
         samples = [self._text_sample(row)] if row.text is not None else self._conversation(row)
-        if self.too_long == "drop":
+        if self.truncation == "drop":
             return [sample for sample in samples if len(sample) <= self.max_length]
         return [self._cut(sample) for sample in samples]
 
@@ -195,7 +195,7 @@ class Encoder:
                 self.ends.add(ids[closing])
             for i in inside:
                 labels[i] = ids[i]
-        if self.learn == "everything":
+        if self.loss_on == "all":
             labels = list(ids)
         labels[:1] = [IGNORE]
         return Sample(

@@ -94,7 +94,7 @@ def build_model(
         UserError: weights or adapters cannot be read, do not fit, or cannot be quantized as the recipe says.
     """
     on_meta = device.type == "meta"
-    disk = offload.Scratch(scratch_dir) if training and recipe.model.stream == "disk" and not on_meta and scratch_dir else None
+    disk = offload.Scratch(scratch_dir) if training and recipe.model.offload_layers == "disk" and not on_meta and scratch_dir else None
     with phase("weights") as progress:
         if on_meta:
             model = _meta_base(recipe, source, config, dtype)
@@ -151,7 +151,7 @@ def _mover(
     recipe: Recipe, device: torch.device, disk: offload.Scratch | None, offloaded: list[offload.Streamed]
 ) -> Callable[[Any], None] | None:
     """What brings a model to the device that cannot hold all of it; None where it can. offloaded: gets what lies elsewhere."""
-    if recipe.model.stream != "none":
+    if recipe.model.offload_layers != "none":
         return lambda model: offloaded.append(offload.stream(model, device, disk))
     if world_size() > 1 and recipe.run.parallel == "fsdp":
         return lambda model: parallel.shard(model, device)

@@ -192,7 +192,7 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
         notes.append("the twin doubles the time; its memory is that of the same model in floats, which is not more")
     if device.measured is None:
         notes.append(f"times are from the vendor's figures of {device.name}; finetune bench device measures this machine's")
-    kept = recipe.train.keep_checkpoints + (recipe.train.best != "none")
+    kept = recipe.train.keep_checkpoints + recipe.train.save_best
     notes.append(
         f"a checkpoint takes {human_bytes(made.checkpoint())} of the disk, and {kept + 1} are there while one is written"
     )
@@ -285,9 +285,9 @@ class _Phases:
             self.weights["weights (teacher)"] += info.parameters * size
 
     def _weights(self, static: Static) -> Counter[str]:
-        """What lies on the device: all of it, or with model.stream two layers and what is not in layers."""
+        """What lies on the device: all of it, or with model.offload_layers two layers and what is not in layers."""
         weights = Counter(static.weights)
-        if self.recipe.model.stream == "none":
+        if self.recipe.model.offload_layers == "none":
             return weights
         largest, total = max(static.frozen_in_layers), sum(static.frozen_in_layers)
         share = 1 - min(1.0, 2 * largest / total) if total else 0.0
@@ -381,7 +381,7 @@ class _Phases:
         step = static + Counter(gradients=self.static.optimizer["gradients"], workspace=self.static.optimizer["temporary"])
         terms = max(passes, step, key=lambda found: sum(found.values()))
         host = 0
-        if self.recipe.model.stream == "memory":
+        if self.recipe.model.offload_layers == "memory":
             host += sum(self.static.frozen_in_layers)
         if self.recipe.train.checkpointing == "offload":
             host += self.offloaded()
@@ -410,7 +410,7 @@ class _Phases:
 
     def streaming(self) -> float:
         """Seconds in which all layers that stream come to the device once."""
-        where = self.recipe.model.stream
+        where = self.recipe.model.offload_layers
         return 0.0 if where == "none" else sum(self.static.frozen_in_layers) / LINK[where]
 
     def offloaded(self) -> int:

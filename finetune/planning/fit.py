@@ -139,11 +139,11 @@ def levers(recipe: Recipe, kind: str) -> list[Lever]:
             keys: dict[str, Any] = {"model.dtype": "bf16"} if recipe.model.dtype == "auto" else {}
             why = "weights are bf16 without an fp32 copy, and updates rounded stochastically"
             found.append(Lever("weights", (keys | {"train.stochastic_rounding": True},), why))
-        if not train.step_in_backward:
+        if not train.optimizer_in_backward:
             why = "each gradient is used and freed at once"
-            keys = {"train.step_in_backward": True}  # which cannot take a step back
+            keys = {"train.optimizer_in_backward": True}  # which cannot take a step back
             if train.on_bad_step == "skip":
-                keys |= {"train.on_bad_step": "back"}
+                keys |= {"train.on_bad_step": "rollback"}
             found.append(Lever("gradients", (keys,), why, ("train",), instead_of=("rows",)))
     if kind == "cuda" and train.optimizer != "paged_adamw_8bit":
         why = "Adam's states take 2 bytes a parameter, and may wait in the CPU's memory"
@@ -151,10 +151,10 @@ def levers(recipe: Recipe, kind: str) -> list[Lever]:
     if kind == "cuda" and train.checkpointing != "offload":
         why = "activations are computed again, and each layer's input waits in the CPU's memory"
         found.append(Lever("checkpointing", ({"train.checkpointing": "offload"},), why, ("train",)))
-    if recipe.base_frozen and recipe.model.stream == "none":
+    if recipe.base_frozen and recipe.model.offload_layers == "none":
         place, where = ("memory", "in the CPU's memory") if kind == "cuda" else ("disk", "on the disk")
         why = f"the frozen layers wait {where} and come one ahead"
-        found.append(Lever("layers", ({"model.stream": place},), why, needs=("train.checkpointing",)))
+        found.append(Lever("layers", ({"model.offload_layers": place},), why, needs=("train.checkpointing",)))
     return found
 
 

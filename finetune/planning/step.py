@@ -138,7 +138,7 @@ def static_of(recipe: Recipe, model: Any, built: BuiltModel) -> Static:
         if id(p) in in_layers:
             of_layers[f"weights ({name})"] += size
     trained = list(checkpoint.trained(model).values())
-    low = {"stochastic_rounding": recipe.train.stochastic_rounding, "in_backward": recipe.train.step_in_backward}
+    low = {"stochastic_rounding": recipe.train.stochastic_rounding, "in_backward": recipe.train.optimizer_in_backward}
     frozen = [sum(p.numel() * p.element_size() for p in layer.parameters() if not p.requires_grad) for layer in layers]
     return Static(
         weights, of_layers, adapters, frozen, optim.memory_of(trained, name=recipe.train.optimizer, **low),
@@ -276,7 +276,7 @@ def _train(
     layers = offload.layers_of(model)
     handles = watch_layers(layers, recorder)
     trained = [p for p in model.parameters() if p.requires_grad]
-    arrived = _stepping(recorder, settings) if settings.step_in_backward else _gradient(recorder)
+    arrived = _stepping(recorder, settings) if settings.optimizer_in_backward else _gradient(recorder)
     handles += [p.register_post_accumulate_grad_hook(arrived) for p in trained]
     try:
         for turn in range(1 if settings.accumulation == 1 else 2):

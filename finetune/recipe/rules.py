@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from finetune.recipe.schema import CHECKS, Data, Distill, Quant, Recipe, Tokenizer, Train
 
-ONLY_CONVERSATIONS = ("format", "template", "system", "learn", "max_rows", "too_long", "dedupe", "packing")  # of data
+ONLY_CONVERSATIONS = ("format", "template", "system", "loss_on", "max_rows", "truncation", "dedupe", "packing")  # of data
 
 
 @dataclass(frozen=True)
@@ -215,67 +215,72 @@ EXPORTS = (
 
 LAYERS_ELSEWHERE = (
     Rule(
-        lambda recipe: recipe.model.stream != "none" and recipe.run.parallel == "fsdp",
-        "model.stream",
-        "model.stream and run.parallel: fsdp are two ways to hold a model that one device cannot: choose one",
+        lambda recipe: recipe.model.offload_layers != "none" and recipe.run.parallel == "fsdp",
+        "model.offload_layers",
+        "model.offload_layers and run.parallel: fsdp are two ways to hold a model that one device cannot: choose one",
     ),
     Rule(
-        lambda recipe: recipe.model.stream != "none" and not recipe.base_frozen,
-        "model.stream",
-        "model.stream brings weights that are never written back: that is a frozen base, adapter.kind: lora",
+        lambda recipe: recipe.model.offload_layers != "none" and not recipe.base_frozen,
+        "model.offload_layers",
+        "model.offload_layers brings weights that are never written back: that is a frozen base, adapter.kind: lora",
     ),
     Rule(
-        lambda recipe: recipe.model.stream != "none" and recipe.base_frozen and not recipe.train.checkpointing,
-        "model.stream",
-        "model.stream: a layer's weights are gone when its backward pass comes, and come again where activations are "
+        lambda recipe: recipe.model.offload_layers != "none" and recipe.base_frozen and not recipe.train.checkpointing,
+        "model.offload_layers",
+        "model.offload_layers: a layer's weights are gone when its backward pass comes, and come again where activations are "
         "recomputed: train.checkpointing: true",
     ),
 )
 
 STEP_IN_BACKWARD = (
     Rule(
-        lambda recipe: recipe.train.step_in_backward and recipe.train.accumulation != 1,
-        "train.step_in_backward",
-        "train.step_in_backward: a gradient is gone before the next micro-batch could be added to it: train.accumulation=1, "
+        lambda recipe: recipe.train.optimizer_in_backward and recipe.train.accumulation != 1,
+        "train.optimizer_in_backward",
+        "train.optimizer_in_backward: a gradient is gone before the next micro-batch could be added to it: train.accumulation=1, "
         "and a larger train.micro_batch with train.checkpointing",
     ),
     Rule(
-        lambda recipe: recipe.train.step_in_backward and recipe.train.save_steps is None,
-        "train.step_in_backward",
-        "train.step_in_backward goes back to the last checkpoint after a bad step: give train.save_steps",
+        lambda recipe: recipe.train.optimizer_in_backward and recipe.train.save_steps is None,
+        "train.optimizer_in_backward",
+        "train.optimizer_in_backward goes back to the last checkpoint after a bad step: give train.save_steps",
     ),
     Rule(
-        lambda recipe: recipe.train.step_in_backward and recipe.train.on_bad_step == "skip",
+        lambda recipe: recipe.train.optimizer_in_backward and recipe.train.on_bad_step == "skip",
         "train.on_bad_step",
-        "train.step_in_backward: weights have taken a bad step when it is known to be one: train.on_bad_step: back",
+        "train.optimizer_in_backward: weights have taken a bad step when it is known to be one: train.on_bad_step: rollback",
     ),
     Rule(
-        lambda recipe: recipe.train.step_in_backward and recipe.train.max_grad_norm != 0,
+        lambda recipe: recipe.train.optimizer_in_backward and recipe.train.max_grad_norm != 0,
         "train.max_grad_norm",
-        "train.step_in_backward: the global norm is known when all steps are taken, so nothing can be clipped to it: "
+        "train.optimizer_in_backward: the global norm is known when all steps are taken, so nothing can be clipped to it: "
         "train.max_grad_norm=0",
     ),
     Rule(
-        lambda recipe: recipe.train.step_in_backward and recipe.base_frozen,
-        "train.step_in_backward",
-        "train.step_in_backward is for training all weights (adapter.kind: none); adapters are small",
+        lambda recipe: recipe.train.optimizer_in_backward and recipe.base_frozen,
+        "train.optimizer_in_backward",
+        "train.optimizer_in_backward is for training all weights (adapter.kind: none); adapters are small",
     ),
 )
 
 CHECKPOINTS = (
     Rule(
         lambda recipe: (
-            recipe.train.on_bad_step == "back" and recipe.train.save_steps is None and not recipe.train.step_in_backward
+            recipe.train.on_bad_step == "rollback" and recipe.train.save_steps is None and not recipe.train.optimizer_in_backward
         ),
         "train.on_bad_step",
-        "train.on_bad_step: back goes to the last checkpoint: give train.save_steps",
+        "train.on_bad_step: rollback goes to the last checkpoint: give train.save_steps",
     ),
     Rule(
         lambda recipe: (
-            recipe.train.best != "none" and not (recipe.train.eval_steps and (recipe.data.heldout_path or recipe.data.heldout))
+            recipe.train.save_best and not (recipe.train.eval_steps and (recipe.data.heldout_path or recipe.data.heldout))
         ),
-        "train.best",
-        "train.best is known by held-out rows: give train.eval_steps, and data.heldout or heldout_path",
+        "train.save_best",
+        "train.save_best: the best is known by held-out rows: give train.eval_steps, and data.heldout or heldout_path",
+    ),
+    Rule(
+        lambda recipe: recipe.train.load_best_at_end and not recipe.train.save_best,
+        "train.load_best_at_end",
+        "train.load_best_at_end takes the weights that train.save_best keeps: train.save_best: true",
     ),
 )
 

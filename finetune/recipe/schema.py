@@ -53,7 +53,7 @@ class Model(Section):
     trust_remote_code: bool = Field(
         False, description="Run Python code that a hub model brings along. Off unless you read that code."
     )
-    stream: Literal["none", "memory", "disk"] = Field(
+    offload_layers: Literal["none", "memory", "disk"] = Field(
         "none",
         description="Where a frozen base larger than the device lies: memory (the CPU's, for a GPU) or disk. Its layers come one "
         "ahead of the one that computes, in each pass; the same results. Needs train.checkpointing.",
@@ -171,12 +171,12 @@ class Data(Section):
         "auto", description="Chat template. auto: the tokenizer's own, or alpaca where a base model has none."
     )
     system: str | None = Field(None, description="System message for conversations that have none of their own.")
-    learn: Literal["answers", "everything"] = Field(
+    loss_on: Literal["answers", "all"] = Field(
         "answers", description="Tokens that are trained: the assistant's answers with their end token, or every token."
     )
     max_rows: Positive | None = Field(None, description="Use only the first so many rows.")
     max_length: Positive = Field(1024, description="Longest sample and longest packed row, in tokens. Memory grows with it.")
-    too_long: Literal["cut", "drop"] = Field("cut", description="A sample over max_length is cut at its end, or dropped.")
+    truncation: Literal["cut", "drop"] = Field("cut", description="A sample over max_length is cut at its end, or dropped.")
     bad_rows: Literal["stop", "skip"] = Field(
         "stop", description="What to do with rows that fit no format: stop and show them, or skip and count them."
     )
@@ -241,7 +241,7 @@ class Train(Section):
         description="All weights trained in bf16, without an fp32 copy: 2 instead of 4 bytes a weight. Updates are rounded "
         "stochastically, or small ones would vanish (arXiv 2010.06192).",
     )
-    step_in_backward: bool = Field(
+    optimizer_in_backward: bool = Field(
         False,
         description="Each weight takes its step as soon as its gradient is known, and frees it: gradients of one layer at a "
         "time. Needs accumulation 1 and max_grad_norm 0; a bad step goes back to the last checkpoint.",
@@ -271,12 +271,15 @@ class Train(Section):
         None, description="Optimizer steps between checkpoints; null saves at the end only. Not given: 500 for pretrain."
     )
     keep_checkpoints: Positive = Field(2, description="How many checkpoints to keep; older ones are removed.")
-    best: Literal["none", "keep", "use"] = Field(
-        "none",
-        description="keep: the checkpoint with the lowest held-out loss is written and stays beside the last ones; use: and its "
-        "weights are what the run ends with. Needs train.eval_steps.",
+    save_best: bool = Field(
+        False,
+        description="Write a checkpoint whenever the held-out loss is the lowest so far, and keep it beside the last ones. Needs "
+        "train.eval_steps.",
     )
-    on_bad_step: Literal["skip", "back", "stop"] = Field(
+    load_best_at_end: bool = Field(
+        False, description="End with the weights of the lowest held-out loss. Switches train.save_best on."
+    )
+    on_bad_step: Literal["skip", "rollback", "stop"] = Field(
         "skip",
         description="Where loss or gradient is NaN or infinite, or the loss a spike: leave the step's samples out and go "
         "on with the next, go back to the last checkpoint and leave them out, or stop. The samples are written down.",
@@ -423,8 +426,10 @@ class Recipe(Section):
         if value.get("kind") == "pretrain":
             adapter.setdefault("kind", "none")
             train.setdefault("save_steps", 500)
-        if train.get("step_in_backward"):
-            train.setdefault("on_bad_step", "back")
+        if train.get("optimizer_in_backward"):
+            train.setdefault("on_bad_step", "rollback")
+        if train.get("load_best_at_end"):
+            train.setdefault("save_best", True)
         trained = value.get("quant", {}).get("scheme") == "ternary" and adapter.get("kind") == "none"
         if (base := FLOAT_LR.get(value.get("kind", "sft"))) is not None:
             train.setdefault("lr", base * (TERNARY_LR if trained else 1))

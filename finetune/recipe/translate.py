@@ -11,7 +11,18 @@ from typing import Any
 #     "train.old": "train.new"
 #     "train.on_fire": {"run": {"train.on_fire": "leave"}}           one value has another name, the others keep theirs
 #     "train.both": {"yes": {"train.one": True, "train.two": True}}  one key has become two
-RENAMED: dict[str, str | Mapping[Any, Mapping[str, Any]]] = {}
+RENAMED: dict[str, str | Mapping[Any, Mapping[str, Any]]] = {
+    "model.stream": "model.offload_layers",
+    "data.learn": {"answers": {"data.loss_on": "answers"}, "everything": {"data.loss_on": "all"}},
+    "data.too_long": "data.truncation",
+    "train.best": {
+        "none": {"train.save_best": False, "train.load_best_at_end": False},
+        "keep": {"train.save_best": True, "train.load_best_at_end": False},
+        "use": {"train.save_best": True, "train.load_best_at_end": True},
+    },
+    "train.on_bad_step": {"back": {"train.on_bad_step": "rollback"}},
+    "train.step_in_backward": "train.optimizer_in_backward",
+}
 
 
 def translate(resolved: Mapping[str, Any]) -> dict[str, Any]:

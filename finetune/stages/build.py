@@ -33,8 +33,8 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
             record.eval.float_model = measure("float", run, checked, model, None)
             run.save()
 
-    if recipe.model.stream == "disk" and (kind := offload.is_memory(run_dir)):
-        screen.warn(f"model.stream: {run_dir} lies on {kind}, which is memory and no disk; give another run.dir")
+    if recipe.model.offload_layers == "disk" and (kind := offload.is_memory(run_dir)):
+        screen.warn(f"model.offload_layers: {run_dir} lies on {kind}, which is memory and no disk; give another run.dir")
     inputs, stop_ids = checked.inputs, checked.inputs.stop_ids | checked.data.ends
     built = build_model(
         recipe,

@@ -76,7 +76,7 @@ def _device(recipe: Recipe, screen: Screen) -> torch.device:
     """The device of this process, once it is known that it can do what the recipe asks of it."""
     require_trackers(recipe.run.trackers)
     device = parallel.init_distributed(pick_device(recipe.run.device).type)
-    offload.check(recipe.model.stream, device)
+    offload.check(recipe.model.offload_layers, device)
     several = f", {world_size()} processes ({recipe.run.parallel})" if world_size() > 1 else ""
     screen.say(f"  {provenance.device_name(device)}{several}")
     check_processes(recipe, world_size())
@@ -107,7 +107,7 @@ def check_processes(recipe: Recipe, processes: int) -> None:
     for refused in optim.refusals(
         train.optimizer,
         stochastic_rounding=train.stochastic_rounding,
-        in_backward=train.step_in_backward,
+        in_backward=train.optimizer_in_backward,
         world_size=processes,
         sharded=run.parallel == "fsdp",
     ):

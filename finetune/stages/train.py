@@ -52,7 +52,7 @@ def set_up(run: RunContext, checked: Checked, built: BuiltModel, patches: FastSt
         checkpoint.trained(built.model).values(),
         name=settings.optimizer,
         stochastic_rounding=settings.stochastic_rounding,
-        in_backward=settings.step_in_backward,
+        in_backward=settings.optimizer_in_backward,
     )
     screen.say("  trained, without activations: " + ", ".join(f"{k} {human_bytes(v)}" for k, v in sizes.items() if v))
     for note in setup.notes:
@@ -182,7 +182,7 @@ def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: Fast
     trained = TrainRecord.model_validate(figures)
     if world_size() > 1:
         trained.processes, trained.parallel = world_size(), recipe.run.parallel
-    if setup.settings.best == "use" and trained.best is not None:
+    if setup.settings.load_best_at_end and trained.best is not None:
         _take_best(trained.best, trained.steps, setup.model, run_dir.path, screen.say, screen.warn)
     for tracker in accelerator.trackers:  # its end_training would leave the other processes, too
         tracker.finish()

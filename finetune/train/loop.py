@@ -125,7 +125,7 @@ class Training:
         self.model.train()
         begun, tokens_before, self.evaluating = time.monotonic(), self.progress.tokens, 0.0
         self.keys = Keys(self.kind, self.progress)
-        if (self.in_backward or self.settings.on_bad_step == "back") and not checkpoint.checkpoints(self.checkpoints):
+        if (self.in_backward or self.settings.on_bad_step == "rollback") and not checkpoint.checkpoints(self.checkpoints):
             self._save(self.progress)  # something to go back to
         try:
             with caught_signals() as self.interrupted:
@@ -262,7 +262,7 @@ class Training:
             GateError: that is not wanted, or not any more. The steps before it are saved.
         """
         progress, settings = self.progress, self.settings
-        back = self.in_backward or settings.on_bad_step == "back"
+        back = self.in_backward or settings.on_bad_step == "rollback"
         self.optimizer.zero_grad(set_to_none=True)
         self.saver.wait()
         parallel.wait()  # the first process may have written one just now
@@ -329,7 +329,7 @@ class Training:
     def _evaluate(self, step: int) -> bool:
         """Measure the model where it is time to; whether it is the best so far, and that is asked for."""
         settings, last = self.settings, step == self.total_steps
-        wanted = settings.best != "none"
+        wanted = settings.save_best
         if self.evaluate is None or not settings.eval_steps or (step % settings.eval_steps != 0 if not last else not wanted):
             return False
         before = time.monotonic()

@@ -150,7 +150,7 @@ def refusals(
     they are known."""  # fmt: skip
     row, found = get_optimizer(name), []
     for wanted, key, reason in (
-        (in_backward, "train.step_in_backward", "gradients are summed over processes before the step"),
+        (in_backward, "train.optimizer_in_backward", "gradients are summed over processes before the step"),
         (stochastic_rounding, "train.stochastic_rounding", "each process would round by its own chance"),
     ):
         if wanted and world_size > 1:

@@ -64,5 +64,5 @@ def no_memory(step: int, found: str, *, in_backward: bool, sharded: bool) -> NoM
     if sharded:
         why = "in one of several processes with sharded layers, where a step cannot be repeated"
     elif in_backward:
-        why = "and with train.step_in_backward a step cannot be repeated in parts"
+        why = "and with train.optimizer_in_backward a step cannot be repeated in parts"
     return NoMemory(f"out of memory in step {step}, {why}", where="train", got=found)

@@ -184,7 +184,7 @@ CHANGES = [
     }),
     Change({"train.max_steps": 4, "train.save_steps": 1}, {
         "data.path": ("OTHER_ROWS", lambda before, after: "What is 5" in after.examples()),
-        "data.learn": ("everything", both(lambda run: run.record["preflight"]["supervised_share"] > 0.9, False, True)),
+        "data.loss_on": ("all", both(lambda run: run.record["preflight"]["supervised_share"] > 0.9, False, True)),
         "train.accumulation": (2, both(lambda run: len(run.seen["forwards"]), 4, 8)),
         "train.warmup": (0.9, both(lambda run: run.rates()[0] < run.rates()[1], False, True)),
         "train.weight_decay": (0.5, both(lambda run: run.seen["group"]["weight_decay"], 0.0, 0.5)),
@@ -196,7 +196,7 @@ CHANGES = [
     Change({"train.eval_steps": 1, "train.save_steps": 1}, {
         "data.max_length": (120, both(lambda run: run.steps[0]["tokens"] > 96, False, True)),
         "data.heldout": (6, both(lambda run: run.record["eval"]["after"]["rows"], 4, 6)),
-        "train.best": ("keep", both(lambda run: "best" in run.record["train"], False, True)),
+        "train.save_best": (True, both(lambda run: "best" in run.record["train"], False, True)),
         "train.min_lr": (0.5, lambda before, after: (before.rates()[-1], after.rates()[-1]) == pytest.approx((1e-4, 5e-4))),
         "run.seed": (18, differs(Outcome.examples)),
         "fast.blocks": (False, differs(model("fast"))),
@@ -217,7 +217,7 @@ CHANGES = [
     }),
     only("kind", "pretrain", both(lambda run: run.record["preflight"]["supervised_share"] == 1, False, True),
          {"data.path": "STORY", "data.max_rows": None, "data.max_length": 300, "adapter.kind": "lora"}),
-    only("model.stream", "disk", both(lambda run: (run.record["model"]["streamed"] or {}).get("layers"), None, 2),
+    only("model.offload_layers", "disk", both(lambda run: (run.record["model"]["streamed"] or {}).get("layers"), None, 2),
          {"train.checkpointing": True}),
     only("adapter.kind", "none", both(lambda run: len(set(counts("model", "trainable", "parameters")(run))), 2, 1),
          {"quant.scheme": "none"}),
@@ -226,7 +226,7 @@ CHANGES = [
     only("data.split", "test", both(lambda run: "What is 2" in run.examples(), False, True),
          HUB),
     only("data.files", ["*/english/coding.yml"], differs(Outcome.examples), PACKAGE),
-    only("data.too_long", "drop", lambda before, after: before.record["preflight"]["rows_truncated"] > 0
+    only("data.truncation", "drop", lambda before, after: before.record["preflight"]["rows_truncated"] > 0
          == after.record["preflight"]["rows_truncated"] < after.record["preflight"]["tokens"], {"data.max_length": 51}),
     only("data.bad_rows", "skip", lambda before, after: bool(before.refused) and after.record["data"]["rows_skipped"] == 1,
          {"data.path": "MIXED_ROWS"}),
@@ -264,7 +264,7 @@ CHANGES = [
     }),
     only("data.text_key", "body", both(lambda run: "Some" in run.examples(), False, True), SCRATCH | {"data.path": "TWO_TEXTS"}),
     only("train.stochastic_rounding", True, differs(Outcome.digest), LOW),
-    only("train.step_in_backward", True, grows(lambda run: -run.record["model"]["bytes"]["gradients"]), LOW),
+    only("train.optimizer_in_backward", True, grows(lambda run: -run.record["model"]["bytes"]["gradients"]), LOW),
     Change(LOOKED, {
         "quant.sub_norms": (True, grows(model("parameters"))),
         "quant.warmup": (0.6, both(lambda run: run.blends()[0], 1, pytest.approx(1 / 2))),

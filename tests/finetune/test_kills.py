@@ -30,7 +30,7 @@ LOW_MEMORY = (
     + """\
 adapter: {{kind: none}}
 train: {{epochs: 50, max_steps: 20, save_steps: 3, eval_steps: 7, optimizer: adamw_8bit, stochastic_rounding: true,
-  step_in_backward: true, max_grad_norm: 0}}
+  optimizer_in_backward: true, max_grad_norm: 0}}
 run: {{device: cpu, threads: 1}}
 """
 )

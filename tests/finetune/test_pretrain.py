@@ -145,7 +145,7 @@ def test_low_memory_training_rolls_back_a_bad_step(finetune: Terminal, recipe: P
 
     finetune.monkeypatch.setattr(Pretraining, "loss", loss)
     finetune.monkeypatch.setattr(Pretraining, "steps_seen", 0, raising=False)
-    low = ("model.dtype=bf16", "train.stochastic_rounding=true", "train.step_in_backward=true", "train.max_grad_norm=0",
+    low = ("model.dtype=bf16", "train.stochastic_rounding=true", "train.optimizer_in_backward=true", "train.max_grad_norm=0",
            "train.optimizer=adamw_8bit", "train.checkpointing=true", "train.precision=auto")  # fmt: skip
     code, out, err = finetune("run", str(recipe), "run.dir=low", *low)
     assert code == 0, (out, err)
@@ -208,8 +208,8 @@ def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: 
         (("model.config.num_hidden_layers=two",), "model.config"),
         (("train.max_steps=null",), "train.max_tokens"),
         (("train.epochs=2",), "train.epochs"),
-        (("train.step_in_backward=true", "train.max_grad_norm=0", "train.accumulation=2"), "accumulation"),
-        (("train.step_in_backward=true",), "max_grad_norm"),
+        (("train.optimizer_in_backward=true", "train.max_grad_norm=0", "train.accumulation=2"), "accumulation"),
+        (("train.optimizer_in_backward=true",), "max_grad_norm"),
         (("train.stochastic_rounding=true",), "bf16"),
         (("quant.warmup=0.2",), "random weights"),
         (("adapter.kind=lora",), "adapter.kind: none"),
@@ -225,7 +225,7 @@ def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: 
         (("train.max_tokens=.inf",), "train.max_tokens"),
         (("quant.scheme=none", "export.formats=[gguf-tq2_0]", "train.health_steps=5"), "gguf-f16"),
         (("data.max_rows=5",), "data.max_rows"),
-        (("train.step_in_backward=true", "train.max_grad_norm=0", "train.save_steps=null"), "save_steps"),
+        (("train.optimizer_in_backward=true", "train.max_grad_norm=0", "train.save_steps=null"), "save_steps"),
         (("tokenizer.train=100",), "257"),
         (("data.path=nowhere.txt",), "nowhere.txt"),
     ],

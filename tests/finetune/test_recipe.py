@@ -160,7 +160,7 @@ def test_quantized_full_training_is_refused_on_its_line(tmp_path: Path) -> None:
 def test_each_broken_rule_is_told_once_with_the_line_of_its_key(tmp_path: Path) -> None:
     text = (
         "kind: pretrain\n" + GOOD + "  packing: false\n  system: Be brief.\n"
-        "train:\n  epochs: 2\n  step_in_backward: true\n  accumulation: 4\n  max_grad_norm: 0\n"
+        "train:\n  epochs: 2\n  optimizer_in_backward: true\n  accumulation: 4\n  max_grad_norm: 0\n"
         "twin: true\n"
     )
     found = mistakes(tmp_path, text, ["quant.warmup=0.5"])
@@ -171,7 +171,7 @@ def test_each_broken_rule_is_told_once_with_the_line_of_its_key(tmp_path: Path) 
             ("data.packing", "6"),
             ("data.system", "7"),
             ("train.epochs", "9"),
-            ("train.step_in_backward", "10"),
+            ("train.optimizer_in_backward", "10"),
             ("quant.warmup", "command line, quant.warmup"),
             ("twin", "13"),
             ("twin", "13"),
@@ -181,7 +181,7 @@ def test_each_broken_rule_is_told_once_with_the_line_of_its_key(tmp_path: Path) 
 
 
 def test_a_rule_of_a_key_that_is_not_given_points_at_its_section_or_the_beginning(tmp_path: Path) -> None:
-    (mistake,) = mistakes(tmp_path, GOOD + "train: {best: use, step_in_backward: true, eval_steps: 2, save_steps: 2}\n"
+    (mistake,) = mistakes(tmp_path, GOOD + "train: {load_best_at_end: true, optimizer_in_backward: true, eval_steps: 2, save_steps: 2}\n"
                           "adapter: {kind: none}\n")  # fmt: skip
     assert "train.max_grad_norm=0" in mistake.message
     assert mistake.where.endswith("recipe.yaml:5")

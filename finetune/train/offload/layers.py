@@ -44,9 +44,9 @@ def check(mode: str, device: torch.device) -> None:
     if mode == "memory" and device.type == "cpu":
         raise UserError(
             "on the CPU the layers are in its memory already",
-            where="model.stream",
+            where="model.offload_layers",
             got="memory, and the run is on the CPU",
-            hint="model.stream=disk where that memory is too small, or model.stream=none",
+            hint="model.offload_layers=disk where that memory is too small, or model.offload_layers=none",
         )
 
 
@@ -85,7 +85,7 @@ def layers_of(model: Any) -> list[nn.Module]:
             within += module.children()
     layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
     if layers is None or not len(layers):
-        raise UserError("this model has no list of layers that could be streamed", where="model.stream", got=type(base).__name__)
+        raise UserError("this model has no list of layers that could be streamed", where="model.offload_layers", got=type(base).__name__)
     return list(layers)
 
 
@@ -115,7 +115,7 @@ def _frozen(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[list[Layer]
     if not own:
         raise UserError(
             "nothing is frozen in the layers of this model, so nothing can be streamed",
-            where="model.stream",
+            where="model.offload_layers",
             got=f"{len(layers)} × {type(modules[0]).__name__}",
             hint="adapter.kind=lora",
         )

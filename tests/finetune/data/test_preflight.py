@@ -59,7 +59,7 @@ def test_labels_are_the_tokens_at_their_own_position(tokenizer: Any) -> None:
 
 
 def test_everything_can_be_learnt(tokenizer: Any) -> None:
-    (sample,) = encoder(tokenizer, learn="everything").encode(ROWS[0])
+    (sample,) = encoder(tokenizer, loss_on="all").encode(ROWS[0])
     assert sample.supervised == len(sample) - 1
 
 
@@ -212,7 +212,7 @@ def test_truncation_says_what_it_cuts(tokenizer: Any) -> None:
     assert status(preflight, "end token trained") == "warn"
     every = [talk(f"q{n}", "long " * 200, where=f"rows:{n}") for n in range(4)]
     assert status(look(tokenizer, every, max_length=64), "end token trained") == "fail"
-    dropped = look(tokenizer, rows, max_length=64, too_long="drop")
+    dropped = look(tokenizer, rows, max_length=64, truncation="drop")
     assert status(dropped, "too long") == "warn"
     assert dropped.rows_truncated == 0
 

@@ -43,17 +43,17 @@ def made_up(recipe: Recipe, budget_bytes: int) -> Plan:
     trainable = PARAMETERS if full else ADAPTERS
     narrow = train.stochastic_rounding or not full
     base = PARAMETERS * (2 if narrow else 4)
-    frozen = base if recipe.model.stream == "none" else base // LAYERS * 2
+    frozen = base if recipe.model.offload_layers == "none" else base // LAYERS * 2
     weights = {"weights (bf16)": frozen} | ({} if full else {"adapters": 4 * ADAPTERS})
     states = trainable * {"adamw": 8, "adamw_8bit": 2, "paged_adamw_8bit": 0}[train.optimizer]
-    gradients = trainable * (2 if full and narrow else 4) // (LAYERS if train.step_in_backward else 1)
+    gradients = trainable * (2 if full and narrow else 4) // (LAYERS if train.optimizer_in_backward else 1)
     kept = {False: 17, True: 1, "offload": 0}[train.checkpointing]
     activations = rows * WIDTH * 2 * LAYERS * kept + (rows * WIDTH * 2 * 17 if train.checkpointing else 0)
     logits = 4 * VOCABULARY * (min(rows, train.loss_chunk) if train.loss_chunk else rows) * 2
     terms = weights | {"gradients": gradients, "optimizer": states, "activations": activations, "logits": logits}
     reading = max(recipe.eval.batch_tokens, recipe.data.max_length) * WIDTH * 2 * 8
     step = 1.0 * train.accumulation * rows / 1024 * (1.33 if train.checkpointing else 1) + 0.05 * train.accumulation
-    step += 0.5 * (train.checkpointing == "offload") + 1.0 * (recipe.model.stream != "none")
+    step += 0.5 * (train.checkpointing == "offload") + 1.0 * (recipe.model.offload_layers != "none")
     phases = [
         Phase("load", sum(weights.values()), 10.0, weights),
         Phase("evaluate", sum(weights.values()) + states + reading, 30.0, weights | {"optimizer": states, "workspace": reading}),

@@ -120,16 +120,16 @@ def test_nothing_is_offloaded_or_paged_on_a_cpu() -> None:
     for asked in planner.asked:
         assert asked.train.checkpointing != "offload"
         assert asked.train.optimizer != "paged_adamw_8bit"
-        assert asked.model.stream in ("none", "disk")
-    assert made.recipe.model.stream == "disk"
+        assert asked.model.offload_layers in ("none", "disk")
+    assert made.recipe.model.offload_layers == "disk"
 
 
 def test_on_a_gpu_layers_are_streamed_from_memory_with_checkpointing() -> None:
     made, _ = fitted(recipe(), 1.5)
     assert made.fits
-    assert made.keys["model.stream"] == ("none", "memory")
+    assert made.keys["model.offload_layers"] == ("none", "memory")
     assert made.recipe.train.checkpointing
-    assert made.steps[-1].keys["model.stream"] == ("none", "memory")
+    assert made.steps[-1].keys["model.offload_layers"] == ("none", "memory")
 
 
 def test_layers_are_streamed_where_the_weights_alone_are_too_much() -> None:
@@ -141,7 +141,7 @@ def test_layers_are_streamed_where_the_weights_alone_are_too_much() -> None:
 
     made = fit(recipe(), GIB, plan_of, kind="cuda")
     assert made.fits
-    assert made.keys == {"model.stream": ("none", "memory"), "train.checkpointing": (False, True)}
+    assert made.keys == {"model.offload_layers": ("none", "memory"), "train.checkpointing": (False, True)}
     assert len(made.steps) == 1
 
 
@@ -150,23 +150,23 @@ def test_what_helps_nothing_is_left_alone_even_where_nothing_fits() -> None:
     before = recipe(data={"max_length": 128}, train={"loss_chunk": 0}, eval={"batch_tokens": 128})
     made, _ = fitted(before, 0.1)
     assert not made.fits
-    assert set(made.keys) == {"train.checkpointing", "train.optimizer", "model.stream"}
+    assert set(made.keys) == {"train.checkpointing", "train.optimizer", "model.offload_layers"}
 
 
 def test_of_two_unnecessary_changes_the_costlier_goes() -> None:
     before = recipe(data={"max_length": 512}, train={"loss_chunk": 0, "checkpointing": True}, eval={"batch_tokens": 256})
-    streamed = {"model": {"stream": "disk"}, "data": {"max_length": 512}}
+    streamed = {"model": {"offload_layers": "disk"}, "data": {"max_length": 512}}
     either = [
         made_up(recipe(**streamed, train={"checkpointing": True, **train}), 0).peak_bytes
         for train in ({"loss_chunk": 256}, {"loss_chunk": 0, "optimizer": "adamw_8bit"})
     ]
     made, _ = fitted(before, max(either) / GIB, "cpu")
-    assert made.keys == {"train.loss_chunk": (0, 256), "model.stream": ("none", "disk")}
+    assert made.keys == {"train.loss_chunk": (0, 256), "model.offload_layers": ("none", "disk")}
 
 
 def test_where_nothing_is_enough_the_smallest_is_told_and_a_length_proposed() -> None:
     before = recipe(data={"max_length": 4096}, train={"checkpointing": "offload", "optimizer": "paged_adamw_8bit"},
-                    model={"stream": "memory"}, eval={"batch_tokens": 256})  # fmt: skip
+                    model={"offload_layers": "memory"}, eval={"batch_tokens": 256})  # fmt: skip
     peak = made_up(before, 0).peak_bytes
     made, _ = fitted(before, 0.75 * peak / GIB)
     assert not made.fits
@@ -187,7 +187,7 @@ def test_what_cannot_fit_is_as_small_as_any_combination() -> None:
     before = recipe(train={"micro_batch": 4, "loss_chunk": 0}, eval={"batch_tokens": 8192})
     made, planner = fitted(before, 0.05)
     keys = {"train.loss_chunk": (0, 256), "train.micro_batch": (4, 2, 1), "train.checkpointing": (False, True, "offload"),
-            "train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"), "model.stream": ("none", "memory"),
+            "train.optimizer": ("adamw", "adamw_8bit", "paged_adamw_8bit"), "model.offload_layers": ("none", "memory"),
             "eval.batch_tokens": (8192, 256)}  # fmt: skip
     least = min(
         made_up(candidate, 0).peak_bytes
@@ -213,7 +213,7 @@ def _with(before: Recipe, keys: dict[str, Any]) -> Recipe | None:
 
 
 def test_rows_stay_where_the_step_is_taken_in_the_backward_pass() -> None:
-    train = {"micro_batch": 8, "step_in_backward": True, "max_grad_norm": 0, "save_steps": 10}
+    train = {"micro_batch": 8, "optimizer_in_backward": True, "max_grad_norm": 0, "save_steps": 10}
     made, planner = fitted(recipe(adapter={"kind": "none"}, train=train), 5)
     assert all((asked.train.micro_batch, asked.train.accumulation) == (8, 1) for asked in planner.asked)
     assert "train.micro_batch" not in made.keys
@@ -224,7 +224,7 @@ def test_a_step_in_the_backward_pass_in_place_of_fewer_rows() -> None:
                     "paged_adamw_8bit", "stochastic_rounding": True, "checkpointing": True})  # fmt: skip
     made, _ = fitted(before, 2.6)
     assert made.fits
-    assert made.keys == {"train.step_in_backward": (False, True), "train.on_bad_step": ("skip", "back")}
+    assert made.keys == {"train.optimizer_in_backward": (False, True), "train.on_bad_step": ("skip", "rollback")}
 
 
 def test_weights_lose_their_fp32_copy_only_where_the_dtype_allows_it() -> None:
@@ -265,8 +265,8 @@ def test_what_cannot_run_here_is_skipped_and_said() -> None:
     planner = Planner(int(1.5 * GIB), model__stream="memory")
     made = fit(recipe(), planner.budget, planner, kind="cuda")
     assert not made.fits
-    assert made.recipe.model.stream == "none"
-    assert any("no stream: memory here" in reason for reason in made.refused)
+    assert made.recipe.model.offload_layers == "none"
+    assert any("no offload_layers: memory here" in reason for reason in made.refused)
 
 
 def test_a_mistake_in_the_recipe_itself_is_told() -> None:

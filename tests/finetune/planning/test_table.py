@@ -73,7 +73,7 @@ def test_bars_are_as_long_as_their_figures() -> None:
 
 
 def test_host_memory_is_shown_where_it_is_used() -> None:
-    lines = shown(table.show, made_up(recipe(model={"stream": "memory"}, train={"checkpointing": True}), 12 * GIB))
+    lines = shown(table.show, made_up(recipe(model={"offload_layers": "memory"}, train={"checkpointing": True}), 12 * GIB))
     assert any("host GiB" in line for line in lines)
 
 
@@ -151,7 +151,7 @@ def test_many_recipes_on_many_budgets() -> None:
 
 def test_a_recipe_that_fits_nowhere_says_what_it_needs() -> None:
     huge = recipe(adapter={"kind": "none"}, model={"dtype": "fp32"},
-                  train={"save_steps": 5, "step_in_backward": True, "max_grad_norm": 0, "micro_batch": 512})  # fmt: skip
+                  train={"save_steps": 5, "optimizer_in_backward": True, "max_grad_norm": 0, "micro_batch": 512})  # fmt: skip
     made = [row(huge, "huge", Planner, kind="cuda")]
     answer = made[0]["plans"][8 * GIB]
     assert not answer.fits
@@ -204,15 +204,15 @@ eval:
 
 
 def test_a_changed_recipe_keeps_its_comments() -> None:
-    keys = {"train.micro_batch": 2, "train.accumulation": 2, "model.stream": "memory", "fit": "auto"}
+    keys = {"train.micro_batch": 2, "train.accumulation": 2, "model.offload_layers": "memory", "fit": "auto"}
     text, kept = rewrite(WRITTEN, keys)
     assert kept
     assert "  micro_batch: 2 # rows\n  accumulation: 2\n\n# what it answers\n" in text
-    assert text.endswith("model:\n  stream: memory\nfit: auto\n") or "fit: auto\n" in text
+    assert text.endswith("model:\n  offload_layers: memory\nfit: auto\n") or "fit: auto\n" in text
     assert "# rows are not for commercial use" in text
     content = yaml.safe_load(WRITTEN)
     content["train"] |= {"micro_batch": 2, "accumulation": 2}
-    assert yaml.safe_load(text) == content | {"model": {"stream": "memory"}, "fit": "auto"}
+    assert yaml.safe_load(text) == content | {"model": {"offload_layers": "memory"}, "fit": "auto"}
 
 
 @pytest.mark.parametrize(
@@ -225,9 +225,9 @@ def test_a_recipe_written_otherwise_is_changed_all_the_same(text: str) -> None:
 
 
 def test_a_diff_names_each_section_once() -> None:
-    keys = {"train.micro_batch": (4, 2), "model.stream": ("none", "disk"), "train.checkpointing": (False, "offload"),
+    keys = {"train.micro_batch": (4, 2), "model.offload_layers": ("none", "disk"), "train.checkpointing": (False, "offload"),
             "fit": ("none", "auto")}  # fmt: skip
     assert diff(keys) == [
-        "-fit: none", "+fit: auto", " model:", "-  stream: none", "+  stream: disk", " train:", "-  micro_batch: 4",
+        "-fit: none", "+fit: auto", " model:", "-  offload_layers: none", "+  offload_layers: disk", " train:", "-  micro_batch: 4",
         "+  micro_batch: 2", "-  checkpointing: false", "+  checkpointing: offload",
     ]  # fmt: skip

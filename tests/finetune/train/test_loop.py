@@ -62,7 +62,7 @@ def sft(data: list[Sample], micro_batch: int = 1, packing: bool = False, max_len
 
 def build(model: Any, settings: Train) -> torch.optim.Optimizer:
     options = {key: getattr(settings, key) for key in ("lr", "betas", "eps", "weight_decay")}
-    inside = {"in_backward": settings.step_in_backward}
+    inside = {"in_backward": settings.optimizer_in_backward}
     return optim.build(checkpoint.trained(model), name=settings.optimizer, device="cpu", **options, **inside)[0]
 
 
@@ -245,11 +245,11 @@ class Broken:
 
 
 @pytest.mark.parametrize("fault", [UserError("line 9 is no row"), OSError("the hub is gone")])
-@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"optimizer": "adamw_8bit", "step_in_backward": True}])
+@pytest.mark.parametrize("settings", [{}, {"accumulation": 2}, {"optimizer": "adamw_8bit", "optimizer_in_backward": True}])
 def test_a_fault_in_the_data_costs_no_finished_step(
     tmp_path: Path, accelerator: Any, fault: Exception, settings: dict[str, Any]
 ) -> None:
-    if "step_in_backward" in settings:
+    if "optimizer_in_backward" in settings:
         settings = settings | {"max_grad_norm": 0}
     each = settings.get("accumulation", 1)
     at = 5 * each - 1  # the last micro-batch of step 5: with two in a step the first one has been drawn
@@ -275,7 +275,7 @@ def test_a_fault_before_any_step_or_just_after_a_checkpoint_saves_nothing(tmp_pa
 def test_going_back_leaves_each_bad_micro_batch_out_once_and_tells(tmp_path: Path, accelerator: Any) -> None:
     told: list[int] = []
     begun: list[int] = []
-    options: dict[str, Any] = {"step_in_backward": True, "max_grad_norm": 0, "save_steps": 2, "total": 6}
+    options: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0, "save_steps": 2, "total": 6}
     _, metrics, figures = go(
         tmp_path / "run", accelerator, faults=lambda kind: Broken(kind, math.nan, (2, 5)), went_back=told.append,
         before_step=begun.append, **options,
@@ -293,7 +293,7 @@ def test_going_back_leaves_each_bad_micro_batch_out_once_and_tells(tmp_path: Pat
 
 def test_bad_micro_batches_behind_one_checkpoint_are_all_left_out(tmp_path: Path, accelerator: Any) -> None:
     """Both go back to step 0: the second must know of the first, once."""
-    options: dict[str, Any] = {"step_in_backward": True, "max_grad_norm": 0, "save_steps": 6, "total": 6}
+    options: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0, "save_steps": 6, "total": 6}
     told: list[int] = []
     faults = {"faults": lambda kind: Broken(kind, math.nan, (1, 3)), "went_back": told.append}
     _, _, figures = go(tmp_path / "run", accelerator, **faults, **options)

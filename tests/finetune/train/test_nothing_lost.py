@@ -147,8 +147,8 @@ def test_where_one_sample_does_not_fit_the_run_stops_and_nothing_is_lost(tmp_pat
 
 
 def test_a_step_in_the_backward_pass_cannot_be_repeated(tmp_path: Path, accelerator: Any) -> None:
-    options: dict[str, Any] = {"step_in_backward": True, "max_grad_norm": 0, "save_steps": 2, "micro_batch": 4}
-    with pytest.raises(NoMemory, match="step_in_backward"):
+    options: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0, "save_steps": 2, "micro_batch": 4}
+    with pytest.raises(NoMemory, match="optimizer_in_backward"):
         go(tmp_path / "run", accelerator, faults=too_many(2), **options)
 
 
@@ -278,7 +278,7 @@ def test_bad_steps_are_counted_over_a_resume_and_one_too_many_stops(tmp_path: Pa
 def test_going_back_by_rule_leaves_the_samples_out(tmp_path: Path, accelerator: Any) -> None:
     """Without the step inside the backward pass: the same weights as if those samples had never been there."""
     told: list[int] = []
-    options: dict[str, Any] = {"total": 6, "save_steps": 2, "on_bad_step": "back"}
+    options: dict[str, Any] = {"total": 6, "save_steps": 2, "on_bad_step": "rollback"}
     faults = {"faults": at_losses({4}, math.nan), "went_back": told.append}
     _, metrics, figures = go(tmp_path / "run", accelerator, **faults, **options)
     assert told == [4]
@@ -312,7 +312,7 @@ def test_a_spike_is_a_bad_step(tmp_path: Path, accelerator: Any) -> None:
 
 def test_the_best_checkpoint_is_written_and_stays(tmp_path: Path, accelerator: Any) -> None:
     measured = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 9: 1.2}
-    options: dict[str, Any] = {"total": 9, "eval_steps": 2, "keep_checkpoints": 1, "best": "keep"}
+    options: dict[str, Any] = {"total": 9, "eval_steps": 2, "keep_checkpoints": 1, "save_best": True}
     evaluate = lambda step: {"eval_loss": measured[step]}  # noqa: E731
     _, metrics, figures = go(tmp_path / "run", accelerator, evaluate=evaluate, **options)
     names = [path.name for path in checkpoint.checkpoints(tmp_path / "run" / "checkpoints")]

@@ -257,10 +257,10 @@ def test_outside_of_its_turn_a_layer_has_no_weights() -> None:
 
 def test_what_cannot_be_streamed_is_refused(tmp_path: Path, rows_file: Path, tiny_model: Path) -> None:
     path = tmp_path / "recipe.yaml"
-    path.write_text(f"model: {{name: {tiny_model}, stream: disk}}\ndata: {{path: {rows_file}}}\n")
+    path.write_text(f"model: {{name: {tiny_model}, offload_layers: disk}}\ndata: {{path: {rows_file}}}\n")
     with pytest.raises(UserErrors, match=r"train\.checkpointing: true"):
         read_recipe(path)
-    assert read_recipe(path, ["train.checkpointing=true"]).model.stream == "disk"
+    assert read_recipe(path, ["train.checkpointing=true"]).model.offload_layers == "disk"
     with pytest.raises(UserErrors, match=r"adapter\.kind: lora"):
         read_recipe(path, ["adapter.kind=none", "train.checkpointing=true"])
     with pytest.raises(UserError, match="on the CPU the layers are in its memory already"):
@@ -277,12 +277,12 @@ def test_memory_is_refused_before_anything_is_loaded(
     finetune: Terminal, tiny_model: Path, rows_file: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "r.yaml").write_text(
-        f"model: {{name: {tiny_model}, stream: memory}}\ndata: {{path: {rows_file}}}\n"
+        f"model: {{name: {tiny_model}, offload_layers: memory}}\ndata: {{path: {rows_file}}}\n"
         "train: {checkpointing: true}\nrun: {device: cpu, dir: run}\n"
     )
     code, _, err = finetune("run", "r.yaml")
     assert code == 2
-    assert "model.stream=disk" in err
+    assert "model.offload_layers=disk" in err
     assert not (tmp_path / "run").exists()
 
 
@@ -341,7 +341,7 @@ def test_room_on_the_disk_is_asked_for_first(tmp_path: Path, tiny_model: Path, r
         (file,) = made._files
         options = [f"quant.scheme={scheme}", "model.dtype=fp32"]
         resident, streamed = (
-            bytes_to_write(read_recipe(path, [*options, f"model.stream={s}"]), bones, 0) for s in ("none", "disk")
+            bytes_to_write(read_recipe(path, [*options, f"model.offload_layers={s}"]), bones, 0) for s in ("none", "disk")
         )
         assert file.used - 4096 * 100 < streamed - resident < 1.3 * file.used
 
@@ -391,7 +391,7 @@ def test_a_run_from_the_disk_is_the_same_run(
     )
     code, _, err = finetune("run", "r.yaml", "run.dir=resident")
     assert code == 0, err
-    code, out, err = finetune("run", "r.yaml", "run.dir=streamed", "model.stream=disk")
+    code, out, err = finetune("run", "r.yaml", "run.dir=streamed", "model.offload_layers=disk")
     assert code == 0, err
     assert "2 layers stream from disk" in out
 
@@ -421,7 +421,7 @@ def test_a_run_from_the_disk_is_the_same_run(
         patch.setattr(sft.SupervisedFineTuning, "loss", fails)
         with pytest.raises(RuntimeError):
             finetune("run", "r.yaml", "run.dir=cut", "run.merge=false")
-    code, _, err = finetune("run", "r.yaml", "run.dir=cut", "model.stream=disk", "run.merge=false", "--resume")
+    code, _, err = finetune("run", "r.yaml", "run.dir=cut", "model.offload_layers=disk", "run.merge=false", "--resume")
     assert code == 0, err
     for file in (files[0], files[2]):
         assert (tmp_path / "cut" / file).read_bytes() == (tmp_path / "resident" / file).read_bytes(), file

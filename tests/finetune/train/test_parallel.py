@@ -144,7 +144,7 @@ def test_streaming_and_sharing_out_exclude_each_other(tmp_path: Path) -> None:
     assert read_recipe(file).run.parallel == "ddp"
     assert read_recipe(file, ["run.parallel=fsdp"]).run.parallel == "fsdp"
     with pytest.raises(UserError, match=r"run\.parallel"):
-        read_recipe(file, ["run.parallel=fsdp", "model.stream=memory", "train.checkpointing=true"])
+        read_recipe(file, ["run.parallel=fsdp", "model.offload_layers=memory", "train.checkpointing=true"])
 
 
 # ------------------------------------------------------------------------------------------------------------- processes
