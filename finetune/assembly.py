@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.errors import UserError
-from finetune.material import Material, gather, open_stream
 from finetune.models.architecture import ArchitectureInfo, adapter_targets, architecture_of
 from finetune.models.build import BuiltModel, build_model, build_teacher, distillation
 from finetune.models.config import check_scheme, limits, load_config, recipe_tokenizer, stop_ids
@@ -21,11 +20,12 @@ from finetune.models.source import Source, source_of
 from finetune.recipe import Recipe, Train
 from finetune.run_dir import RunDir
 from finetune.screen import Shown
+from finetune.task_data import TaskData, build_data, open_stream
 from finetune.train import checkpoint, offload, optim
 from finetune.train.checkpoint import Progress
 from finetune.train.fast.patching import FastStep, apply_patches
-from finetune.train.kind import Kind
 from finetune.train.loop import Training
+from finetune.train.task import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,14 +59,16 @@ def open_inputs(recipe: Recipe, run_dir: Path, *, revision: str | None = None, p
     return Inputs(source, tokenizer, config, stop_ids(source, tokenizer), stream)
 
 
-def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> Material:
+def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> TaskData:
     """The data of a recipe, read and looked at.
 
     Raises:
         UserError: it cannot be read, fits no format, or the template refuses it.
     """
     shown = None if progress is None else lambda done, total: progress(done, total, "rows")
-    return gather(recipe, inputs.tokenizer, inputs.stop_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown)
+    return build_data(
+        recipe, inputs.tokenizer, inputs.stop_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown
+    )
 
 
 def architecture(recipe: Recipe, inputs: Inputs) -> tuple[ArchitectureInfo, list[str]]:
@@ -79,7 +81,7 @@ def architecture(recipe: Recipe, inputs: Inputs) -> tuple[ArchitectureInfo, list
     return info, adapter_targets(recipe.adapter, info) if recipe.base_frozen else []
 
 
-def batching(recipe: Recipe, model: Any, data: Material) -> tuple[Train, bool]:
+def batching(recipe: Recipe, model: Any, data: TaskData) -> tuple[Train, bool]:
     """(settings, packing) as `model` can take them: one that lets samples in a row see each other gets a single one at a time,
     and as many more micro-batches to a step."""  # fmt: skip
     from eval.perplexity import rows_stay_apart
@@ -110,7 +112,7 @@ class TrainingSetup:
     """What the loop takes, but for where it writes and whom it tells. limit: what decides `total_steps`; notes: for the user."""
 
     model: Any
-    kind: Kind
+    task: Task
     settings: Train
     optimizer: torch.optim.Optimizer
     total_steps: int
@@ -125,7 +127,7 @@ class TrainingSetup:
         """The training loop from `progress` on."""
         return Training(
             self.model,
-            self.kind,
+            self.task,
             self.settings,
             accelerator=accelerator,
             optimizer=self.optimizer,
@@ -142,7 +144,7 @@ def set_up_training(
     recipe: Recipe,
     built: BuiltModel,
     patches: FastStep | None,
-    data: Material,
+    data: TaskData,
     device: torch.device,
     *,
     teacher: Distillation | None = None,
@@ -161,8 +163,8 @@ def set_up_training(
             f"{settings.accumulation} to a step"
         )
     settings = settings.model_copy(update=changes or {})
-    kind = data.kind(settings, device, packing=packing, head=patches.head if patches is not None else None, teacher=teacher)
-    total, limit = data.steps(kind, settings)
+    task = data.task(settings, device, packing=packing, head=patches.head if patches is not None else None, teacher=teacher)
+    total, limit = data.steps(task, settings)
     optimizer, note = optim.build(
         checkpoint.trained(built.model),
         name=settings.optimizer,
@@ -176,7 +178,7 @@ def set_up_training(
     )
     autocast = autocast_dtype(recipe, built.dtype, device.type)
     return TrainingSetup(
-        built.model, kind, settings, optimizer, total, limit, autocast, teacher, [*notes, *([note] if note else [])]
+        built.model, task, settings, optimizer, total, limit, autocast, teacher, [*notes, *([note] if note else [])]
     )
 
 
@@ -185,7 +187,7 @@ class Assembly:
     """A recipe, ready to train."""
 
     inputs: Inputs
-    data: Material
+    data: TaskData
     info: ArchitectureInfo
     built: BuiltModel
     patches: FastStep
@@ -234,6 +236,6 @@ def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[
     return Assembly(inputs, data, info, built, patches, setup)
 
 
-def calibration_ids(data: Material) -> list[torch.Tensor]:
+def calibration_ids(data: TaskData) -> list[torch.Tensor]:
     """Input ids (1, T) of the first rows, by which the gains of sub-norms are measured."""
     return [torch.tensor([ids]) for ids, _ in data.first_rows(8)]

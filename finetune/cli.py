@@ -18,7 +18,7 @@ from finetune.commands.recipes import recipes, schema
 from finetune.commands.resume import resume
 from finetune.commands.run import run
 from finetune.commands.show import show
-from finetune.errors import UserError, Stop
+from finetune.errors import Stop, UserError
 
 app = typer.Typer(
     help="Fine-tune real models on one 12 GB card. Begin with: finetune run recipes/quickstart.yaml",

@@ -18,9 +18,7 @@ class Stop(Exception):
 
     exit_code = 1
 
-    def __init__(
-        self, message: str, *, where: str | None = None, got: str | None = None, hint: str | None = None
-    ) -> None:
+    def __init__(self, message: str, *, where: str | None = None, got: str | None = None, hint: str | None = None) -> None:
         self.message, self.where, self.got, self.hint = message, where, got, hint
         super().__init__(str(self))
 

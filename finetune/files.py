@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import UserError, Stop
+from finetune.errors import Stop, UserError
 from finetune.units import human_bytes
 
 MARK = "run.json"

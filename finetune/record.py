@@ -131,7 +131,7 @@ class Planned(Part):
 
 
 class DataRecord(Part):
-    """What was read. A task has a type with more of it beside its data (finetune/material.py)."""
+    """What was read. A task has a type with more of it beside its data (finetune/task_data.py)."""
 
     format: str
     format_reason: str

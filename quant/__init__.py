@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from quant import nf4, ternary
-from quant.derived import weights_changed
 from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear, set_blend
 from quant.swap import SwapReport, pack, prove_used, swap, to_float
+from quant.weight_cache import weights_changed
 
 if TYPE_CHECKING:
     from quant.plugins import assert_wrapped, linear_targets, load_peft, register_peft

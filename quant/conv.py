@@ -29,8 +29,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from quant import ternary
-from quant.derived import derived
 from quant.linear import MasterWeight, between
+from quant.weight_cache import cached
 
 FEW_CHANNELS = 4
 """Convolutions with so few channels on a side touch pixels or latents; they hold next to nothing and are left in floats."""
@@ -57,7 +57,7 @@ def _codes(x: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weight(master: Tensor) -> tuple[Tensor, Tensor]:
     """int8 codes of the weight and its scale; computed once an optimizer step."""
-    return derived(master, "ternary-conv", ternary.ternarize, frozen=False)
+    return cached(master, "ternary-conv", ternary.ternarize, frozen=False)
 
 
 def _conv(

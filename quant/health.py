@@ -8,7 +8,7 @@ of random weights around which the rest arranges itself); too high and codes fli
     zeros    share of codes that are 0: about 0.31 for a Gaussian (|w| below half its mean), 0.25 for a uniform distribution
     scale    mean |W|, the 1/s of quant/ternary.py
 
-Counted on the packed codes, a quarter of a byte a weight, which the forward pass makes anyway (quant/derived.py): `remember`
+Counted on the packed codes, a quarter of a byte a weight, which the forward pass makes anyway (quant/weight_cache.py): `remember`
 holds on to those of this step, and `compare` makes those that the next forward pass finds. Nothing is quantized twice.
 """
 

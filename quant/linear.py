@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from quant import nf4, ternary
-from quant.derived import derived, forget, kept_bytes, weights_changed
 from quant.ops import ARITHMETIC, operators
+from quant.weight_cache import cached, forget, kept_bytes, weights_changed
 
 
 class _Linear(torch.autograd.Function):
@@ -459,7 +459,7 @@ class PackedBitLinear(PackedLinear):
 
 
 class MasterWeight(nn.Module):
-    """What layers share that train a float `weight` and keep its codes until it changes (quant/derived.py)."""
+    """What layers share that train a float `weight` and keep its codes until it changes (quant/weight_cache.py)."""
 
     weight: Tensor  # a Parameter
     used: bool
@@ -491,7 +491,7 @@ class MasterWeight(nn.Module):
 class FakeQuantLinear(MasterWeight, nn.Linear):
     """A linear with a float master weight that is quantized in the forward pass; gradients go straight through.
 
-    The codes are computed once an optimizer step and found again by every pass until the next (quant/derived.py).
+    The codes are computed once an optimizer step and found again by every pass until the next (quant/weight_cache.py).
     """
 
     scheme: ClassVar[ModuleType]
@@ -566,7 +566,7 @@ class BitLinear(FakeQuantLinear):
 
         They are those that the forward pass keeps until the next optimizer step, and not to be written to.
         """
-        parts = derived(self.weight, self.arithmetic, lambda w: tuple(ARITHMETIC[self.arithmetic].pack(w)), frozen=False)
+        parts = cached(self.weight, self.arithmetic, lambda w: tuple(ARITHMETIC[self.arithmetic].pack(w)), frozen=False)
         packed = ternary.of_parts(parts, self.weight.shape)
         return packed.codes, packed.scale
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quant.raw import as_bytes, as_floats
+from quant.byte_views import as_bytes, as_floats
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 64

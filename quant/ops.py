@@ -9,7 +9,7 @@
     dequantize   W in floats
 
 W is given as it is stored: the packed parts of a frozen layer, or [master weight] of one that is trained. A master is
-quantized inside, once an optimizer step (quant/derived.py), so that no graph ever holds the codes as a constant.
+quantized inside, once an optimizer step (quant/weight_cache.py), so that no graph ever holds the codes as a constant.
 
 Operators see plain tensors, so that compiling makes no graph break, and each has a fake implementation, so that `meta`
 and fake tensors pass through. Inputs and gradients may have any leading dimensions; the scheme's arithmetic, which goes
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quant import backends, nf4, ternary
-from quant.derived import derived
+from quant.weight_cache import cached
 
 # A large NF4 weight is dequantized and multiplied in slices on the CPU. glibc gives blocks of 32 MB and more back to the
 # system at once, so that each would pay for its page faults anew; slices are reused, and stay in the caches. Measured at
@@ -252,7 +252,7 @@ def _with_lead(matrix: Tensor, lead: torch.Size) -> Tensor:
 
 
 def _weight(scheme: str, weight: Sequence[Tensor], frozen: bool) -> Sequence[Tensor]:
-    return weight if frozen else derived(weight[0], scheme, lambda w: tuple(ARITHMETIC[scheme].pack(w)), frozen=False)
+    return weight if frozen else cached(weight[0], scheme, lambda w: tuple(ARITHMETIC[scheme].pack(w)), frozen=False)
 
 
 def _linear(

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quant.raw import as_bytes, as_floats
+from quant.byte_views import as_bytes, as_floats
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 FLOOR = 1e-5  # under a mean or a maximum before it is inverted

@@ -149,7 +149,9 @@ def _require_writable(path: Path) -> None:
     if not folder.is_dir():
         if folder.exists():
             raise UserError(what, where=where, got=f"{folder} is no folder", hint="give the name of a file in a folder")
-        raise UserError(what, where=where, got=f"no folder {folder}", hint=f"make the folder: mkdir -p {shlex.quote(str(folder))}")
+        raise UserError(
+            what, where=where, got=f"no folder {folder}", hint=f"make the folder: mkdir -p {shlex.quote(str(folder))}"
+        )
     try:  # permissions do not tell: root has all of them, and still cannot write everywhere
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".finetune-try", dir=folder):
             pass

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from finetune.errors import UserErrors, Stop
+from finetune.errors import Stop, UserErrors
 from finetune.files import write_json
 from finetune.memory import PeakMemory
 from finetune.run_dir import RunDir
@@ -121,7 +121,7 @@ class _Ours:
 
     def __init__(self, recipe: Recipe, device: torch.device, folder: Path) -> None:
         from finetune.assembly import assemble
-        from finetune.material import Conversations
+        from finetune.task_data import Conversations
 
         self.recipe, self.device, self.folder = recipe, device, _Ledger(folder / "run")
         self.folder.path.mkdir()
@@ -132,7 +132,7 @@ class _Ours:
         self.quantized = bool(getattr(made.inputs.config, "quantization_config", None))
         self.material, self.held_out = made.data, made.data.held_out()
         self.model, self.parameters, self.trainable = made.built.model, made.built.parameters, made.built.trainable
-        self.fast, self.head, self.settings, self.kind = made.patches, made.patches.head, made.setup.settings, made.setup.kind
+        self.fast, self.head, self.settings, self.task = made.patches, made.patches.head, made.setup.settings, made.setup.task
 
     def steps(self) -> Iterator[list[Sample]]:
         """The samples of each optimizer step, in order, one epoch after the other.
@@ -142,7 +142,7 @@ class _Ours:
         samples = self.material.data.train
         step: list[list[Sample]] = []
         for epoch in count():
-            for key in self.kind.keys(epoch, 0, None):
+            for key in self.task.sampler(epoch, 0, None):
                 if not self.recipe.data.packing and len(key) < self.settings.micro_batch:
                     return
                 step.append([samples[index] for index in key])
@@ -383,7 +383,7 @@ def random_model(pipe: Pipe, spec: dict[str, Any]) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     from quant import NF4Linear, swap
-    from quant.raw import as_bytes
+    from quant.byte_views import as_bytes
 
     shape, out = spec["shape"], Path(spec["out"])
     torch.manual_seed(0)

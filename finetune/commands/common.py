@@ -12,10 +12,10 @@ import typer
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
-    from finetune.material import HeldOut
     from finetune.models.load import LoadedModel
     from finetune.recipe import Recipe
     from finetune.screen import Screen
+    from finetune.task_data import HeldOut
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 Overrides = Annotated[
@@ -116,17 +116,17 @@ def rows_of_run(loaded: LoadedModel) -> HeldOut:
         UserError: its data is gone, or is not what it was.
     """
     from finetune.data.preflight import Limits
-    from finetune.material import gather
     from finetune.models.config import stop_ids
     from finetune.models.source import source_of
     from finetune.record import read_record
     from finetune.run_dir import same_data
+    from finetune.task_data import build_data
 
     assert loaded.recipe is not None
     assert loaded.run is not None
     recipe = loaded.recipe
     stops = stop_ids(source_of(recipe.model), loaded.tokenizer)
-    material = gather(recipe, loaded.tokenizer, stops, limits=Limits())
+    material = build_data(recipe, loaded.tokenizer, stops, limits=Limits())
     same_data(read_record(loaded.run), material.digest, loaded.run)
     return material.held_out()
 

@@ -101,7 +101,9 @@ class Encoder:
         truncation: str = "cut",
     ) -> None:
         if not tokenizer.is_fast:
-            raise UserError("this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name")
+            raise UserError(
+                "this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name"
+            )
         self.tokenizer, self.max_length, self.system, self.loss_on, self.truncation = (
             tokenizer,
             max_length,

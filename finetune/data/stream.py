@@ -1,8 +1,8 @@
 """Text for pretraining: streamed from files, a package or the hub, tokenized ahead, packed into rows of fixed length.
 
-A source gives blocks, a few MiB of whole documents each, and every block knows the place where it begins; no more than a few
+A source gives blocks, a few MiB of whole documents each, and every block knows the cursor where it begins; no more than a few
 blocks are ever in memory. A `Corpus` makes rows of a block: its documents are shuffled, each is followed by the end token, the
-whole is cut into rows and these are shuffled too. What comes is a function of (data, seed, epoch) alone, and a place is small
+whole is cut into rows and these are shuffled too. What comes is a function of (data, seed, epoch) alone, and a cursor is small
 enough for a checkpoint: the block, its number, the next row. To go on from there one block is tokenized again, and a hash of
 its rows proves that they are the same ones. Blocks come in the order of the source: a corpus that is sorted by topic should be
 shuffled on disk.
@@ -32,9 +32,9 @@ from finetune.errors import UserError, nearest
 if TYPE_CHECKING:
     import numpy as np
 
-Place = dict[str, Any]  # JSON-able: where a block begins, or where the next row comes from
+Cursor = dict[str, Any]  # JSON-able: where a block begins, or where the next row comes from
 Encode = Callable[[list[str]], list[list[int]]]
-After = Callable[[], Place]  # the place behind the document that was given last
+After = Callable[[], Cursor]  # the cursor behind the document that was given last
 T = TypeVar("T")
 
 STREAMED = (".txt", ".jsonl", ".parquet")
@@ -52,7 +52,7 @@ AHEAD = 2  # blocks that are prepared while one is consumed
 
 @dataclass(frozen=True)
 class Document:
-    """One text, with \\n for line ends, and the place it came from for the reader's eye: `file.jsonl:12`."""
+    """One text, with \\n for line ends, and the cursor it came from for the reader's eye: `file.jsonl:12`."""
 
     where: str
     text: str
@@ -60,9 +60,9 @@ class Document:
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring documents; `place` is where the first of them is found again."""
+    """Neighbouring documents; `cursor` is where the first of them is found again."""
 
-    place: Place
+    cursor: Cursor
     documents: list[Document]
 
 
@@ -87,26 +87,26 @@ class Source(ABC):
         self._found_text = False
 
     @abstractmethod
-    def _documents(self, place: Place) -> Iterator[tuple[Document, After]]:
-        """Documents from a place on, each with what tells the place behind it while the iterator stands there."""
+    def _documents(self, cursor: Cursor) -> Iterator[tuple[Document, After]]:
+        """Documents from a cursor on, each with what tells the cursor behind it while the iterator stands there."""
 
-    def blocks(self, place: Place | None = None) -> Iterator[Block]:
-        """Blocks from a place on, each at least `block_bytes` of text but for the last. The place of any block gives it again.
+    def blocks(self, cursor: Cursor | None = None) -> Iterator[Block]:
+        """Blocks from a cursor on, each at least `block_bytes` of text but for the last. The cursor of any block gives it again.
 
         Raises:
             UserError: the data cannot be read, or a row holds no text.
         """
-        place, documents, size = place or {}, [], 0
+        cursor, documents, size = cursor or {}, [], 0
         after: After | None = None
-        for document, after in self._documents(place):
+        for document, after in self._documents(cursor):
             self._found_text = True
             documents.append(document)
             size += len(document.text) if document.text.isascii() else len(document.text.encode())
             if size >= self.block_bytes:
-                yield Block(place, documents)
-                place, documents, size = after(), [], 0
+                yield Block(cursor, documents)
+                cursor, documents, size = after(), [], 0
         if documents:
-            yield Block(place, documents)
+            yield Block(cursor, documents)
 
     def _document(self, value: Any, where: str, position: tuple[int, int]) -> Document | None:
         """The document in a row; None where it is empty or skipped."""
@@ -158,22 +158,22 @@ BACK = "mend it, or put it back as it was; a run that has begun then goes on: fi
 
 
 class Files(Source):
-    """Local files, read one behind the other. A place is the file's number with byte offset and line, or row group and row."""
+    """Local files, read one behind the other. A cursor is the file's number with byte offset and line, or row group and row."""
 
     def __init__(self, name: str, files: dict[str, Path], *, text_key: str, skip_bad: bool, block_bytes: int) -> None:
         self.files = list(files.items())
         self._stamps: dict[int, tuple[int, int]] = {}
         super().__init__(name, _digest(files), text_key=text_key, skip_bad=skip_bad, block_bytes=block_bytes)
 
-    def _documents(self, place: Place) -> Iterator[tuple[Document, After]]:
+    def _documents(self, cursor: Cursor) -> Iterator[tuple[Document, After]]:
         readers = {".txt": self._text, ".jsonl": self._jsonl, ".parquet": self._parquet}
-        for number in range(place.get("file", 0), len(self.files)):
+        for number in range(cursor.get("file", 0), len(self.files)):
             reader = readers[self.files[number][1].suffix.lower()]
             try:
                 with self.files[number][1].open("rb") as file:  # its name may go meanwhile
                     try:
                         self._same(number, file)
-                        for found in reader(number, place if number == place.get("file") else {}):
+                        for found in reader(number, cursor if number == cursor.get("file") else {}):
                             self._same(number, file)  # else what was read may have been written, or cut off, just now
                             yield found
                     except UserError:
@@ -191,20 +191,20 @@ class Files(Source):
             got = f"{now[0]} bytes, it had {before[0]}" if now[0] != before[0] else "other text"
             raise UserError("the data file has changed while it was read", where=str(path), got=got, hint=BACK)
 
-    def _text(self, number: int, place: Place) -> Iterator[tuple[Document, After]]:
+    def _text(self, number: int, cursor: Cursor) -> Iterator[tuple[Document, After]]:
         """A .txt is one long text; its documents end at the first blank line after `PIECE` characters.
 
         Where there is none for long, at a line's end, so that no file has to lie in memory whole.
         """
         name, path = self.files[number]
-        offset, line = place.get("offset", 0), place.get("line", 1)
+        offset, line = cursor.get("offset", 0), cursor.get("line", 1)
         piece: list[str] = []
         size, begin = 0, line
 
         def whole() -> Document:
             return Document(f"{name}:{begin}", "".join(piece).replace("\r\n", "\n").rstrip("\r\n"))
 
-        def after() -> Place:
+        def after() -> Cursor:
             return {"file": number, "offset": offset, "line": line}
 
         with path.open("rb") as file:
@@ -228,11 +228,11 @@ class Files(Source):
         if piece:
             yield whole(), after
 
-    def _jsonl(self, number: int, place: Place) -> Iterator[tuple[Document, After]]:
+    def _jsonl(self, number: int, cursor: Cursor) -> Iterator[tuple[Document, After]]:
         name, path = self.files[number]
-        offset, line = place.get("offset", 0), place.get("line", 1)
+        offset, line = cursor.get("offset", 0), cursor.get("line", 1)
 
-        def after() -> Place:
+        def after() -> Cursor:
             return {"file": number, "offset": offset, "line": line}
 
         with path.open("rb") as file:
@@ -264,15 +264,15 @@ class Files(Source):
                 if document is not None:
                     yield document, after
 
-    def _parquet(self, number: int, place: Place) -> Iterator[tuple[Document, After]]:
+    def _parquet(self, number: int, cursor: Cursor) -> Iterator[tuple[Document, After]]:
         import pyarrow
         import pyarrow.parquet
 
         name, path = self.files[number]
-        first, skip = place.get("group", 0), place.get("row", 0)
+        first, skip = cursor.get("group", 0), cursor.get("row", 0)
         group, row = first, 0
 
-        def after() -> Place:
+        def after() -> Cursor:
             return {"file": number, "group": group, "row": row}
 
         try:
@@ -316,7 +316,7 @@ class Files(Source):
 class Hub(Source):
     """A streamed dataset, opened anew for each pass: an iteration changes the state of its dataset.
 
-    A place is the dataset's own state, which is exact to the example as long as nothing is mapped or shuffled in it, and the
+    A cursor is the dataset's own state, which is exact to the example as long as nothing is mapped or shuffled in it, and the
     example's number.
     """
 
@@ -334,13 +334,13 @@ class Hub(Source):
         self.dataset, self.revision = dataset, revision
         super().__init__(name, digest, text_key=text_key, skip_bad=skip_bad, block_bytes=block_bytes)
 
-    def _documents(self, place: Place) -> Iterator[tuple[Document, After]]:
+    def _documents(self, cursor: Cursor) -> Iterator[tuple[Document, After]]:
         dataset = self.dataset()
-        if place:
-            dataset.load_state_dict(place["state"])
-        index = place.get("index", 0)
+        if cursor:
+            dataset.load_state_dict(cursor["state"])
+        index = cursor.get("index", 0)
 
-        def after() -> Place:
+        def after() -> Cursor:
             return {"state": dataset.state_dict(), "index": index}
 
         examples = iter(dataset)
@@ -423,7 +423,7 @@ def _open_hub(name: str, split: str, files: list[str], revision: str | None) -> 
         commit = builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None
         if commit is not None and revision != commit:
             # `datasets` takes another way where a revision is named (features from the files, not from the hub's conversion):
-            # it is named always, so that a place saved now fits the stream that is opened at this commit later.
+            # it is named always, so that a cursor saved now fits the stream that is opened at this commit later.
             builder = datasets.load_dataset_builder(name, data_files=files or None, revision=commit)
         builder.as_streaming_dataset(split=split)  # a wrong split is said here
     except Exception as error:  # as above
@@ -509,14 +509,14 @@ class Row:
 
     ids: np.ndarray
     where: str
-    after: Place
+    after: Cursor
 
 
 @dataclass(frozen=True)
 class _Rows:
     """A block made ready: rows (n, length) int32 in their final order."""
 
-    place: Place
+    cursor: Cursor
     number: int
     rows: np.ndarray
     wheres: list[str]
@@ -615,50 +615,50 @@ class Corpus:
         self.read["tokens"] += len(stream)
         self.read["dropped"] += len(stream) - cut.size
         check = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
-        return _Rows(block.place, number, rows, [documents[at].where for at in inside], check)
+        return _Rows(block.cursor, number, rows, [documents[at].where for at in inside], check)
 
-    def _blocks(self, epoch: int, place: Place | None, stop: threading.Event) -> Generator[_Rows, None, None]:
-        number = place["number"] if place else 0
-        for block in self.source.blocks(place["block"] if place else None):
+    def _blocks(self, epoch: int, cursor: Cursor | None, stop: threading.Event) -> Generator[_Rows, None, None]:
+        number = cursor["number"] if cursor else 0
+        for block in self.source.blocks(cursor["block"] if cursor else None):
             yield self._prepare(block, epoch, number, stop)
             number += 1
 
-    def rows(self, epoch: int, place: Place | None = None) -> Generator[Row, None, None]:
-        """The rows of an epoch from a place (a `Row.after` of the same epoch) on: exactly those that came after it then.
+    def rows(self, epoch: int, cursor: Cursor | None = None) -> Generator[Row, None, None]:
+        """The rows of an epoch from a cursor (a `Row.after` of the same epoch) on: exactly those that came after it then.
 
         The next blocks are made ready in the background. Close the generator, or let it go, and that ends.
 
         Raises:
-            UserError: the data cannot be read, has changed at that place, or does not fill one row.
+            UserError: the data cannot be read, has changed at that cursor, or does not fill one row.
         """
         stop = threading.Event()
-        blocks = ahead(self._blocks(epoch, place, stop), stop)
-        start = place["row"] if place else 0
-        check = place["check"] if place else None
-        came = place is not None
+        blocks = ahead(self._blocks(epoch, cursor, stop), stop)
+        start = cursor["row"] if cursor else 0
+        check = cursor["check"] if cursor else None
+        came = cursor is not None
         try:
             for block in blocks:
                 if check is not None and check != block.check:
-                    raise self._changed(place)
+                    raise self._changed(cursor)
                 check = None
                 for row in range(start, len(block.rows)):
                     came = True
-                    after = {"block": block.place, "number": block.number, "row": row + 1, "check": block.check}
+                    after = {"block": block.cursor, "number": block.number, "row": row + 1, "check": block.check}
                     yield Row(block.rows[row], block.wheres[row], after)
                 start = 0
             if check is not None:
-                raise self._changed(place)
+                raise self._changed(cursor)
             if not came:
                 got = f"{self.read['tokens']:,} tokens without those held out; a row is {self.length}"
                 raise UserError("the data does not fill one row", where=self.source.name, got=got, hint="give more text")
         finally:
             blocks.close()
 
-    def _changed(self, place: Place | None) -> UserError:
+    def _changed(self, cursor: Cursor | None) -> UserError:
         return UserError(
             "the data is not what it was when this position was saved",
             where=self.source.name,
-            got=f"other rows at {json.dumps(place)[:300]}",
+            got=f"other rows at {json.dumps(cursor)[:300]}",
             hint="bring back the data, tokenizer, seed and data.max_length of that run, or begin a new one",
         )
 

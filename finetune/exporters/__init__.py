@@ -100,7 +100,9 @@ def check(
 
         if importlib.util.find_spec(WHEEL.partition("=")[0]) is None:
             hint = f"pip install {WHEEL} (or finetune12g[export])"
-            raise UserError("GGUF exports are proven by running them in llama.cpp, which is not installed", where=format, hint=hint)
+            raise UserError(
+                "GGUF exports are proven by running them in llama.cpp, which is not installed", where=format, hint=hint
+            )
         gguf.check(model, format)
         if tokenizer is not None:
             from finetune.exporters import vocabulary

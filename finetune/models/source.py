@@ -90,7 +90,9 @@ def find_model(name: str, *, revision: str | None = None, trust_remote_code: boo
             )
         return Source(name, str(path), trust_remote_code=trust_remote_code)
     if path.is_file():
-        raise UserError("this is a file, and no model", where=where, got=name, hint="give a model folder, a .gguf file or a hub id")
+        raise UserError(
+            "this is a file, and no model", where=where, got=name, hint="give a model folder, a .gguf file or a hub id"
+        )
     beside_runs = any(path.parent.glob("*/run.json")) if "/" in name else False
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or beside_runs:
         near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None

@@ -12,14 +12,14 @@ from finetune.data.packing import MULTIPLE
 from finetune.data.preflight import Limits
 from finetune.data.samples import IGNORE
 from finetune.errors import UserError
-from finetune.material import BEGINNING, gather
 from finetune.models.source import Source
-from finetune.planning import known
+from finetune.planning import hub_metadata
 from finetune.planning.step import MicroBatch
 from finetune.recipe import Recipe
+from finetune.task_data import BEGINNING, build_data
 
 if TYPE_CHECKING:
-    from finetune.material import Material
+    from finetune.task_data import TaskData
 
 SAMPLE = 4000  # rows that are turned into tokens; of more rows the rest is taken to be like them
 CHARACTERS, TURN = 4, 8  # of a token; tokens that a template puts around a message
@@ -44,13 +44,13 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
-def facts_of(recipe: Recipe, source: Source, material: Material | None = None) -> Facts:
+def facts_of(recipe: Recipe, source: Source, material: TaskData | None = None) -> Facts:
     """What is known of the data: from `material`, or from the data itself where that is on this machine, or by rule."""
     if recipe.streams_text:
         return _text(recipe)
     notes: list[str] = []
     found = (material, 1.0) if material is not None else _read(recipe, source, notes)
-    if found is None or isinstance(found, known.Rows):
+    if found is None or isinstance(found, hub_metadata.Rows):
         return _by_rule(recipe, found, notes)
     return _conversations(recipe, found[0], found[1], notes)
 
@@ -87,7 +87,7 @@ def _evaluation(recipe: Recipe, longest: int, tokens: int, supervised: int) -> M
     return MicroBatch((1, rows * longest), bounds, min(rows * supervised, rows * longest))
 
 
-def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float] | known.Rows | None:
+def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float] | hub_metadata.Rows | None:
     """The recipe's rows as tokens (the first SAMPLE of them) and how many times as many there are; without the model's tokenizer
     a guess of them; None if they are not on this machine."""
     from finetune.data.rows import PACKAGE, load_rows
@@ -95,7 +95,7 @@ def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]
 
     data = recipe.data
     if data.path is None and not str(data.name).startswith(PACKAGE):
-        return known.DATA.get(str(data.name))
+        return hub_metadata.DATA.get(str(data.name))
     rows = load_rows(
         name=data.name, path=data.path, files=data.files, split=data.split, format_=data.format, max_rows=data.max_rows,
         skip_bad=data.bad_rows == "skip",
@@ -111,12 +111,12 @@ def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]
             for row in rows
         ]
         notes.append(f"tokens are guessed, as {CHARACTERS} characters each: the model's tokenizer is not here")
-        return known.Rows(len(rows), sum(lengths), max(lengths))
+        return hub_metadata.Rows(len(rows), sum(lengths), max(lengths))
     some = recipe
     if len(rows) > SAMPLE:
         some = recipe.model_copy(update={"data": data.model_copy(update={"max_rows": SAMPLE})})
         notes.append(f"tokens are counted in {SAMPLE} of {len(rows)} rows")
-    return gather(some, tokenizer, stop_ids(source, tokenizer), limits=Limits()), max(1.0, len(rows) / SAMPLE)
+    return build_data(some, tokenizer, stop_ids(source, tokenizer), limits=Limits()), max(1.0, len(rows) / SAMPLE)
 
 
 def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]) -> Facts:
@@ -173,7 +173,7 @@ def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]
     )
 
 
-def _by_rule(recipe: Recipe, of_set: known.Rows | None, notes: list[str]) -> Facts:
+def _by_rule(recipe: Recipe, of_set: hub_metadata.Rows | None, notes: list[str]) -> Facts:
     """Rows that cannot be looked at, or only counted: packed ones are full, single ones as long as the longest."""
     settings, data = recipe.train, recipe.data
     length = settings.micro_batch * data.max_length

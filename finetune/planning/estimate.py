@@ -28,7 +28,7 @@ from finetune.models.architecture import architecture_of
 from finetune.models.config import load_config, load_tokenizer, new_config
 from finetune.models.precision import autocast_dtype, default_dtype, weights_dtype
 from finetune.models.source import Source, find_model, find_tokenizer, source_of
-from finetune.planning import known, local
+from finetune.planning import hub_metadata, local
 from finetune.planning.data import Facts, facts_of
 from finetune.planning.devices import Device
 from finetune.planning.result import Phase, Plan
@@ -130,13 +130,13 @@ def _keep(key: str, made: Plan) -> None:
 
 
 def config_of(recipe: Recipe, source: Source) -> Any:
-    """The model's configuration: from its source, or as this program knows it (planning/known.py): then no hub is asked."""
+    """The model's configuration: from its source, or as this program knows it (planning/hub_metadata.py): then no hub is asked."""
     if source.init_config is not None:
         config = load_config(source)
         config.vocab_size = source.init_config.get("vocab_size") or _vocabulary(recipe)
         return config
-    if source.name in known.CONFIGS and not source.local:
-        return new_config(dict(known.CONFIGS[source.name]))
+    if source.name in hub_metadata.CONFIGS and not source.local:
+        return new_config(dict(hub_metadata.CONFIGS[source.name]))
     return load_config(source)
 
 
@@ -144,8 +144,8 @@ def _vocabulary(recipe: Recipe) -> int:
     name = recipe.tokenizer.name
     if name is None:
         return int(recipe.tokenizer.train)
-    if name in known.CONFIGS:
-        return int(known.CONFIGS[name]["vocab_size"])
+    if name in hub_metadata.CONFIGS:
+        return int(hub_metadata.CONFIGS[name]["vocab_size"])
     return len(load_tokenizer(find_tokenizer(name)))
 
 

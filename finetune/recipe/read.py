@@ -49,7 +49,9 @@ class _Source:
             hint = "a recipe is a few dozen plain keys: finetune schema"
             raise UserError("the recipe is not valid YAML", where=name, got=str(error).splitlines()[0], hint=hint) from None
         if not isinstance(self.value, dict):
-            raise UserError("a recipe is a mapping of sections", where=name, got=type(self.value).__name__, hint="finetune recipes")
+            raise UserError(
+                "a recipe is a mapping of sections", where=name, got=type(self.value).__name__, hint="finetune recipes"
+            )
 
     def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
         self._nodes += 1 + (len(node.value) // 1000 if isinstance(node, yaml.ScalarNode) else 0)

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from finetune.files import MARK
-from finetune.material import ConversationsRecord, TextRecord, data_record
 from finetune.record import Record, TrainRecord, read_record
 from finetune.report.metrics import Metrics, TrainedSoFar
+from finetune.task_data import ConversationsRecord, TextRecord, data_record
 from finetune.units import finite_number
 
 TWIN = "twin"  # the folder in a run of its float twin

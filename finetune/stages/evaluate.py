@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from eval.generation import generate
 from eval.perplexity import IGNORED, LossResult, evaluate_loss, loss_of, paired_difference
 from finetune.errors import UserError
-from finetune.material import HeldOut
 from finetune.processes import rank, world_size
 from finetune.recipe import Recipe
 from finetune.record import LossRecord, Record, Sample, When
@@ -20,6 +19,7 @@ from finetune.run_dir import RunDir
 from finetune.screen import Screen
 from finetune.stages.context import RunContext
 from finetune.stages.preflight import Checked
+from finetune.task_data import HeldOut
 from finetune.train import parallel
 from finetune.train.fast import chunked_loss
 from finetune.units import number

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from finetune.exporters import FORMATS, export, in_words
-from finetune.material import HeldOut
 from finetune.models.build import BuiltModel
 from finetune.models.config import load_config
 from finetune.models.source import find_model
@@ -18,6 +17,7 @@ from finetune.record import ExportRecord
 from finetune.screen import Screen
 from finetune.stages.context import RunContext
 from finetune.stages.preflight import Checked
+from finetune.task_data import HeldOut
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

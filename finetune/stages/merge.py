@@ -10,7 +10,6 @@ import torch
 
 from finetune import merging
 from finetune.files import atomic_folder
-from finetune.material import HeldOut
 from finetune.models.build import BuiltModel
 from finetune.models.prepare import save_adapter
 from finetune.record import ExportRecord, LossRecord, MergeGate, MergeRecord, Reternarized
@@ -18,6 +17,7 @@ from finetune.screen import Screen
 from finetune.stages.context import RunContext
 from finetune.stages.export import export_one
 from finetune.stages.preflight import Checked
+from finetune.task_data import HeldOut
 from finetune.units import human_bytes
 
 if TYPE_CHECKING:

@@ -17,7 +17,6 @@ from finetune.assembly import Inputs, architecture, open_data, open_inputs
 from finetune.errors import GateError, UserError
 from finetune.exporters import check
 from finetune.files import TOKENIZER, atomic_folder
-from finetune.material import HeldOut, Material, TextRecord, data_record
 from finetune.models.architecture import ArchitectureInfo, adapter_parameters
 from finetune.models.config import recipe_tokenizer
 from finetune.models.device import pick_device
@@ -27,6 +26,7 @@ from finetune.recipe import Recipe, dump_recipe
 from finetune.record import Record
 from finetune.screen import Screen
 from finetune.stages.context import RunContext
+from finetune.task_data import HeldOut, TaskData, TextRecord, data_record
 from finetune.train import offload, optim, parallel
 
 
@@ -36,7 +36,7 @@ class Checked:
 
     device: torch.device
     inputs: Inputs
-    data: Material
+    data: TaskData
     held_out: HeldOut
     info: ArchitectureInfo
     targets: list[str]
@@ -148,7 +148,7 @@ def _check_exports(recipe: Recipe, inputs: Inputs) -> None:
         )
 
 
-def _gate(data: Material, screen: Screen, *, force: bool) -> str | None:
+def _gate(data: TaskData, screen: Screen, *, force: bool) -> str | None:
     """The reasons that --force overrode, or None.
 
     Raises:

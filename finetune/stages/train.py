@@ -66,12 +66,12 @@ def _prove_swap(setup: TrainingSetup, built: BuiltModel) -> None:
     """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""
     if built.swap is None:
         return
-    model, kind = built.model, setup.kind
+    model, task = built.model, setup.task
     model.eval()  # dropout would draw random numbers, which a resumed run must not draw twice
     try:
         with torch.no_grad(), prove_used(model, built.swap):
-            keys = kind.keys(0, 0, None)
-            kind.loss(model, kind.batch(next(keys)))
+            keys = task.sampler(0, 0, None)
+            task.loss(model, task.batch(next(keys)))
             if (close := getattr(keys, "close", None)) is not None:
                 close()
     except RuntimeError as error:

@@ -8,13 +8,13 @@ import torch
 
 from finetune.errors import GateError
 from finetune.files import TOKENIZER
-from finetune.material import TextRecord, data_record
 from finetune.recipe import TERNARY_LR, Export, Quant, Recipe, Tokenizer, Train
 from finetune.record import Record, TwinRecord
 from finetune.run_dir import RunDir, absolute
 from finetune.screen import Screen
 from finetune.stages.context import RunContext
 from finetune.stages.evaluate import paired, saved_result
+from finetune.task_data import TextRecord, data_record
 from finetune.units import number
 
 FOLDER = "twin"

@@ -4,7 +4,7 @@
         weights.safetensors     every trained parameter, by its name in the model
         optimizer.safetensors   PARAMETER/STATE, such as …lora_A.default.weight/exp_avg
         rng.safetensors         generators of torch (cpu, cuda:N; rank1/cpu of another process) and numpy
-        state.json              format, step, epoch, position, place, token counts, python's generator, the optimizer's
+        state.json              format, step, epoch, position, cursor, token counts, python's generator, the optimizer's
                                 scalars, bytes of metrics.jsonl that belong to it
         manifest.json           {file: {bytes, sha256}} of the others
 
@@ -35,7 +35,7 @@ from finetune.memory import free_bytes
 from finetune.processes import is_main_process, rank
 from finetune.train import parallel
 
-FORMAT = 1
+FORMAT = 2
 FILES = {"weights.safetensors", "optimizer.safetensors", "rng.safetensors", "state.json"}
 PREFIX = "step-"
 
@@ -44,7 +44,7 @@ PREFIX = "step-"
 class Progress:
     """Where a run stands. `epoch` and `position` name the next micro-batch; token counts are of all steps so far.
 
-    `place`: where it is found, for a kind whose micro-batches are a stream (JSON). `bad`: (epoch, position) of micro-batches
+    `cursor`: where it is found, for a task whose micro-batches are a stream (JSON). `bad`: (epoch, position) of micro-batches
     that are left out, because the step with them went wrong and the run went back. `wrong`: how many steps did. `split`: parts
     in which each micro-batch goes through the model, since memory ran out. `recent`: losses of the last steps, by which a spike
     is known. `best`: {step, loss} of the lowest held-out loss, where that is asked for.
@@ -55,7 +55,7 @@ class Progress:
     position: int = 0
     tokens: int = 0
     supervised: int = 0
-    place: Any = None
+    cursor: Any = None
     bad: list[list[int]] = field(default_factory=list)
     wrong: int = 0
     split: int = 1
@@ -368,4 +368,5 @@ def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -
         loaded.setdefault(index[parameter], {}).update(values)
     optimizer.load_state_dict({"state": loaded, "param_groups": optimizer.state_dict()["param_groups"]})
     _restore_rng(load_file(path / "rng.safetensors"), state["rng"])
+    state.setdefault("cursor", state.get("place"))  # its name in format 1
     return Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state}), state["metrics_bytes"]

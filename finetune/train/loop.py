@@ -22,11 +22,11 @@ from finetune.memory import PeakMemory, keep_freed_memory
 from finetune.processes import world_size
 from finetune.train import checkpoint, parallel
 from finetune.train.checkpoint import Progress
-from finetune.train.kind import Keys, Kind
 from finetune.train.passes import Passes
 from finetune.train.recovery import SPIKE_WINDOW, NoMemory, bad_step, no_memory, wrong
 from finetune.train.schedule import Schedule
 from finetune.train.signals import caught_signals
+from finetune.train.task import Sampler, Task
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -52,10 +52,10 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Fetched:
-    """A micro-batch of a step. place: (epoch, position)."""
+    """A micro-batch of a step. cursor: (epoch, position)."""
 
     key: Any
-    place: list[int]
+    cursor: list[int]
 
 
 @dataclass
@@ -74,7 +74,7 @@ class Training:
     """
 
     model: torch.nn.Module
-    kind: Kind
+    task: Task
     settings: Train
     _: KW_ONLY
     accelerator: Accelerator
@@ -99,7 +99,7 @@ class Training:
         self.checkpoints = self.folder.path / "checkpoints"
         self.saver = checkpoint.Saver(self.checkpoints, self.settings.keep_checkpoints)
         self.passes = Passes(
-            self.model, self.kind, self.device, self.autocast, self.offload, in_backward=self.in_backward, sharded=self.sharded
+            self.model, self.task, self.device, self.autocast, self.offload, in_backward=self.in_backward, sharded=self.sharded
         )
         self.saved = self.progress.step
         self.memory = PeakMemory(self.device)
@@ -124,7 +124,7 @@ class Training:
         self.memory.reset()
         self.model.train()
         begun, tokens_before, self.evaluating = time.monotonic(), self.progress.tokens, 0.0
-        self.keys = Keys(self.kind, self.progress)
+        self.sampler = Sampler(self.task, self.progress)
         if (self.in_backward or self.settings.on_bad_step == "rollback") and not checkpoint.checkpoints(self.checkpoints):
             self._save(self.progress)  # something to go back to
         try:
@@ -136,7 +136,7 @@ class Training:
             self.saver.wait()  # what was begun is worth having; a second Ctrl-C is no Exception, and does not wait
             raise
         finally:
-            self.keys.close()
+            self.sampler.close()
         progress, seconds = self.progress, time.monotonic() - begun - self.evaluating
         return {
             "steps": progress.step,
@@ -212,7 +212,7 @@ class Training:
                 raise Interrupted(f"stopped after step {step} of {self.total_steps}")
 
     def _fetch(self) -> _Fetched:
-        key = self.keys.next()
+        key = self.sampler.next()
         return _Fetched(key, [self.progress.epoch, self.progress.position - 1])
 
     def _sums(self, step: int, keys: list[Any]) -> _Sums:
@@ -245,7 +245,7 @@ class Training:
 
     def _halve(self, step: int, keys: list[Any], found: str) -> None:
         split = self.progress.split
-        smaller = any(len(self.kind.split(key, 2 * split)) > len(self.kind.split(key, split)) for key in keys)
+        smaller = any(len(self.task.split(key, 2 * split)) > len(self.task.split(key, split)) for key in keys)
         if self.in_backward or not smaller:
             raise no_memory(step, found, in_backward=self.in_backward, sharded=self.sharded)
         self.progress.split = 2 * split
@@ -253,7 +253,7 @@ class Training:
         self._show(step - 1, f"out of memory: each micro-batch goes in {2 * split} parts from step {step} on")
 
     def _samples(self, fetched: list[_Fetched]) -> list[str]:
-        return [str(sample) for one in fetched for sample in self.kind.samples(one.key)]
+        return [str(sample) for one in fetched for sample in self.task.samples(one.key)]
 
     def _leave_out(self, step: int, fetched: list[_Fetched], stop: GateError, finished: Progress) -> None:
         """Go on without a step that went wrong: with the next samples, or from the last checkpoint.
@@ -278,7 +278,7 @@ class Training:
             self._show(step - 1, f"step {step} went wrong: begun again with the next samples")
             return
         restored, size = checkpoint.load(path, self.model, self.optimizer)
-        restored.bad += [place for place in progress.bad + [one.place for one in fetched] if place not in restored.bad]
+        restored.bad += [cursor for cursor in progress.bad + [one.cursor for one in fetched] if cursor not in restored.bad]
         restored.wrong, restored.split = progress.wrong, max(progress.split, restored.split)
         events = self.folder.cut_metrics(size, keep=("skipped", "rolled_back", "out_of_memory"))
         for line in [*events, {"step": restored.step, "rolled_back": {"from": step, **event}}]:
@@ -286,9 +286,9 @@ class Training:
         if self.went_back is not None:
             self.went_back(restored.step)
         self._show(restored.step, f"step {step} went wrong: back to step {restored.step}, without its rows")
-        self.keys.close()
+        self.sampler.close()
         self.progress, self.saved = restored, restored.step
-        self.keys = Keys(self.kind, restored)
+        self.sampler = Sampler(self.task, restored)
 
     # -- what is told and kept
 
@@ -298,13 +298,13 @@ class Training:
 
     def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, seconds: float) -> None:
         progress = self.progress
-        length = self.kind.length(progress.epoch)
+        length = self.task.length(progress.epoch)
         met = hashlib.sha256("\n".join(self._samples(fetched)).encode()).hexdigest()[:16]
         metrics: dict[str, Any] = {
             "step": step,
             "epoch": round(progress.epoch + progress.position / length, 4) if length else progress.epoch,
             "loss": mean,
-            **self.kind.parts,
+            **self.task.parts,
             "lr": self.schedule.rate(step),
             "grad_norm": norm,
             "tokens": progress.tokens,

@@ -167,7 +167,7 @@ def _unfit(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Parameter]:
 
 def _watch(layer: Any) -> None:
     """Tell of a layer's whole parameters, which are the same objects each time: nothing that is derived of them is kept
-    (quant/derived.py), and whether this process has a gradient for them."""  # fmt: skip
+    (quant/weight_cache.py), and whether this process has a gradient for them."""  # fmt: skip
     shards = dict(layer.named_parameters())
     with gathered(layer):
         for name, parameter in layer.named_parameters():
@@ -370,7 +370,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 def put(target: Tensor, full: Tensor) -> None:
     """Copy a whole tensor into one of its shape, or into this process's part of it; what was derived from it is forgotten."""
-    from quant.derived import weights_changed
+    from quant.weight_cache import weights_changed
 
     with torch.no_grad():
         _local(target).copy_(_local(like(target, full)))

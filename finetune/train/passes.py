@@ -11,7 +11,7 @@ import torch
 
 from finetune.processes import rank, world_size
 from finetune.train import parallel
-from finetune.train.kind import Kind
+from finetune.train.task import Task
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Passes:
     """
 
     model: torch.nn.Module
-    kind: Kind
+    task: Task
     device: torch.device
     autocast: torch.dtype | None
     offload: bool
@@ -36,9 +36,9 @@ class Passes:
         loss_sum, count, tokens, backward = torch.zeros((), device=self.device), 0, 0, False
         own, idle = self._share(keys, split)
         for part in own:
-            batch = self.kind.batch(part)
+            batch = self.task.batch(part)
             with torch.autocast(self.device.type, dtype=self.autocast, enabled=self.autocast is not None), self._kept():
-                loss, targets = self.kind.loss(self.model, batch)
+                loss, targets = self.task.loss(self.model, batch)
             if (targets or self.sharded) and not (self.in_backward and not math.isfinite(float(loss.detach()))):
                 (loss / targets if self.in_backward else loss).backward()
                 backward = True
@@ -46,7 +46,7 @@ class Passes:
                 loss_sum += loss.detach()
             del loss  # and with it what its graph still has, before the next pass begins
             count += targets
-            tokens += self.kind.tokens(batch)
+            tokens += self.task.tokens(batch)
         if idle:
             parallel.idle(self.model)
         return float(loss_sum), count, tokens, backward
@@ -58,7 +58,7 @@ class Passes:
         """
         many, mine = world_size(), rank()
         ways = split * (many // math.gcd(len(keys) * split, many))  # so that there is something to deal out
-        parts = [part for key in keys for part in self.kind.split(key, ways)]
+        parts = [part for key in keys for part in self.task.split(key, ways)]
         return parts[mine::many], mine >= len(parts) % many > 0
 
     def _kept(self) -> AbstractContextManager[object]:

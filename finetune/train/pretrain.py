@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Pretraining:
-    """The `Kind` of the loop for rows of text. With `head`, logits exist for `chunk` tokens at a time."""
+    """The `Task` of the loop for rows of text. With `head`, logits exist for `chunk` tokens at a time."""
 
     def __init__(
         self,
@@ -36,8 +36,8 @@ class Pretraining:
         self.head, self.chunk = head, chunk
         self.parts: dict[str, float] = {}
 
-    def keys(self, epoch: int, position: int, place: Any) -> Iterator[tuple[Row, ...]]:
-        rows = self.corpus.rows(epoch, place)
+    def sampler(self, epoch: int, position: int, cursor: Any) -> Iterator[tuple[Row, ...]]:
+        rows = self.corpus.rows(epoch, cursor)
         try:
             group: list[Row] = []
             for row in rows:
@@ -53,7 +53,7 @@ class Pretraining:
     def length(self, epoch: int) -> None:
         return None  # a stream is read once to know it
 
-    def place(self, key: tuple[Row, ...]) -> Any:
+    def cursor(self, key: tuple[Row, ...]) -> Any:
         return key[-1].after
 
     def batch(self, key: tuple[Row, ...]) -> torch.Tensor:

@@ -13,14 +13,14 @@ from finetune.train.fast.chunked_loss import CHUNK, LMHead, fused_linear_cross_e
 
 
 class SupervisedFineTuning:
-    """The `Kind` of the loop for samples with labels. With `head`, logits exist for `chunk` tokens at a time."""
+    """The `Task` of the loop for samples with labels. With `head`, logits exist for `chunk` tokens at a time."""
 
     def __init__(self, batches: Batches, device: torch.device, *, head: LMHead | None = None, chunk: int = CHUNK) -> None:
         self.batches, self.device, self.head, self.chunk = batches, device, head, chunk
         self.parts: dict[str, float] = {}
         self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])  # the last one: packing a large epoch takes a while
 
-    def keys(self, epoch: int, position: int, place: None) -> Iterator[tuple[int, ...]]:
+    def sampler(self, epoch: int, position: int, cursor: None) -> Iterator[tuple[int, ...]]:
         return iter(self._keys(epoch)[position:])
 
     def length(self, epoch: int) -> int:
@@ -31,7 +31,7 @@ class SupervisedFineTuning:
             self._epoch = epoch, self.batches.epoch(epoch)
         return self._epoch[1]
 
-    def place(self, key: tuple[int, ...]) -> None:
+    def cursor(self, key: tuple[int, ...]) -> None:
         return None  # the position says it all
 
     def batch(self, key: tuple[int, ...]) -> Batch:

@@ -65,7 +65,7 @@ class TernaryBackend(Backend, Protocol):
     def linear(self, codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype, *, frozen: bool) -> Tensor:
         """codes · tᵀ, in integers, / (scales · scale), in fp32 → (n, out) in `dtype`. packed: uint8 (out/4, k); scale: fp32 ().
 
-        Only for a `frozen` weight may a copy in another layout be kept (quant/derived.py).
+        Only for a `frozen` weight may a copy in another layout be kept (quant/weight_cache.py).
         """
 
     def dequantize(self, packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from quant import ternary
-from quant.derived import derived, keepable
+from quant.weight_cache import cached, keepable
 
 NAME = "aten"
 DEVICES = ("cpu",)
@@ -108,7 +108,7 @@ def linear(codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: 
     """codes int8 (n, k), scales fp32 (n, 1), packed uint8 (out/4, k), scale fp32 () → (n, out) in `dtype`."""
     n, k = codes.shape
     if frozen and 0 < n < FEW and dtype is torch.bfloat16 and keepable(packed) and (group := int4_group(packed)) is not None:
-        weights, ones = derived(packed, "int4pack", _int4pack, frozen=True)
+        weights, ones = cached(packed, "int4pack", _int4pack, frozen=True)
         product = torch.ops.aten._weight_int4pack_mm_for_cpu(codes.bfloat16(), weights, group, ones)
         return product.div(scales * scale).to(dtype)  # in fp32: bf16 by fp32
     quarter = packed.shape[0]

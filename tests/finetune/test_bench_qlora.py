@@ -25,7 +25,7 @@ from rich.console import Console
 import finetune.bench as bench
 from finetune.bench import baselines, qlora, side
 from finetune.bench.measure import Row, Skip
-from finetune.errors import UserError, Stop
+from finetune.errors import Stop, UserError
 from finetune.screen import Screen
 from tests.conftest import Terminal, alpaca, write_jsonl
 

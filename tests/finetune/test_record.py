@@ -13,8 +13,8 @@ import pytest
 from pydantic import ValidationError
 
 from finetune.errors import UserError
-from finetune.material import ConversationsRecord, TextRecord, data_record
 from finetune.record import VERSION, LossRecord, PlanRecord, Record, read_record, write_record
+from finetune.task_data import ConversationsRecord, TextRecord, data_record
 from tests.conftest import Terminal, alpaca, record_of, write_jsonl
 
 RECIPE = """\

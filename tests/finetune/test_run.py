@@ -699,7 +699,9 @@ def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, r
     options = ["train.max_steps=6", "train.eval_steps=2", "run.merge=false"]
     uphill = lambda self, step, peak=None: 0.01 if step <= 2 else -0.01  # noqa: E731
     finetune.monkeypatch.setattr("finetune.train.schedule.Schedule.rate", uphill)
-    code, out, err = finetune("run", str(recipe), *options, "train.load_best_at_end=true", "train.keep_checkpoints=1", "run.dir=best")
+    code, out, err = finetune(
+        "run", str(recipe), *options, "train.load_best_at_end=true", "train.keep_checkpoints=1", "run.dir=best"
+    )
     assert code == 0, err
     record = json.loads((tmp_path / "best" / "run.json").read_text())
     best = record["train"]["best"]

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
-from quant import derived, pack, prove_used, swap, ternary
+from quant import pack, prove_used, swap, ternary, weight_cache
 from quant.conv import BitConv2d
 
 SHAPES: list[dict[str, Any]] = [
@@ -128,7 +128,7 @@ def test_ternarized_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
         optimizer.step()
         assert not torch.equal(ours(x), before)
     assert ours.cached_bytes() >= ours.weight.numel()
-    assert derived.kept_bytes([ours.weight]) == ours.cached_bytes()
+    assert weight_cache.kept_bytes([ours.weight]) == ours.cached_bytes()
     ours.load_state_dict(_conv(kernel_size=3).state_dict())
     assert torch.equal(ours(x), BitConv2d.from_conv(_conv(kernel_size=3))(x))
 

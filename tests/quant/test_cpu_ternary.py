@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quant import derived
+from quant import weight_cache
 from quant.backends import aten, numba_cpu
 
 CPU = torch.device("cpu")
@@ -211,7 +211,7 @@ def test_shapes_that_int4_does_not_take_go_the_exact_way(k: int, out: int, group
     q, a = _activations(1, k)
     s = torch.tensor(5.0)
     found = aten.linear(q, a, packed, s, torch.bfloat16, frozen=True)
-    assert (derived.kept_bytes([packed]) > 0) == (group is not None)
+    assert (weight_cache.kept_bytes([packed]) > 0) == (group is not None)
     if group is None:
         assert _same_bits(found, _expected(q, a, codes, s, torch.bfloat16))
 
@@ -226,10 +226,12 @@ def test_int4_copy_is_dropped_when_the_codes_change_and_costs_what_it_says() -> 
             packed.copy_(repacked)
         found = aten.linear(q, one, packed, torch.tensor(1.0), torch.bfloat16, frozen=True)
         assert _same_bits(found, (q.long() @ now.t()).bfloat16())
-    assert derived.kept_bytes([packed]) == 64 * 256 // 2 + 64 * 2 * 2  # 4 bits a weight, a scale and an offset a group and row
-    derived.forget([packed])
+    assert (
+        weight_cache.kept_bytes([packed]) == 64 * 256 // 2 + 64 * 2 * 2
+    )  # 4 bits a weight, a scale and an offset a group and row
+    weight_cache.forget([packed])
     aten.linear(q, one, packed, torch.tensor(1.0), torch.bfloat16, frozen=False)
-    assert derived.kept_bytes([packed]) == 0
+    assert weight_cache.kept_bytes([packed]) == 0
 
 
 def test_int4_copy_of_frozen_codes_outlives_optimizer_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,7 +259,7 @@ def test_kernels_keep_nothing_and_are_exact_when_frozen() -> None:
     q, a = _activations(1, 256)
     found = numba_cpu.linear(q, a, packed, torch.tensor(3.0), torch.bfloat16, frozen=True)
     assert _same_bits(found, _expected(q, a, codes, torch.tensor(3.0), torch.bfloat16))
-    assert derived.kept_bytes([packed]) == 0
+    assert weight_cache.kept_bytes([packed]) == 0
     assert numba_cpu.direct(packed)
     assert not numba_cpu.direct(packed[:3])
     assert not numba_cpu.direct(packed[:, :63])

@@ -422,7 +422,7 @@ def test_edits_by_hand_are_seen(kind: type[FakeQuantLinear]) -> None:
 
 
 def test_kept_codes_die_with_their_weight() -> None:
-    from quant.derived import _kept
+    from quant.weight_cache import _kept
 
     before = len(_kept)
     layer = BitLinear.from_linear(_linear())
@@ -439,7 +439,7 @@ def test_kept_codes_die_with_their_weight() -> None:
 def test_the_hook_on_optimizers_comes_with_the_first_kept_codes_and_can_go() -> None:
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
-    from quant.derived import unhook_optimizers
+    from quant.weight_cache import unhook_optimizers
 
     unhook_optimizers()
     before = dict(hooks)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from finetune.material import ConversationsRecord, TextRecord
 from finetune.report.elements import Html, el, facts, join, not_made, section
 from finetune.report.folder import RunFiles
+from finetune.task_data import ConversationsRecord, TextRecord
 from finetune.units import count, moment, percent, plural, size
 
 Rows = list[tuple[str, Any]]

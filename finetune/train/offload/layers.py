@@ -85,7 +85,9 @@ def layers_of(model: Any) -> list[nn.Module]:
             within += module.children()
     layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
     if layers is None or not len(layers):
-        raise UserError("this model has no list of layers that could be streamed", where="model.offload_layers", got=type(base).__name__)
+        raise UserError(
+            "this model has no list of layers that could be streamed", where="model.offload_layers", got=type(base).__name__
+        )
     return list(layers)
 
 
@@ -140,7 +142,7 @@ class Streamed(ABC):
         for module in [m for m in layer.module.modules() if not frozen.isdisjoint(m.parameters())]:
             self._undo.append(module.register_forward_pre_hook(lambda *_: self.enter(index)).remove)
         for parameter in layer.frozen:
-            parameter.streamed = True  # type: ignore[attr-defined]  # nothing that is derived of it is kept (quant/derived.py)
+            parameter.streamed = True  # type: ignore[attr-defined]  # nothing that is derived of it is kept (quant/weight_cache.py)
             self._undo.append(functools.partial(delattr, parameter, "streamed"))
 
     def enter(self, index: int) -> None:

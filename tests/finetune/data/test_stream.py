@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from finetune.data import stream
-from finetune.data.stream import Corpus, Document, Place, Source, open_source
+from finetune.data.stream import Corpus, Cursor, Document, Source, open_source
 from finetune.errors import UserError
 
 LENGTH, END = 32, 1
@@ -120,7 +120,7 @@ def naive(source: Source, held: set[str], *, seed: int, epoch: int) -> list[list
 
 
 def at_row(row: Any) -> Any:
-    """Where a row stands. The hub's state of one place can be written in two ways."""
+    """Where a row stands. The hub's state of one cursor can be written in two ways."""
     return row.where, {key: value for key, value in row.after.items() if key != "block"}
 
 
@@ -140,19 +140,19 @@ def test_rows_are_those_of_the_reference_and_any_place_gives_the_rest(make: Any,
     assert {len(row.ids) for row in rows} == {LENGTH}
     assert rows[0].ids.dtype == "int32"
     assert all(row.where in {document.where for document in everything} for row in rows)
-    # Blocks: each is found again at its place, alone and with what follows.
+    # Blocks: each is found again at its cursor, alone and with what follows.
     for at in range(len(blocks)):
-        place = json.loads(json.dumps(blocks[at].place))
-        assert next(make(kind).blocks(place)).documents == blocks[at].documents
-    assert [b.documents for b in make(kind).blocks(blocks[2].place)] == [b.documents for b in blocks[2:]]
+        cursor = json.loads(json.dumps(blocks[at].cursor))
+        assert next(make(kind).blocks(cursor)).documents == blocks[at].documents
+    assert [b.documents for b in make(kind).blocks(blocks[2].cursor)] == [b.documents for b in blocks[2:]]
     # Rows: at both sides of every border between blocks, and anywhere; restored twice over.
     borders = [at for at in range(1, len(rows)) if rows[at].after["number"] != rows[at - 1].after["number"]]
     assert len(borders) == len(blocks) - 1
     anywhere = random.Random(kind).sample(range(len(rows)), 6)
     for at in {*borders[:3], *(border - 1 for border in borders[:3]), *anywhere, len(rows) - 1}:
-        place = json.loads(json.dumps(rows[at].after))
+        cursor = json.loads(json.dumps(rows[at].after))
         fresh = corpus(make(kind))
-        rest = list(fresh.rows(1, place))
+        rest = list(fresh.rows(1, cursor))
         assert ids(rest) == ids(rows[at + 1 :])
         assert [at_row(row) for row in rest] == [at_row(row) for row in rows[at + 1 :]]
         if len(rest) > 50:
@@ -255,7 +255,7 @@ class Slow(Source):
         super().__init__("slow", "0", text_key="text", skip_bad=False, block_bytes=600)
         self.error, self.pause, self.given, self.closed = error, pause, 0, 0
 
-    def _documents(self, place: Place) -> Iterator[tuple[Document, Any]]:
+    def _documents(self, cursor: Cursor) -> Iterator[tuple[Document, Any]]:
         try:
             for number, text in enumerate(texts(200)):
                 time.sleep(self.pause)
@@ -352,12 +352,12 @@ def test_changed_data_is_seen_when_a_place_is_restored(tmp_path: Path) -> None:
     write_jsonl(path, texts(200))
     source = open_source(path=str(path), block_bytes=4000)
     rows = list(corpus(source).rows(0))
-    place = rows[len(rows) // 2].after
+    cursor = rows[len(rows) // 2].after
     for wrong in ({"seed": 1}, {"length": 16}):
         with pytest.raises(UserError, match="not what it was"):
-            next(corpus(open_source(path=str(path), block_bytes=4000), **wrong).rows(0, place))
+            next(corpus(open_source(path=str(path), block_bytes=4000), **wrong).rows(0, cursor))
     with pytest.raises(UserError, match="not what it was"):
-        next(corpus(source).rows(1, place))
+        next(corpus(source).rows(1, cursor))
     digest = source.digest
     assert open_source(path=str(path)).digest == digest
     write_jsonl(path, texts(60))

@@ -21,9 +21,9 @@ from finetune.recipe import Train
 from finetune.run_dir import RunDir
 from finetune.train import checkpoint, optim
 from finetune.train.checkpoint import Progress
-from finetune.train.kind import steps_in
 from finetune.train.loop import Interrupted, Training
 from finetune.train.sft import SupervisedFineTuning
+from finetune.train.task import steps_in
 
 VOCABULARY = 100
 WALL_CLOCK = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
@@ -74,8 +74,8 @@ def go(
     went_back, before_step = settings.pop("went_back", None), settings.pop("before_step", None)
     chosen = Train(lr=1e-2, **settings)
     model = model or llama()
-    kind: Any = sft(data or samples(), chosen.micro_batch, packing)
-    kind = faults(kind) if faults else kind
+    task: Any = sft(data or samples(), chosen.micro_batch, packing)
+    task = faults(task) if faults else task
     optimizer = build(model, chosen)
     run, progress = RunDir(folder), Progress()
     folder.mkdir(exist_ok=True)
@@ -86,7 +86,7 @@ def go(
         progress, size = checkpoint.load(path, model, optimizer)
         run.cut_metrics(size)
     figures = Training(
-        model, kind, chosen, accelerator=accelerator, optimizer=optimizer, total_steps=total, folder=run, progress=progress,
+        model, task, chosen, accelerator=accelerator, optimizer=optimizer, total_steps=total, folder=run, progress=progress,
         evaluate=evaluate, show=show, went_back=went_back, before_step=before_step,
     ).run()  # fmt: skip
     return model, [json.loads(line) for line in run.metrics.read_text().splitlines()], figures
@@ -126,8 +126,8 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, acce
     loss.backward()
     for micro_batch, accumulation in ((12, 1), (4, 3), (1, 12)):
         model = llama()
-        kind = sft(data, micro_batch, packing)
-        keys = list(kind.keys(0, 0, None))
+        task = sft(data, micro_batch, packing)
+        keys = list(task.sampler(0, 0, None))
         model.zero_grad()
         caught: dict[str, torch.Tensor] = {}
 
@@ -139,7 +139,7 @@ def test_accumulated_gradients_are_those_of_one_large_batch(tmp_path: Path, acce
         folder = tmp_path / f"{micro_batch}"
         folder.mkdir()
         Training(
-            model, kind, Train(micro_batch=micro_batch, accumulation=len(keys) if packing else accumulation, max_grad_norm=0),
+            model, task, Train(micro_batch=micro_batch, accumulation=len(keys) if packing else accumulation, max_grad_norm=0),
             accelerator=accelerator, optimizer=Watch([group], lr=0.0), total_steps=1, folder=RunDir(folder),
             progress=Progress(),
         ).run()  # fmt: skip
@@ -226,21 +226,21 @@ def test_resumed_runs_end_with_the_same_bits(tmp_path: Path, accelerator: Any, s
 class Broken:
     """A kind that fails at one micro-batch: `fault` is raised instead of its key, or multiplies its loss."""
 
-    def __init__(self, kind: SupervisedFineTuning, fault: Exception | float, at: tuple[int, ...]) -> None:
-        self.kind, self.fault, self.at, self.drawn = kind, fault, at, -1
+    def __init__(self, task: SupervisedFineTuning, fault: Exception | float, at: tuple[int, ...]) -> None:
+        self.task, self.fault, self.at, self.drawn = task, fault, at, -1
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.kind, name)
+        return getattr(self.task, name)
 
-    def keys(self, epoch: int, position: int, place: Any) -> Iterator[Any]:
-        for at, key in enumerate(self.kind.keys(epoch, position, place), position):
+    def sampler(self, epoch: int, position: int, place: Any) -> Iterator[Any]:
+        for at, key in enumerate(self.task.sampler(epoch, position, place), position):
             if at in self.at and isinstance(self.fault, Exception):
                 raise self.fault
             self.drawn = at
             yield key
 
     def loss(self, model: Any, batch: Any) -> tuple[torch.Tensor, int]:
-        total, count = self.kind.loss(model, batch)
+        total, count = self.task.loss(model, batch)
         return total * self.fault if self.drawn in self.at and not isinstance(self.fault, Exception) else total, count
 
 
@@ -255,7 +255,7 @@ def test_a_fault_in_the_data_costs_no_finished_step(
     at = 5 * each - 1  # the last micro-batch of step 5: with two in a step the first one has been drawn
     whole, metrics, _ = go(tmp_path / "whole", accelerator, model=llama(dropout=0.2), **settings)
     with pytest.raises(type(fault), match=str(fault)):
-        go(tmp_path / "cut", accelerator, model=llama(dropout=0.2), faults=lambda kind: Broken(kind, fault, (at,)), **settings)
+        go(tmp_path / "cut", accelerator, model=llama(dropout=0.2), faults=lambda task: Broken(task, fault, (at,)), **settings)
     names = [path.name for path in checkpoint.checkpoints(tmp_path / "cut" / "checkpoints")]
     assert names[-1] == "step-000004"
     torch.manual_seed(999)
@@ -268,7 +268,7 @@ def test_a_fault_before_any_step_or_just_after_a_checkpoint_saves_nothing(tmp_pa
     for at, expected in ((0, []), (3, ["step-000003"])):
         run = tmp_path / str(at)
         with pytest.raises(OSError, match="gone"):
-            go(run, accelerator, save_steps=3, faults=lambda kind: Broken(kind, OSError("gone"), (at,)))  # noqa: B023
+            go(run, accelerator, save_steps=3, faults=lambda task: Broken(task, OSError("gone"), (at,)))  # noqa: B023
         assert [path.name for path in checkpoint.checkpoints(run / "checkpoints")] == expected
 
 
@@ -277,7 +277,7 @@ def test_going_back_leaves_each_bad_micro_batch_out_once_and_tells(tmp_path: Pat
     begun: list[int] = []
     options: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0, "save_steps": 2, "total": 6}
     _, metrics, figures = go(
-        tmp_path / "run", accelerator, faults=lambda kind: Broken(kind, math.nan, (2, 5)), went_back=told.append,
+        tmp_path / "run", accelerator, faults=lambda task: Broken(task, math.nan, (2, 5)), went_back=told.append,
         before_step=begun.append, **options,
     )  # fmt: skip
     assert told == [2, 4]  # position 2 is step 3; without it position 5 is step 5
@@ -295,7 +295,7 @@ def test_bad_micro_batches_behind_one_checkpoint_are_all_left_out(tmp_path: Path
     """Both go back to step 0: the second must know of the first, once."""
     options: dict[str, Any] = {"optimizer_in_backward": True, "max_grad_norm": 0, "save_steps": 6, "total": 6}
     told: list[int] = []
-    faults = {"faults": lambda kind: Broken(kind, math.nan, (1, 3)), "went_back": told.append}
+    faults = {"faults": lambda task: Broken(task, math.nan, (1, 3)), "went_back": told.append}
     _, _, figures = go(tmp_path / "run", accelerator, **faults, **options)
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert told == [0, 0]
@@ -362,12 +362,12 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, accelerator: A
 
 
 def test_steps_are_counted_over_epochs() -> None:
-    kind = sft(samples(10))
-    assert steps_in(kind, epochs=1, accumulation=1, max_steps=None) == 10
-    assert steps_in(kind, epochs=1, accumulation=4, max_steps=None) == 3
-    assert steps_in(kind, epochs=2.5, accumulation=5, max_steps=None) == 5
-    assert steps_in(kind, epochs=0.01, accumulation=8, max_steps=None) == 1
-    assert steps_in(kind, epochs=3, accumulation=1, max_steps=7) == 7
+    task = sft(samples(10))
+    assert steps_in(task, epochs=1, accumulation=1, max_steps=None) == 10
+    assert steps_in(task, epochs=1, accumulation=4, max_steps=None) == 3
+    assert steps_in(task, epochs=2.5, accumulation=5, max_steps=None) == 5
+    assert steps_in(task, epochs=0.01, accumulation=8, max_steps=None) == 1
+    assert steps_in(task, epochs=3, accumulation=1, max_steps=7) == 7
 
 
 def test_vectors_do_not_decay() -> None:

@@ -11,8 +11,8 @@ import torch
 
 from finetune.data.preflight import Limits
 from finetune.data.tokenizer import train_tokenizer
-from finetune.material import Text, open_stream
 from finetune.recipe import Recipe
+from finetune.task_data import Text, open_stream
 
 LINES = [f"The {word} fox jumps over {n} lazy dogs and {n * 7} hens." for n in range(300) for word in ("quick", "old")]
 

@@ -74,7 +74,7 @@ def keepable(weight: Tensor) -> bool:
     return type(weight) is nn.Parameter and not (weight.is_meta or weight.is_inference() or hasattr(weight, "streamed"))
 
 
-def derived(weight: Tensor, kind: str, make: Callable[[Tensor], T], *, frozen: bool) -> T:
+def cached(weight: Tensor, kind: str, make: Callable[[Tensor], T], *, frozen: bool) -> T:
     """`make(weight)`, or what it gave the last time if that still holds; one value for each weight and `kind`."""
     if not keepable(weight):
         return make(weight)

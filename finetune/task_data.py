@@ -1,7 +1,7 @@
 """What a run learns from and is measured on, by its kind: conversations (sft), or a stream of text (pretrain).
 
 Both are gathered before any weight is loaded, and looked at: the preflight is of the user's own data. From then on the story
-asks each the same things: rows held out, questions to put to the model, and the loop's `Kind`.
+asks each the same things: rows held out, questions to put to the model, and the loop's `Task`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from finetune.data.stream import Corpus, Source
     from finetune.train.distill import Distillation
     from finetune.train.fast.chunked_loss import LMHead
-    from finetune.train.kind import Kind
+    from finetune.train.task import Task
 
 Progress = Callable[[int, int], None]
 HeldOut = list[tuple[list[int], list[int]]]  # input ids, labels at their own positions
@@ -61,7 +61,7 @@ def data_record(record: Record) -> ConversationsRecord | TextRecord | None:
     return part_as(ConversationsRecord, record.data, "data")
 
 
-class Material(Protocol):
+class TaskData(Protocol):
     """What the story asks. `source` and `digest` name the data; `ends`: end tokens that were met in it."""
 
     source: str
@@ -90,19 +90,19 @@ class Material(Protocol):
     def highest_id(self) -> int:
         """The highest token id in it."""
 
-    def kind(
+    def task(
         self, settings: Train, device: torch.device, *, packing: bool, head: LMHead | None, teacher: Distillation | None
-    ) -> Kind:
+    ) -> Task:
         """Batches and a loss for the loop. head: of the model, where its loss is taken in chunks."""
 
-    def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
+    def steps(self, task: Task, settings: Train) -> tuple[int, str]:
         """(optimizer steps, what decides that)."""
 
     def tokens(self, settings: Train) -> float:
         """About how many tokens training reads."""
 
 
-def gather(
+def build_data(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     stops: frozenset[int],
@@ -110,7 +110,7 @@ def gather(
     limits: Limits,
     source: Source | None = None,
     progress: Progress | None = None,
-) -> Material:
+) -> TaskData:
     """The material of a recipe. `source`: a stream that is open already.
 
     Raises:
@@ -237,9 +237,9 @@ class Conversations:
     def highest_id(self) -> int:
         return max(max(s.input_ids) for s in self.data.train)
 
-    def kind(
+    def task(
         self, settings: Train, device: torch.device, *, packing: bool, head: LMHead | None, teacher: Distillation | None
-    ) -> Kind:
+    ) -> Task:
         from finetune.data.packing import Batches
         from finetune.train.sft import SupervisedFineTuning
 
@@ -257,12 +257,12 @@ class Conversations:
             chunk=settings.loss_chunk,
         )
 
-    def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
-        from finetune.train.kind import steps_in
+    def steps(self, task: Task, settings: Train) -> tuple[int, str]:
+        from finetune.train.task import steps_in
 
-        total = steps_in(kind, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
+        total = steps_in(task, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
         limit = "train.max_steps" if total == settings.max_steps else f"train.epochs={settings.epochs:g}"
-        return total, f"{limit}, {len(self.data.train)} samples in {kind.length(0)} rows an epoch"
+        return total, f"{limit}, {len(self.data.train)} samples in {task.length(0)} rows an epoch"
 
     def tokens(self, settings: Train) -> float:
         whole = sum(map(len, self.data.train))
@@ -388,9 +388,9 @@ class Text:
     def highest_id(self) -> int:
         return max(max(row) for row in self.first)
 
-    def kind(
+    def task(
         self, settings: Train, device: torch.device, *, packing: bool, head: LMHead | None, teacher: Distillation | None
-    ) -> Kind:
+    ) -> Task:
         from finetune.train.pretrain import Pretraining
 
         return Pretraining(
@@ -402,7 +402,7 @@ class Text:
         steps = math.inf if settings.max_steps is None else settings.max_steps
         return min(tokens, steps * settings.micro_batch * settings.accumulation * self.recipe.data.max_length)
 
-    def steps(self, kind: Kind, settings: Train) -> tuple[int, str]:
+    def steps(self, task: Task, settings: Train) -> tuple[int, str]:
         each = settings.micro_batch * settings.accumulation * self.recipe.data.max_length
         by_tokens = math.ceil(settings.max_tokens / each) if settings.max_tokens is not None else math.inf
         by_steps = settings.max_steps if settings.max_steps is not None else math.inf
