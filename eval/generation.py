@@ -32,7 +32,7 @@ class Answer:
     seconds: float
 
 
-def stop_ids(model: nn.Module, tokenizer: Any) -> list[int]:
+def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     """Token ids that end an answer: the tokenizer's end token and those of the model's generation config, each once."""
     config = getattr(model, "generation_config", None)
     theirs = config.eos_token_id if config is not None else None
@@ -64,7 +64,7 @@ def _options(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature:
         raise ValueError(f"max_new_tokens must be 1 or more, it is {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature must be 0 or more and top_p in (0, 1]; they are {temperature} and {top_p}")
-    stops = stop_ids(model, tokenizer)
+    stops = eos_token_ids(model, tokenizer)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops[0] if stops else 0)
     sampling = temperature > 0
     config = GenerationConfig(
@@ -128,7 +128,7 @@ def generate(
         ValueError: the tokenizer has no chat template, or a setting is out of range.
     """
     options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
-    stops, device = set(stop_ids(model, tokenizer)), device_of(model)
+    stops, device = set(eos_token_ids(model, tokenizer)), device_of(model)
     answers: list[Answer] = []
     with evaluating(model), randomness_kept(), torch.no_grad():
         for messages in messages_list:

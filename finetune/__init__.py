@@ -52,8 +52,8 @@ def run(
     """Execute a recipe (a file, or the name of a shipped one) as `finetune run` does, in this process.
 
     Raises:
-        UserError: the recipe or what it names is wrong; nothing was written. GateError: a gate refused. Interruption: Ctrl-C; what
-            was trained is saved, and `resume=True` goes on.
+        UserError: the recipe or what it names is wrong; nothing was written. GateError: a gate refused. Interruption: Ctrl-C;
+            what was trained is saved, and `resume=True` goes on.
     """
     from finetune import pipeline
     from finetune.commands.common import checked_recipe

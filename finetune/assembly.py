@@ -14,7 +14,7 @@ import torch
 from finetune.errors import UserError
 from finetune.models.architecture import ArchitectureInfo, adapter_targets, architecture_of
 from finetune.models.build import BuiltModel, build_model, build_teacher, distillation
-from finetune.models.config import check_scheme, limits, load_config, recipe_tokenizer, stop_ids
+from finetune.models.config import check_scheme, eos_token_ids, limits, load_config, recipe_tokenizer
 from finetune.models.precision import autocast_dtype, default_dtype, weights_dtype
 from finetune.models.source import Source, source_of
 from finetune.recipe import Recipe, Train
@@ -41,7 +41,7 @@ class Inputs:
     source: Source
     tokenizer: PreTrainedTokenizerBase
     config: Any  # PretrainedConfig
-    stop_ids: frozenset[int]
+    eos_token_ids: frozenset[int]
     stream: TextSource | None
 
 
@@ -56,7 +56,7 @@ def open_inputs(recipe: Recipe, run_dir: Path, *, revision: str | None = None, p
     tokenizer = recipe_tokenizer(recipe, source, run_dir, stream, progress)
     config = load_config(source, tokenizer)
     check_scheme(source, config, recipe.quant, frozen=recipe.base_frozen, twin=recipe.twin)
-    return Inputs(source, tokenizer, config, stop_ids(source, tokenizer), stream)
+    return Inputs(source, tokenizer, config, eos_token_ids(source, tokenizer), stream)
 
 
 def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> TaskData:
@@ -67,7 +67,7 @@ def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> 
     """
     shown = None if progress is None else lambda done, total: progress(done, total, "rows")
     return build_data(
-        recipe, inputs.tokenizer, inputs.stop_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown
+        recipe, inputs.tokenizer, inputs.eos_token_ids, limits=limits(inputs.config), source=inputs.stream, progress=shown
     )
 
 
@@ -225,7 +225,7 @@ def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[
         device=device,
         dtype=weights_dtype(recipe, device.type),
         targets=targets,
-        stop_ids=inputs.stop_ids | data.ends,
+        eos_token_ids=inputs.eos_token_ids | data.ends,
         calibration=calibration_ids(data),
         scratch_dir=run_dir,
     )

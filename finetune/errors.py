@@ -1,7 +1,7 @@
 """Errors that say what happened, where, what was found, and what to type next.
 
-`UserError` is the user's (exit code 2), `GateError` a gate that refused (exit code 3), `Interruption` a signal (130, as shells have
-it). Everything else that escapes is a fault of ours (exit code 1) and keeps its traceback.
+`UserError` is the user's (exit code 2), `GateError` a gate that refused (3), `Interruption` a signal (130, as shells have it).
+Everything else that escapes is a bug in finetune (1) and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ class Stop(Exception):
 
 
 class UserError(Stop):
-    """Something that the user can mend: a recipe, a file, a folder, a missing package."""
+    """Something that the user can fix: a recipe, a file, a folder, a missing package."""
 
     exit_code = 2
 
 
 class UserErrors(UserError):
-    """Several mistakes, shown at once."""
+    """Several errors, shown at once."""
 
     def __init__(self, errors: list[UserError], title: str) -> None:
         self.errors = errors

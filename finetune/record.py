@@ -194,7 +194,7 @@ class ModelRecord(Part):
     streamed: dict[str, Any] | None = None
     adapters: int
     dtype: str
-    stop_ids: list[int]
+    eos_token_ids: list[int]
     fast: list[str] | None = None
     bytes: dict[str, int] | None = None
 
@@ -391,11 +391,16 @@ class Record(Part):
 # ----------------------------------------------------------------------------------------------------- reading and writing
 
 
+RENAMED = {"stop_ids": "eos_token_ids"}  # of the part `model`
+
+
 def _from_1(saved: dict[str, Any]) -> dict[str, Any]:
-    """`format` became `version`; two keys were read and never written."""
+    """`format` became `version`, and the tokens at which a model stops are called as transformers calls them."""
     saved = {key: value for key, value in saved.items() if key != "format"} | {"version": 2}
     if isinstance(saved.get("eval"), dict):
         saved["eval"] = {key: value for key, value in saved["eval"].items() if key != "merged"}
+    if isinstance(model := saved.get("model"), dict) and "stop_ids" in model:
+        saved["model"] = {RENAMED.get(key, key): value for key, value in model.items()}
     return saved
 
 

@@ -105,7 +105,7 @@ class TaskData(Protocol):
 def build_data(
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
-    stops: frozenset[int],
+    eos_token_ids: frozenset[int],
     *,
     limits: Limits,
     source: Source | None = None,
@@ -118,7 +118,7 @@ def build_data(
     """
     if recipe.streams_text:
         return Text(recipe, tokenizer, source or open_stream(recipe), limits)
-    return Conversations(recipe, tokenizer, stops, limits, progress)
+    return Conversations(recipe, tokenizer, eos_token_ids, limits, progress)
 
 
 def open_stream(recipe: Recipe, revision: str | None = None) -> Source:
@@ -151,7 +151,7 @@ class Conversations:
         self,
         recipe: Recipe,
         tokenizer: PreTrainedTokenizerBase,
-        stops: frozenset[int],
+        eos_token_ids: frozenset[int],
         limits: Limits,
         progress: Progress | None = None,
     ) -> None:
@@ -178,7 +178,7 @@ class Conversations:
         encoder = Encoder(
             tokenizer,
             max_length=data.max_length,
-            stop_ids=stops,
+            eos_token_ids=eos_token_ids,
             system=data.system,
             loss_on=data.loss_on,
             truncation=data.truncation,

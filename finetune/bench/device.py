@@ -518,7 +518,7 @@ def _in_steps(device: torch.device, by_itself: Calibration, sizes: Sizes, tell: 
 
 def rows(measured: Calibration, table: Device) -> list[Row]:
     """What was measured beside what the table of devices says, which is None where it says nothing."""
-    known = table.kind != "cpu"  # what the table has of a CPU is a guess
+    known = table.type != "cpu"  # what the table has of a CPU is a guess
 
     def row(case: str, ours: float, theirs: float | None, unit: str, note: str = "") -> Row:
         better = "lower" if unit in ("µs", "ms", "×") else "higher"
@@ -582,7 +582,7 @@ def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES)
     import sys
 
     table = present(measured=False)  # an old measurement, damaged even, does not matter
-    place = torch.device(table.kind)
+    place = torch.device(table.type)
     with screen.phase(f"device {table.key}") as progress:
         measured = measure(place, sizes, progress)
     found = rows(measured, table)

@@ -116,7 +116,7 @@ def rows_of_run(loaded: LoadedModel) -> HeldOut:
         UserError: its data is gone, or is not what it was.
     """
     from finetune.data.preflight import Limits
-    from finetune.models.config import stop_ids
+    from finetune.models.config import eos_token_ids
     from finetune.models.source import source_of
     from finetune.record import read_record
     from finetune.run_dir import same_data
@@ -125,10 +125,10 @@ def rows_of_run(loaded: LoadedModel) -> HeldOut:
     assert loaded.recipe is not None
     assert loaded.run is not None
     recipe = loaded.recipe
-    stops = stop_ids(source_of(recipe.model), loaded.tokenizer)
-    material = build_data(recipe, loaded.tokenizer, stops, limits=Limits())
-    same_data(read_record(loaded.run), material.digest, loaded.run)
-    return material.held_out()
+    tokens = eos_token_ids(source_of(recipe.model), loaded.tokenizer)
+    data = build_data(recipe, loaded.tokenizer, tokens, limits=Limits())
+    same_data(read_record(loaded.run), data.digest, loaded.run)
+    return data.held_out()
 
 
 def rows_to_compare_on(loaded: LoadedModel, screen: Screen, what: str) -> HeldOut:

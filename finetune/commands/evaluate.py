@@ -119,7 +119,7 @@ def _loss(loaded: LoadedModel, file: Path | None, limit: int | None, screen: Scr
 
 
 def _rows_of_file(loaded: LoadedModel, file: Path) -> tuple[Any, str]:
-    from eval.generation import stop_ids
+    from eval.generation import eos_token_ids
     from eval.perplexity import text_rows
     from finetune.data.rows import load_rows
     from finetune.data.samples import Encoder
@@ -140,7 +140,7 @@ def _rows_of_file(loaded: LoadedModel, file: Path) -> tuple[Any, str]:
             got=f"{len(read.skipped)} of {len(read.rows) + len(read.skipped)} rows, the first {read.skipped[0]}",
             hint='give a .txt, or rows with "text"',
         )
-    encoder = Encoder(tokenizer, max_length=LONGEST, stop_ids=frozenset(stop_ids(loaded.model, tokenizer)))
+    encoder = Encoder(tokenizer, max_length=LONGEST, eos_token_ids=frozenset(eos_token_ids(loaded.model, tokenizer)))
     rows = [(list(sample.input_ids), list(sample.labels)) for row in read.rows for sample in encoder.encode(row)]
     return rows, f"{file}, {'texts' if read.format == 'text' else f'answers only ({read.format})'}"
 

@@ -30,12 +30,13 @@ def export_model(name: str, to: str, out: Path, screen: Screen) -> ExportRecord:
     """Write a model for another program, compared with it by the gate.
 
     Raises:
-        UserError: nothing to export, what the format cannot express, or `out` is in the way. GateError: it is another model there.
+        UserError: nothing to export, what the format cannot express, or `out` is in the way. GateError: what runs there is
+            another model.
     """
-    from finetune.exporters import check, known
+    from finetune.exporters import check, get_format
     from finetune.libraries import quiet_libraries
 
-    known(to)
+    get_format(to)
     if out.exists() and (out.is_file() or any(out.iterdir())):
         raise UserError("there is something already", where="--out", got=str(out), hint="give a new name, or remove it")
     with quiet_libraries(screen):

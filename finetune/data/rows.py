@@ -163,7 +163,7 @@ def _read_text(text: str, name: str) -> list[Raw]:
 
 
 def _check_nesting(text: str, name: str, loader: Any) -> None:
-    """Raise UserError for YAML that would fill the memory (aliases) or end the process (libyaml's loader has no limit of depth)."""
+    """Raise UserError for YAML that would fill the memory (aliases) or end the process (libyaml has no limit of depth)."""
     depth = 0
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
@@ -237,7 +237,7 @@ def package_files(name: str, where: str) -> dict[str, Path]:
 
 
 def check_patterns(patterns: list[str], where: str = "data.files") -> None:
-    """Raise UserError for a pattern that leads out of what it chooses from: a dataset would read any file of this machine by it."""
+    """Raise UserError for a pattern that leads out of what it chooses from: a dataset could read any file of this machine."""
     for pattern in patterns:
         if pattern.startswith(("/", "~")) or ".." in pattern.replace("\\", "/").split("/"):
             hint = "give patterns of files in it; a file of this machine is data.path=FILE"

@@ -88,14 +88,14 @@ class Sample:
 
 
 class Encoder:
-    """Rows → samples. Takes plain arguments; `stop_ids` are the tokens at which the model stops when it generates."""
+    """Rows → samples. Takes plain arguments; `eos_token_ids` are the tokens at which the model stops when it generates."""
 
     def __init__(
         self,
         tokenizer: PreTrainedTokenizerBase,
         *,
         max_length: int,
-        stop_ids: frozenset[int],
+        eos_token_ids: frozenset[int],
         system: str | None = None,
         loss_on: str = "answers",
         truncation: str = "cut",
@@ -114,7 +114,7 @@ class Encoder:
         probe = tokenizer("a")["input_ids"]
         self.adds_bos = bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_ids = stop_ids | special - {tokenizer.unk_token_id, tokenizer.bos_token_id}
+        self.end_ids = eos_token_ids | special - {tokenizer.unk_token_id, tokenizer.bos_token_id}
         self.ends: set[int] = set()  # those of them that were met at the end of an answer
 
     def encode(self, row: Row) -> list[Sample]:

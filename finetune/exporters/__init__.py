@@ -52,7 +52,7 @@ GATE_TOKENS = 1024  # that the gate runs, unless told otherwise
 LONGEST = 512  # tokens of a row that the gate runs
 
 
-def known(format: str) -> Format:  # noqa: A002
+def get_format(format: str) -> Format:  # noqa: A002
     """The row of FORMATS; UserError for a name that has none."""
     if format not in FORMATS:
         guess = nearest(format, FORMATS)
@@ -83,7 +83,7 @@ def check(
     """
     from transformers import PretrainedConfig
 
-    known(format)
+    get_format(format)
     model = model_or_config
     if isinstance(model_or_config, PretrainedConfig):
         from finetune.exporters.layers import to_be
@@ -138,7 +138,7 @@ def export(
         UserError: what `check` refuses, a tokenizer that cannot be carried, no rows, no space, no llama.cpp.
         GateError: the export is not the model; nothing was kept.
     """
-    suffix = known(format).suffix
+    suffix = get_format(format).suffix
     if suffix and out.suffix != suffix:
         raise UserError(f"{format} is a file that ends in {suffix}", where=str(out), hint=f"--out {out.with_suffix(suffix)}")
     check(model, format, tokenizer=tokenizer)

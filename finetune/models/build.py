@@ -18,7 +18,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.models.architecture import adapter_targets, architecture_of
-from finetune.models.config import load_config, load_tokenizer, set_stops
+from finetune.models.config import load_config, load_tokenizer, set_eos_token_ids
 from finetune.models.prepare import prepare
 from finetune.models.source import Source, find_model
 from finetune.models.sub_norms import converted_config, insert_sub_norms
@@ -73,7 +73,7 @@ def build_model(
     device: torch.device,
     dtype: torch.dtype,
     targets: list[str] | None = None,
-    stop_ids: Iterable[int] = (),
+    eos_token_ids: Iterable[int] = (),
     calibration: Sequence[torch.Tensor] = (),
     training: bool = True,
     scratch_dir: Path | None = None,
@@ -138,7 +138,7 @@ def build_model(
             compute_dtype=compute_dtype,
             progress=lambda done, total: progress(done, total, "linears"),
         )
-    set_stops(prepared.model, stop_ids)
+    set_eos_token_ids(prepared.model, eos_token_ids)
     return BuiltModel(
         model=prepared.model,
         architecture=architecture,

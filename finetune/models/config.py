@@ -132,7 +132,7 @@ def recipe_tokenizer(
     return train_tokenizer(tokenizer_texts(stream), recipe.tokenizer.train, progress=read)
 
 
-def stop_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens at which the model stops when it generates: the tokenizer's end token and those of its generation config."""
     ids: set[int] = set() if tokenizer.eos_token_id is None else {tokenizer.eos_token_id}
     if source.gguf is None and source.init_config is None:
@@ -146,11 +146,11 @@ def stop_ids(source: Source, tokenizer: PreTrainedTokenizerBase) -> frozenset[in
     return frozenset(ids)
 
 
-def set_stops(model: Any, ids: Iterable[int]) -> None:
+def set_eos_token_ids(model: Any, ids: Iterable[int]) -> None:
     """Make the model stop at these tokens when it generates, and every folder that is saved of it too."""
-    stops = sorted(ids)
-    if stops and model.generation_config is not None:
-        model.generation_config.eos_token_id = stops if len(stops) > 1 else stops[0]
+    tokens = sorted(ids)
+    if tokens and model.generation_config is not None:
+        model.generation_config.eos_token_id = tokens if len(tokens) > 1 else tokens[0]
 
 
 def check_scheme(source: Source, config: PretrainedConfig, quant: Quant, *, frozen: bool, twin: bool = False) -> None:

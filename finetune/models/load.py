@@ -108,7 +108,7 @@ class _OfRun:
             load_config(source, tokenizer),
             device=self.device,
             dtype=NAMES[told.dtype],
-            stop_ids=told.stop_ids,
+            eos_token_ids=told.eos_token_ids,
             training=False,
             phase=self._phase,
             **options,

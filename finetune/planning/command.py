@@ -88,7 +88,7 @@ def plan_recipe(
                 tried += 1
                 return plan(other, path.stem, device, budget_bytes=limit)
 
-            made = fit(recipe, limit, plan_of, kind=device.kind)
+            made = fit(recipe, limit, plan_of, kind=device.type)
             planned = made.plan
         else:
             planned = plan(recipe, path.stem, device, budget_bytes=limit, progress=progress)
@@ -146,7 +146,7 @@ def plan_table(recipes: list[tuple[Path, Recipe]], *, gpu: str | None, as_json: 
             def plan_at(limit: int, name: str = path.stem) -> PlanOf:
                 return lambda other: plan(other, name, chosen, budget_bytes=limit)
 
-            rows.append(row(recipe, path.stem, plan_at, kind=chosen.kind))
+            rows.append(row(recipe, path.stem, plan_at, kind=chosen.type))
     said = claims(rows)
     if as_json:
         shown = [entry | {"plans": {str(limit): _as_dict(answer) for limit, answer in entry["plans"].items()}} for entry in rows]

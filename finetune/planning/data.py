@@ -91,7 +91,7 @@ def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]
     """The recipe's rows as tokens (the first SAMPLE of them) and how many times as many there are; without the model's tokenizer
     a guess of them; None if they are not on this machine."""
     from finetune.data.rows import PACKAGE, load_rows
-    from finetune.models.config import recipe_tokenizer, stop_ids
+    from finetune.models.config import eos_token_ids, recipe_tokenizer
 
     data = recipe.data
     if data.path is None and not str(data.name).startswith(PACKAGE):
@@ -116,7 +116,7 @@ def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]
     if len(rows) > SAMPLE:
         some = recipe.model_copy(update={"data": data.model_copy(update={"max_rows": SAMPLE})})
         notes.append(f"tokens are counted in {SAMPLE} of {len(rows)} rows")
-    return build_data(some, tokenizer, stop_ids(source, tokenizer), limits=Limits()), max(1.0, len(rows) / SAMPLE)
+    return build_data(some, tokenizer, eos_token_ids(source, tokenizer), limits=Limits()), max(1.0, len(rows) / SAMPLE)
 
 
 def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]) -> Facts:

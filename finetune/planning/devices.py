@@ -226,7 +226,7 @@ class Device:
 
     key: str
     name: str
-    kind: str  # cuda, cpu, mps
+    type: str  # cuda, cpu, mps
     memory_bytes: int
     bandwidth: float
     rates: dict[str, float]
@@ -269,19 +269,19 @@ class Device:
         return self._moving(count) if count > 0 else 0.0
 
     def _moving(self, count: float) -> float:
-        shortest = SHORTEST_KERNEL_S if self.kind != "cpu" else 0.0
+        shortest = SHORTEST_KERNEL_S if self.type != "cpu" else 0.0
         return max(count / (self.bandwidth * BANDWIDTH_REACHED), shortest)
 
     @property
     def operation_seconds(self) -> float:
         """What the host takes for one operator within a training step."""
-        return self.measured.step["operation"] if self.measured is not None else OPERATION_S[self.kind]
+        return self.measured.step["operation"] if self.measured is not None else OPERATION_S[self.type]
 
     def together(self, busy: float, operations: float) -> float:
         """Seconds of a pass of `busy` seconds by itself, in so many operations. A card computes while the host calls."""
-        factor = self.measured.step["busy"] if self.measured is not None else BUSY if self.kind == "cpu" else 1.0
+        factor = self.measured.step["busy"] if self.measured is not None else BUSY if self.type == "cpu" else 1.0
         host = operations * self.operation_seconds
-        return busy * factor + host if self.kind == "cpu" else max(busy * factor, host)
+        return busy * factor + host if self.type == "cpu" else max(busy * factor, host)
 
     def attention_seconds(self, dtype: str, length: int, heads: int, width: int, *, backward: bool = False) -> float:
         """Causal attention of one sample of `length` tokens, forward, or both passes; samples of a packed row add up."""
@@ -544,7 +544,7 @@ def present(torch_device: Any = None, *, measured: bool = True) -> Device:
     if not measured:
         return found
     found = _with_measurement(found)
-    if found.kind != "cpu" or found.measured is None:
+    if found.type != "cpu" or found.measured is None:
         return found
     return replace(
         found,
@@ -569,7 +569,7 @@ def match(name: str, memory: int, processors: int, capability: tuple[int, int]) 
     def differs(one: Device) -> tuple[bool, int]:
         return ("pcie" in one.name.lower()) != ("pcie" in name.lower()), abs(one.memory_bytes - memory)
 
-    of_chip = [one for one in TABLE if one.kind == "cuda" and _chip(one.name) == _chip(name)]
+    of_chip = [one for one in TABLE if one.type == "cuda" and _chip(one.name) == _chip(name)]
     if of_chip:
         return replace(min(of_chip, key=differs), memory_bytes=memory, context_bytes=CONTEXT)
     rates = geforce_rates(128 * processors, 1.7)
@@ -587,7 +587,7 @@ def _present_mps() -> Device:
 
     asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
     name = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
-    found = next((one for one in TABLE if one.kind == "mps" and _chip(one.name) == _chip(name)), None)
+    found = next((one for one in TABLE if one.type == "mps" and _chip(one.name) == _chip(name)), None)
     if found is None:
         raise UserError("this chip is not in the table of devices", where="device", got=name, hint=f"describe it in {own_path()}")
     return replace(found, memory_bytes=torch.mps.recommended_max_memory())

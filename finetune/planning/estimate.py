@@ -32,7 +32,7 @@ from finetune.planning import hub_metadata, local
 from finetune.planning.data import Facts, facts_of
 from finetune.planning.devices import Device
 from finetune.planning.result import Phase, Plan
-from finetune.planning.step import Place, Static, Traced, trace
+from finetune.planning.step import DeviceSpec, Static, Traced, trace
 from finetune.planning.trace import Trace, Work
 from finetune.recipe import Recipe
 from finetune.train.fast.patching import WORTH_COMPILING
@@ -130,7 +130,7 @@ def _keep(key: str, made: Plan) -> None:
 
 
 def config_of(recipe: Recipe, source: Source) -> Any:
-    """The model's configuration: from its source, or as this program knows it (planning/hub_metadata.py): then no hub is asked."""
+    """The model's configuration: from its source, or from planning/hub_metadata.py, which asks no hub."""
     if source.init_config is not None:
         config = load_config(source)
         config.vocab_size = source.init_config.get("vocab_size") or _vocabulary(recipe)
@@ -149,13 +149,13 @@ def _vocabulary(recipe: Recipe) -> int:
     return len(load_tokenizer(find_tokenizer(name)))
 
 
-def place_of(recipe: Recipe, device: Device, work: float) -> Place:
+def place_of(recipe: Recipe, device: Device, work: float) -> DeviceSpec:
     """Dtypes and compilation as a run on `device` has them."""
-    kind = "cpu" if device.kind == "cpu" else "cuda"
+    kind = "cpu" if device.type == "cpu" else "cuda"
     low = default_dtype("cpu") if kind == "cpu" else torch.bfloat16 if "bf16" in device.rates else torch.float32
     dtype = weights_dtype(recipe, kind, low)
     compiled = recipe.fast.compile is True or (recipe.fast.compile == "auto" and work >= WORTH_COMPILING[kind])
-    return Place(kind, dtype, autocast_dtype(recipe, dtype, kind, low), compiled)
+    return DeviceSpec(kind, dtype, autocast_dtype(recipe, dtype, kind, low), compiled)
 
 
 def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: Any, config: Any) -> Plan:
@@ -164,7 +164,7 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
     facts = facts_of(recipe, source, material)
     notes += facts.notes
     info = architecture_of(source, config)
-    place = place_of(recipe, device, info.parameters * facts.steps * facts.tokens_per_step)
+    spec = place_of(recipe, device, info.parameters * facts.steps * facts.tokens_per_step)
     teacher = None
     if recipe.distill.teacher is not None:
         of = find_model(recipe.distill.teacher, where="distill.teacher")
@@ -173,7 +173,7 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
     reads = facts.evaluate or facts.micro
     try:
         with torch.random.fork_rng(devices=[]):  # a run that plans draws the same random numbers as one that finds its plan
-            found = trace(recipe, source, config, place, facts.micro, teacher=teacher, evaluate=reads, generate=prompt)
+            found = trace(recipe, source, config, spec, facts.micro, teacher=teacher, evaluate=reads, generate=prompt)
     except (RuntimeError, NotImplementedError, TypeError, ValueError, KeyError, AttributeError) as error:
         said = str(error).strip().splitlines()
         raise Untraceable(
@@ -182,7 +182,7 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
             got=f"{type(error).__name__}: {said[0][:300] if said else ''}",
             hint="finetune run trains it without a plan",
         ) from error
-    made = _Phases(recipe, device, place, facts, found, config, teacher)
+    made = _Phases(recipe, device, spec, facts, found, config, teacher)
     phases = made.all()
     training = next(phase for phase in phases if phase.name == "train")
     # What is recomputed is no work of the model: its forward pass, and twice that backward, or once where weights are frozen.
@@ -196,7 +196,7 @@ def _plan(recipe: Recipe, name: str, device: Device, source: Source, material: A
     notes.append(
         f"a checkpoint takes {human_bytes(made.checkpoint())} of the disk, and {kept + 1} are there while one is written"
     )
-    if device.kind != "cpu":
+    if device.type != "cpu":
         notes.append("memory of cards was not compared with a card yet; context and waste are assumptions")
     return Plan(
         name,
@@ -274,14 +274,14 @@ class _Phases:
     """The phases of a run, each with its highest point and what makes it up."""
 
     def __init__(
-        self, recipe: Recipe, device: Device, place: Place, facts: Facts, found: Traced, config: Any, teacher: Any
+        self, recipe: Recipe, device: Device, spec: DeviceSpec, facts: Facts, found: Traced, config: Any, teacher: Any
     ) -> None:
-        self.recipe, self.device, self.place, self.facts, self.found, self.config = recipe, device, place, facts, found, config
+        self.recipe, self.device, self.spec, self.facts, self.found, self.config = recipe, device, spec, facts, found, config
         self.static = found.static
         self.weights = self._weights(found.static)
         if teacher is not None:
             info = architecture_of(*teacher)
-            size = (place.autocast or place.dtype).itemsize
+            size = (spec.autocast or spec.dtype).itemsize
             self.weights["weights (teacher)"] += info.parameters * size
 
     def _weights(self, static: Static) -> Counter[str]:
@@ -299,8 +299,8 @@ class _Phases:
         whole = Counter({key: round(value) for key, value in terms.items() if value > 0})
         moving = sum(value for key, value in whole.items() if key in ("activations", "logits", "workspace", "gradients", "cache"))
         whole["context"] = self.device.context_bytes
-        if self.device.kind != "cpu":
-            if self.device.kind == "cuda" and name != "load":
+        if self.device.type != "cpu":
+            if self.device.type == "cuda" and name != "load":
                 whole["workspace"] += CUBLAS_HOPPER if self.device.capability == "9.0" else CUBLAS
             whole["fragmentation"] = round(WASTE * moving)
         else:
@@ -329,9 +329,9 @@ class _Phases:
         size = sum(self.static.weights.values())
         read = self.static.parameters * 2
         seconds = read / DISK
-        if self.recipe.quant.scheme != "none" and self.device.kind == "cpu":
+        if self.recipe.quant.scheme != "none" and self.device.type == "cpu":
             seconds += self.device.quantize_seconds(self.recipe.quant.scheme, self.static.parameters)
-        return self._phase("load", Counter(self.weights), seconds, host=0 if self.device.kind == "cpu" else round(1.05 * size))
+        return self._phase("load", Counter(self.weights), seconds, host=0 if self.device.type == "cpu" else round(1.05 * size))
 
     def evaluate(self) -> Phase:
         traced, micro = self.found.evaluate, self.facts.evaluate
@@ -353,7 +353,7 @@ class _Phases:
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
         width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         tokens = self.facts.prompt + self.recipe.eval.max_new_tokens
-        size = (self.place.autocast or self.place.dtype).itemsize
+        size = (self.spec.autocast or self.spec.dtype).itemsize
         layers = self.found.layers[1]
         cache_ = 2 * layers * heads * width * tokens * size
         static = Counter(self.weights)
@@ -375,7 +375,7 @@ class _Phases:
         static["adapters"] += self.static.adapters
         static["optimizer"] += self.static.optimizer["states"]
         every = self.recipe.train.save_steps
-        if self.device.kind == "cpu" and every and every < self.facts.steps:
+        if self.device.type == "cpu" and every and every < self.facts.steps:
             static["checkpoint"] += self.checkpoint()  # the copy that is written while training goes on
         passes = self._of_moments(self.found.train, static)
         step = static + Counter(gradients=self.static.optimizer["gradients"], workspace=self.static.optimizer["temporary"])
@@ -401,7 +401,7 @@ class _Phases:
         """Seconds of arithmetic, each operation by itself: of a mean micro-batch, and of the optimizer's update."""
         settings = self.recipe.train
         micro = busy_seconds(self.found.train.work, self.device) * self.facts.mean_tokens / self.facts.micro.tokens
-        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.place.dtype, "fp32")
+        dtype = {torch.float32: "fp32", torch.bfloat16: "bf16"}.get(self.spec.dtype, "fp32")
         if self.recipe.base_frozen:
             dtype = "fp32"
         tensors = max(1, round(self.static.trainable / 1e6))
@@ -417,7 +417,7 @@ class _Phases:
         """Bytes that wait in the CPU's memory: each layer's input."""
         text = self.config.get_text_config()
         return (
-            self.facts.micro.tokens * text.hidden_size * self.found.layers[1] * (self.place.autocast or self.place.dtype).itemsize
+            self.facts.micro.tokens * text.hidden_size * self.found.layers[1] * (self.spec.autocast or self.spec.dtype).itemsize
         )
 
     def checkpoint(self) -> int:
@@ -429,16 +429,16 @@ class _Phases:
         optimizer, size = self.static.optimizer, self.checkpoint()
         saves = 1 + (self.facts.steps // self.recipe.train.save_steps if self.recipe.train.save_steps else 0)
         terms = Counter(self.weights) + Counter(adapters=self.static.adapters, optimizer=optimizer["states"])
-        if self.device.kind == "cpu":
+        if self.device.type == "cpu":
             terms["workspace"] += size
-        return self._phase("save", terms, saves * size / DISK, host=0 if self.device.kind == "cpu" else size)
+        return self._phase("save", terms, saves * size / DISK, host=0 if self.device.type == "cpu" else size)
 
     def merge(self) -> Phase:
         """The trained model in floats, written, read again, and compared with what was trained, in fp32 where that fits."""
         recipe, parameters = self.recipe, self.static.parameters
         if recipe.writes_adapter and not (recipe.mergeable and recipe.run.merge):
             return self._phase("merge", Counter(self.weights), 0.0)
-        size = self.place.dtype.itemsize
+        size = self.spec.dtype.itemsize
         written = parameters * size
         compared = 0.0
         if self.facts.evaluate is not None and self.facts.held_out_tokens:
@@ -448,7 +448,7 @@ class _Phases:
         seconds = 2 * written / DISK + compared
         terms = Counter(self.weights)
         terms["adapters"] += self.static.adapters
-        if self.device.kind == "cpu":
+        if self.device.type == "cpu":
             exact = self.device.memory_bytes > 3 * 4 * parameters
             # The merged model is read again when the first is gone, and cast one weight at a time.
             floats = 4 * parameters if exact else written

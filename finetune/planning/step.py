@@ -18,7 +18,16 @@ from finetune.data.packing import Batch
 from finetune.data.samples import IGNORE
 from finetune.models.build import BuiltModel, build_model, build_teacher, distillation
 from finetune.models.source import Source
-from finetune.planning.trace import Grouped, Recorder, Trace, TraceContext, extrapolate, fake_tensors, place, watch_layers
+from finetune.planning.trace import (
+    Grouped,
+    Recorder,
+    Trace,
+    TraceContext,
+    extrapolate,
+    fake_tensors,
+    layer_position,
+    watch_layers,
+)
 from finetune.recipe import Recipe, Train
 from finetune.train import checkpoint, offload, optim, trace_context
 from finetune.train.distill import Distillation
@@ -45,10 +54,10 @@ class MicroBatch:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a step is traced for. kind: cuda or cpu. dtype: of the unquantized weights. autocast: of the products, or None."""
+class DeviceSpec:
+    """Where a step is traced for. type: cuda or cpu. dtype: of the unquantized weights. autocast: of the products, or None."""
 
-    kind: str
+    type: str
     dtype: torch.dtype
     autocast: torch.dtype | None
     compiled: bool
@@ -115,11 +124,11 @@ def layers_in(config: Any) -> int:
     return int(config.get_text_config().num_hidden_layers)
 
 
-def without_weights(recipe: Recipe, source: Source, config: Any, place_: Place) -> BuiltModel:
+def without_weights(recipe: Recipe, source: Source, config: Any, spec: DeviceSpec) -> BuiltModel:
     """The model as a run builds it, on `meta`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return build_model(recipe, source, config, device=torch.device("meta"), dtype=place_.dtype)
+        return build_model(recipe, source, config, device=torch.device("meta"), dtype=spec.dtype)
 
 
 def static_of(recipe: Recipe, model: Any, built: BuiltModel) -> Static:
@@ -166,7 +175,7 @@ def trace(
     recipe: Recipe,
     source: Source,
     config: Any,
-    place_: Place,
+    spec: DeviceSpec,
     micro: MicroBatch,
     *,
     teacher: Any = None,
@@ -181,9 +190,9 @@ def trace(
     layers, same = layers_in(config), uniform(config)
     options: dict[str, Any] = {"evaluate": evaluate, "generate": generate}
     if whole or not same or layers <= LARGE or teacher is not None:
-        one = _trace(recipe, source, config, place_, micro, teacher=teacher, **options)
+        one = _trace(recipe, source, config, spec, micro, teacher=teacher, **options)
         return Traced(*one, (layers, layers), same)
-    a, b = (_trace(recipe, source, with_layers(config, n), place_, micro, **options) for n in (SMALL, LARGE))
+    a, b = (_trace(recipe, source, with_layers(config, n), spec, micro, **options) for n in (SMALL, LARGE))
     train, evaluated, generated = (
         None if x is None or y is None else extrapolate(x, y, layers) for x, y in zip(a[1:4], b[1:4], strict=True)
     )
@@ -193,10 +202,17 @@ def trace(
 
 
 def _trace(
-    recipe: Recipe, source: Source, config: Any, place_: Place, micro: MicroBatch, *, evaluate: MicroBatch | None, generate: int,
+    recipe: Recipe,
+    source: Source,
+    config: Any,
+    spec: DeviceSpec,
+    micro: MicroBatch,
+    *,
+    evaluate: MicroBatch | None,
+    generate: int,
     teacher: Any = None,
-) -> tuple[Static, Trace, Trace, Trace | None, list[str]]:  # fmt: skip
-    built = without_weights(recipe, source, config, place_)
+) -> tuple[Static, Trace, Trace, Trace | None, list[str]]:
+    built = without_weights(recipe, source, config, spec)
     model = built.model
     static = static_of(recipe, model, built)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -209,26 +225,26 @@ def _trace(
             trace_context.use(TraceContext(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)),
             Grouped(),
         ):
-            found = _speed_up(model, recipe, place_)
+            found = _speed_up(model, recipe, spec)
         try:
             with trace_context.use(TraceContext(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)):
-                losses = _distillation(None if teacher is None else teacher[1], recipe, model, mode, place_)
-            train = _train(model, recipe, place_, micro, found, vocabulary, count, losses)
+                losses = _distillation(None if teacher is None else teacher[1], recipe, model, mode, spec)
+            train = _train(model, recipe, spec, micro, found, vocabulary, count, losses)
             generated = None
-            evaluated = _evaluate(model, recipe, place_, evaluate or micro, found, vocabulary, count)
+            evaluated = _evaluate(model, recipe, spec, evaluate or micro, found, vocabulary, count)
             if generate:
                 with found.paused():
-                    generated = _generate(model, place_, generate, vocabulary, count)
+                    generated = _generate(model, spec, generate, vocabulary, count)
         finally:
             found.remove()
             kernels.switch(was)
     return static, train, evaluated, generated, found.in_words()
 
 
-def _speed_up(model: Any, recipe: Recipe, place_: Place) -> FastStep:
+def _speed_up(model: Any, recipe: Recipe, spec: DeviceSpec) -> FastStep:
     """The fast step, its trials taken for granted; compiled as the run would."""
-    said = recipe.model_copy(update={"fast": recipe.fast.model_copy(update={"compile": place_.compiled})})
-    return patching.apply_patches(model, said, torch.device(place_.kind))
+    said = recipe.model_copy(update={"fast": recipe.fast.model_copy(update={"compile": spec.compiled})})
+    return patching.apply_patches(model, said, torch.device(spec.type))
 
 
 @contextmanager
@@ -238,16 +254,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _distillation(config: Any, recipe: Recipe, student: Any, mode: FakeTensorMode, place_: Place) -> Distillation | None:
-    dtype = place_.autocast or place_.dtype if recipe.model.dtype == "auto" else place_.dtype
+def _distillation(config: Any, recipe: Recipe, student: Any, mode: FakeTensorMode, spec: DeviceSpec) -> Distillation | None:
+    dtype = spec.autocast or spec.dtype if recipe.model.dtype == "auto" else spec.dtype
     teacher = None if config is None else build_teacher(recipe, device=torch.device("meta"), dtype=dtype, config=config)
     if teacher is not None:
         fake_tensors(teacher, mode)
     return distillation(recipe, teacher, student)
 
 
-def _recorder(vocabulary: int, micro: MicroBatch, place_: Place, *models_: Any) -> Recorder:
-    recorder = Recorder(vocabulary=vocabulary, supervised=micro.supervised, cuda=place_.kind == "cuda")
+def _recorder(vocabulary: int, micro: MicroBatch, spec: DeviceSpec, *models_: Any) -> Recorder:
+    recorder = Recorder(vocabulary=vocabulary, supervised=micro.supervised, cuda=spec.type == "cuda")
     recorder.ignore(*models_)
     return recorder
 
@@ -255,7 +271,7 @@ def _recorder(vocabulary: int, micro: MicroBatch, place_: Place, *models_: Any) 
 def _train(
     model: Any,
     recipe: Recipe,
-    place_: Place,
+    spec: DeviceSpec,
     micro: MicroBatch,
     found: FastStep,
     vocabulary: int,
@@ -263,7 +279,7 @@ def _train(
     teacher: Any,
 ) -> Trace:
     """One micro-batch forward and backward; a second one on top of its gradients, where gradients are accumulated."""
-    recorder = _recorder(vocabulary, micro, place_, model, *([] if teacher is None else [teacher.teacher]))
+    recorder = _recorder(vocabulary, micro, spec, model, *([] if teacher is None else [teacher.teacher]))
     pieces = TraceContext(recorder, micro.bounds, micro.shape)
     settings = recipe.train
     kind: Any
@@ -287,7 +303,7 @@ def _train(
             with trace_context.use(pieces), recorder:
                 batch = _batch(recipe, micro)
                 recorder.phase = "activations"
-                with torch.autocast("cpu", dtype=place_.autocast, enabled=place_.autocast is not None), kept:
+                with torch.autocast("cpu", dtype=spec.autocast, enabled=spec.autocast is not None), kept:
                     loss, _ = kind.loss(model, batch)
                 recorder.phase, recorder.at = "workspace", ("backward", -1)
                 recorder.look()
@@ -297,7 +313,9 @@ def _train(
     finally:
         for handle in handles:
             handle.remove()
-    moments = {place(at, count): moment for at, moment in recorder.moments.items() if place(at, count)[1] != "between"}
+    moments = {
+        layer_position(at, count): moment for at, moment in recorder.moments.items() if layer_position(at, count)[1] != "between"
+    }
     for p in trained:
         p.grad = None
     return Trace(count, moments, recorder.work)
@@ -337,9 +355,9 @@ def _stepping(recorder: Recorder, settings: Train) -> Callable[[Tensor], None]:
 
 
 def _evaluate(
-    model: Any, recipe: Recipe, place_: Place, micro: MicroBatch, found: FastStep, vocabulary: int, count: int
+    model: Any, recipe: Recipe, spec: DeviceSpec, micro: MicroBatch, found: FastStep, vocabulary: int, count: int
 ) -> Trace:
-    recorder = _recorder(vocabulary, micro, place_, model)
+    recorder = _recorder(vocabulary, micro, spec, model)
     model.eval()
     recorder.phase, recorder.at = "inputs", ("evaluate", -1)
     with trace_context.use(TraceContext(recorder, micro.bounds, micro.shape)), recorder, torch.no_grad():
@@ -352,16 +370,16 @@ def _evaluate(
         else:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)
             torch.nn.functional.cross_entropy(logits.float(), ids.flatten(), reduction="none")
-    return Trace(count, {place(at, count): moment for at, moment in recorder.moments.items()}, recorder.work)
+    return Trace(count, {layer_position(at, count): moment for at, moment in recorder.moments.items()}, recorder.work)
 
 
-def _generate(model: Any, place_: Place, tokens: int, vocabulary: int, count: int) -> Trace:
+def _generate(model: Any, spec: DeviceSpec, tokens: int, vocabulary: int, count: int) -> Trace:
     """The prompt's pass, with its keys and values kept; those of the answer are added by who knows their number."""
     micro = MicroBatch((1, tokens), (0, tokens), 1)
-    recorder = _recorder(vocabulary, micro, place_, model)
+    recorder = _recorder(vocabulary, micro, spec, model)
     model.eval()
     recorder.phase, recorder.at = "workspace", ("generate", -1)
     with trace_context.use(TraceContext(recorder, micro.bounds, micro.shape)), recorder, torch.no_grad():
         out = model(input_ids=torch.zeros((1, tokens), dtype=torch.int64), use_cache=True, logits_to_keep=1)
         del out
-    return Trace(count, {place(at, count): moment for at, moment in recorder.moments.items()}, recorder.work)
+    return Trace(count, {layer_position(at, count): moment for at, moment in recorder.moments.items()}, recorder.work)

@@ -516,7 +516,7 @@ def watch_layers(layers: list[nn.Module], recorder: Recorder) -> list[Any]:
     return handles
 
 
-def place(at: tuple[str, int], layers: int) -> tuple[str, str]:
+def layer_position(at: tuple[str, int], layers: int) -> tuple[str, str]:
     """A moment by its place among the layers: first, last, between, or none."""
     name, number = at
     if number < 0:

@@ -35,7 +35,7 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
 
     if recipe.model.offload_layers == "disk" and (kind := offload.is_memory(run_dir)):
         screen.warn(f"model.offload_layers: {run_dir} lies on {kind}, which is memory and no disk; give another run.dir")
-    inputs, stop_ids = checked.inputs, checked.inputs.stop_ids | checked.data.ends
+    inputs, eos_token_ids = checked.inputs, checked.inputs.eos_token_ids | checked.data.ends
     built = build_model(
         recipe,
         inputs.source,
@@ -43,7 +43,7 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
         device=checked.device,
         dtype=weights_dtype(recipe, checked.device.type),
         targets=checked.targets,
-        stop_ids=stop_ids,
+        eos_token_ids=eos_token_ids,
         calibration=calibration_ids(checked.data),
         scratch_dir=run_dir,
         measure_float=measure_float,
@@ -70,7 +70,7 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
         streamed=figures,
         adapters=len(built.targets),
         dtype=str(built.dtype).removeprefix("torch."),
-        stop_ids=sorted(stop_ids),
+        eos_token_ids=sorted(eos_token_ids),
     )
 
 

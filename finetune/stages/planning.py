@@ -61,13 +61,13 @@ def plan_run(run: RunContext, checked: Checked, begun: Record | None) -> Planned
     limit = (
         parse_bytes(recipe.plan.memory)
         if recipe.plan.memory is not None
-        else min(device.memory_bytes, usable_bytes(checked.device) // (world_size() if device.kind == "cpu" else 1))
+        else min(device.memory_bytes, usable_bytes(checked.device) // (world_size() if device.type == "cpu" else 1))
     )
     limit = min(parallel.all_gather_object(limit))
     try:
         with screen.phase("plan"):
             if recipe.fit == "auto" and begun is None:
-                fitted = fit(recipe, limit, lambda other: planner(other, name, checked, limit), kind=device.kind)
+                fitted = fit(recipe, limit, lambda other: planner(other, name, checked, limit), kind=device.type)
                 planned = PlannedRun(fitted.recipe, fitted.plan, fitted)
             else:
                 planned = PlannedRun(recipe, planner(recipe, name, checked, limit))

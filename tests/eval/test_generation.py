@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.generation import generate, stop_ids, stream
+from eval.generation import eos_token_ids, generate, stream
 
 TALK = [{"role": "user", "content": "Say something."}]
 TALKS = [TALK, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, you there!"}]]
@@ -36,13 +36,13 @@ def loves(model: Any, token: int) -> Any:
 
 
 def test_stop_ids(model: Any, tokenizer: Any) -> None:
-    assert stop_ids(model, tokenizer) == [3]
+    assert eos_token_ids(model, tokenizer) == [3]
     model.generation_config.eos_token_id = [7, 3, 9]
-    assert stop_ids(model, tokenizer) == [3, 7, 9]
+    assert eos_token_ids(model, tokenizer) == [3, 7, 9]
     model.generation_config.eos_token_id = 5
-    assert stop_ids(model, tokenizer) == [3, 5]
+    assert eos_token_ids(model, tokenizer) == [3, 5]
     model.generation_config.eos_token_id = None
-    assert stop_ids(model, tokenizer) == [3]
+    assert eos_token_ids(model, tokenizer) == [3]
 
 
 def test_greedy_answers(model: Any, tokenizer: Any) -> None:

@@ -21,7 +21,7 @@ def talk(*turns: str, system: str | None = None, where: str = "rows:1") -> Row:
 
 
 def encoder(tokenizer: Any, **options: Any) -> Encoder:
-    settings = {"max_length": 512, "stop_ids": frozenset({tokenizer.eos_token_id})} | options
+    settings = {"max_length": 512, "eos_token_ids": frozenset({tokenizer.eos_token_id})} | options
     return Encoder(tokenizer, **settings)
 
 

@@ -82,7 +82,7 @@ def test_run_plan_and_bench_build_the_same_model(recipe: Recipe, tmp_path: Path,
     assert made.patches.in_words() == seen["patches"]
     assert (made.setup.teacher is not None) == seen["teacher"] == (recipe.distill.teacher is not None)
 
-    place = step.Place("cpu", weights_dtype(recipe, "cpu"), None, compiled=False)
+    place = step.DeviceSpec("cpu", weights_dtype(recipe, "cpu"), None, compiled=False)
     planned = step.without_weights(recipe, made.inputs.source, made.inputs.config, place)
     assert described(planned.model) | {"left": planned.swap.left, "targets": planned.targets} == seen["run"]
     micro = step.MicroBatch((1, 32), (0, 32), 31)

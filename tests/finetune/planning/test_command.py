@@ -130,7 +130,7 @@ def test_plan_gpu_and_plan_memory_are_read_and_the_command_line_wins(asked: list
 
 def test_without_a_name_the_device_is_the_one_here(asked: list[Any], written: Path) -> None:
     command(written, "run.device=cpu", "plan.memory=64GB")
-    assert asked[0]["device"].kind == "cpu"
+    assert asked[0]["device"].type == "cpu"
 
 
 def test_fit_auto_in_a_recipe_fits_it(asked: list[Any], written: Path) -> None:

@@ -74,7 +74,7 @@ def test_every_device_has_positive_figures_and_a_source() -> None:
         assert one.context_bytes < one.memory_bytes / 4
         assert {"fp16", "fp32"} <= one.rates.keys()
         assert ("bf16" in one.rates) == (key not in ("t4", "m1", "m1-max")), key
-        assert (one.capability is None) == (one.kind == "mps")
+        assert (one.capability is None) == (one.type == "mps")
 
 
 @pytest.mark.parametrize(
@@ -259,7 +259,7 @@ def test_a_device_counts_with_its_measurement() -> None:
     )  # was not measured
     assert one.memory_seconds(1e6) == measured.elementwise_seconds(1e6)
     assert one.operation_seconds == 4e-5
-    assert one.together(1.0, 1000) == pytest.approx(1.25 + 0.04 if one.kind == "cpu" else 1.25)
+    assert one.together(1.0, 1000) == pytest.approx(1.25 + 0.04 if one.type == "cpu" else 1.25)
     assert one.dequantize_seconds("nf4", 10**9) == 1
     assert one.dequantize_seconds("ternary", 10**9) == device("rtx-4070").dequantize_seconds("ternary", 10**9)
     assert one.quantize_seconds("ternary", 10**9) == 2
@@ -292,7 +292,7 @@ def test_the_cpu_is_known_by_its_name_and_threads() -> None:
 
     one = device("cpu")
     assert one == devices.present("cpu")
-    assert (one.kind, one.measured, one.capability) == ("cpu", None, None)
+    assert (one.type, one.measured, one.capability) == ("cpu", None, None)
     assert f"{torch.get_num_threads()}-thread" in one.key
     assert 0 < one.memory_bytes == machine_bytes()
     assert one.source.startswith("a guess")
@@ -314,7 +314,7 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     for kind in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"there is no {kind} device"):
             devices.present(kind)
-    assert devices.present().kind == "cpu"
+    assert devices.present().type == "cpu"
 
 
 @pytest.mark.alone

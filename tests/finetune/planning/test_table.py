@@ -228,6 +228,6 @@ def test_a_diff_names_each_section_once() -> None:
     keys = {"train.micro_batch": (4, 2), "model.offload_layers": ("none", "disk"), "train.checkpointing": (False, "offload"),
             "fit": ("none", "auto")}  # fmt: skip
     assert diff(keys) == [
-        "-fit: none", "+fit: auto", " model:", "-  offload_layers: none", "+  offload_layers: disk", " train:", "-  micro_batch: 4",
-        "+  micro_batch: 2", "-  checkpointing: false", "+  checkpointing: offload",
+        "-fit: none", "+fit: auto", " model:", "-  offload_layers: none", "+  offload_layers: disk", " train:",
+        "-  micro_batch: 4", "+  micro_batch: 2", "-  checkpointing: false", "+  checkpointing: offload",
     ]  # fmt: skip

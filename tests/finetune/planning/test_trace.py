@@ -17,7 +17,7 @@ from finetune.bench.plan import Case, Found, Steps
 from finetune.models.config import load_config, new_config
 from finetune.models.source import source_of
 from finetune.planning.data import facts_of
-from finetune.planning.step import Place, Traced, trace
+from finetune.planning.step import DeviceSpec, Traced, trace
 
 FEW = Steps(profiled=3, warm=0, timed=1)
 
@@ -63,7 +63,7 @@ def traced(recipe: Any, *, layers: int, whole: bool) -> Traced:
     config.num_hidden_layers = layers
     micro = facts_of(recipe, source).micro
     return trace(
-        recipe, source, config, Place("cpu", torch.bfloat16, None, False), micro, evaluate=micro, generate=64, whole=whole
+        recipe, source, config, DeviceSpec("cpu", torch.bfloat16, None, False), micro, evaluate=micro, generate=64, whole=whole
     )
 
 
@@ -87,7 +87,7 @@ def test_a_model_of_unlike_layers_is_traced_whole(tiny: Path) -> None:
         "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 512, "use_sliding_window": True, "sliding_window": 32,
         "layer_types": ["full_attention", "sliding_attention"] * 3,
     })  # fmt: skip
-    found = trace(recipe, source, config, Place("cpu", torch.float32, None, False), facts_of(recipe, source).micro)
+    found = trace(recipe, source, config, DeviceSpec("cpu", torch.float32, None, False), facts_of(recipe, source).micro)
     assert (found.uniform, found.layers) == (False, (6, 6))
 
 
