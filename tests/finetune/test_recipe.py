@@ -182,8 +182,7 @@ def test_each_broken_rule_is_told_once_with_the_line_of_its_key(tmp_path: Path) 
 
 def test_a_rule_of_a_key_that_is_not_given_points_at_its_section_or_the_beginning(tmp_path: Path) -> None:
     keys = "train: {load_best_at_end: true, optimizer_in_backward: true, eval_steps: 2, save_steps: 2}\n"
-    (mistake,) = mistakes(tmp_path, GOOD + keys
-                          "adapter: {kind: none}\n")  # fmt: skip
+    (mistake,) = mistakes(tmp_path, GOOD + keys + "adapter: {kind: none}\n")
     assert "train.max_grad_norm=0" in mistake.message
     assert mistake.where.endswith("recipe.yaml:5")
     (mistake,) = mistakes(tmp_path, GOOD, ["kind=pretrain"])
