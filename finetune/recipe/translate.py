@@ -24,10 +24,15 @@ RENAMED: dict[str, str | Mapping[Any, Mapping[str, Any]]] = {
     "train.step_in_backward": "train.optimizer_in_backward",
 }
 
+# Keys, renamed since, by which a resolved recipe of the first version (f4a9b44) is known.
+OF_FIRST_VERSION = ("data.learn", "data.too_long", "model.stream", "train.best", "train.step_in_backward")
+
 
 def translate(resolved: Mapping[str, Any]) -> dict[str, Any]:
     """The keys and values of a resolved recipe as they are called now. `resolved` stays as it is."""
     result = copy.deepcopy(dict(resolved))
+    if any(key in RENAMED and _value(result, key) is not None for key in OF_FIRST_VERSION):
+        _keep_precision(result)
     for old, new in RENAMED.items():
         section, leaf = _section(result, old)
         if section is None or leaf not in section:
@@ -39,6 +44,20 @@ def translate(resolved: Mapping[str, Any]) -> dict[str, Any]:
             for key, value in changed.items():
                 _put(result, key, value)
     return result
+
+
+def _keep_precision(first: dict[str, Any]) -> None:
+    """Spell out `train.precision: auto` where it had another meaning in the first version.
+
+    It followed model.dtype for sft, and was bf16 over fp32 weights for pretrain; whether all weights were trained did not matter.
+    """
+    if _value(first, "train.precision") != "auto":
+        return
+    dtype, trains_all = _value(first, "model.dtype"), _value(first, "adapter.kind") == "none"
+    if first.get("kind") == "sft" and trains_all and dtype in ("auto", "fp32"):
+        first["train"]["precision"] = "fp32"
+    elif first.get("kind") == "pretrain" and not trains_all and dtype == "fp32":
+        first["train"]["precision"] = "bf16"
 
 
 def called_now(key: str, value: Any) -> str | None:
@@ -63,6 +82,12 @@ def _section(recipe: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, s
     for parent in parents:
         there = there.get(parent) if isinstance(there, dict) else None
     return (there if isinstance(there, dict) else None), leaf
+
+
+def _value(recipe: dict[str, Any], key: str) -> Any:
+    """The value of a dotted key; None where there is none."""
+    section, leaf = _section(recipe, key)
+    return section.get(leaf) if section is not None else None
 
 
 def _put(recipe: dict[str, Any], key: str, value: Any) -> None:

@@ -9,7 +9,7 @@ import yaml
 
 from finetune.errors import UserErrors
 from finetune.recipe import Recipe, dump_recipe, known_keys, read_recipe, read_resolved
-from finetune.recipe.translate import RENAMED, called_now, translate
+from finetune.recipe.translate import OF_FIRST_VERSION, RENAMED, called_now, translate
 
 # What an imagined older version called keys and values of this one.
 OLDER: dict[str, Any] = {
@@ -107,3 +107,41 @@ def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
     assert called_now("train.order", "unheard of") == "train.schedule"
     assert called_now("train.on_bad_step", "unheard of") is None
     assert called_now("train.lr", 1) is None
+
+
+@pytest.mark.parametrize("mark", OF_FIRST_VERSION)
+@pytest.mark.parametrize(
+    ("kind", "adapter", "dtype", "precision", "kept"),
+    [
+        ("sft", "none", "auto", "auto", "fp32"),
+        ("sft", "none", "fp32", "auto", "fp32"),
+        ("sft", "none", "bf16", "auto", "auto"),
+        ("sft", "none", "fp32", "bf16", "bf16"),
+        ("sft", "none", "auto", "fp32", "fp32"),
+        ("sft", "lora", "auto", "auto", "auto"),
+        ("sft", "lora", "fp32", "auto", "auto"),
+        ("pretrain", "none", "auto", "auto", "auto"),
+        ("pretrain", "none", "fp32", "auto", "auto"),
+        ("pretrain", "lora", "fp32", "auto", "bf16"),
+        ("pretrain", "lora", "fp32", "fp32", "fp32"),
+        ("pretrain", "lora", "auto", "auto", "auto"),
+        ("pretrain", "lora", "bf16", "auto", "auto"),
+    ],
+)
+def test_a_run_of_the_first_version_keeps_its_arithmetic(
+    monkeypatch: pytest.MonkeyPatch, mark: str, kind: str, adapter: str, dtype: str, precision: str, kept: str
+) -> None:
+    monkeypatch.setitem(RENAMED, mark, "train.marked")
+    recipe = {
+        "kind": kind,
+        "adapter": {"kind": adapter},
+        "model": {"dtype": dtype},
+        "data": {},
+        "train": {"precision": precision},
+    }
+    assert translate(recipe)["train"]["precision"] == precision
+    section, _, key = mark.partition(".")
+    recipe[section][key] = "as it was"  # type: ignore[index]
+    now = translate(recipe)
+    assert now["train"] == {"precision": kept, "marked": "as it was"}
+    assert now["model"] == {"dtype": dtype}
