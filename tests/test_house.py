@@ -23,7 +23,7 @@ ROOMS: dict[str, list[str]] = {
         "perplexity generation harness",
     ],
     "quant": [
-        "raw derived",
+        "byte_views weight_cache",
         "nf4 ternary",
         "backends",
         "ops",
@@ -41,7 +41,7 @@ ROOMS: dict[str, list[str]] = {
         "data",
         "train",
         "models",
-        "material",
+        "task_data",
         "assembly sources",
         "planning exporters report",
         "merging bench",

@@ -85,20 +85,16 @@ def build_model(
     """The model of a recipe.
 
     device: where it goes; on `meta` no weights are read. dtype: of the unquantized weights. targets: of the adapters, where they
-    are known already. calibration: input ids (1, T) by which the gains of sub-norms are measured. training: with gradient
-    checkpointing, offloaded layers and shards, as the recipe says. scratch_dir: for layers that are offloaded to the disk.
-    adapter: a folder of trained adapters, else fresh ones. compute_dtype: another dtype for a base under a trained adapter.
-    measure_float: told a pretrained float model before it is made ternary.
+    are known already. calibration: input ids (1, T) by which gains of sub-norms are measured. training: with checkpointing,
+    offloaded layers and shards, as the recipe says. scratch_dir: for layers offloaded to the disk. adapter: a folder of trained
+    adapters, else fresh ones; compute_dtype: of the base under them. measure_float: gets a float model that becomes ternary.
 
     Raises:
         UserError: weights or adapters cannot be read, do not fit, or cannot be quantized as the recipe says.
     """
     on_meta = device.type == "meta"
-    disk = (
-        offload.Scratch(scratch_dir)
-        if training and recipe.model.offload_layers == "disk" and not on_meta and scratch_dir
-        else None
-    )
+    placed = training and not on_meta
+    disk = offload.Scratch(scratch_dir) if placed and scratch_dir and recipe.model.offload_layers == "disk" else None
     with phase("weights") as progress:
         if on_meta:
             model = _meta_base(recipe, source, config, dtype)
@@ -115,7 +111,7 @@ def build_model(
                 progress=progress,
             )
     was_float = recipe.model.name is not None and getattr(model, "hf_quantizer", None) is None
-    if measure_float is not None and recipe.trains_quantized and was_float:
+    if measure_float and was_float and recipe.trains_quantized:
         measure_float(model.to(device))  # type: ignore[arg-type]
     offloaded: list[offload.Streamed] = []
     with phase("prepare") as progress:
@@ -133,12 +129,12 @@ def build_model(
             device=device,
             checkpointing=training and bool(recipe.train.checkpointing),
             seed=recipe.run.seed,
-            move=_mover(recipe, device, disk, offloaded) if training and not on_meta else None,
+            move=_mover(recipe, device, disk, offloaded) if placed else None,
             trained=adapter,
             compute_dtype=compute_dtype,
             progress=lambda done, total: progress(done, total, "linears"),
         )
-    set_eos_token_ids(prepared.model, eos_token_ids)
+        set_eos_token_ids(prepared.model, eos_token_ids)
     return BuiltModel(
         model=prepared.model,
         architecture=architecture,
