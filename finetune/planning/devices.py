@@ -478,9 +478,7 @@ def _own(path: Path) -> dict[str, Device]:
                 raise ValueError(f"unknown: {', '.join(map(str, said))}")
         except (KeyError, TypeError, ValueError) as error:
             what = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
-            raise UserError(
-                "one of your own devices is not described well", where=f"{path}: {key}", got=what, hint=form
-            ) from None
+            raise UserError("this device is not well described", where=f"{path}: {key}", got=what, hint=form) from None
         found[str(key)] = _cuda(str(key), name, memory, numbers[0], rates, numbers[1], capability, source)
     return found
 
