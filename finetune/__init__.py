@@ -5,8 +5,9 @@
     result = finetune.run("recipes/quickstart.yaml", {"train.max_steps": 20})
     print(result.state, result.before.loss, "→", result.after.loss, result.folder)
 
-Each function imports what it needs when it is called. None exits or prints (but with `verbose=True`), and none leaves logging,
-warnings, threads or signal handlers changed. What the command line says as an error is raised here: `finetune.errors`.
+Each function imports what it needs when it is called. None exits or prints (but with `verbose=True`, and one line on stderr when
+Ctrl-C stops a run), and none leaves logging, warnings, threads or signal handlers changed. What the command line says as an error
+is raised here: `finetune.errors`.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ WARNING_MODULES = r"(torch\.(utils|jit|autograd|nn)|transformers|peft|bitsandbyt
 def quiet_libraries(screen: Screen | None = None) -> Iterator[None]:
     """Load transformers, with a screen peft too. Within the block their warnings and bars are off: errors are raised anyway.
 
-    Afterwards logging and warnings are as they were.
+    Afterwards logging and warnings are as they were, and no bar has left a thread.
     """
     import logging
     import warnings
@@ -29,11 +29,13 @@ def quiet_libraries(screen: Screen | None = None) -> Iterator[None]:
         with screen.phase("libraries"):  # seconds, so they are spent where the user sees for what
             import peft  # noqa: F401
     import transformers
+    from tqdm import tqdm
     from transformers.utils.logging import is_progress_bar_enabled
 
     loggers = {name: logging.getLogger(name) for name in (*LOUD, "datasets.utils.file_utils")}
     levels = {name: logger.level for name, logger in loggers.items()}
     verbosity, bars = transformers.logging.get_verbosity(), is_progress_bar_enabled()
+    monitor, tqdm.monitor_interval = tqdm.monitor_interval, 0  # else even a bar that is off begins a thread, which stays
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     for logger in loggers.values():
@@ -44,6 +46,7 @@ def quiet_libraries(screen: Screen | None = None) -> Iterator[None]:
         try:
             yield
         finally:
+            tqdm.monitor_interval = monitor
             transformers.logging.set_verbosity(verbosity)
             if bars:
                 transformers.logging.enable_progress_bar()

@@ -15,7 +15,7 @@ def test_the_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: 
 
     monkeypatch.chdir(tmp_path)
     readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from quant" in block)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     peft = pytest.importorskip("peft")
     names = {
