@@ -105,8 +105,8 @@ def is_clear(code: int, err: str, *, expected: int = 2) -> None:
     assert code == expected, err
     assert err.startswith("error: ")
     assert "Traceback" not in err
-    assert "  found: " in err
-    assert "  do: " in err
+    assert "  got: " in err
+    assert "  hint: " in err
     assert "  where: " in err or re.search(r"\S:\d+: ", err), err
 
 

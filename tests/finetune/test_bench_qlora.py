@@ -64,7 +64,7 @@ def test_a_recipe_of_ones_own_is_taken_as_it_is_and_overrides_win(rows_file: Pat
 @pytest.mark.parametrize(
     ("recipe", "overrides", "found"),
     [
-        ("bitnet-tiny", [], "do:    kind=sft"),
+        ("bitnet-tiny", [], "hint:  kind=sft"),
         (None, ["adapter.kind=none", "quant.scheme=none"], "adapter.kind=lora"),
         (None, ["quant.scheme=ternary"], "quant.scheme=nf4"),
         (None, ["model.dtype=fp16"], "model.dtype=auto"),
