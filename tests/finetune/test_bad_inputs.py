@@ -639,9 +639,12 @@ def test_records_that_are_none_or_lead_elsewhere(finetune: Terminal, made: Path,
             assert "record cannot be read" in refused(finetune, *words)
     shutil.move(made / "bytes", made / "run.json")
     assert "record cannot be read" in refused(finetune, "show", "r")
-    for model in (None, {"dtype": "load", "eos_token_ids": [2]}, {"dtype": "float32", "eos_token_ids": "x"}):
+    for model in (None, record["model"] | {"dtype": "load"}):
         (made / "run.json").write_text(json.dumps(record | {"model": model}))
         assert "does not say how it loaded its model" in refused(finetune, "eval", "r/adapter")
+    for model in ({"dtype": "float32", "eos_token_ids": [2]}, record["model"] | {"eos_token_ids": "x"}):
+        (made / "run.json").write_text(json.dumps(record | {"model": model}))
+        assert "record cannot be read" in refused(finetune, "eval", "r/adapter")
 
 
 def test_adapters_that_are_damaged_or_pickles(finetune: Terminal, made: Path, tmp_path: Path) -> None:
