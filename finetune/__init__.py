@@ -151,6 +151,7 @@ def evaluate(
         include_path=Path(include_path) if include_path is not None else None,
         limit=limit,
         dtype=dtype,
+        command="finetune.evaluate",
     )
 
 

@@ -53,7 +53,9 @@ def evaluate(
     from finetune.screen import Screen
 
     names, screen = [task.strip() for task in tasks.split(",") if task.strip()] if tasks else [], Screen()
-    scores = evaluate_models(models, screen, file=file, tasks=names, include_path=include_path, limit=limit, dtype=dtype)
+    scores = evaluate_models(
+        models, screen, file=file, tasks=names, include_path=include_path, limit=limit, dtype=dtype, command=typed()
+    )
     _print_scores(scores, screen)
     if json_file is not None:
         write_json(json_file, {name: of.as_dict() for name, of in scores.items()})
@@ -69,8 +71,9 @@ def evaluate_models(
     include_path: Path | None = None,
     limit: int | None = None,
     dtype: str = "auto",
+    command: str = "finetune eval",
 ) -> dict[str, Scores]:
-    """Score each model in turn.
+    """Score each model in turn. command: what was typed, for their provenance.
 
     Raises:
         UserError: nothing to score with, or a model, file or task that is not there.
@@ -88,7 +91,7 @@ def evaluate_models(
         for name in names:
             loaded = open_model(name, dtype, screen)
             device = next(loaded.model.parameters()).device
-            found = provenance.collect(device, 0, typed()) | {"dtype": str(loaded.model.dtype)}
+            found = provenance.collect(device, 0, command) | {"dtype": str(loaded.model.dtype)}
             scores = results[name] = Scores(found)
             if file is not None or not tasks:
                 if file is None and loaded.recipe is None:

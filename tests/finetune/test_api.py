@@ -22,7 +22,7 @@ import pytest
 import torch
 
 import finetune
-from finetune.errors import GateStop, Interruption, Mistake, Mistakes
+from finetune.errors import GateError, Interruption, UserError, UserErrors
 from finetune.run_dir import RunDir
 from tests.conftest import REPOSITORY, alpaca, story, write_jsonl
 
@@ -221,19 +221,19 @@ def test_a_model_is_merged_and_exported(trained: finetune.RunResult) -> None:
 
 
 WRONG: dict[str, tuple[Callable[[Path, Path], Any], type[Exception]]] = {
-    "no such recipe": (lambda recipe, run: finetune.run("nowhere"), Mistake),
-    "several mistakes": (lambda recipe, run: finetune.check(recipe, {"train.lr": "fast", "train.speed": 3}), Mistakes),
-    "no such data": (lambda recipe, run: finetune.run(recipe, {"data.path": "nothing.jsonl"}), Mistakes),
-    "answers without an end": (lambda recipe, run: finetune.run(recipe, {"data.max_length": 45}), GateStop),
-    "another run's folder": (lambda recipe, run: finetune.run(recipe, {"run.dir": str(run)}), Mistake),
-    "another run": (lambda recipe, run: finetune.run(recipe, {"run.dir": str(run), "train.lr": 1.0}, resume=True), Mistake),
-    "no such device": (lambda recipe, run: finetune.plan(recipe, gpu="abacus"), Mistake),
-    "no such model": (lambda recipe, run: finetune.load("nowhere"), Mistake),
-    "no such dtype": (lambda recipe, run: finetune.load(run, dtype="int3"), Mistake),
-    "merged into another run": (lambda recipe, run: finetune.merge(run, run), Mistake),
-    "an adapter exported": (lambda recipe, run: finetune.export(run, "bitnet", "out"), Mistake),
-    "no such format": (lambda recipe, run: finetune.export(run, "tape", "out"), Mistake),
-    "no such file": (lambda recipe, run: finetune.evaluate(run, file="nowhere.txt"), Mistake),
+    "no such recipe": (lambda recipe, run: finetune.run("nowhere"), UserError),
+    "several mistakes": (lambda recipe, run: finetune.check(recipe, {"train.lr": "fast", "train.speed": 3}), UserErrors),
+    "no such data": (lambda recipe, run: finetune.run(recipe, {"data.path": "nothing.jsonl"}), UserErrors),
+    "answers without an end": (lambda recipe, run: finetune.run(recipe, {"data.max_length": 45}), GateError),
+    "another run's folder": (lambda recipe, run: finetune.run(recipe, {"run.dir": str(run)}), UserError),
+    "another run": (lambda recipe, run: finetune.run(recipe, {"run.dir": str(run), "train.lr": 1.0}, resume=True), UserError),
+    "no such device": (lambda recipe, run: finetune.plan(recipe, gpu="abacus"), UserError),
+    "no such model": (lambda recipe, run: finetune.load("nowhere"), UserError),
+    "no such dtype": (lambda recipe, run: finetune.load(run, dtype="int3"), UserError),
+    "merged into another run": (lambda recipe, run: finetune.merge(run, run), UserError),
+    "an adapter exported": (lambda recipe, run: finetune.export(run, "bitnet", "out"), UserError),
+    "no such format": (lambda recipe, run: finetune.export(run, "tape", "out"), UserError),
+    "no such file": (lambda recipe, run: finetune.evaluate(run, file="nowhere.txt"), UserError),
 }
 
 
