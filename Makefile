@@ -25,7 +25,7 @@ quickstart: install
 
 # Files side by side, then alone what measures time, memory or the machine or starts several processes. Both halves run in any case.
 test: install
-	$(PYTEST) -n $(WORKERS) --dist loadfile -m 'not alone and $(DEFAULT)'; first=$$?; \
+	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not alone and $(DEFAULT)'; first=$$?; \
 	$(PYTEST) -m 'alone and $(DEFAULT)' && exit $$first
 
 test-slow: install

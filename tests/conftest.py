@@ -32,6 +32,17 @@ REPOSITORY = Path(__file__).parent.parent
 SHARED = REPOSITORY.parent / "shared"
 
 
+# Begun first, so that no worker is left alone with one of them at the end.
+LONG = (
+    "test_real.py", "test_run.py", "test_bad_inputs.py", "test_fast.py", "test_nothing_lost.py", "test_offload.py",
+    "test_keys.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
