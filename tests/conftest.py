@@ -34,8 +34,8 @@ SHARED = REPOSITORY.parent / "shared"
 
 # Begun first, so that no worker is left alone with one of them at the end.
 LONG = (
-    "test_real.py", "test_run.py", "test_bad_inputs.py", "test_nothing_lost.py", "test_offload.py", "test_patching.py", "test_keys.py",
-    "test_triton.py", "test_trace.py", "test_report.py", "test_pretrain.py", "test_api.py",
+    "test_real.py", "test_run.py", "test_bad_inputs.py", "test_nothing_lost.py", "test_offload.py", "test_patching.py",
+    "test_keys.py", "test_triton.py", "test_trace.py", "test_report.py", "test_pretrain.py", "test_api.py",
 )  # fmt: skip
 
 
