@@ -15,7 +15,7 @@ from finetune.data.packing import divide
 from finetune.train.fast.chunked_loss import CHUNK, LMHead, fused_linear_cross_entropy
 
 if TYPE_CHECKING:
-    from finetune.data.stream import Corpus, Row
+    from finetune.data.stream import Corpus, PackedSequence
     from finetune.train.distill import Distillation
 
 
@@ -36,10 +36,10 @@ class Pretraining:
         self.head, self.chunk = head, chunk
         self.parts: dict[str, float] = {}
 
-    def sampler(self, epoch: int, position: int, cursor: Any) -> Iterator[tuple[Row, ...]]:
+    def sampler(self, epoch: int, position: int, cursor: Any) -> Iterator[tuple[PackedSequence, ...]]:
         sequences = self.corpus.rows(epoch, cursor)
         try:
-            group: list[Row] = []
+            group: list[PackedSequence] = []
             for sequence in sequences:
                 group.append(sequence)
                 if len(group) == self.micro_batch:
@@ -53,20 +53,20 @@ class Pretraining:
     def length(self, epoch: int) -> None:
         return None  # unknown before the stream was read once
 
-    def cursor(self, key: tuple[Row, ...]) -> Any:
+    def cursor(self, key: tuple[PackedSequence, ...]) -> Any:
         return key[-1].after
 
-    def batch(self, key: tuple[Row, ...]) -> torch.Tensor:
+    def batch(self, key: tuple[PackedSequence, ...]) -> torch.Tensor:
         """Token ids (sequences, length)."""
         return torch.stack([torch.as_tensor(row.ids) for row in key]).to(self.device, torch.int64)
 
-    def split(self, key: tuple[Row, ...], parts: int) -> list[tuple[Row, ...]]:
+    def split(self, key: tuple[PackedSequence, ...], parts: int) -> list[tuple[PackedSequence, ...]]:
         return divide(key, parts)
 
     def tokens(self, batch: torch.Tensor) -> int:
         return batch.numel()
 
-    def samples(self, key: tuple[Row, ...]) -> list[str]:
+    def samples(self, key: tuple[PackedSequence, ...]) -> list[str]:
         return [row.where for row in key]
 
     def loss(self, model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
