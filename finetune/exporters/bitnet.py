@@ -105,5 +105,5 @@ class _Floats(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.layer.rms_norm is not None:
             x = self.layer.rms_norm(x)
-        x = ternary.dequantize_rows(*ternary.quantize_rows(x))
+        x = ternary.dequantize_activations(*ternary.quantize_activations(x))
         return nn.functional.linear(x, self.layer.dequantize(), self.layer.bias)
