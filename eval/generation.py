@@ -1,7 +1,7 @@
-"""Answers of a chat model: whole ones to compare models by, and a stream to talk to.
+"""Generates answers of a chat model, complete ones or as a stream.
 
-Conversations run one at a time: a left-padded batch is wrong for a model that carries a state along the sequence, and for
-any other it changes the rounding, so that an answer would depend on its neighbours.
+Conversations run one at a time: a left-padded batch is wrong for recurrent models, and for
+others it changes the rounding, so that an answer would depend on the others in the batch.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ from torch import nn
 
 from eval.model_state import adds_bos, device_of, evaluating, forget, out_of_memory, randomness_kept
 
-Message = dict[str, Any]  # role, content, …: what the tokenizer's chat template takes
-Prompt = Sequence[Message] | str  # a conversation, or a text that the model goes on with
+Message = dict[str, Any]  # role, content, …: as the tokenizer's chat template expects
+Prompt = Sequence[Message] | str  # a conversation, or a text to continue
 Progress = Callable[[int, int], None]  # (done, total)
-PIECE = 128  # tokens of a prompt that are read at once where all of it is too much for the memory
+PREFILL_CHUNK = 128  # tokens of a prompt that are read at once after memory ran out
 
 
 @dataclass(frozen=True)
 class Answer:
+    """One generated answer."""
+
     text: str  # without special tokens
     tokens: int  # generated, the end token included
     ended: bool  # it stopped by itself, not at max_new_tokens
@@ -35,18 +37,18 @@ class Answer:
 def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     """Token ids that end an answer: the tokenizer's end token and those of the model's generation config, each once."""
     config = getattr(model, "generation_config", None)
-    theirs = config.eos_token_id if config is not None else None
-    found = [tokenizer.eos_token_id, *(theirs if isinstance(theirs, (list, tuple)) else [theirs])]
-    return list(dict.fromkeys(int(token) for token in found if token is not None))
+    of_model = config.eos_token_id if config is not None else None
+    token_ids = [tokenizer.eos_token_id, *(of_model if isinstance(of_model, (list, tuple)) else [of_model])]
+    return list(dict.fromkeys(int(token) for token in token_ids if token is not None))
 
 
 def _prompt(tokenizer: Any, messages: Prompt) -> list[int]:
-    """Token ids up to where the answer begins, with one BOS where the tokenizer wants one: the template's or our own."""
+    """Token ids of the prompt, with exactly one BOS if the tokenizer uses one, whether the template writes it or not."""
     if isinstance(messages, str):
         ids = list(tokenizer(messages, add_special_tokens=False, verbose=False)["input_ids"])
         return [tokenizer.bos_token_id, *ids] if adds_bos(tokenizer) else ids or [tokenizer.eos_token_id]
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("the tokenizer has no chat template, so there is no way to write a conversation for this model")
+        raise ValueError("the tokenizer has no chat template, which a conversation needs")
     text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
@@ -55,42 +57,43 @@ def _prompt(tokenizer: Any, messages: Prompt) -> list[int]:
 
 
 def _options(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature: float, top_p: float) -> dict[str, Any]:
-    """Arguments of `model.generate` besides the prompt. At temperature 0 the most likely token, else samples of the whole
-    vocabulary cut by top_p alone; penalties that the model's own generation config sets stay.
+    """Arguments of `model.generate` besides the prompt: greedy at temperature 0, else sampling with top_p only.
+
+    Penalties in the model's own generation config stay.
     """
     from transformers import GenerationConfig
 
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be 1 or more, it is {max_new_tokens}")
+        raise ValueError(f"max_new_tokens must be at least 1, not {max_new_tokens}")
     if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature must be 0 or more and top_p in (0, 1]; they are {temperature} and {top_p}")
-    stops = eos_token_ids(model, tokenizer)
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (stops[0] if stops else 0)
+        raise ValueError(f"temperature must be at least 0 and top_p in (0, 1]; got {temperature} and {top_p}")
+    eos = eos_token_ids(model, tokenizer)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (eos[0] if eos else 0)
     sampling = temperature > 0
     config = GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=sampling,
         temperature=temperature if sampling else 1.0,
         top_p=top_p if sampling else 1.0,
-        top_k=0 if sampling else 50,  # 0: no cut; 50 is transformers' neutral value, anything else warns when not sampling
+        top_k=0 if sampling else 50,  # 0: no limit; 50 is transformers' default, other values warn when not sampling
         num_beams=1,
         use_cache=True,
-        eos_token_id=stops or None,
+        eos_token_id=eos or None,
         pad_token_id=pad,
     )
     return {"generation_config": config}
 
 
 def _seed(seed: int | None) -> None:
-    """Call inside randomness_kept. Without a seed a new one is drawn: the kept state would give the same samples every time."""
+    """Seed torch; without a seed a new one is drawn, since the restored state would repeat the samples. Call in randomness_kept."""
     if seed is None:
         torch.seed()
     else:
         torch.manual_seed(seed)
 
 
-def _whole_answer(model: Any, prompt: torch.Tensor, options: dict[str, Any], *, retry: bool = True) -> torch.Tensor:
-    """Prompt and answer (1, T). Where memory runs out, once more: the prompt in pieces, and on a card the cache in CPU memory."""
+def _complete_answer(model: Any, prompt: torch.Tensor, options: dict[str, Any], *, retry: bool = True) -> torch.Tensor:
+    """Prompt and answer (1, T). If memory runs out, retry with the prompt in chunks, and on a GPU with the cache in CPU memory."""
     try:
         return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
     except Exception as error:
@@ -98,7 +101,7 @@ def _whole_answer(model: Any, prompt: torch.Tensor, options: dict[str, Any], *, 
             raise
         forget(error)
     smaller = copy.deepcopy(options["generation_config"])
-    smaller.prefill_chunk_size = PIECE
+    smaller.prefill_chunk_size = PREFILL_CHUNK
     if prompt.device.type == "cuda":
         smaller.cache_implementation = "offloaded"
     return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options | {"generation_config": smaller})
@@ -116,30 +119,30 @@ def generate(
     retry: bool = True,
     progress: Progress | None = None,
 ) -> list[Answer]:
-    """The model's answer to each conversation, written with the tokenizer's chat template, or how it goes on with each text;
-    greedy by default.
+    """The model's answer to each conversation, formatted with the chat template, or its continuation of each text.
 
     Args:
-        seed: of the sampling, set anew for each conversation, so that an answer does not depend on the others; None draws one.
-        retry: where memory runs out, with the prompt in pieces; not where other processes run the same passes with this one.
-        progress: called with (conversations done, in all).
+        temperature: 0 (default) is greedy.
+        seed: of the sampling, set again for each conversation, so that answers are independent; None draws one.
+        retry: if memory runs out, with the prompt in chunks; off if other processes run the same passes.
+        progress: called with (conversations done, total).
 
     Raises:
         ValueError: the tokenizer has no chat template, or a setting is out of range.
     """
     options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
-    stops, device = set(eos_token_ids(model, tokenizer)), device_of(model)
+    eos, device = set(eos_token_ids(model, tokenizer)), device_of(model)
     answers: list[Answer] = []
     with evaluating(model), randomness_kept(), torch.no_grad():
         for messages in messages_list:
             prompt = torch.tensor([_prompt(tokenizer, messages)], device=device)
             _seed(seed)
-            begin = time.perf_counter()
-            output = _whole_answer(model, prompt, options, retry=retry)
-            new = output[0, prompt.shape[1] :].tolist()  # waits for the device
-            seconds = time.perf_counter() - begin
+            started = time.perf_counter()
+            output = _complete_answer(model, prompt, options, retry=retry)
+            new = output[0, prompt.shape[1] :].tolist()  # synchronizes with the device
+            seconds = time.perf_counter() - started
             text = tokenizer.decode(new, skip_special_tokens=True)
-            answers.append(Answer(text, len(new), bool(new) and new[-1] in stops, seconds))
+            answers.append(Answer(text, len(new), bool(new) and new[-1] in eos, seconds))
             if progress:
                 progress(len(answers), len(messages_list))
     return answers
@@ -155,9 +158,9 @@ def stream(
     top_p: float = 1.0,
     seed: int | None = None,
 ) -> Iterator[str]:
-    """The answer in pieces of text as they come. Closing the iterator (or leaving the loop) stops the generation.
+    """Yield the answer in pieces of text as they are generated. Closing the iterator (or leaving the loop) stops the generation.
 
-    The model runs in a thread of its own; what goes wrong there is raised here.
+    The model runs in a thread of its own, whose errors are raised here.
 
     Raises:
         ValueError: as `generate`, at the first piece.
@@ -186,7 +189,7 @@ def stream(
             )
         except BaseException as error:
             failures.append(error)
-            pieces.on_finalized_text("", stream_end=True)  # or the reader would wait for ever
+            pieces.on_finalized_text("", stream_end=True)  # else the reader would wait forever
 
     with evaluating(model), randomness_kept():
         _seed(seed)

@@ -1,8 +1,8 @@
-"""Benchmark tasks through lm-evaluation-harness, on a model that is already in memory.
+"""Benchmark tasks with lm-evaluation-harness, on a model in memory.
 
-The numbers are those of the `lm_eval` command line for the same model, dtype, batch size and limit: the harness does the work
-(its `HFLM` and `simple_evaluate`, with its seeds), this module only keeps it quiet, tells how far it is, and leaves the
-model, the tokenizer and the random numbers as they were.
+Scores equal those of the `lm_eval` command line for the same model, dtype, batch size and limit: the harness does the work
+(its `HFLM` and `simple_evaluate`, with its seeds); this module only silences it, reports progress, and restores the
+model, the tokenizer and the random generators.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ Progress = Callable[[int, int], None]  # (done, total)
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the harness's log lines below errors, its prints, progress bars (its own and those of `datasets`), and what it
-    asks git and pip about the machine for its own record, which takes seconds and complains on the terminal.
+    """Silence the harness inside the block: log lines below errors, prints, progress bars (its own and those of `datasets`),
+    and its queries of git and pip, which take seconds and print warnings.
     """
     import lm_eval.api.metrics
     import lm_eval.evaluator
     from tqdm import tqdm
 
-    begin = tqdm.__init__
+    original_init = tqdm.__init__
 
     def hidden(self: Any, *args: Any, **kwargs: Any) -> None:
-        begin(self, *args, **(kwargs | {"disable": True}))
+        original_init(self, *args, **(kwargs | {"disable": True}))
 
     def nothing(*_: Any, **__: Any) -> None:
         pass
@@ -54,23 +54,23 @@ def _quiet() -> Iterator[None]:
 
 
 class UnknownTask(ValueError):
-    """A task that the harness does not have; the words name the nearest ones."""
+    """A task that the harness does not have; the message names the nearest ones."""
 
 
 def _language_model(model: nn.Module, tokenizer: Any, batch_size: int, progress: Progress | None) -> Any:
-    """The harness's view of the model. A class made here, because its base must be imported late."""
+    """The model as the harness expects it. The class is defined here because its base is imported late."""
     from lm_eval.models.huggingface import HFLM
 
     class Counted(HFLM):
-        """HFLM that tells its progress in requests; windows of text for rolling log-likelihoods."""
+        """HFLM that reports its progress in requests; in windows of text for rolling log-likelihoods."""
 
         done = total = 0
 
         def _expect(self, requests: int) -> None:
             self.total += requests
 
-        def _advance(self, rows: int) -> None:
-            self.done = min(self.done + rows, self.total)
+        def _advance(self, requests: int) -> None:
+            self.done = min(self.done + requests, self.total)
             if progress:
                 progress(self.done, self.total)
 
@@ -98,14 +98,14 @@ def _language_model(model: nn.Module, tokenizer: Any, batch_size: int, progress:
             self._expect(len(requests))
             return super().generate_until(requests, *args, **kwargs)
 
-    # HFLM ties the weights of what it gets: needless for a model in use, and it breaks one whose tied head is wrapped or packed.
+    # HFLM ties the weights of its model: needless here, and it breaks one whose tied head is wrapped or packed.
     with patch.object(model, "tie_weights", lambda *_, **__: None, create=True):
         # a copy of the tokenizer: HFLM sets its padding
         return Counted(pretrained=model, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
 def _plain(result: dict[str, Any], version: Any) -> dict[str, Any]:
-    """One task's results. The harness writes `metric,filter`; the filter "none" is left out, others stay in the name."""
+    """One task's results. The harness writes `metric,filter`; the filter "none" is removed, others stay in the name."""
     values: dict[str, Any] = {}
     for key, value in result.items():
         metric, comma, name = key.partition(",")
@@ -129,10 +129,10 @@ def run_tasks(
 
     Args:
         tasks: names of tasks, groups or tags.
-        include_path: a folder of task files beside those that come with the harness.
-        limit: only the first so many documents of each task.
-        num_fewshot: examples in the prompt; by default what the task says.
-        progress: called with (requests done, requests in all); the second grows when tasks ask for several kinds of request.
+        include_path: a folder of task files in addition to those of the harness.
+        limit: use only the first `limit` documents of each task.
+        num_fewshot: examples in the prompt; default: the task's setting.
+        progress: called with (requests done, total); the total grows if tasks have several types of requests.
 
     Returns:
         {task: {metric: value, metric_stderr: value or None, "version": …, "n": documents}}; a filtered metric keeps the
@@ -140,7 +140,7 @@ def run_tasks(
 
     Raises:
         ImportError: lm-eval is not installed.
-        UnknownTask: a task that the harness does not have. ValueError: no tasks, or an include_path that is no folder.
+        UnknownTask: a task that the harness does not have. ValueError: no tasks, or an include_path that is not a folder.
     """
     try:
         from lm_eval import simple_evaluate
@@ -149,7 +149,7 @@ def run_tasks(
         raise ImportError("tasks need lm-evaluation-harness: pip install 'finetune12g[eval]'") from error
 
     if not tasks:
-        raise ValueError("no tasks named")
+        raise ValueError("no tasks given")
     if include_path is not None and not include_path.is_dir():
         raise ValueError(f"include_path is not a folder: {include_path}")
     with _quiet(), randomness_kept(), evaluating(model):
@@ -158,7 +158,7 @@ def run_tasks(
             if task not in manager.task_index:
                 near = difflib.get_close_matches(task, manager.all_tasks, n=3)
                 hint = f"; nearest: {', '.join(near)}" if near else ""
-                raise UnknownTask(f"the harness knows no task {task!r}{hint}")
+                raise UnknownTask(f"lm-evaluation-harness has no task {task!r}{hint}")
         results = simple_evaluate(
             model=_language_model(model, tokenizer, batch_size, progress),
             tasks=list(tasks),
@@ -168,6 +168,6 @@ def run_tasks(
             task_manager=manager,
             log_samples=False,
         )
-    assert results is not None  # None comes on other ranks only, and a model in memory has one
+    assert results is not None  # None only on other ranks, and a model in memory has one rank
     versions = results.get("versions", {})
     return {task: _plain(dict(result), versions.get(task)) for task, result in results["results"].items()}

@@ -1,6 +1,6 @@
-"""The state that scoring puts back: a model's modes, the random generators, memory after an out-of-memory error.
+"""State that evaluation restores: a model's modes, the random generators, memory after an out-of-memory error.
 
-And two questions that every score asks: where input ids go, and whether a tokenizer adds BOS by itself.
+Also the device of input ids, and whether a tokenizer adds BOS.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode inside; afterwards every module is in the mode that it had, also where they differed.
+    """Put the model into evaluation mode inside the block, and restore the mode of every module after it.
 
-    The way back goes through `model.train(...)`, so that layers which act on a change of mode see it.
+    The mode is restored with `model.train(...)`, so that layers which react to a change of mode are notified.
     """
     root, modes = model.training, [(module, module.training) for module in model.modules()]
     model.eval()
@@ -34,7 +34,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def randomness_kept() -> Iterator[None]:
-    """Whatever is seeded or drawn inside, the generators of python, numpy and torch (CPU, every CUDA device) go on as before."""
+    """Restore the generators of python, numpy and torch (CPU, every CUDA device) after the block."""
     python, numbers, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
@@ -47,7 +47,7 @@ def randomness_kept() -> Iterator[None]:
             torch.cuda.set_rng_state_all(cuda)
 
 
-# What says that memory has run out, beside torch's own exception: its CPU allocator, and libraries that allocate by themselves.
+# Messages of out-of-memory errors besides torch's own exception: of its CPU allocator, and of libraries that allocate memory.
 NO_MEMORY = (
     "DefaultCPUAllocator: can't allocate memory",
     "not enough memory",
@@ -58,28 +58,28 @@ NO_MEMORY = (
 
 
 def out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory has run out, of the device or of the process."""
+    """Whether an exception means that the device or the process is out of memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in NO_MEMORY)
 
 
 def forget(error: BaseException) -> str:
-    """The first line of an error of which nothing is kept: its frames hold what filled the memory, and that is given back."""
-    said = str(error).strip().splitlines()
+    """Release the frames of an error, which hold the memory that ran out, and return the first line of its message."""
+    lines = str(error).strip().splitlines()
     error.__traceback__ = error.__context__ = error.__cause__ = None
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return said[0][:300] if said else type(error).__name__
+    return lines[0][:300] if lines else type(error).__name__
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where input ids go: the device of the first parameter, which is the embedding's in a causal language model."""
+    """The device of input ids: that of the first parameter, which is the embedding's in a causal language model."""
     return next(model.parameters()).device
 
 
 def adds_bos(tokenizer: Any) -> bool:
-    """Whether the tokenizer by itself begins a text with BOS. Asked by doing: the flag `add_bos_token` is often wrong."""
+    """Whether the tokenizer adds a BOS to texts, found by encoding one: the flag `add_bos_token` is often wrong."""
     bos = tokenizer.bos_token_id
     return bos is not None and tokenizer("a")["input_ids"][:1] == [bos]

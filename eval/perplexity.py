@@ -1,11 +1,10 @@
-"""Loss and perplexity of a causal language model on given rows, without padding.
+"""Loss and perplexity of a causal language model on rows of tokens, without padding.
 
-Several rows become one sequence [1, T] whose position ids begin at 0 with every row. transformers builds a block-diagonal
-attention mask from that (`masking_utils.find_packed_sequence_indices`; it does so when no attention mask and no cache are
-given), so no row sees another. A model that carries a state along the sequence (Mamba, RWKV, hybrids) or has an attention of
-its own does not obey position ids; whether it does is tried out on the model (`rows_stay_apart`), and where it does not, rows
-run one by one. Logits are computed only where the next token is supervised: for 2,048 tokens and a vocabulary of 128k
-all of them would take a gigabyte in fp32.
+Several rows are packed into one sequence [1, T] whose position ids restart at 0 with every row. transformers builds a
+block-diagonal attention mask from that (`masking_utils.find_packed_sequence_indices`, if no attention mask and no cache are
+given), so no row sees another. Recurrent models (Mamba, RWKV, hybrids) and custom attentions may ignore position ids;
+this is tested on the model (`rows_stay_apart`), and if so, rows run one by one. Logits are computed only where the next
+token is supervised: for 2,048 tokens and a vocabulary of 128k all of them would take a gigabyte in fp32.
 
 The loss is the mean over supervised tokens, L = Σ sᵢ / Σ nᵢ with sᵢ the summed negative log-likelihood (nats) of row i and nᵢ
 its supervised tokens. Tokens of a row are not independent, rows are: the standard error is that of a ratio of sums over rows
@@ -29,7 +28,7 @@ from eval.model_state import adds_bos, device_of, evaluating, forget, out_of_mem
 Row = tuple[list[int], list[int]]  # input ids, labels: the label AT each position (unshifted), IGNORED where none
 Progress = Callable[[int, int], None]  # (done, total)
 TokenLosses = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(ids (1, T), positions (1, T), keep (n,), targets (n,)) → losses (nats, fp32) of the tokens behind the kept, (n,)."""
+"""(ids (1, T), positions (1, T), keep (n,), targets (n,)) → losses (nats, fp32) of the tokens after positions `keep`, (n,)."""
 
 IGNORED = -100
 LOSS_CHUNK = 512  # tokens whose logits are in fp32 at a time
@@ -37,7 +36,7 @@ LOSS_CHUNK = 512  # tokens whose logits are in fp32 at a time
 
 @dataclass(frozen=True)
 class LossResult:
-    """Loss on a set of rows; the sums by row allow paired comparison."""
+    """Loss on a set of rows; the sums by row allow a paired comparison."""
 
     loss: float  # nats per supervised token
     stderr: float  # of the loss, over rows; NaN with fewer than two rows that have a supervised token
@@ -48,7 +47,7 @@ class LossResult:
     row_tokens: tuple[int, ...]
 
     def as_dict(self, *, by_row: bool = False) -> dict[str, Any]:
-        """For JSON: numbers that are not finite become None; the lists by row come only when asked for."""
+        """For JSON: numbers that are not finite become None; the lists by row are optional."""
         numbers = {"loss": self.loss, "stderr": self.stderr, "perplexity": self.perplexity}
         result: dict[str, Any] = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
         result |= {"tokens": self.tokens, "rows": self.rows}
@@ -68,22 +67,22 @@ def _ratio(sums: Sequence[float], tokens: Sequence[int]) -> tuple[float, float]:
 
 
 def paired_difference(before: LossResult, after: LossResult) -> tuple[float, float]:
-    """(after.loss − before.loss, its standard error) on the same rows; far tighter than the two errors taken apart.
+    """(after.loss − before.loss, its standard error) on the same rows; far more precise than the two separate errors.
 
     Raises:
         ValueError: the two results are not of the same rows.
     """
     if before.row_tokens != after.row_tokens:
         raise ValueError(
-            f"a paired difference needs the same rows twice: before has {before.rows} rows and {before.tokens} supervised "
-            f"tokens, after has {after.rows} and {after.tokens}, or their tokens are spread differently over the rows"
+            f"a paired difference needs the same rows: before has {before.rows} rows and {before.tokens} supervised "
+            f"tokens, after has {after.rows} and {after.tokens}, or the tokens are distributed differently over the rows"
         )
     changes = [b - a for a, b in zip(before.row_loss_sums, after.row_loss_sums, strict=True)]
     return _ratio(changes, before.row_tokens)
 
 
 def _accepted(model: nn.Module) -> set[str]:
-    """Argument names of the forward of the model inside its wrappers (torch.compile, DDP, PEFT), which all pass on keywords."""
+    """Argument names of `forward` of the model inside its wrappers (torch.compile, DDP, PEFT), which pass keywords on."""
     inner: Any = model
     while True:
         if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -97,9 +96,9 @@ def _accepted(model: nn.Module) -> set[str]:
 
 
 def kept_logits(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Logits of one sequence at the positions `keep` alone.
+    """Logits of one sequence at the positions `keep` only.
 
-    input_ids, position_ids: (1, T) int64, positions begin at 0 with every row in the sequence. keep: (n,) int64.
+    input_ids, position_ids: (1, T) int64, positions restart at 0 with every row in the sequence. keep: (n,) int64.
     → (n, vocabulary) in the model's dtype; differentiable.
     """
     accepted = _accepted(model)
@@ -117,18 +116,18 @@ def kept_logits(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.T
 def _sequence(
     rows: Sequence[list[int]], keep: list[int], device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """`rows` behind one another: ids (1, T), positions (1, T), keep (n,)."""
+    """Pack `rows` into one sequence: ids (1, T), positions (1, T), keep (n,)."""
     ids = torch.tensor([[t for row in rows for t in row]], device=device)
     positions = torch.tensor([[p for row in rows for p in range(len(row))]], device=device)
     return ids, positions, torch.tensor(keep, device=device)
 
 
 def rows_stay_apart(model: nn.Module, *, highest_id: int, device: torch.device | None = None) -> bool:
-    """Whether rows put behind one another, told apart by position ids alone, leave one another's logits alone.
+    """Whether rows packed into one sequence, separated by position ids only, do not affect each other's logits.
 
-    Tried, not looked up: the logits of a row behind two different neighbours of equal length. Same shapes, and a masked
-    neighbour weighs exactly 0, so what remains of a difference is the order of summation in kernels (a few ulp of the
-    largest logit). `highest_id` is a token id; it and 0 make the rows. Call it in evaluation mode, without gradients.
+    Tested on the model: the logits of a row after two different neighbours of equal length. Shapes are equal, and a masked
+    neighbour has a weight of exactly 0, so a remaining difference is the order of summation in kernels (a few ulp of the
+    largest logit). The rows consist of the token ids 0 and `highest_id`. Call it in evaluation mode, without gradients.
     """
     device, length = device or device_of(model), 8
     if "position_ids" not in _accepted(model):
@@ -160,19 +159,19 @@ def _losses(model: nn.Module, rows: Sequence[Row], device: torch.device, of_toke
     counts: list[int] = []
     start = 0
     for ids, labels in rows:
-        places = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORED]
-        keep += [start + i for i in places]
-        targets += [labels[i + 1] for i in places]
-        counts.append(len(places))
+        positions = [i for i in range(len(ids) - 1) if labels[i + 1] != IGNORED]
+        keep += [start + i for i in positions]
+        targets += [labels[i + 1] for i in positions]
+        counts.append(len(positions))
         start += len(ids)
     sequence = _sequence([ids for ids, _ in rows], keep, device)
-    goal = torch.tensor(targets, device=device)
+    target_ids = torch.tensor(targets, device=device)
     if of_tokens is not None:
-        losses = of_tokens(*sequence, goal)
+        losses = of_tokens(*sequence, target_ids)
     else:
         logits = kept_logits(model, *sequence)
-        parts = zip(logits.split(LOSS_CHUNK), goal.to(logits.device).split(LOSS_CHUNK), strict=True)
-        losses = torch.cat([F.cross_entropy(some.float(), goals, reduction="none") for some, goals in parts])
+        parts = zip(logits.split(LOSS_CHUNK), target_ids.to(logits.device).split(LOSS_CHUNK), strict=True)
+        losses = torch.cat([F.cross_entropy(chunk.float(), goals, reduction="none") for chunk, goals in parts])
     return [row.sum().item() for row in losses.double().cpu().split(counts)]
 
 
@@ -186,17 +185,17 @@ def evaluate_loss(
     retry: bool = True,
     progress: Progress | None = None,
 ) -> LossResult:
-    """The model's loss on `rows`; nothing about the model or the random numbers is different afterwards.
+    """The model's loss on `rows`; the state of the model and of the random generators does not change.
 
     Args:
         rows: (input ids, labels), lists of equal length; labels[i] is the token AT position i, or −100 for "not supervised"
             (the shift by one is done here, so a label at position 0 never counts).
-        batch_tokens: rows are run together up to this many tokens; a longer row runs alone. Where memory runs out, half as many
-            from there on, down to one row.
-        device: where the input ids go; by default where the model's first parameter is.
-        retry: that, and not where other processes run the same passes with this one.
-        of_tokens: computes the losses in place of the model's logits, which are then never whole.
-        progress: called with (rows done, rows in all).
+        batch_tokens: rows are packed up to this many tokens; a longer row runs alone. If memory runs out, it is halved,
+            down to one row.
+        device: of the input ids; default: that of the model's first parameter.
+        retry: halve after out of memory; off if other processes run the same passes.
+        of_tokens: computes the losses instead of the model's logits, for example in chunks.
+        progress: called with (rows done, total).
 
     Raises:
         ValueError: no rows, no supervised token in any of them, or ids and labels that differ in length.
@@ -205,7 +204,7 @@ def evaluate_loss(
         raise ValueError("no rows to evaluate the loss on")
     for i, (ids, labels) in enumerate(rows):
         if len(ids) != len(labels):
-            raise ValueError(f"row {i} has {len(ids)} input ids and {len(labels)} labels; they must be equally many")
+            raise ValueError(f"row {i} has {len(ids)} input ids and {len(labels)} labels; the numbers must be equal")
     tokens = [sum(1 for label in labels[1:] if label != IGNORED) for _, labels in rows]
     todo = [i for i, count in enumerate(tokens) if count]
     if not todo:
@@ -231,7 +230,7 @@ def evaluate_loss(
                     raise
                 forget(error)
                 losses = None
-            if losses is None:  # out of memory: half of the tokens at once, from here on
+            if losses is None:  # out of memory: half as many tokens from here on
                 batch_tokens = max(1, sum(lengths[i] for i in group) // 2)
                 halved = group[: len(group) // 2], group[len(group) // 2 :]
                 groups = [*halved, *(part for rest in groups[1:] for part in _groups(rest, lengths, batch_tokens))]
@@ -248,28 +247,28 @@ def evaluate_loss(
 def loss_of(sums: Sequence[float], tokens: Sequence[int]) -> LossResult:
     """The loss of rows from their summed losses (nats) and their supervised tokens."""
     loss, stderr = _ratio(sums, tokens)
-    perplexity = math.exp(loss) if loss < 709 else math.inf  # exp(710) leaves the floats
+    perplexity = math.exp(loss) if loss < 709 else math.inf  # exp(710) overflows
     return LossResult(loss, stderr, perplexity, sum(tokens), len(tokens), tuple(sums), tuple(tokens))
 
 
 def text_rows(tokenizer: Any, text: str, *, length: int, bos: bool = True) -> list[Row]:
-    """Plain text as rows: windows of `length` tokens that do not overlap, every token supervised but the first.
+    """Plain text as rows: windows of `length` tokens that do not overlap, with all tokens supervised except the first.
 
-    Where the tokenizer begins texts with BOS and `bos` is set, every window begins with one (then all of the text's tokens are
+    If the tokenizer adds BOS and `bos` is set, every window starts with one (then all of the text's tokens are
     supervised); otherwise the first token of each window is context only. The last window may be shorter.
 
     Raises:
         ValueError: `length` below 2, or a text too short to supervise a token.
     """
     if length < 2:
-        raise ValueError(f"a window needs 2 tokens or more, one to read and one to predict; length is {length}")
+        raise ValueError(f"length must be at least 2, one token to read and one to predict, not {length}")
     head = [tokenizer.bos_token_id] if bos and adds_bos(tokenizer) else []
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     step = length - len(head)
     windows = [head + ids[i : i + step] for i in range(0, len(ids), step)]
     rows = [(window, [IGNORED, *window[1:]]) for window in windows if len(window) > 1]
     if not rows:
-        raise ValueError(f"the text has {len(ids)} tokens: too few to predict one from another")
+        raise ValueError(f"the text is too short: {len(ids)} tokens, at least 2 are needed")
     return rows
 
 

@@ -4,7 +4,7 @@
     nf4        FakeNF4Linear                       NF4Linear
     ternary    BitLinear                           PackedBitLinear
 
-Importing it costs torch and nothing more: bitsandbytes, triton and numba load with the first multiplication that wants them,
+Importing it loads torch only: bitsandbytes, triton and llvmlite load with the first multiplication that needs them,
 peft with `register_peft`, transformers with `quant.pretrained`.
 """
 
@@ -52,6 +52,6 @@ def __getattr__(name: str) -> Any:
     if name in _PLUGINS:
         from quant.backends import bnb
 
-        bnb.unavailable(torch.device("cpu"))  # imports bitsandbytes, as peft would, without its word on optional kernels
+        bnb.unavailable(torch.device("cpu"))  # imports bitsandbytes, as peft would, without its warning about optional kernels
         return getattr(importlib.import_module("quant.plugins"), name)
     raise AttributeError(f"module 'quant' has no attribute {name!r}")

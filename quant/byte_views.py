@@ -1,4 +1,4 @@
-"""fp32 scales as bytes: so stored, no cast of a module changes them, and every stored part of a packed weight is uint8."""
+"""fp32 scales as bytes, so that no cast of a module changes them and all parts of a packed weight are uint8."""
 
 from __future__ import annotations
 
@@ -12,5 +12,5 @@ def as_bytes(scales: Tensor) -> Tensor:
 
 
 def as_floats(raw: Tensor) -> Tensor:
-    """The inverse: uint8 (4 · n,) → fp32 (n,), a view where the bytes are aligned."""
+    """The inverse: uint8 (4 · n,) → fp32 (n,), a view if the bytes are aligned."""
     return (raw if raw.storage_offset() % 4 == 0 else raw.clone()).view(torch.float32)

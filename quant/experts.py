@@ -1,14 +1,14 @@
-"""Fused experts of mixture-of-experts models: 3-D parameters become one quantized linear an expert and projection.
+"""Fused experts of mixture-of-experts models: 3-D parameters become one quantized linear per expert and projection.
 
-transformers 5 keeps all experts of a layer in two parameters, (experts, out, in), that no nn.Linear owns. The classes that
+transformers 5 keeps all experts of a layer in two parameters, (experts, out, in), without an nn.Linear. The classes that
 hold them share one contract, the decorator `use_experts_implementation`: which parameters there are, whether transposed,
-biased or gated, and `_apply_gate` between the two products. So one module can stand for all of them:
+biased or gated, and `_apply_gate` between the two products. So one module can replace all of them:
 
     experts.gate_up_proj  (E, 2·inter, hidden)    →    experts.gate_up_proj.0 … E-1    quantized linears
     experts.down_proj     (E, hidden, inter)      →    experts.down_proj.0 … E-1
 
-Linears rather than a function in `ALL_EXPERTS_FUNCTIONS`, which would reach the same forward pass: codes and scales have a
-home in the module tree, adapters attach to one expert, and each expert has a scale of its own, as a matrix should.
+They are linears rather than a function in `ALL_EXPERTS_FUNCTIONS`, which could compute the same: so codes and scales are in
+the module tree, adapters attach to one expert, and each expert's matrix has its own scale.
 Gate and up stay one matrix, as the model has them, and so share one ternary scale. Routers are other modules, left in floats.
 """
 
@@ -19,7 +19,7 @@ from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
-from torch._compile import _disable_dynamo  # torch.compiler.disable, but that it loads the compiler when it is needed
+from torch._compile import _disable_dynamo  # torch.compiler.disable, which would load the compiler now
 from torch._subclasses import FakeTensor
 
 from quant.linear import FakeQuantLinear, PackedLinear
@@ -29,13 +29,13 @@ CONTRACT = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_i
 
 
 class QuantizedExperts(nn.Module):
-    """In the place of a fused experts module: forward(hidden_states (n, hidden), top_k_index (n, k), top_k_weights (n, k)).
+    """Replaces a fused experts module: forward(hidden_states (n, hidden), top_k_index (n, k), top_k_weights (n, k)).
 
-    Everything else of the original stays: activation, limits, norm, `config`, and its own `_apply_gate`. An expert that no
-    token reached is not computed, and gets no gradient (None): the optimizer leaves it alone in that step, decay included.
+    Everything else of the original stays: activation, limits, norm, `config`, and its own `_apply_gate`. An expert without
+    tokens is not computed, and gets no gradient (None): the optimizer skips it in that step, decay included.
     """
 
-    kind: type[nn.Module]
+    original_class: type[nn.Module]
     num_experts: int
     up: str
     has_gate: bool
@@ -55,17 +55,17 @@ class QuantizedExperts(nn.Module):
         device: torch.device | str | None = None,
         **options: bool,
     ) -> Self:
-        """Quantized experts of class `linear`; `experts` is left as it was. device, options: as in `linear.from_linear`.
+        """Quantized experts of class `linear`; `experts` does not change. device, options: as in `linear.from_linear`.
 
         Master weights are copies: each expert's is a Parameter of its own, which requires a gradient if the fused one did.
-        Raises ValueError for experts that break the contract, and for weights that the scheme refuses, naming the expert.
+        Raises ValueError for experts that violate the contract, and for weights that the scheme refuses, naming the expert.
         """
         if (reason := reason_to_leave(experts, linear.scheme)) is not None:
             raise ValueError(reason)
         names = projections(experts)
         self = cls()
-        _carry(experts, self, {name for name in experts._parameters if name.removesuffix("_bias") in names})
-        self.kind, self.up = type(experts), names[0]
+        _copy_attributes(experts, self, {name for name in experts._parameters if name.removesuffix("_bias") in names})
+        self.original_class, self.up = type(experts), names[0]
         for name in names:
             layers = nn.ModuleList()
             for index in range(len(cast(Tensor, getattr(experts, name)))):
@@ -78,20 +78,20 @@ class QuantizedExperts(nn.Module):
         return self.train(experts.training)
 
     def to_experts(self, dtype: torch.dtype | None = None) -> nn.Module:
-        """The fused module in floats again, of the class it was: master weights, or what packed codes stand for.
+        """The fused float module of the original class, with master weights or dequantized codes.
 
-        For what knows the fused parameters alone, as transformers' save_pretrained does, which renames them on the way.
-        dtype: of the dequantized weights (default: the layers'). Float linears in a layer's place (merged adapters) count.
-        Raises ValueError for an expert that carries an adapter.
+        For code that needs the fused parameters, such as transformers' save_pretrained.
+        dtype: of the dequantized weights (default: the layers'). Layers may be float linears (merged adapters).
+        Raises ValueError for an expert that has an adapter.
         """
-        experts = self.kind.__new__(self.kind)
+        experts = self.original_class.__new__(self.original_class)
         nn.Module.__init__(experts)
         names = (self.up, "down_proj")
-        _carry(self, experts, {"kind", "up", *names})
+        _copy_attributes(self, experts, {"kind", "up", *names})
         for name in names:
             layers: Any = getattr(self, name)
             if wrapped := [i for i, m in enumerate(layers) if not isinstance(m, nn.Linear | PackedLinear)]:
-                raise ValueError(f"{name}.{wrapped[0]} carries an adapter: merge or unload it first")
+                raise ValueError(f"{name}.{wrapped[0]} has an adapter: merge or unload it first")
             floats = [m.to_linear(dtype) if isinstance(m, PackedLinear) else m for m in layers]
             weight = torch.stack([m.weight.detach().t() if self.is_transposed else m.weight.detach() for m in floats])
             experts.register_parameter(name, nn.Parameter(weight, layers[0].weight.requires_grad))
@@ -102,7 +102,7 @@ class QuantizedExperts(nn.Module):
 
     @property
     def used(self) -> bool:
-        """Whether an expert took part in a forward pass, with both of its projections."""
+        """Whether any expert was used in a forward pass, with both of its projections."""
         return all(
             any(m.used for m in getattr(self, name).modules() if isinstance(m, PackedLinear | FakeQuantLinear))
             for name in (self.up, "down_proj")
@@ -110,40 +110,40 @@ class QuantizedExperts(nn.Module):
 
     @_disable_dynamo
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """(n, hidden) → (n, hidden): the weighted sum of the experts that each token chose, summed before it is rounded.
+        """(n, hidden) → (n, hidden): the weighted sum of the experts that each token chose, rounded after the sum.
 
         The same as transformers' default implementations (`grouped_mm`, `batched_mm`), and deterministic with its gradients:
-        rows are permuted, never added at an index. Not compiled: rows by expert are never the same number twice.
+        tokens are permuted, never added at an index. Not compiled: the numbers of tokens per expert change with every call.
         """
         n, k = top_k_index.shape
         chosen = top_k_index.reshape(-1)
         order = chosen.argsort(stable=True)
-        rows = hidden_states[:, None].expand(-1, k, -1)[order // k, order % k]
-        done = [self._expert(i, part) for i, part in enumerate(rows.split(self._counts(chosen))) if len(part)]
-        if not done:
+        tokens = hidden_states[:, None].expand(-1, k, -1)[order // k, order % k]
+        outputs = [self._expert(i, part) for i, part in enumerate(tokens.split(self._counts(chosen))) if len(part)]
+        if not outputs:
             return torch.zeros_like(hidden_states)
-        out = torch.cat(done)[order.argsort()].view(n, k, -1)
+        out = torch.cat(outputs)[order.argsort()].view(n, k, -1)
         return (out * top_k_weights[..., None]).sum(1).to(hidden_states.dtype)
 
     def _expert(self, index: int, x: Tensor) -> Tensor:
         y = getattr(self, self.up)[index](x)
-        y = cast(Any, self.kind)._apply_gate(self, y) if self.has_gate else self.act_fn(y)
+        y = cast(Any, self.original_class)._apply_gate(self, y) if self.has_gate else self.act_fn(y)
         y = self.down_proj[index](y)
         return self.post_expert_norm(y) if self.has_post_expert_norm else y
 
     def _counts(self, chosen: Tensor) -> list[int]:
-        """How many rows each expert gets. Fake and meta tensors do not tell: an even share, which is what a plan assumes."""
+        """Number of tokens of each expert. With fake and meta tensors an even split, which a plan assumes."""
         if chosen.is_meta or isinstance(chosen, FakeTensor):
             each, rest = divmod(len(chosen), self.num_experts)
             return [each + (i < rest) for i in range(self.num_experts)]
         return cast(list[int], torch.bincount(chosen, minlength=self.num_experts).tolist())
 
     def extra_repr(self) -> str:
-        return f"{self.kind.__name__}, experts={self.num_experts}"
+        return f"{self.original_class.__name__}, experts={self.num_experts}"
 
 
 def looks_fused(module: nn.Module) -> bool:
-    """Whether `module` holds weights of several experts itself: 3-D parameters, or 2-D ones under the name of experts.
+    """Whether `module` holds fused weights of several experts: 3-D parameters, or 2-D ones in a class named Expert.
 
     Convolutions, which have 3-D weights too, and parameters with an axis of one (tokens, positions) do not count.
     """
@@ -159,21 +159,21 @@ def projections(experts: nn.Module) -> tuple[str, str]:
 
 
 def reason_to_leave(experts: nn.Module, scheme: ModuleType) -> str | None:
-    """Why a module that `looks_fused` is not to be swapped; None when it is."""
-    kind = type(experts)
-    if not all(hasattr(experts, name) for name in CONTRACT) or not hasattr(kind.forward, "__wrapped__"):
-        return f"{kind.__name__} holds fused weights and does not keep to transformers' use_experts_implementation"
+    """Why a module that `looks_fused` must not be swapped; None if it can be."""
+    original_class = type(experts)
+    if not all(hasattr(experts, name) for name in CONTRACT) or not hasattr(original_class.forward, "__wrapped__"):
+        return f"{original_class.__name__} holds fused weights and does not follow transformers' use_experts_implementation"
     if "forward" in vars(experts):
-        return f"{kind.__name__} has a forward put on it from outside (hooks)"
+        return f"{original_class.__name__} has a replaced forward (hooks)"
     if experts._is_expert_parallel:
-        return f"{kind.__name__} is spread over devices (expert parallel)"
+        return f"{original_class.__name__} is spread over devices (expert parallel)"
     names = projections(experts)
     large = {name for name, p in experts._parameters.items() if p is not None and p.dim() == 3}
     biases = [experts._parameters.get(f"{name}_bias") for name in names]
     if large != set(names) or len({len(experts._parameters[name]) for name in names}) != 1:  # type: ignore[arg-type]
-        return f"{kind.__name__} has other fused weights than {' and '.join(names)}, one a projection and expert"
+        return f"{original_class.__name__} has other fused weights than {' and '.join(names)}, one per projection and expert"
     if any((bias is None) == bool(experts.has_bias) for bias in biases):
-        return f"{kind.__name__} does not say rightly whether it has biases"
+        return f"{original_class.__name__} has a wrong `has_bias`"
     for name in names:
         shape = experts._parameters[name].shape[1:]  # type: ignore[union-attr]
         if (reason := scheme.unfit(shape[::-1] if experts.is_transposed else shape)) is not None:
@@ -182,7 +182,7 @@ def reason_to_leave(experts: nn.Module, scheme: ModuleType) -> str | None:
 
 
 def _linear(experts: nn.Module, name: str, index: int) -> nn.Linear:
-    """One projection of one expert as an nn.Linear with Parameters of its own."""
+    """One projection of one expert as an nn.Linear with its own Parameters."""
     fused = cast(nn.Parameter, getattr(experts, name))
     weight = fused.detach()[index]
     weight = (weight.t() if experts.is_transposed else weight).clone(memory_format=torch.contiguous_format)
@@ -194,8 +194,8 @@ def _linear(experts: nn.Module, name: str, index: int) -> nn.Linear:
     return linear.train(experts.training)
 
 
-def _carry(source: nn.Module, target: nn.Module, without: set[str]) -> None:
-    """Give `target` what `source` has, plain attributes, modules, buffers and parameters, except `without`."""
+def _copy_attributes(source: nn.Module, target: nn.Module, without: set[str]) -> None:
+    """Copy attributes, modules, buffers and parameters of `source` to `target`, except those in `without`."""
     for name, value in vars(source).items():
         if name not in without:
             vars(target).setdefault(name, value)

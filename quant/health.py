@@ -1,15 +1,15 @@
-"""The health of ternary weights while they train: how many codes flip a step, how many are 0, how large the scale is.
+"""The health of ternary weights in training: how many codes flip in a step, how many are 0, how large the scale is.
 
-A ternary layer learns by codes that flip: its master weight moves a little with every step, and the function that it computes
-changes when a weight crosses a boundary. Too low a learning rate and nothing crosses (the loss of a frozen layer is that
-of random weights around which the rest arranges itself); too high and codes flip to and fro. The loss shows either late.
+A ternary layer learns when codes flip: each step moves its master weight a little, and the layer's function
+changes when a weight crosses a boundary. If the learning rate is too low, none cross (the layer stays at random weights, and
+the rest of the model adapts to them); if it is too high, codes flip back and forth. The loss shows both late.
 
-    flips    share of codes that are others than before the step
+    flips    share of codes that changed in the step
     zeros    share of codes that are 0: about 0.31 for a Gaussian (|w| below half its mean), 0.25 for a uniform distribution
     scale    mean |W|, the 1/s of quant/ternary.py
 
-Counted on the packed codes, a quarter of a byte a weight, which the forward pass makes anyway (quant/weight_cache.py): `remember`
-holds on to those of this step, and `compare` makes those that the next forward pass finds. Nothing is quantized twice.
+They are counted on the packed codes, a quarter of a byte per weight, which the forward pass needs anyway (quant/weight_cache.py):
+`remember` keeps those of this step, and `compare` computes those that the next forward pass uses. Nothing is quantized twice.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from quant.conv import BitConv2d
 from quant.linear import BitLinear
 from quant.swap import plain_path
 
-WINDOW = 5  # samples that an alarm is judged by
+WINDOW = 5  # samples over which an alarm is computed
 TURNOVER = 0.1
 """Frozen: fewer flips than this share of the codes in a whole run, at the rate of the last samples; see `alarms`."""
 THRASHING = 0.03
-"""Share of codes that flip a step, above which they flip to and fro; see `alarms`."""
+"""Share of codes that flip per step, above which they flip back and forth; see `alarms`."""
 ZEROS = 0b01010101
 """A byte of four codes that are 0: a code is stored as itself + 1."""
 
@@ -57,25 +57,24 @@ class Health:
 class Watch:
     """Watches the ternary master weights of a model: `remember()` before an optimizer step, `compare()` after it.
 
-    Cheapest after the forward pass has run: then both take codes that are there. In between it holds 2 bits a weight.
+    Cheapest after the forward pass: then both use cached codes. In between it holds 2 bits per weight.
     """
 
     def __init__(self, model: nn.Module, named_modules: Callable[[], Iterable[tuple[str, nn.Module]]] | None = None) -> None:
-        """named_modules: goes through the model's modules so that each has its weights when it is its turn, where they are
-        shared out among processes.
+        """named_modules: iterates over the model's modules and gathers the weights of each in its turn, if they are sharded.
 
         Raises ValueError for a model that has no ternary master weights.
         """
         self._modules = named_modules or model.named_modules
-        found = {plain_path(path): module for path, module in model.named_modules() if isinstance(module, BitLinear | BitConv2d)}
-        if not found:
-            raise ValueError(f"{type(model).__name__} has no ternary master weights whose health could be watched")
-        self.layers: dict[str, BitLinear | BitConv2d] = found
+        layers = {plain_path(path): module for path, module in model.named_modules() if isinstance(module, BitLinear | BitConv2d)}
+        if not layers:
+            raise ValueError(f"{type(model).__name__} has no ternary master weights")
+        self.layers: dict[str, BitLinear | BitConv2d] = layers
         self._before: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def remember(self) -> None:
-        """Keep the codes as they are now."""
+        """Keep the current codes."""
         self._before = {path: codes for path, codes, _ in self._codes()}
 
     def _codes(self) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -86,12 +85,12 @@ class Watch:
 
     @torch.no_grad()
     def compare(self) -> Health:
-        """What has changed since `remember()`, which is forgotten then; one synchronization with the device.
+        """Statistics of the changes since `remember()`, whose codes are dropped; synchronizes with the device once.
 
-        Raises ValueError when nothing was remembered.
+        Raises ValueError without a `remember()` before.
         """
         if not self._before:
-            raise ValueError("compare() tells what changed since remember(), which has to come before the optimizer step")
+            raise ValueError("call remember() before the optimizer step, then compare()")
         counts, scales = [], []
         for path, codes, scale in self._codes():
             before = self._before.pop(path)
@@ -119,27 +118,27 @@ def _packed(codes: Tensor) -> Tensor:
 
 
 def _differing(bits: Tensor) -> Tensor:
-    """How many pairs of bits of a uint8 tensor are not 00; int64 ()."""
-    bits = (bits | bits >> 1) & ZEROS  # one bit a pair
+    """Number of bit pairs of a uint8 tensor that are not 00; int64 ()."""
+    bits = (bits | bits >> 1) & ZEROS  # one bit per pair
     bits = (bits & 0b00110011) + (bits >> 2 & 0b00110011)
     return ((bits & 0b00001111) + (bits >> 4)).sum(dtype=torch.int64)
 
 
 def alarms(history: Sequence[Health], rates: Sequence[float], *, peak: float, steps: int) -> list[str]:
-    """What is wrong with a training by the health of its steps, in plain words; empty where nothing is.
+    """Messages about unhealthy training, from the statistics of its steps; empty if all is well.
 
-    history: samples, one step each, the latest last; many more than `WINDOW`, but not all: what older ones had to tell, they
-    told when they were the latest. rates: the learning rate of each of those steps. peak: the highest of the run's schedule;
+    history: samples, one step each, the latest last; many more than `WINDOW`, but not necessarily all: alarms of older ones
+    were raised at their time. rates: the learning rate of each of those steps. peak: the highest of the run's schedule;
     steps: optimizer steps of the whole run.
 
-    Frozen (the model, or single layers): flips go with the learning rate, so those of the last `WINDOW` samples are brought
-    to the peak and multiplied by `steps`. Where that is less than `TURNOVER` of the codes, the run ends with nearly the codes
-    that it began with. Samples at less than a tenth of the peak, in a warm-up or at the end of a decay, are not judged, nor
-    layers with too few weights to tell (at zero flips in n, up to 3 / n are likely).
-    Thrashing: more than `THRASHING` of the codes flip a step, in the mean of any `WINDOW` samples in a row.
+    Frozen (the model, or single layers): flips are proportional to the learning rate, so those of the last `WINDOW` samples
+    are scaled to the peak and multiplied by `steps`. If that is less than `TURNOVER` of the codes, the run ends with nearly the
+    codes that it started with. Samples at less than a tenth of the peak, in a warm-up or at the end of a decay, do not count,
+    nor do layers with too few weights (at zero flips in n, up to 3 / n are likely).
+    Thrashing: more than `THRASHING` of the codes flip per step, in the mean of any `WINDOW` consecutive samples.
 
-    Where the thresholds come from: a Llama of 3 layers, hidden 128, on tinyshakespeare by characters, 250 steps of AdamW with
-    20 of warm-up and a cosine, 2026-11-21; flips a step, and the loss on held-out text in nats:
+    Source of the thresholds: a Llama of 3 layers, hidden 128, on tinyshakespeare by characters, 250 steps of AdamW with
+    20 of warm-up and a cosine, 2026-11-21; flips per step, and the loss on held-out text in nats:
 
         learning rate              1e-5    1e-4    1e-3    3e-3    1e-2    3e-2    1e-1
         flips after the warm-up  2.4e-4  2.0e-3  1.0e-2  2.2e-2  2.3e-2  2.3e-2  9.1e-3
@@ -149,40 +148,40 @@ def alarms(history: Sequence[Health], rates: Sequence[float], *, peak: float, st
         held-out loss              3.77    2.98    2.34    2.22    2.29    2.40    2.58
 
     1e-5 is frozen by any measure. From 1e-2 on codes thrash early; then the weights grow away from their boundaries (mean |W|
-    3.6, 7 and 13 times as large at the end; 1.7 times at 3e-3) and the flips become those of a good run while the loss stays
-    behind. So this is to be asked after every sample, and samples have to begin early: one every 5 steps saw it, every 10 not.
+    3.6, 7 and 13 times as large at the end; 1.7 times at 3e-3) and the flips look like those of a good run while the loss is
+    worse. So check after every sample, and sample early: one every 5 steps detected it, every 10 did not.
     """
     if len(history) != len(rates):
         raise ValueError(f"{len(history)} samples need as many learning rates, got {len(rates)}")
-    told: list[str] = []
+    messages: list[str] = []
     means = [sum(health.flips for health in history[i : i + WINDOW]) / WINDOW for i in range(len(history) - WINDOW + 1)]
     if means and max(means) > THRASHING:
-        told.append(
-            f"thrashing: {max(means):.1%} of the ternary codes flipped a step in {WINDOW} samples in a row "
-            f"(up to {THRASHING:.0%} is sound): the learning rate is too high"
+        messages.append(
+            f"thrashing: {max(means):.1%} of the ternary codes flipped per step in {WINDOW} consecutive samples "
+            f"(up to {THRASHING:.0%} is healthy): the learning rate is too high"
         )
     judged = [(health, peak / rate) for health, rate in zip(history, rates, strict=True) if rate >= peak / 10][-WINDOW:]
     if len(judged) < WINDOW:
-        return told
+        return messages
     total = sum(layer.weights for layer in judged[-1][0].layers.values())
     turnover = _turnover([health.flips * factor for health, factor in judged], total, steps)
     if turnover < TURNOVER:
-        told.append(
+        messages.append(
             f"frozen: at the rate of the last {WINDOW} samples only {turnover:.1%} of the ternary codes would flip in all "
-            f"{steps} steps (sound is {TURNOVER:.0%} and more): the learning rate is too low"
+            f"{steps} steps ({TURNOVER:.0%} or more is healthy): the learning rate is too low"
         )
-        return told
-    still = []
+        return messages
+    frozen = []
     for path, layer in judged[-1][0].layers.items():
         flips = [health.layers[path].flips * factor for health, factor in judged if path in health.layers]
         if len(flips) == WINDOW and _turnover(flips, layer.weights, steps) < TURNOVER:
-            still.append(path)
-    if still:
-        names = ", ".join(still[:5]) + (f" and {len(still) - 5} more" if len(still) > 5 else "")
-        told.append(f"{len(still)} of {len(judged[-1][0].layers)} ternary layers stopped moving (frozen): {names}")
-    return told
+            frozen.append(path)
+    if frozen:
+        names = ", ".join(frozen[:5]) + (f" and {len(frozen) - 5} more" if len(frozen) > 5 else "")
+        messages.append(f"{len(frozen)} of {len(judged[-1][0].layers)} ternary layers stopped moving (frozen): {names}")
+    return messages
 
 
 def _turnover(flips: Sequence[float], weights: int, steps: int) -> float:
-    """Share of codes that would flip in `steps`, by the shares that flipped in some; three flips more than were seen."""
+    """Share of codes that would flip in `steps`, extrapolated from samples, with three flips added for small counts."""
     return (sum(flips) * weights + 3) / (weights * len(flips)) * steps

@@ -1,20 +1,20 @@
-"""The two linears: packed (frozen codes, no float weight) and fake-quantized (a float master weight, straight-through).
+"""Quantized linears: packed (frozen codes, no float weight) and fake-quantized (a float master weight, straight-through).
 
                           trained: fake-quantized           frozen: packed
     scheme nf4            FakeNF4Linear                     NF4Linear, the base of QLoRA
     scheme ternary        BitLinear, BitNet b1.58           PackedBitLinear
 
-A linear knows nothing of a format's bits: the scheme (quant/nf4.py, quant/ternary.py) quantizes and lays out, the operators
-(quant/ops.py) multiply. Both share one autograd function, since they differ in two things only: where the codes come from,
-and whether there is a master weight to give a gradient to.
+Linears are independent of a format's bits: the scheme (quant/nf4.py, quant/ternary.py) quantizes and defines the layout, the
+operators (quant/ops.py) multiply. Both share one autograd function, since they differ in two things only: where the codes come
+from, and whether a master weight gets a gradient.
 
-Nothing here is a special tensor class. Packed parts are frozen uint8 `nn.Parameter`s, scales as their raw bytes, so that
+There is no special tensor class. Packed parts are frozen uint8 `nn.Parameter`s, scales as their raw bytes, so that
 `.to(dtype)`, `.half()` or a model-wide cast cannot change them, and sharding, deepcopy and `meta` treat them like any
-parameter. A weight exists in floats only while a multiplication runs; the backward pass dequantizes it again, and of the
-input it keeps what the scheme multiplied with: nothing for a frozen layer, int8 codes where the product was taken of them.
-(A layer with a norm of its own keeps the norm's input besides, as any RMSNorm does.)
+parameter. A weight exists in floats only while a multiplication runs; the backward pass dequantizes it again, and saves
+nothing of the input of a frozen layer, and int8 codes of the input of a ternary one.
+(A layer with its own norm also saves the norm's input, as any RMSNorm does.)
 
-A master weight can be led to its codes by and by: `blend`, the λ of w + λ(q(w) − w), is 1 but for a warm-up (`set_blend`).
+A master weight can approach its codes gradually: `blend`, the λ of w + λ(q(w) − w), is 1 except in a warm-up (`set_blend`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class _Linear(torch.autograd.Function):
 
         y = q(x) · q(W)ᵀ + bias      ∂x = ∂y · q(W)      ∂W = ∂yᵀ · q(x)      (q: quantized and dequantized, slope 1)
 
-    rows: what stands for x in the product, where that is not x itself. With a norm, x was normalized before: RMSNorm's
-    gradient follows, for which x and `inverse`, 1 / root mean square, are kept. weight: a master weight, or packed parts.
+    activations: the quantized x, or (x,). With a norm, x was normalized before: RMSNorm's gradient is applied too, for which
+    x and `inverse`, 1 / root mean square, are saved. weight: a master weight, or packed parts.
 
     Straight-through: Bengio et al., arXiv 1308.3432; BitNet, arXiv 2310.11453, section 2.2.
     """
@@ -50,7 +50,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Tensor,
-        rows: tuple[Tensor, ...],
+        activations: tuple[Tensor, ...],
         norm: Tensor | None,
         inverse: Tensor | None,
         bias: Tensor | None,
@@ -61,17 +61,17 @@ class _Linear(torch.autograd.Function):
         parts: tuple[Tensor, ...],
     ) -> Tensor:
         weight = parts if master is None else (master,)
-        kept = rows if master is not None and master.requires_grad else ()
+        kept = activations if master is not None and master.requires_grad else ()
         ctx.scheme, ctx.shape, ctx.frozen, ctx.x_dtype = scheme, shape, master is None, x.dtype
         ctx.ends = len(weight), len(weight) + len(kept)
         ctx.save_for_backward(*weight, *kept, *(() if norm is None else (x, inverse, norm)))
-        return operators.linear(scheme, rows, bias, weight, ctx.frozen, *shape, dtype)
+        return operators.linear(scheme, activations, bias, weight, ctx.frozen, *shape, dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         saved, (first, second) = ctx.saved_tensors, ctx.ends
-        weight, rows, before_norm = saved[:first], saved[first:second], saved[second:]
+        weight, activations, before_norm = saved[:first], saved[first:second], saved[second:]
         grad_x = grad_bias = grad_norm = grad_weight = None
         if ctx.needs_input_grad[0] or ctx.needs_input_grad[2]:
             grad_x = operators.grad_input(ctx.scheme, grad, weight, ctx.frozen, *ctx.shape)
@@ -80,65 +80,65 @@ class _Linear(torch.autograd.Function):
             grad_x = grad_x.to(ctx.x_dtype)
         if ctx.needs_input_grad[4]:
             grad_bias = grad.reshape(-1, ctx.shape[0]).sum(0)
-        if rows:
-            grad_weight = operators.grad_weight(ctx.scheme, grad, rows).to(weight[0].dtype)
+        if activations:
+            grad_weight = operators.grad_weight(ctx.scheme, grad, activations).to(weight[0].dtype)
         return grad_x, None, grad_norm, None, grad_bias, None, None, None, grad_weight, None
 
 
 def _norm_gradients(grad: Tensor, x: Tensor, inverse: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Of RMSNorm's output → of its input, and of its weight; in fp32."""
+    """Gradient of RMSNorm's output → gradients of its input and of its weight; computed in fp32."""
     normed, scaled = x.float() * inverse, grad.float() * weight.float()
     grad_x = inverse * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return grad_x, (grad.float() * normed).reshape(-1, x.shape[-1]).sum(0).to(weight.dtype)
 
 
-class _SharedRows:
-    """The rows of the last input, for q, k and v, or gate and up, which take it one after another: quantized and kept once.
+class _SharedActivations:
+    """Caches the quantized activations of the last input, which q, k and v, or gate and up, use one after another.
 
-    An input is known by its Python object and `_version`, which a kernel or a collective that writes into it does not raise.
-    So each layer is served once: a layer that comes back brings what is in the buffer now. Compiled graphs do not come
-    here, since they use one buffer for several tensors; they merge equal operations by themselves.
+    An input is identified by its Python object and `_version`, which a kernel or a collective that writes into it does not
+    change. So each layer is served once: a second call of the same layer quantizes again. Compiled graphs do not use it,
+    since they reuse one buffer for several tensors; they merge equal operations by themselves.
     """
 
     def __init__(self) -> None:
         self.input: weakref.ref[Tensor] | None = None
         self.stamp: object = None
-        self.rows: tuple[Tensor, ...] = ()
+        self.activations: tuple[Tensor, ...] = ()
         self.served: set[int] = set()
 
     def __call__(
-        self, layer: nn.Module, kind: Hashable, x: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]]
+        self, layer: nn.Module, key: Hashable, x: Tensor, make: Callable[[Tensor], tuple[Tensor, ...]]
     ) -> tuple[Tensor, ...]:
-        """`make(x)`, or what it gave the layer before that asked for the same `kind` of rows of the same input."""
+        """`make(x)`, or its result for another layer that used the same `key` and the same input."""
         if torch.compiler.is_compiling() or x.is_inference() or torch.is_inference_mode_enabled() or type(x) is not Tensor:
             return make(x.detach())
-        stamp = (kind, x._version, x.dtype, x.shape, x.data_ptr() if not x.is_meta else 0)
+        stamp = (key, x._version, x.dtype, x.shape, x.data_ptr() if not x.is_meta else 0)
         same = self.input is not None and self.input() is x and self.stamp == stamp and id(layer) not in self.served
         if not same:
-            self.rows = make(x.detach())
+            self.activations = make(x.detach())
             self.input, self.stamp, self.served = weakref.ref(x, self._drop), stamp, set()
         self.served.add(id(layer))
-        return self.rows
+        return self.activations
 
     def _drop(self, dead: object) -> None:
         if self.input is dead:
-            self.input, self.rows = None, ()
+            self.input, self.activations = None, ()
 
 
 class _Threads(threading.local):
     def __init__(self) -> None:
-        self.shared_rows = _SharedRows()
+        self.shared_activations = _SharedActivations()
 
 
 _threads = _Threads()
 
 
 def _checked(layer: Any, x: Tensor) -> tuple[tuple[int, int], torch.dtype]:
-    """The shape of the weight, and the dtype of the result: that of x, or autocast's where that is on."""
+    """(shape of the weight, dtype of the result, which is that of x or autocast's); raises for a wrong input."""
     shape: tuple[int, int] = (layer.out_features, layer.in_features)
-    dtype, kind = x.dtype, x.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):  # `meta` has no autocast to ask
-        dtype = torch.get_autocast_dtype(kind)
+    dtype, device_type = x.dtype, x.device.type
+    if torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type):  # `meta` has no autocast
+        dtype = torch.get_autocast_dtype(device_type)
     if dtype not in nf4.SOURCES or x.dtype not in nf4.SOURCES:
         raise TypeError(f"a quantized linear computes in fp32, bf16 or fp16, got an input of {x.dtype}")
     if x.shape[-1:] != shape[1:]:
@@ -147,60 +147,60 @@ def _checked(layer: Any, x: Tensor) -> tuple[tuple[int, int], torch.dtype]:
 
 
 def _multiply(layer: Any, x: Tensor, *, master: Tensor | None, parts: tuple[Tensor, ...]) -> Tensor:
-    """x (…, in) → (…, out), in the dtype of x, or in autocast's where that is on; normalized before, where there is a norm."""
+    """x (…, in) → (…, out), in the dtype of x or autocast's; x is normalized first if the layer has a norm."""
     shape, dtype = _checked(layer, x)
     scheme, bias, norm = layer.arithmetic, layer.bias, layer.rms_norm
     bias = None if bias is None else bias.to(dtype)
     gain = inverse = None
-    rows: tuple[Tensor, ...] = (x,)
+    activations: tuple[Tensor, ...] = (x,)
     if norm is not None:
         gain = norm.weight
-        *rows_of_norm, inverse = operators.norm_rows(scheme, x.detach(), gain.detach(), norm.eps)
-        rows = tuple(rows_of_norm)
+        *normed, inverse = operators.norm_activations(scheme, x.detach(), gain.detach(), norm.eps)
+        activations = tuple(normed)
     elif ARITHMETIC[scheme].integer:
-        rows = _threads.shared_rows(layer, scheme, x, lambda plain: tuple(operators.rows(scheme, plain)))
-    if not torch.is_grad_enabled():  # autograd's bookkeeping costs as much as a small product
-        return cast(Tensor, operators.linear(scheme, rows, bias, parts or (master,), master is None, *shape, dtype))
-    return cast(Tensor, _Linear.apply(x, rows, gain, inverse, bias, scheme, shape, dtype, master, parts))
+        activations = _threads.shared_activations(layer, scheme, x, lambda plain: tuple(operators.activations(scheme, plain)))
+    if not torch.is_grad_enabled():  # autograd's overhead costs as much as a small product
+        return cast(Tensor, operators.linear(scheme, activations, bias, parts or (master,), master is None, *shape, dtype))
+    return cast(Tensor, _Linear.apply(x, activations, gain, inverse, bias, scheme, shape, dtype, master, parts))
 
 
 # --------------------------------------------------------------------------------------------------------- λ, the warm-up
 
 
 def between(plain: Tensor, quantized: Tensor, blend: float, dtype: torch.dtype) -> Tensor:
-    """plain + λ(quantized − plain), computed in fp32 and rounded to `dtype` once; `quantized` is fp32 and given up."""
+    """plain + λ(quantized − plain), computed in fp32 and rounded to `dtype` once; `quantized` is fp32 and overwritten."""
     plain = plain.detach().float()
     return quantized.sub_(plain).mul_(blend).add_(plain).to(dtype)
 
 
 def _blended_weight(scheme: str, master: Tensor, blend: float, dtype: torch.dtype) -> Tensor:
-    """The weight on its way from the master to its codes, (out, in)."""
+    """The weight between the master (λ = 0) and its codes (λ = 1), (out, in)."""
     if blend == 0:
         return master.detach().to(dtype)
     return between(master, operators.dequantize(scheme, [master], False, *master.shape, torch.float32), blend, dtype)
 
 
-def _blended_rows(scheme: str, x: Tensor, blend: float, dtype: torch.dtype) -> tuple[Tensor]:
-    """The activations on their way to their codes, where the scheme has codes for them."""
+def _blended_activations(scheme: str, x: Tensor, blend: float, dtype: torch.dtype) -> tuple[Tensor]:
+    """The activations between x (λ = 0) and its codes (λ = 1), if the scheme quantizes them."""
     if blend == 0 or not ARITHMETIC[scheme].integer:
         return (x.to(dtype),)
-    codes, scales = operators.rows(scheme, x)
-    return (between(x, ternary.dequantize_rows(codes, scales), blend, dtype),)
+    codes, scales = operators.activations(scheme, x)
+    return (between(x, ternary.dequantize_activations(codes, scales), blend, dtype),)
 
 
 class _Blended(torch.autograd.Function):
-    """x (…, in) · Wᵀ + bias → y (…, out) in `dtype`, with x and W part of the way to their codes; straight-through.
+    """x (…, in) · Wᵀ + bias → y (…, out) in `dtype`, with x and W blended with their codes; straight-through.
 
         x_λ = x + λ(q(x) − x)     W_λ = W + λ(q(W) − W)     y = x_λ · W_λᵀ + bias     ∂x = ∂y · W_λ     ∂W = ∂yᵀ · x_λ
 
-    rows: x_λ in `dtype`, which the backward pass keeps, as it does in any float layer; W_λ it computes again.
+    activations: x_λ in `dtype`, saved for the backward pass as in any float layer; W_λ is recomputed there.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
-        rows: tuple[Tensor],
+        activations: tuple[Tensor],
         bias: Tensor | None,
         scheme: str,
         blend: float,
@@ -208,58 +208,59 @@ class _Blended(torch.autograd.Function):
         master: Tensor,
     ) -> Tensor:
         ctx.scheme, ctx.blend, ctx.x_dtype = scheme, blend, x.dtype
-        ctx.save_for_backward(master, *(rows if master.requires_grad else ()))
-        return nn.functional.linear(rows[0], _blended_weight(scheme, master, blend, dtype), bias)
+        ctx.save_for_backward(master, *(activations if master.requires_grad else ()))
+        return nn.functional.linear(activations[0], _blended_weight(scheme, master, blend, dtype), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        master, *rows = ctx.saved_tensors
+        master, *activations = ctx.saved_tensors
         flat, grad_x, grad_bias, grad_weight = grad.reshape(-1, grad.shape[-1]), None, None, None
         if ctx.needs_input_grad[0]:
             grad_x = (grad @ _blended_weight(ctx.scheme, master, ctx.blend, grad.dtype)).to(ctx.x_dtype)
         if ctx.needs_input_grad[2]:
             grad_bias = flat.sum(0)
-        if rows:
-            grad_weight = (flat.t() @ rows[0].reshape(-1, master.shape[1])).to(master.dtype)
+        if activations:
+            grad_weight = (flat.t() @ activations[0].reshape(-1, master.shape[1])).to(master.dtype)
         return grad_x, None, grad_bias, None, None, None, grad_weight
 
 
 def _multiply_blended(layer: FakeQuantLinear, x: Tensor) -> Tensor:
-    """As `_multiply`, with weight and activations at `layer.blend` of the way to their codes."""
+    """As `_multiply`, with weight and activations blended with their codes by `layer.blend`."""
     _, dtype = _checked(layer, x)
     scheme, blend = layer.arithmetic, layer.blend
     bias = None if layer.bias is None else layer.bias.to(dtype)
     if layer.rms_norm is not None:
         x, _ = ternary.rms_norm(x, layer.rms_norm.weight, cast(float, layer.rms_norm.eps))
-    rows = _threads.shared_rows(layer, (scheme, blend, dtype), x, lambda plain: _blended_rows(scheme, plain, blend, dtype))
-    return cast(Tensor, _Blended.apply(x, rows, bias, scheme, blend, dtype, layer.weight))
+    key = (scheme, blend, dtype)
+    activations = _threads.shared_activations(layer, key, x, lambda plain: _blended_activations(scheme, plain, blend, dtype))
+    return cast(Tensor, _Blended.apply(x, activations, bias, scheme, blend, dtype, layer.weight))
 
 
 def set_blend(model: nn.Module, value: float) -> None:
-    """Set the λ of every fake-quantized layer of `model`: 0 computes with floats, 1 (what they begin with) with codes.
+    """Set the λ of every fake-quantized layer of `model`: 0 computes with floats, 1 (the default) with codes.
 
-    In between, y = (x + λ(q(x) − x)) · (W + λ(q(W) − W))ᵀ: a pretrained model is led to its codes over many steps instead of
-    being thrown at them (λ warm-up; Fine-tuning LLMs to 1.58bit, Hugging Face 2024). It is no part of the state_dict: who
-    resumes a warm-up sets it again. A compiled model is compiled anew for each value.
+    In between, y = (x + λ(q(x) − x)) · (W + λ(q(W) − W))ᵀ: a pretrained model approaches its codes over many steps instead of
+    at once (λ warm-up; Fine-tuning LLMs to 1.58bit, Hugging Face 2024). λ is not part of the state_dict: set it again
+    when a warm-up is resumed. A compiled model is recompiled for each value.
 
     Raises ValueError for a value outside of [0, 1], and for a model without fake-quantized layers.
     """
     if not 0 <= value <= 1:
-        raise ValueError(f"blend goes from 0 (floats) to 1 (codes), got {value}")
+        raise ValueError(f"blend must be between 0 (floats) and 1 (codes), got {value}")
     layers = [module for module in model.modules() if isinstance(module, MasterWeight)]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no fake-quantized layer whose blend could be set")
+        raise ValueError(f"{type(model).__name__} has no fake-quantized layer")
     for layer in layers:
         layer.blend = float(value)
 
 
 def _refuse(linear: nn.Module, scheme: ModuleType) -> None:
-    """Raise ValueError for what must not be quantized by `scheme`: what is quantized already, and what does not fit."""
+    """Raise for a layer that `scheme` must not quantize: it is quantized already, or its shape or dtype is unsupported."""
     if not isinstance(linear, nn.Module) or not isinstance(weight := getattr(linear, "weight", None), Tensor):
         raise TypeError(f"from_linear takes an nn.Linear, not {linear!r}")
     if (mark := getattr(linear, "quantized", None) or getattr(weight, "quantized", None)) is not None:
-        raise ValueError(f"this layer is already {mark}: refuse to quantize twice, requantizing loses accuracy")
+        raise ValueError(f"this layer is already {mark}: quantizing it again would lose accuracy")
     if weight.dtype not in scheme.SOURCES:
         why = "cast it to fp32 first" if weight.is_floating_point() else "is it already quantized?"
         raise ValueError(f"{type(linear).__name__} holds {weight.dtype}, not fp32, bf16 or fp16: {why}")
@@ -267,7 +268,7 @@ def _refuse(linear: nn.Module, scheme: ModuleType) -> None:
         raise ValueError(reason)
     if scheme is ternary and not weight.is_meta and ternary.looks_ternary(weight):
         raise ValueError(
-            "these weights are ternary already, −c, 0 and c: a second quantization would keep the codes and shrink the scale"
+            "these weights are ternary already (−c, 0, c): quantizing them again would keep the codes and shrink the scale"
         )
 
 
@@ -280,11 +281,11 @@ def _frozen(tensor: Tensor) -> nn.Parameter:
 
 
 class PackedLinear(nn.Module):
-    """A frozen linear layer whose weight is kept in a scheme's codes; computes in the dtype of its input.
+    """A frozen linear layer whose weight is stored in a scheme's codes; computes in the dtype of its input.
 
     Its parameters are the scheme's parts, all uint8 (`layout` of quant/nf4.py and quant/ternary.py), and the bias, a frozen
-    float. `dtype`: the float dtype that stands for this layer in its model (the source's; follows `.to(dtype)`), used for
-    the bias and when the layer is turned back into floats. Gives NaN until `from_linear` or `load_state_dict`.
+    float. `dtype`: the float dtype of this layer (the source's; follows `.to(dtype)`), used for
+    the bias and when the layer is dequantized. Gives NaN until `from_linear` or `load_state_dict`.
     """
 
     scheme: ClassVar[ModuleType]
@@ -311,25 +312,25 @@ class PackedLinear(nn.Module):
         layout = self.scheme.layout(self.shape, **options)
         self.names = tuple(layout)
         for name, shape in layout.items():
-            # Scales of these bytes are NaN: a layer that was given no weights does not pass for one that was.
+            # Scales of these bytes are NaN, so that a layer without weights cannot be mistaken for one with weights.
             self.register_parameter(name, _frozen(torch.full(shape, 255, dtype=torch.uint8, device=device)))
         self.bias = _frozen(torch.empty(out_features, device=device, dtype=self.dtype)) if bias else None
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, device: torch.device | str | None = None, **options: bool) -> Self:
-        """Pack `linear` (quantized where it is), then move the result to `device`; `linear` is left as it was.
+        """Pack `linear` (on its device), then move the result to `device`; `linear` does not change.
 
-        A fake-quantized linear of the same scheme gives its master weight's codes.
+        For a fake-quantized linear of the same scheme the codes are those of its master weight.
 
-        Raises ValueError for a layer that is packed already, for one in the midst of a warm-up (`blend` below 1), and for
+        Raises ValueError for a layer that is packed already, for one in a warm-up (`blend` below 1), and for
         weights that the scheme refuses.
         """
         if not (isinstance(linear, FakeQuantLinear) and linear.scheme is cls.scheme):
             _refuse(linear, cls.scheme)
         elif linear.blend != 1:
             raise ValueError(
-                f"blend is {linear.blend:g}: this layer computes with weights between floats and codes, and the packed one would "
-                "be another function; end the warm-up first, set_blend(model, 1)"
+                f"blend is {linear.blend:g}: this layer is in a warm-up, and packing would change what it computes; end the "
+                "warm-up first: set_blend(model, 1)"
             )
         weight, bias = linear.weight, linear.bias
         features = (linear.in_features, linear.out_features)
@@ -354,12 +355,12 @@ class PackedLinear(nn.Module):
 
     @property
     def packed(self) -> Any:
-        """The packed weight as the scheme knows it (NF4Tensor, TernaryTensor); views of this layer's parameters."""
+        """The packed weight as the scheme's tensor (NF4Tensor, TernaryTensor); views of this layer's parameters."""
         return self.scheme.of_parts(self.parts, self.shape)
 
     @property
     def arithmetic(self) -> str:
-        """The row of `quant.ops.ARITHMETIC` that multiplies for this layer."""
+        """The key of `quant.ops.ARITHMETIC` for this layer."""
         return self.quantized
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -368,12 +369,12 @@ class PackedLinear(nn.Module):
             return operators.dequantize(self.arithmetic, self.parts, True, *self.shape, dtype or self.dtype)
 
     def to_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
-        """A float `nn.Linear` with the weight that this layer stands for, and its bias; refused a second quantization.
+        """A float `nn.Linear` with the dequantized weight and the bias, marked so that it cannot be quantized again.
 
-        Raises ValueError for a layer that normalizes its input, which a linear alone does not.
+        Raises ValueError for a layer with an RMSNorm, which an nn.Linear does not have.
         """
         if self.rms_norm is not None:
-            raise ValueError("this layer normalizes its input (rms_norm): an nn.Linear cannot stand for it")
+            raise ValueError("this layer normalizes its input (rms_norm), which an nn.Linear cannot do")
         weight = self.dequantize(dtype)
         linear = nn.Linear(self.in_features, self.out_features, self.bias is not None, device="meta")
         linear.weight = _frozen(weight)
@@ -388,20 +389,20 @@ class PackedLinear(nn.Module):
         return _multiply(self, x, master=None, parts=tuple(self.parts))
 
     def mark_used(self) -> None:
-        """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
+        """Record that the weight was used in a forward pass; a fused path that bypasses `forward` must call it."""
         self.used = True
 
     def cached_bytes(self) -> int:
-        """Bytes that a backend keeps for this layer beside its parameters: a copy in a layout of its own."""
+        """Bytes that a backend caches for this layer: a copy of the weight in another layout."""
         return kept_bytes(self.parts)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if fn(torch.empty(0, dtype=torch.uint8)).dtype != torch.uint8:
             raise TypeError(
-                "packed codes are bytes and cannot be cast: use .to(dtype), which leaves them, instead of .type(dtype)"
+                "packed codes are bytes and cannot be cast: use .to(dtype), which does not change them, instead of .type(dtype)"
             )
         super()._apply(fn, recurse)
-        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # so that the layer knows its model's dtype after a cast
+        self.dtype = fn(torch.empty(0, dtype=self.dtype)).dtype  # follows a cast of the model
         return self
 
     def extra_repr(self) -> str:
@@ -409,7 +410,7 @@ class PackedLinear(nn.Module):
 
 
 class NF4Linear(PackedLinear):
-    """A frozen linear in NF4. `double` (default): the block scales are quantized too, 4.127 bits a weight instead of 4.5."""
+    """A frozen linear in NF4. `double` (default): the block scales are quantized too, 4.127 bits per weight instead of 4.5."""
 
     scheme: ClassVar[ModuleType] = nf4
     quantized: ClassVar[str] = "nf4"
@@ -431,7 +432,7 @@ class NF4Linear(PackedLinear):
 
 
 class PackedBitLinear(PackedLinear):
-    """A frozen linear in ternary, 2 bits a weight; activations are quantized to int8 by token. out_features in fours.
+    """A frozen linear in ternary, 2 bits per weight; activations are quantized to int8 by token. out_features: a multiple of 4.
 
     `rms_norm`: None, or the RMSNorm before it, as in BitLinear.
     """
@@ -459,23 +460,23 @@ class PackedBitLinear(PackedLinear):
 
 
 class MasterWeight(nn.Module):
-    """What layers share that train a float `weight` and keep its codes until it changes (quant/weight_cache.py)."""
+    """Base of layers that train a float `weight` and cache its codes until it changes (quant/weight_cache.py)."""
 
     weight: Tensor  # a Parameter
     used: bool
     blend: float = 1.0
-    """λ of the warm-up: how far weight and activations are on their way from floats, 0, to their codes, 1. See `set_blend`."""
+    """λ of the warm-up, from floats, 0, to codes, 1, for weight and activations. See `set_blend`."""
 
     def mark_used(self) -> None:
-        """Note that the weight took part in a forward pass; a fused path that bypasses `forward` calls this itself."""
+        """Record that the weight was used in a forward pass; a fused path that bypasses `forward` must call it."""
         self.used = True
 
     def cached_bytes(self) -> int:
-        """Bytes of the codes that are kept until the next optimizer step."""
+        """Bytes of the codes that are cached until the next optimizer step."""
         return kept_bytes([self.weight])
 
     def train(self, mode: bool = True) -> Self:
-        if mode != self.training:  # where averaged weights are put in place for an evaluation (through `.data`), it changes
+        if mode != self.training:  # averaged weights are swapped in through `.data` around an evaluation
             weights_changed()
         return super().train(mode)
 
@@ -491,7 +492,7 @@ class MasterWeight(nn.Module):
 class FakeQuantLinear(MasterWeight, nn.Linear):
     """A linear with a float master weight that is quantized in the forward pass; gradients go straight through.
 
-    The codes are computed once an optimizer step and found again by every pass until the next (quant/weight_cache.py).
+    The codes are computed once per optimizer step and cached until the next (quant/weight_cache.py).
     """
 
     scheme: ClassVar[ModuleType]
@@ -514,9 +515,9 @@ class FakeQuantLinear(MasterWeight, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, *, device: torch.device | str | None = None, **options: bool) -> Self:
-        """A layer that trains the weight of `linear`, which it takes over (the same Parameters, unless they move to `device`).
+        """A layer that trains the weight of `linear`: it takes over the same Parameters, unless they move to `device`.
 
-        Raises ValueError for a layer that is quantized already, and for a shape or dtype that the scheme refuses.
+        Raises ValueError for a layer that is quantized already, and for a shape or dtype that the scheme does not support.
         """
         _refuse(linear, cls.scheme)
         features = (linear.in_features, linear.out_features)
@@ -527,7 +528,7 @@ class FakeQuantLinear(MasterWeight, nn.Linear):
 
     @property
     def arithmetic(self) -> str:
-        """The row of `quant.ops.ARITHMETIC` that multiplies for this layer."""
+        """The key of `quant.ops.ARITHMETIC` for this layer."""
         return self.quantized
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
@@ -547,11 +548,11 @@ class FakeQuantLinear(MasterWeight, nn.Linear):
 
 
 class BitLinear(FakeQuantLinear):
-    """The linear of BitNet b1.58: ternary weights, int8 activations by token, a float master weight. out_features in fours.
+    """The linear of BitNet b1.58: ternary weights, int8 activations by token, a float master weight. out_features: 4 · n.
 
-    The Era of 1-bit LLMs, arXiv 2402.17764, section 2. The backward pass keeps the int8 activations and their scales, and
-    no float copy of input or weight. With `norm_eps` the layer has an RMSNorm of its own, `rms_norm`, which is then one pass with
-    the quantization (`use_rms_norm` of transformers' bitnet layers); without, normalizing is the model's business.
+    The Era of 1-bit LLMs, arXiv 2402.17764, section 2. The backward pass saves the int8 activations and their scales, and
+    no float copy of input or weight. With `norm_eps` the layer has its own RMSNorm, `rms_norm`, fused with
+    the quantization (`use_rms_norm` of transformers' bitnet layers); without it, the model normalizes.
     """
 
     scheme: ClassVar[ModuleType] = ternary
@@ -562,9 +563,9 @@ class BitLinear(FakeQuantLinear):
         self.rms_norm = _norm(self.in_features, norm_eps, self.weight.device, self.weight.dtype)
 
     def codes(self) -> tuple[Tensor, Tensor]:
-        """The packed codes of the weight as it is now, uint8 (out/4, in), and their scale, fp32 (), the s that divides.
+        """The packed codes of the current weight, uint8 (out/4, in), and their scale, fp32 (), the s that divides.
 
-        They are those that the forward pass keeps until the next optimizer step, and not to be written to.
+        They are the ones that the forward pass caches until the next optimizer step: do not write to them.
         """
         parts = cached(self.weight, self.arithmetic, lambda w: tuple(ARITHMETIC[self.arithmetic].pack(w)), frozen=False)
         packed = ternary.of_parts(parts, self.weight.shape)
@@ -578,7 +579,7 @@ class BitLinear(FakeQuantLinear):
 
 
 class FakeNF4Linear(FakeQuantLinear):
-    """NF4-aware training: the forward pass uses what NF4 will make of the master weight."""
+    """NF4-aware training: the forward pass uses the master weight quantized to NF4."""
 
     scheme: ClassVar[ModuleType] = nf4
     quantized: ClassVar[str] = "nf4"

@@ -1,24 +1,24 @@
 """LoRA over a frozen linear, or over several that take the same input (q, k and v; gate and up), as one autograd Function.
 
-    y_i = x · W_iᵀ + b_i + s_i · (x · A_iᵀ) · B_iᵀ        LoRA, arXiv 2106.09685, equation 3; rsLoRA changes s_i alone
+    y_i = x · W_iᵀ + b_i + s_i · (x · A_iᵀ) · B_iᵀ        LoRA, arXiv 2106.09685, equation 3; rsLoRA only changes s_i
 
-What PEFT's graph of small layers keeps and computes once for each, is kept and computed once for all: x, and x · Aᵀ of all the
-A stacked. Of W nothing is kept but its codes: the backward pass dequantizes again. Products are in the dtype of x, or in
+PEFT's graph of small layers saves and computes x for each of them; here it is saved and used once for all: x, and x · Aᵀ for
+all A stacked. Of W only the codes are saved: the backward pass dequantizes again. Products are in the dtype of x, or in
 autocast's; gradients of A and B are rounded to it before they are added to those of adapters in fp32, as under autocast.
 
-The adapters' share is written first, by a Function that keeps all that is kept; a second one, which keeps nothing, has the
-product with W added to it. So activation checkpointing, which stops computing a layer again when it has what was kept of it,
-does without a layer's last product. And as the sum is taken inside the matrix product, in fp32, base and adapter are rounded
-together, once. (Rounded one after the other in bf16 they are off by a unit in the last place now and then, which SmolLM2's
-largest activation, 24,066 in its twelfth layer, carries into 0.1 nats.)
+The adapters' output is written first, by a Function that saves all tensors; a second one, which saves none, adds the
+product with W to it. So activation checkpointing, which stops recomputing a layer once it has its saved tensors,
+skips a layer's last product. And as the sum is taken inside the matrix product, in fp32, base and adapter are rounded
+together, once. (Rounded one after the other in bf16 they are sometimes off by a unit in the last place, which SmolLM2's
+largest activation, 24,066 in its twelfth layer, turns into 0.1 nats.)
 
-With dropout, x is thinned out before the adapters: one mask for a group, from a seed that is drawn of torch's default
-generator and kept in its place, so that the backward pass makes the mask again. (PEFT draws one for each layer.)
+With dropout, the group shares one mask on x, from a seed that is drawn from torch's default
+generator and saved, so that the backward pass recreates the mask. (PEFT draws one for each layer.)
 
-An input that is cheap to compute again is not kept: x.recompute_fn = (function, tensors), where function(*tensors) is x, has
-the backward pass keep those tensors, which others keep anyway (gate and up for their product, the residual stream for its norm).
+An input that is cheap to recompute is not saved: with x.recompute_fn = (function, tensors), where function(*tensors) is x, the
+backward pass saves those tensors, which are saved elsewhere anyway (gate and up for their product, the residual for its norm).
 
-`LoraGroup` puts this in the place of PEFT layers' own `forward`, and takes it away again; `why_not` says what it leaves to PEFT.
+`LoraGroup` replaces the `forward` of PEFT layers, and restores it; `why_not` says which layers it leaves to PEFT.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class _Plan:
     dtype: torch.dtype
     dropout: float
     seed: int
-    recompute_fn: Callable[..., Tensor] | None  # makes x of the last `sources` tensors
+    recompute_fn: Callable[..., Tensor] | None  # computes x from the last `sources` tensors
     sources: int
 
 
-def _onto(member: Member, y: Tensor, x: Tensor, weight: Sequence[Tensor]) -> None:
+def _add_product(member: Member, y: Tensor, x: Tensor, weight: Sequence[Tensor]) -> None:
     """y (T, out) += x (T, in) · Wᵀ"""
     if member.scheme is None:
         torch.addmm(y, x, weight[0].to(y.dtype).t(), out=y)
@@ -73,7 +73,7 @@ def _grad_onto(member: Member, grad_x: Tensor, grad: Tensor, weight: Sequence[Te
 
 
 def _mask(like: Tensor, dropout: float, seed: int) -> Tensor:
-    """1 / (1 − p) where an element stays and 0 where it goes, in the shape and dtype of `like`."""
+    """A dropout mask, 1 / (1 − p) or 0, in the shape and dtype of `like`."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.empty_like(like).bernoulli_(1 - dropout, generator=generator).div_(1 - dropout)
 
@@ -82,14 +82,14 @@ def _split(
     tensors: Sequence[Tensor], members: tuple[Member, ...]
 ) -> list[tuple[Tensor, Tensor, Tensor | None, Sequence[Tensor]]]:
     """(A, B, bias, weight) of each member."""
-    found, at = [], 0
+    layers, index = [], 0
     for member in members:
-        a, b = tensors[at : at + 2]
-        bias = tensors[at + 2] if member.bias else None
-        at += 3 if member.bias else 2
-        found.append((a, b, bias, tensors[at : at + member.parts]))
-        at += member.parts
-    return found
+        a, b = tensors[index : index + 2]
+        bias = tensors[index + 2] if member.bias else None
+        index += 3 if member.bias else 2
+        layers.append((a, b, bias, tensors[index : index + member.parts]))
+        index += member.parts
+    return layers
 
 
 class _Group(torch.autograd.Function):
@@ -98,10 +98,10 @@ class _Group(torch.autograd.Function):
         dtype, members = plan.dtype, plan.members
         with torch.autocast(x.device.type, enabled=False):
             layers = _split(tensors, members)
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)
+            flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
             down = torch.cat([a for a, *_ in layers]).to(dtype)  # (Σr, in)
-            thinned = rows * _mask(rows, plan.dropout, plan.seed) if plan.dropout else rows
-            inner = thinned @ down.t()  # (T, Σr)
+            dropped = flat_x * _mask(flat_x, plan.dropout, plan.seed) if plan.dropout else flat_x
+            inner = dropped @ down.t()  # (T, Σr)
             outputs = []
             for member, (_, b, bias, _), part in zip(members, layers, _parts(inner, members), strict=True):
                 up, y = (b * member.scaling).to(dtype).t(), x.new_empty(*x.shape[:-1], member.out, dtype=dtype)
@@ -124,25 +124,25 @@ class _Group(torch.autograd.Function):
         x = plan.recompute_fn(*tensors[len(tensors) - plan.sources :]) if plan.recompute_fn else tensors.pop(0)
         members, dtype = plan.members, plan.dtype
         layers = _split(tensors, members)
-        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        flat_x = x.reshape(-1, x.shape[-1]).to(dtype)
         down = torch.cat([a for a, *_ in layers]).to(dtype)
         flat = [None if grad is None else grad.reshape(-1, grad.shape[-1]) for grad in grads]
         grad_inner = torch.zeros_like(inner) if None in grads else torch.empty_like(inner)
-        found: list[Tensor | None] = []
+        gradients: list[Tensor | None] = []
         for member, (_, b, _, _), grad, part, inside in zip(
             members, layers, flat, _parts(grad_inner, members), _parts(inner, members), strict=True
         ):
-            of_b = None
+            grad_b = None
             if grad is not None:
                 torch.mm(grad, (b * member.scaling).to(dtype), out=part)
-                of_b = (grad.t() @ inside).to(b.dtype).mul_(member.scaling)
-            found += [None, of_b, *[None] * (member.bias + member.parts)]
-        mask = _mask(rows, plan.dropout, plan.seed) if plan.dropout else None
-        of_down = grad_inner.t() @ (rows if mask is None else rows * mask)  # (Σr, in)
-        at = 0
-        for member, (a, *_), part in zip(members, layers, _parts(of_down, members, dim=0), strict=True):
-            found[at] = part.to(a.dtype)
-            at += 2 + member.bias + member.parts
+                grad_b = (grad.t() @ inside).to(b.dtype).mul_(member.scaling)
+            gradients += [None, grad_b, *[None] * (member.bias + member.parts)]
+        mask = _mask(flat_x, plan.dropout, plan.seed) if plan.dropout else None
+        grad_down = grad_inner.t() @ (flat_x if mask is None else flat_x * mask)  # (Σr, in)
+        index = 0
+        for member, (a, *_), part in zip(members, layers, _parts(grad_down, members, dim=0), strict=True):
+            gradients[index] = part.to(a.dtype)
+            index += 2 + member.bias + member.parts
         grad_x = None
         if ctx.needs_input_grad[0]:
             grad_x = grad_inner @ down
@@ -152,19 +152,19 @@ class _Group(torch.autograd.Function):
                 if grad is not None:
                     _grad_onto(member, grad_x, grad, weight)
             grad_x = grad_x.view(x.shape).to(x.dtype)
-        return grad_x, None, *found, *[None] * plan.sources
+        return grad_x, None, *gradients, *[None] * plan.sources
 
 
 class _Base(torch.autograd.Function):
-    """Adds x · Wᵀ to what the adapters gave, in place. Its gradients are `_Group`'s."""
+    """Adds x · Wᵀ to the adapters' outputs, in place. `_Group` computes the gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, plan: _Plan, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         outputs = tensors[:count]
         with torch.autocast(x.device.type, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(plan.dtype)
+            flat_x = x.reshape(-1, x.shape[-1]).to(plan.dtype)
             for member, (*_, weight), y in zip(plan.members, _split(tensors[count:], plan.members), outputs, strict=True):
-                _onto(member, y.view(-1, member.out), rows, weight)
+                _add_product(member, y.view(-1, member.out), flat_x, weight)
         ctx.mark_dirty(*outputs)
         ctx.set_materialize_grads(False)
         ctx.others = len(tensors) - count
@@ -181,16 +181,16 @@ def _parts(inner: Tensor, members: tuple[Member, ...], dim: int = 1) -> tuple[Te
 
 
 def lora_linears(x: Tensor, members: Sequence[Member], tensors: Sequence[Tensor], *, dropout: float = 0.0) -> tuple[Tensor, ...]:
-    """x (…, in) → one (…, out) for each member, in the dtype of x, or in autocast's.
+    """x (…, in) → one (…, out) for each member, in the dtype of x or autocast's.
 
-    tensors: for each member A (r, in), B (out, r), the bias where it has one, and its frozen weight: packed parts as a layer
-    stores them, or one float (out, in). dropout: the share of x that the adapters do not see.
+    tensors: for each member A (r, in), B (out, r), the bias if it has one, and its frozen weight: packed parts as a layer
+    stores them, or one float (out, in). dropout: rate on the adapters' input.
     """
-    kind = x.device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    device_type = x.device.type
+    on = torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
     seed = int(torch.randint(1 << 62, ())) if dropout else 0
     recompute_fn, sources = getattr(x, "recompute_fn", (None, ()))
-    dtype = torch.get_autocast_dtype(kind) if on else x.dtype
+    dtype = torch.get_autocast_dtype(device_type) if on else x.dtype
     plan = _Plan(tuple(members), dtype, dropout, seed, recompute_fn, len(sources))
     outputs = _Group.apply(x, plan, *tensors, *(source.detach() for source in sources))
     frozen = [tensor.detach() for tensor in tensors]
@@ -201,7 +201,7 @@ def lora_linears(x: Tensor, members: Sequence[Member], tensors: Sequence[Tensor]
 
 
 def why_not(layer: Any) -> str | None:
-    """Why this PEFT layer computes as PEFT has it; None where `LoraGroup` takes it."""
+    """Why `LoraGroup` cannot compute this PEFT layer; None if it can."""
     base = layer.get_base_layer()
     packed = isinstance(base, PackedLinear)
     if not packed and not (type(base) is nn.Linear and not base.weight.requires_grad):
@@ -209,7 +209,7 @@ def why_not(layer: Any) -> str | None:
     if packed and base.rms_norm is not None:
         return "its base normalizes its input"
     if len(layer.active_adapters) != 1 or (name := layer.active_adapters[0]) not in layer.lora_A:
-        return "it has not exactly one active adapter"
+        return "it does not have exactly one active adapter"
     if name in layer.lora_variant:
         return "DoRA"
     if layer.lora_bias[name]:
@@ -220,11 +220,11 @@ def why_not(layer: Any) -> str | None:
 
 
 class LoraGroup:
-    """PEFT layers that take the same input one after another, computed together at the first one's call.
+    """PEFT layers that get the same input one after another, computed together when the first is called.
 
-    The others then find their result, which is kept for them with its input; a layer that is called with another tensor makes
-    the group compute anew. While `install`ed, `forward` of each is an attribute of the layer; merged or disabled adapters
-    go PEFT's way. Compute nothing in place on the outputs: they belong together.
+    The others then return their cached result; a layer that is called with another tensor makes the group compute again.
+    While `install`ed, `forward` of each is an attribute of the layer; merged or disabled adapters use PEFT's code.
+    Do not modify the outputs in place: they share a graph node.
     """
 
     def __init__(self, layers: Sequence[Any]) -> None:

@@ -2,12 +2,12 @@
 
 A block of 64 consecutive weights (row-major) is divided by its largest absolute value, and each quotient becomes the
 index of the nearest of sixteen levels, the quantiles of a normal distribution. With `double`, the scales themselves are
-stored in 8 bits: their mean is removed, and blocks of 256 of them go through an 8-bit dynamic map. 4.127 bits a weight.
+stored in 8 bits: their mean is removed, and blocks of 256 of them are quantized with an 8-bit dynamic map. 4.127 bits per weight.
 
     byte k of the codes:   bits 7-4 = weight 2k,   bits 3-0 = weight 2k+1
 
-This file is the oracle: plain torch, fp32 arithmetic, equal to bitsandbytes' functional API on the CPU bit for bit
-(save for bf16 subnormals, below 1.2e-38, which its AVX512-BF16 kernel turns into zero).
+This module is the reference: plain torch, fp32 arithmetic, equal to bitsandbytes' functional API on the CPU bit for bit
+(except bf16 subnormals, below 1.2e-38, which its AVX512-BF16 kernel flushes to zero).
 Sources: QLoRA, arXiv 2305.14314, section 3 and appendix E; the dynamic map: arXiv 2110.02861, section 2.2.
 """
 
@@ -28,7 +28,7 @@ SOURCES = (torch.float32, torch.bfloat16, torch.float16)
 BLOCK = 64
 NESTED_BLOCK = 256
 SLICE = 4096  # blocks quantized at a time: 1 MB of fp32
-CELLS = 64  # of the grid in which a weight finds its level
+CELLS = 64  # of the grid for looking up a weight's level
 TINY = 1e-38  # bitsandbytes' floor under a scale before it is inverted
 
 LEVELS = (
@@ -70,15 +70,15 @@ def _on_card(levels: tuple[float, ...], device: torch.device) -> Tensor:
 
 
 def table(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """`levels` as fp32 on `device`. On a GPU it is made once: making it waits for the device, and every linear asks for it."""
+    """`levels` as fp32 on `device`. Cached on a GPU, where creating it would synchronize in every linear."""
     return _on_card(levels, device) if device.type == "cuda" else torch.tensor(levels, dtype=torch.float32, device=device)
 
 
 @dataclass(frozen=True, eq=False)
 class NF4Tensor:
-    """A matrix in NF4: plain tensors, no arithmetic of its own.
+    """A matrix in NF4: plain tensors without arithmetic.
 
-    codes: uint8 (ceil(numel/2), 1), two a byte, first weight in the high bits (bitsandbytes' layout).
+    codes: uint8 (ceil(numel/2), 1), two per byte, first weight in the high bits (bitsandbytes' layout).
     absmax: fp32 (blocks,), blocks = ceil(numel/block); with double quantization uint8 (blocks,), the nested codes.
     nested_absmax: fp32 (ceil(blocks/256),) and offset: fp32 (), the mean; both None without double quantization.
     """
@@ -102,7 +102,7 @@ class NF4Tensor:
 
 
 def of_parts(parts: Sequence[Tensor], shape: torch.Size) -> NF4Tensor:
-    """The inverse of `NF4Tensor.parts`; views where the bytes are aligned."""
+    """The inverse of `NF4Tensor.parts`; views if the bytes are aligned."""
     if len(parts) == 2:
         return NF4Tensor(parts[0], as_floats(parts[1]), None, None, shape)
     return NF4Tensor(parts[0], parts[1], as_floats(parts[2]), as_floats(parts[3]).view(()), shape)
@@ -123,8 +123,8 @@ def layout(shape: torch.Size, *, double: bool = True) -> dict[str, tuple[int, ..
 
 
 def unfit(shape: torch.Size) -> str | None:
-    """Why the format cannot hold a matrix of this shape; None when it can."""
-    return f"NF4 cannot hold an empty weight of shape {tuple(shape)}" if 0 in shape else None
+    """Why the format cannot store a matrix of this shape; None if it can."""
+    return f"NF4 cannot store an empty weight of shape {tuple(shape)}" if 0 in shape else None
 
 
 def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4Tensor:
@@ -135,18 +135,18 @@ def quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> NF4T
     if weight.dtype not in SOURCES:
         raise ValueError(f"NF4 quantizes fp32, bf16 or fp16 weights, got {weight.dtype}")
     if weight.numel() == 0:
-        raise ValueError(f"NF4 cannot hold an empty weight of shape {tuple(weight.shape)}")
+        raise ValueError(f"NF4 cannot store an empty weight of shape {tuple(weight.shape)}")
     numel, flat = weight.numel(), weight.detach().reshape(-1)
     code_bytes, block_count, _ = sizes(numel, block=block)
     codes = flat.new_empty(code_bytes, dtype=torch.uint8)
     absmax = flat.new_empty(block_count, dtype=torch.float32)
-    for start in range(0, numel, SLICE * block):  # whatever the matrix, what is computed on the way is small
+    for start in range(0, numel, SLICE * block):  # keeps intermediate results small
         part, scales = _quantize_blocks(flat[start : start + SLICE * block], block)
         codes[start // 2 : start // 2 + part.numel()] = part
         absmax[start // block : start // block + scales.numel()] = scales
     if not bool(absmax.isfinite().all()):
         bad = int((~weight.isfinite()).sum())
-        raise ValueError(f"{bad} of {numel} weights are not finite (NaN or infinite): NF4 refuses to quantize them")
+        raise ValueError(f"{bad} of {numel} weights are not finite (NaN or infinite) and cannot be quantized to NF4")
     codes = codes.unsqueeze(1)
     if not double:
         return NF4Tensor(codes, absmax, None, None, weight.shape, block)
@@ -162,13 +162,13 @@ def _quantize_blocks(flat: Tensor, block: int) -> tuple[Tensor, Tensor]:
     numel, block_count = flat.numel(), -(-flat.numel() // block)
     blocks = pad(flat.float(), (0, block_count * block - numel)).view(block_count, block)
     absmax = blocks.abs().amax(dim=1)
-    # Multiplying by the inverse is what bitsandbytes does, and dividing gives other codes. Its last, incomplete block
+    # bitsandbytes multiplies by the inverse; dividing would give other codes. Its last, incomplete block
     # is divided, though, and that block's scale is stored with the floor.
     scaled = blocks * absmax.clamp(min=TINY).reciprocal()[:, None]
     if numel % block:
         absmax[-1:].clamp_(min=TINY)
         scaled[-1] = blocks[-1] / absmax[-1]
-    # The nearest level is the number of midpoints below. In a cell of the grid there is one midpoint at most.
+    # The index of the nearest level is the number of midpoints below. A cell of the grid has at most one midpoint.
     below, midpoint = (table(values, flat.device) for values in _GRID)
     cell = scaled.clamp_(-1, 1).add(1).mul_(CELLS / 2).clamp_(max=CELLS - 1).nan_to_num_(0).int()
     nibbles = below[cell].to(torch.uint8) + (scaled > midpoint[cell])
@@ -196,7 +196,7 @@ def _quantize_scales(scales: Tensor) -> tuple[Tensor, Tensor]:
     padded = pad(scales, (0, nested_blocks * NESTED_BLOCK - blocks)).view(nested_blocks, NESTED_BLOCK)
     absmax = padded.abs().amax(dim=1)
     scaled = padded * absmax.reciprocal()[:, None]
-    # bitsandbytes looks the level up in a table of 65536 entries, so what is rounded to a level is a point of that grid.
+    # bitsandbytes looks the level up in a table of 65536 entries, so the value is first rounded to a point of that grid.
     point = ((scaled + 1) * 32767.5 + 0.5).floor().nan_to_num(0).clamp(0, 65535)
     codes = torch.bucketize(point / 32767.5 - 1, (levels[:-1] + levels[1:]) / 2, out_int32=True)
     codes = torch.where(absmax[:, None] > 0, codes, 0)
@@ -223,12 +223,12 @@ def dequantize_codes(codes: Tensor, scales: Tensor, numel: int, *, block: int = 
 
 
 def dequantize(packed: NF4Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights that `packed` stands for, in its shape, on its device."""
+    """The dequantized weights, in the shape and on the device of `packed`."""
     scales = dequantize_scales(packed)
     flat = dequantize_codes(packed.codes, scales, packed.shape.numel(), block=packed.block, dtype=dtype)
     return flat.view(packed.shape)
 
 
 def fake_quantize(weight: Tensor, *, block: int = BLOCK, double: bool = True) -> Tensor:
-    """`weight` as its NF4 codes stand for it, in its own dtype; what a straight-through layer multiplies with."""
+    """`weight` quantized to NF4 and dequantized, in its own dtype, as a straight-through layer uses it."""
     return dequantize(quantize(weight, block=block, double=double), dtype=weight.dtype)

@@ -1,12 +1,12 @@
 """PEFT on packed layers: LoRA, rsLoRA and DoRA over packed linears of every scheme.
 
-PEFT learns of the layer through `LoraConfig._register_custom_module`: private, pinned by a test, and not saved with the
-adapter, so whoever loads one registers again (`load_peft` does). PEFT itself drops targets without a word; compare with
-`assert_wrapped`.
+The layer is registered with PEFT through `LoraConfig._register_custom_module`: private, pinned by a test, and not saved with
+the adapter, so it must be registered again for loading (`load_peft` does). PEFT silently drops targets that do not match;
+check with `assert_wrapped`.
 
-Merging never requantizes: the packed base is put aside and a float `nn.Linear` takes its place, so unmerging gives back
-the very same bits. A merged layer multiplies with the input as it is, so on a ternary base, which quantizes it to int8,
-merging takes that rounding out.
+Merging never requantizes: the packed base is kept and a float `nn.Linear` replaces it, so unmerging restores
+the same bits. A merged layer does not quantize its input, so on a ternary base, which does,
+merging removes that rounding.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from torch import Tensor, nn
 from quant.linear import FakeQuantLinear, PackedLinear
 from quant.swap import DEFAULT_KEEP, linear_like, plain_path, reasons_to_leave
 
-INITS = (True, False, "gaussian", "orthogonal")  # the others read the base weight as if it were floats
+INITS = (True, False, "gaussian", "orthogonal")  # the others read the base weight as floats
 
 
 class PackedDora(DoraLinearVariant):
     """DoRA (arXiv 2402.09353, section 4): m · (W + ΔW) / ‖W + ΔW‖ by row, the norm held constant (section 4.3).
 
-    PEFT's own variant takes the uint8 codes for the weight, and with dropout keeps W in floats for the backward pass.
+    PEFT's own variant would read the uint8 codes as the weight, and with dropout save W in floats for the backward pass.
     """
 
     @staticmethod
@@ -65,8 +65,8 @@ class PackedDora(DoraLinearVariant):
 class PackedLora(lora.Linear):
     """PEFT's LoRA layer over a packed linear. While merged, `base_layer` is a float nn.Linear in the packed layer's dtype.
 
-    Raises ValueError for what would read the packed codes as weights, other initializations and other variants, and for a
-    layer with a norm of its own.
+    Raises ValueError for initializations and variants that would read the packed codes as weights, and for a
+    layer with its own norm.
     """
 
     def __init__(
@@ -74,15 +74,15 @@ class PackedLora(lora.Linear):
     ) -> None:
         nn.Module.__init__(self)
         lora.LoraLayer.__init__(self, base_layer, **kwargs)
-        self.fan_in_fan_out = False  # a packed layer is (out, in), whatever it was made from
+        self.fan_in_fan_out = False  # a packed layer is always (out, in)
         self.is_target_conv_1d_layer = False
         self._active_adapter = adapter_name
-        self._aside: tuple[PackedLinear, ...] = ()  # the packed layer while merged; a tuple hides it from the module tree
+        self._unmerged: tuple[PackedLinear, ...] = ()  # the packed layer while merged; a tuple hides it from the module tree
         self.update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     @property
     def packed(self) -> PackedLinear:
-        layer = self._aside[0] if self._aside else self.get_base_layer()
+        layer = self._unmerged[0] if self._unmerged else self.get_base_layer()
         assert isinstance(layer, PackedLinear)
         return layer
 
@@ -101,7 +101,7 @@ class PackedLora(lora.Linear):
                 f"{', '.join(map(repr, INITS))}"
             )
         if self.packed.rms_norm is not None:
-            raise ValueError("this layer normalizes its input itself (rms_norm), and an adapter would see it as it was before")
+            raise ValueError("this layer normalizes its input (rms_norm), and an adapter would get the input before the norm")
         super().update_layer(adapter_name, r, lora_alpha=lora_alpha, config=config, **kwargs)
 
     def _delta(self, adapter: str) -> Tensor:
@@ -111,14 +111,14 @@ class PackedLora(lora.Linear):
             return up.float() @ down.float() * self.scaling[adapter]
 
     def dora_scale(self, adapter: str) -> Tensor:
-        """m / ‖W + ΔW‖ by row (out,), fp32; differentiable in the magnitude m alone."""
+        """m / ‖W + ΔW‖ by row (out,), fp32; differentiable only in the magnitude m."""
         norm = torch.linalg.norm(self.packed.dequantize(torch.float32) + self._delta(adapter), dim=1)
         return cast(Tensor, self.lora_magnitude_vector[adapter].weight) / norm
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W + ΔW in floats in the place of the packed layer: summed in fp32, rounded once to its dtype.
+        """Replace the packed layer by W + ΔW in floats: summed in fp32, rounded once to its dtype.
 
-        Raises ValueError when the result is not finite, or for a DoRA adapter together with another one.
+        Raises ValueError if the result is not finite, or for a DoRA adapter together with another one.
         """
         names = [n for n in check_adapters_to_merge(self, adapter_names) if n in self.lora_A]
         if not names:
@@ -136,29 +136,29 @@ class PackedLora(lora.Linear):
             if self.lora_bias[name]:
                 addition = cast(Tensor, self.lora_B[name].bias).detach().float() * self.scaling[name]
                 linear.bias = nn.Parameter(addition if linear.bias is None else linear.bias + addition, False)
-        vars(linear.weight).pop("quantized", None)  # the mark of dequantized codes, which this is no longer
+        vars(linear.weight).pop("quantized", None)  # no longer dequantized codes
         if not bool(linear.weight.isfinite().all()):
-            raise ValueError(f"the merged weight is not finite: adapter {', '.join(names)} seems to be broken")
-        self._aside = (packed,)
+            raise ValueError(f"the merged weight is not finite: is adapter {', '.join(names)} broken?")
+        self._unmerged = (packed,)
         self.base_layer = linear.to(packed.dtype)
         self.merged_adapters = names
 
     def unmerge(self) -> None:
-        """Put the packed layer back, bit for bit, in the device and dtype that the merged one has been moved to."""
-        if self._aside:
+        """Restore the packed layer, bit for bit, on the device and in the dtype of the merged one."""
+        if self._unmerged:
             weight = cast(Tensor, self.base_layer.weight)
-            self.base_layer = self._aside[0].to(weight.device, weight.dtype)
-        self._aside, self.merged_adapters = (), []
+            self.base_layer = self._unmerged[0].to(weight.device, weight.dtype)
+        self._unmerged, self.merged_adapters = (), []
 
 
 def _refuse_trained(target: nn.Module, adapter_name: str, *, target_name: str = "", **kwargs: Any) -> NoReturn:
-    """In the place of PEFT's own layer, which would merge into the master weight behind autograd's back, to be quantized."""
+    """Raise instead of creating PEFT's own layer, which would merge into a master weight that is then quantized."""
     where = target_name or type(target).__name__
-    raise ValueError(f"{where} is still being trained, and adapters go on packed linears: quant.pack(model) first")
+    raise ValueError(f"{where} has a master weight, and adapters need packed linears: call quant.pack(model) first")
 
 
 def register_peft(config: LoraConfig) -> None:
-    """Make PEFT wrap packed linears where `config` targets them; before `get_peft_model` and before every load.
+    """Make PEFT wrap packed linears that `config` targets; call it before `get_peft_model` and before every load.
 
     PEFT then raises ValueError for fake-quantized linears.
     """
@@ -167,7 +167,7 @@ def register_peft(config: LoraConfig) -> None:
 
 
 def load_peft(model: nn.Module, path: str | Path, *, is_trainable: bool = False) -> PeftModel:
-    """`PeftModel.from_pretrained` of a LoRA adapter over a swapped `model`: PEFT does not save the registration."""
+    """`PeftModel.from_pretrained` for a LoRA adapter over a swapped `model`, with `register_peft`, which PEFT does not save."""
     config = LoraConfig.from_pretrained(str(path))
     register_peft(config)
     return PeftModel.from_pretrained(model, str(path), config=config, is_trainable=is_trainable)
@@ -176,11 +176,11 @@ def load_peft(model: nn.Module, path: str | Path, *, is_trainable: bool = False)
 def linear_targets(model: nn.Module, keep: Sequence[str] = DEFAULT_KEEP) -> list[str]:
     """`target_modules` for "all linears": the dotted paths of every packed layer and of the plain linears.
 
-    Left out are those that `swap` with the same `keep` leaves for a reason: the head, routers, layers whose module is
+    Without those that `swap` with the same `keep` skips: the head, routers, layers whose module is
     never called. Call it before `get_peft_model`; PEFT's own `all-linear` does not find packed layers.
     """
     if trained := [name for name, module in model.named_modules() if isinstance(module, FakeQuantLinear)]:
-        raise ValueError(f"{trained[0]} trains a master weight; adapters go on packed linears: quant.pack(model) first")
+        raise ValueError(f"{trained[0]} has a master weight, and adapters need packed linears: call quant.pack(model) first")
     left = reasons_to_leave(model, keep)
     packed = [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]
     return sorted({*packed, *(name for name in linear_like(model) if name not in left)})
@@ -189,10 +189,10 @@ def linear_targets(model: nn.Module, keep: Sequence[str] = DEFAULT_KEEP) -> list
 def assert_wrapped(model: nn.Module, expected: Iterable[str]) -> None:
     """Raise RuntimeError, naming the difference, unless the modules with adapters are exactly `expected` (paths)."""
     layers = ((name, module) for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-    wrapped, asked = {plain_path(name) for name, _ in layers}, {plain_path(path) for path in expected}
-    if wrapped != asked:
-        missing, surplus = sorted(asked - wrapped), sorted(wrapped - asked)
+    wrapped, expected_paths = {plain_path(name) for name, _ in layers}, {plain_path(path) for path in expected}
+    if wrapped != expected_paths:
+        missing, surplus = sorted(expected_paths - wrapped), sorted(wrapped - expected_paths)
         raise RuntimeError(
-            f"adapters were put on {len(wrapped)} modules, {len(asked)} were asked for; "
-            f"without adapter: {', '.join(missing) or 'none'}; not asked for: {', '.join(surplus) or 'none'}"
+            f"adapters are on {len(wrapped)} modules, expected {len(expected_paths)}; "
+            f"without adapter: {', '.join(missing) or 'none'}; unexpected: {', '.join(surplus) or 'none'}"
         )

@@ -1,12 +1,12 @@
-"""Packed linears at home in transformers: packed while loading, saved as others save, and read from what others saved.
+"""Packed linears in transformers: packed while loading, and saved and read in the standard formats.
 
     float checkpoint     ── from_pretrained(…, quantization_config=PackedNF4Config()) ──→  packed, one tensor at a time
     packed checkpoint    ── load(folder) ──────────────────────────────────────────────→  packed, or trained (online bitnet)
     packed or swapped    ── attach_quantizer(model).save_pretrained(folder) ───────────→  packed checkpoint
 
-There is no file format here. NF4 is written as bitsandbytes serializes it and ternary as Hugging Face `bitnet`, so whoever
-has transformers and not this package loads the folder with `from_pretrained` alone. Reading is the inverse, into layers
-that can be trained upon (bitsandbytes' Linear4bit cannot, on CPUs with AVX512-BF16) and that keep every scale in fp32.
+There is no file format of our own. NF4 is written as bitsandbytes serializes it and ternary as Hugging Face `bitnet`, so
+plain transformers loads the folder with `from_pretrained`, without this package. Reading is the inverse, into layers
+that support training on top (bitsandbytes' Linear4bit does not, on CPUs with AVX512-BF16) and keep every scale in fp32.
 
     NF4        X.weight uint8 (n, 1) · X.weight.absmax · X.weight.quant_map · X.weight.quant_state.bitsandbytes__nf4 (JSON as
                bytes), and X.weight.nested_absmax · X.weight.nested_quant_map where the scales are quantized again
@@ -14,8 +14,8 @@ that can be trained upon (bitsandbytes' Linear4bit cannot, on CPUs with AVX512-B
                mean|W| with `autobitlinear`, which multiplies; in mode `online` X.weight is the float master weight; with
                `use_rms_norm` X.rms_norm.weight (in,), a float
 
-transformers' quantizer interface does the walking and the reading: `register_quantizer`, transformers ≥ 5.17. While it packs
-it materializes one tensor after the other (of a mixture, one projection of a layer's experts), so memory peaks near the
+It uses transformers' quantizer interface: `register_quantizer`, transformers ≥ 5.17. Packing
+materializes one tensor at a time (of a mixture, one projection of a layer's experts), so memory peaks near the
 packed size: 3.7 GB (RssAnon) for a Llama of 6.7 B parameters.
 """
 
@@ -49,14 +49,14 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class PackingError(ValueError):
-    """A model that cannot be packed, or a packed checkpoint that cannot be read, and why, by layer."""
+    """A model that cannot be packed, or a packed checkpoint that cannot be read, with the reason for each layer."""
 
 
 MAP_ERROR = 1e-6
-"""How far a stored table of levels may lie from ours: torch builds round linspace differently in the last bit."""
+"""Allowed difference of a stored table of levels from ours: torch builds round linspace differently in the last bit."""
 
 RMS_NORM_EPS = 1e-6
-"""Of BitNetQuantConfig, where config.json does not give it."""
+"""Default of BitNetQuantConfig, if config.json has none."""
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
@@ -66,9 +66,9 @@ HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token"
 
 @dataclass
 class PackedConfig(QuantizationConfigMixin):
-    """keep: as in `quant.swap`. stored: what config.json says of the packed model, in the words of the standard format.
+    """keep: as in `quant.swap`. stored: the quantization config of the standard format for config.json.
 
-    put: takes each tensor that was packed while loading to where it is to lie, a mapped file for example, and returns it.
+    put: moves each tensor packed while loading to its storage, for example a mapped file, and returns the result.
     """
 
     keep: Sequence[str] = DEFAULT_KEEP
@@ -77,7 +77,7 @@ class PackedConfig(QuantizationConfigMixin):
     quant_method: Any = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """What goes into config.json: the standard format once a model is packed."""
+        """The entry in config.json: the standard format once a model is packed."""
         if self.stored is not None:
             return copy.deepcopy(self.stored)
         return {name: value for name, value in copy.deepcopy(self.__dict__).items() if name not in ("stored", "put")}
@@ -95,7 +95,7 @@ class PackedNF4Config(PackedConfig):
 @register_quantization_config("packed_ternary")
 @dataclass(repr=False)
 class PackedTernaryConfig(PackedConfig):
-    """The same into PackedBitLinear: for weights that were trained for it, others are destroyed by it."""
+    """The same into PackedBitLinear: only for weights that were trained for it; others lose their function."""
 
     quant_method: Any = field(default="packed_ternary")
 
@@ -103,7 +103,7 @@ class PackedTernaryConfig(PackedConfig):
 def packed_config(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of a packed checkpoint's config that makes `from_pretrained(…, config=…)` read it into the layers of this package.
 
-    Raises PackingError for a checkpoint that is not quantized, or quantized to something that these layers cannot hold.
+    Raises PackingError for a checkpoint that is not quantized, or quantized to a format that these layers do not support.
     """
     stored = getattr(config, "quantization_config", None)
     stored = stored or getattr(config.get_text_config(decoder=True), "quantization_config", None)
@@ -112,19 +112,19 @@ def packed_config(config: PretrainedConfig) -> PretrainedConfig:
     stored = copy.deepcopy(stored) if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method")
     method = getattr(method, "value", method)
-    if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):  # as bitsandbytes' first configs were
+    if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):  # as in bitsandbytes' first configs
         method = "bitsandbytes"
     if method is None:
-        raise PackingError("this checkpoint's quantization_config has no quant_method: what it is quantized to is not known")
+        raise PackingError("this checkpoint's quantization_config has no quant_method, so its format is unknown")
     if method == "bitsandbytes":
-        kind = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "int8"
-        if kind != "nf4":
-            raise PackingError(f"this checkpoint is quantized to bitsandbytes {kind}; only nf4 can be read")
+        quant_type = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "int8"
+        if quant_type != "nf4":
+            raise PackingError(f"this checkpoint is quantized to bitsandbytes {quant_type}; only nf4 can be read")
         ours = "packed_nf4"
     elif method == "bitnet":
         ours = "packed_ternary"
     else:
-        raise PackingError(f"this checkpoint is quantized as {method!r}; bitsandbytes nf4 and bitnet can be read")
+        raise PackingError(f"this checkpoint is quantized as {method!r}; only bitsandbytes nf4 and bitnet are supported")
     config = copy.deepcopy(config)
     config.quantization_config = {"quant_method": ours, "stored": stored}
     return config
@@ -139,31 +139,31 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device_map: Any
     bitsandbytes NF4 becomes NF4Linear, `bitnet` PackedBitLinear, or BitLinear (trainable) in mode `online`. options: those
     of from_pretrained. `model.hf_quantizer.report` is the SwapReport, `model.save_pretrained` writes the same format.
 
-    Raises PackingError, naming layers, for what cannot be read, and where a tensor is missing.
+    Raises PackingError, naming layers, for unsupported formats and missing tensors.
     """
     if (str(name).startswith((".", "/", "~")) or isinstance(name, Path)) and not Path(name).expanduser().is_dir():
-        raise FileNotFoundError(f"there is no folder {name}")
+        raise FileNotFoundError(f"folder not found: {name}")
     config = AutoConfig.from_pretrained(name, **{key: options[key] for key in HUB_OPTIONS if key in options})
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, config=packed_config(config), dtype=dtype, device_map=device_map, output_loading_info=True, **options
         )
     except SafetensorError as error:
-        raise PackingError(f"a weight file of {name} is damaged or cut short: {error}; fetch or save it again") from error
+        raise PackingError(f"a weight file of {name} is damaged or truncated: {error}; download or save it again") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise PackingError(f"the checkpoint lacks {len(missing)} tensors, which would stay random: {_some(missing)}")
+        raise PackingError(f"{len(missing)} tensors are missing in the checkpoint and would stay random: {_some(missing)}")
     return model
 
 
 class _Pack(ConversionOps):
-    """Float weights of layers to be packed → their packed parts; other tensors as they are."""
+    """Float weights of layers to be packed → their packed parts; other tensors unchanged."""
 
     def __init__(self, quantizer: PackedQuantizer) -> None:
         self.quantizer = quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """{parameter: tensor, or [tensor]} → {parameter: tensor}; fused experts go into the model here and now."""
+        """{parameter: tensor, or [tensor]} → {parameter: tensor}; fused experts are inserted into the model directly."""
         model, out = kwargs["model"], dict[str, Any]()
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
@@ -179,13 +179,13 @@ class _Pack(ConversionOps):
 
 
 class _Unpack(ConversionOps):
-    """A layer's tensors as the checkpoint has them → its packed parts; the weights of other layers as they are."""
+    """A layer's tensors in the checkpoint → its packed parts; the weights of other layers unchanged."""
 
     def __init__(self, quantizer: PackedQuantizer) -> None:
         self.quantizer = quantizer
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Unpack:
-        return self  # transformers copies the operation for each tensor; failures must all come to the one quantizer
+        return self  # transformers copies the operation for each tensor; all must report to one quantizer
 
     def convert(self, input_dict: dict[str, Any], *args: Any, **kwargs: Any) -> dict[str, Any]:
         """{"weight": …, "weight.absmax": …} of one parameter, `full_layer_name` → {parameter: tensor}."""
@@ -196,7 +196,7 @@ class _Unpack(ConversionOps):
         if isinstance(layer, PackedLinear):
             return self.quantizer.unpacked(path, layer, tensors)
         if tensors.keys() != {"weight"}:
-            self.quantizer.failures[path] = "it is packed in the checkpoint, but config.json lists it as kept in floats"
+            self.quantizer.failures[path] = "it is packed in the checkpoint, but listed as kept in floats in config.json"
             return {}
         return {name: tensors["weight"]}
 
@@ -205,11 +205,11 @@ class _Unpack(ConversionOps):
 
 
 class PackedQuantizer(HfQuantizer):
-    """What transformers calls while it loads and saves; what the two formats have in common.
+    """The quantizer that transformers calls while it loads and saves; base of the two formats.
 
-    report: what was packed and what was left, and why. failures: {layer: why it could not be packed or read}; transformers
-    would swallow an exception on the way, so they are told together when it is done. transposed: layers that are Conv1D in
-    the architecture. mixtures, awaited: experts that are not in the model yet, and the fused tensors that they wait for.
+    report: the layers that were packed, and why others were not. failures: {layer: why it could not be packed or read};
+    transformers would swallow an exception on the way, so they are raised together at the end. transposed: layers that are
+    Conv1D in the architecture. mixtures, awaited: experts not inserted yet, and the fused tensors that they still need.
     """
 
     quantization_config: Any
@@ -222,17 +222,17 @@ class PackedQuantizer(HfQuantizer):
         self.mixtures: dict[str, QuantizedExperts] = {}
         self.awaited: dict[str, set[str]] = {}
 
-    # what a format says of itself
+    # properties of a format
 
     @property
     @abstractmethod
     def linear(self) -> type[PackedLinear] | type[FakeQuantLinear]:
-        """The class that stands for a quantized layer."""
+        """The class of a quantized layer."""
 
     @property
     @abstractmethod
     def options(self) -> dict[str, Any]:
-        """What a layer of that class is made with."""
+        """Arguments of that class."""
 
     @abstractmethod
     def skipped(self) -> list[str] | None:
@@ -240,7 +240,7 @@ class PackedQuantizer(HfQuantizer):
 
     @abstractmethod
     def takes(self, module: nn.Module) -> bool:
-        """Whether the format's own program would quantize a module of this kind."""
+        """Whether the format's own program would quantize this module."""
 
     @abstractmethod
     def describe(self, model: nn.Module, left: list[str]) -> QuantizationConfigMixin:
@@ -248,7 +248,7 @@ class PackedQuantizer(HfQuantizer):
 
     @abstractmethod
     def read(self, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> Any:
-        """Stored tensors → the scheme's tensor; ValueError for what is missing or does not fit."""
+        """Stored tensors → the scheme's tensor; ValueError for missing or unsuitable tensors."""
 
     @abstractmethod
     def write(self, layer: PackedLinear) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ class PackedQuantizer(HfQuantizer):
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise PackingError("packed layers cannot be offloaded to the disk: take it out of device_map")
+            raise PackingError("packed layers cannot be offloaded to disk: remove it from device_map")
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         """Replace linears on `meta`: by the rule of `swap`, or those that the checkpoint's config says are quantized."""
@@ -274,7 +274,7 @@ class PackedQuantizer(HfQuantizer):
                 raise PackingError(str(error)) from error
 
     def _swap(self, model: nn.Module) -> None:
-        """Fused experts stay in the skeleton, where transformers looks for a place for their tensors, until these are here."""
+        """Swap the meta model; fused experts stay for transformers' lookup of parameters until their tensors are loaded."""
         fused = {path: module for path, module in model.named_modules() if looks_fused(module)}
         self.report = swap(model, scheme=self.linear.quantized, keep=self.quantization_config.keep, **self.options)
         for path, module in fused.items():
@@ -303,12 +303,12 @@ class PackedQuantizer(HfQuantizer):
             swapped.append(path)
             weights += layer.in_features * layer.out_features
         if not swapped:
-            raise ValueError(f"the checkpoint's config leaves no linear of {type(model).__name__} to be quantized")
+            raise ValueError(f"the checkpoint's config excludes all linears of {type(model).__name__}")
         share, scheme = weights / total, self.linear.quantized
         return SwapReport(scheme, self.is_qat_trainable, tuple(swapped), left, share, bytes_before, model.get_memory_footprint())
 
     def layer_of(self, model: nn.Module, name: str) -> nn.Module | None:
-        """The quantized layer whose `weight` the parameter `name` is."""
+        """The quantized layer that owns the parameter `name`, if that is its `weight`."""
         path, _, leaf = name.rpartition(".")
         layer = model.get_submodule(path) if leaf == "weight" else None
         return layer if isinstance(layer, self.linear) else None
@@ -317,7 +317,7 @@ class PackedQuantizer(HfQuantizer):
         return self.is_fused(param_name) or isinstance(self.layer_of(model, param_name), PackedLinear)
 
     def is_fused(self, name: str) -> bool:
-        """Whether the parameter `name` holds what all experts of a mixture share among them."""
+        """Whether the parameter `name` holds the fused weights of all experts of a mixture."""
         path, _, leaf = name.rpartition(".")
         return leaf in self.awaited.get(path, ())
 
@@ -328,7 +328,7 @@ class PackedQuantizer(HfQuantizer):
         return {"deserialize": _Unpack} if issubclass(self.linear, PackedLinear) else {}
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """Floats that go into a float parameter are cast; codes and scales, which go into uint8 ones, stay what they are."""
+        """The dtype to cast to: `dtype` for float parameters, None for codes and scales, which are uint8."""
         name = param.get_dtype() if hasattr(param, "get_dtype") else None
         is_float = name.startswith(("F", "BF")) if name is not None else param.is_floating_point()
         return dtype if is_float and dtype is not None and dtype.is_floating_point else None
@@ -342,22 +342,22 @@ class PackedQuantizer(HfQuantizer):
         linear.weight = nn.Parameter(weight, requires_grad=False)
         try:
             if weight.shape != layer.shape:
-                raise ValueError(f"the checkpoint has a weight of {tuple(weight.shape)}, the model of {tuple(layer.shape)}")
-            done = type(layer).from_linear(linear, **self.options)
+                raise ValueError(f"it has shape {tuple(weight.shape)} in the checkpoint, {tuple(layer.shape)} in the model")
+            packed_layer = type(layer).from_linear(linear, **self.options)
         except ValueError as error:
             self.failures[path] = str(error)
             return {}
         if (put := self.quantization_config.put) is not None:
-            for name in done.names:
-                setattr(done, name, nn.Parameter(put(getattr(done, name).data), requires_grad=False))
-        return {f"{path}.{name}": part for name, part in zip(done.names, done.parts, strict=True)}
+            for name in packed_layer.names:
+                setattr(packed_layer, name, nn.Parameter(put(getattr(packed_layer, name).data), requires_grad=False))
+        return {f"{path}.{name}": part for name, part in zip(packed_layer.names, packed_layer.parts, strict=True)}
 
     def fill(self, model: nn.Module, name: str, fused: Tensor) -> bool:
-        """The experts' weights (experts, out, in), or biases, into the mixture; it enters the model with its last tensor."""
+        """Fill fused weights (experts, out, in), or biases, into the mixture; the last tensor inserts it into the model."""
         path, _, leaf = name.rpartition(".")
         mixture, original = self.mixtures[path], model.get_submodule(path)
         if fused.shape != (shape := getattr(original, leaf).shape):
-            self.failures[name] = f"the checkpoint has {tuple(fused.shape)}, the model {tuple(shape)}"
+            self.failures[name] = f"it has shape {tuple(fused.shape)} in the checkpoint, {tuple(shape)} in the model"
             return False
         for index, layer in enumerate(getattr(mixture, leaf.removesuffix("_bias"))):
             part = fused[index]
@@ -381,7 +381,7 @@ class PackedQuantizer(HfQuantizer):
             parts = dict(zip(layer.names, self.read(layer, tensors).parts(), strict=True))
             for name, part in parts.items():
                 if part.shape != (shape := getattr(layer, name).shape):
-                    raise ValueError(f"its {name} is of {tuple(part.shape)}, not {tuple(shape)}: is the checkpoint truncated?")
+                    raise ValueError(f"its {name} has shape {tuple(part.shape)}, not {tuple(shape)}: is the file truncated?")
         except ValueError as error:
             self.failures[path] = str(error)
             return {}
@@ -393,51 +393,51 @@ class PackedQuantizer(HfQuantizer):
         failures = dict(self.failures or lost)
         for path, layer in model.named_modules(remove_duplicate=False):
             if isinstance(layer, PackedLinear):
-                layer.requires_grad_(False)  # transformers makes every float that it loads trainable, so the bias too
+                layer.requires_grad_(False)  # transformers makes every loaded float trainable, the bias too
             if isinstance(layer, self.linear) and not self.failures:
                 random = [name for name, p in layer.named_parameters() if not getattr(p, "_is_hf_initialized", False)]
-                if not self.pre_quantized and isinstance(layer, PackedLinear):  # what a float checkpoint lacks has one name
+                if not self.pre_quantized and isinstance(layer, PackedLinear):  # in a float checkpoint all of them are one weight
                     random = sorted({"weight" if name in layer.names else name for name in random})
                 if random:
                     failures[path] = f"the checkpoint has no {', '.join(random)} for it"
         if failures:
             raise PackingError(_some([f"{path}: {reason}" for path, reason in failures.items()]))
-        with suppress(ValueError):  # a model that no format can express works all the same; saving it says why it cannot
+        with suppress(ValueError):  # a model that no format can express still works; saving it raises the error
             self.refresh(model)
         return model
 
     # saving
 
     def refresh(self, model: Any) -> None:
-        """Make the config say what the model is now. Raises ValueError for what the format cannot express."""
+        """Update the config to the current model. Raises ValueError for a model that the format cannot express."""
         if masters := [path for path, module in model.named_modules() if isinstance(module, FakeNF4Linear)]:
-            raise PackingError(f"no standard format holds the NF4 master weight of {masters[0]}: quant.pack(model) first")
+            raise PackingError(f"no standard format stores the NF4 master weight of {masters[0]}: call quant.pack(model) first")
         layers = {path: module for path, module in model.named_modules() if isinstance(module, self.linear)}
         foreign = [p for p, m in model.named_modules() if isinstance(getattr(m, "quantized", None), str) and p not in layers]
         if foreign and not layers:
-            raise ValueError(f"{foreign[0]} is quantized otherwise than this model's config says: call attach_quantizer(model)")
+            raise ValueError(f"{foreign[0]} has another format than this model's config says: call attach_quantizer(model)")
         if not layers:
             raise ValueError(
-                "no quantized layer is left in this model, but its config says so; before it is saved as a float model: "
-                "quant.to_float(model)"
+                "this model has no quantized layers, but its config says so: call quant.to_float(model) before saving it as a "
+                "float model"
             )
         if mixtures := [path for path, module in model.named_modules() if isinstance(module, QuantizedExperts)]:
             raise PackingError(
-                f"no standard format holds quantized experts ({mixtures[0]}): this model cannot be saved packed. Save the "
+                f"no standard format can store quantized experts ({mixtures[0]}): this model cannot be saved packed. Save the "
                 "adapter, the state dict, or a float model after quant.to_float(model)"
             )
         if turned := [path for path, m in model.named_modules() if path in self.transposed and type(m) is nn.Linear]:
-            raise ValueError(f"{turned[0]} was a Conv1D, and was merged: save a float model, after quant.to_float(model)")
+            raise ValueError(f"{turned[0]} was a Conv1D and is merged: save a float model, after quant.to_float(model)")
         if wrapped := [path for path in layers if path.endswith(".base_layer")]:
-            raise ValueError(f"{wrapped[0]} carries an adapter: save the adapter, or merge or unload it first")
+            raise ValueError(f"{wrapped[0]} has an adapter: save the adapter, or merge or unload it first")
         if foreign:
             raise ValueError(
-                f"one checkpoint has one kind of quantized layer, and {foreign[0]} is of another: it cannot be saved"
+                f"a checkpoint can have one format of quantized layers, and {foreign[0]} has another: it cannot be saved"
             )
         left = [path for path in linear_like(model) if path not in layers]
         skip = self.get_modules_to_not_convert(model, left, list(model._keep_in_fp32_modules or ()))
         if lost := [path for path in layers if not should_convert_module(path, skip)]:
-            raise ValueError(f"{lost[0]} is quantized, but a layer that is not has a name with the same end: it cannot be saved")
+            raise ValueError(f"{lost[0]} is quantized, but a float layer has a name with the same ending: it cannot be saved")
         stored = self.describe(model, left)
         self.quantization_config.stored = json.loads(stored.to_json_string(use_diff=False))
         model.config.quantization_config = self.quantization_config
@@ -509,7 +509,7 @@ class NF4Quantizer(PackedQuantizer):
 
     def read(self, layer: PackedLinear, tensors: Mapping[str, Tensor]) -> nf4.NF4Tensor:
         if self.STATE.replace("nf4", "fp4") in tensors:
-            raise ValueError("it is stored in fp4; only nf4 can be read")
+            raise ValueError("it is stored in fp4; only nf4 is supported")
         double = self.quantization_config.double
         names = ("weight", "weight.absmax", self.MAP, self.STATE)
         _require(tensors, names + (("weight.nested_absmax", self.NESTED_MAP) if double else ()))
@@ -518,15 +518,15 @@ class NF4Quantizer(PackedQuantizer):
         wanted |= {"nested_blocksize": nf4.NESTED_BLOCK} if double else {}
         for key, value in wanted.items():
             if state.get(key) != value:
-                raise ValueError(f"its {key} is {state.get(key)}; only {value} can be read here")
+                raise ValueError(f"its {key} is {state.get(key)}; only {value} is supported")
         for name, levels in ((self.MAP, nf4.LEVELS), (self.NESTED_MAP, nf4.DYNAMIC_LEVELS)):
             if name in tensors:
                 stored, ours = tensors[name].cpu().float(), _table(levels)
                 if stored.shape != ours.shape or (stored - ours).abs().max() > MAP_ERROR:
-                    raise ValueError(f"its {name.removeprefix('weight.')} has levels of its own, not those of NF4")
+                    raise ValueError(f"its {name.removeprefix('weight.')} has other levels than NF4")
         codes, absmax = tensors["weight"].view(torch.uint8).view(-1, 1), tensors["weight.absmax"]
         if absmax.dtype != (torch.uint8 if double else torch.float32):
-            raise ValueError(f"its absmax is {absmax.dtype}: does config.json tell rightly whether scales are double-quantized?")
+            raise ValueError(f"its absmax is {absmax.dtype}: is bnb_4bit_use_double_quant in config.json wrong?")
         if not double:
             return nf4.NF4Tensor(codes, absmax, None, None, layer.shape)
         _require(state, ["nested_offset"])
@@ -575,20 +575,20 @@ class TernaryQuantizer(PackedQuantizer):
         return isinstance(module, nn.Linear)
 
     def describe(self, model: nn.Module, left: list[str]) -> QuantizationConfigMixin:
-        if gone := self.transposed - set(left):
-            raise ValueError(f"bitnet knows no Conv1D, and {sorted(gone)[0]} was one: this model cannot be saved as bitnet")
-        found: list[Any] = [layer.rms_norm for layer in model.modules() if isinstance(layer, BitLinear | PackedBitLinear)]
-        norms = {None if norm is None else norm.eps or 0.0 for norm in found}
+        if converted := self.transposed - set(left):
+            raise ValueError(f"bitnet does not support Conv1D, and {sorted(converted)[0]} was one: it cannot be saved as bitnet")
+        layer_norms: list[Any] = [layer.rms_norm for layer in model.modules() if isinstance(layer, BitLinear | PackedBitLinear)]
+        norms = {None if norm is None else norm.eps or 0.0 for norm in layer_norms}
         if len(norms) > 1:
-            raise ValueError("layers differ in the eps of their own RMSNorm, or in having one: bitnet has one setting for all")
+            raise ValueError("layers differ in the eps of their RMSNorm, or only some have one: bitnet has one setting for all")
         norm: dict[str, Any] = {} if norms == {None} else {"use_rms_norm": True, "rms_norm_eps": norms.pop()}
         if self.is_qat_trainable:
             return BitNetQuantConfig(left, linear_class="autobitlinear", quantization_mode="online", **norm)
         return BitNetQuantConfig(left, linear_class="bitlinear", quantization_mode="offline", **norm)
 
     def refresh(self, model: Any) -> None:
-        kinds = {type(module) for module in model.modules() if isinstance(module, BitLinear | PackedBitLinear)}
-        if kinds == {PackedBitLinear if self.is_qat_trainable else BitLinear}:  # `pack` has ended the training since
+        classes = {type(module) for module in model.modules() if isinstance(module, BitLinear | PackedBitLinear)}
+        if classes == {PackedBitLinear if self.is_qat_trainable else BitLinear}:  # `pack` was called since
             mode = "offline" if self.is_qat_trainable else "online"
             self.quantization_config.stored = (self.quantization_config.stored or {}) | {"quantization_mode": mode}
         super().refresh(model)
@@ -619,16 +619,16 @@ class TernaryQuantizer(PackedQuantizer):
 def attach_quantizer(model: Model) -> Model:
     """Make `model.save_pretrained` write the standard format of its quantized layers; returns `model`.
 
-    `quant.swap` does so by itself, and a model that was packed or read by `from_pretrained` or `load` has its quantizer
-    already: this is for layers put in place by hand, and says at once what could not be saved.
+    `quant.swap` does it too, and a model that was packed or read by `from_pretrained` or `load` has its quantizer
+    already: this is for layers that were replaced by hand, and raises errors of saving early.
     NF4Linear → bitsandbytes, PackedBitLinear → bitnet, BitLinear → bitnet online (float weights). Undone by
     `model.hf_quantizer.remove_quantization_config(model)`.
 
-    Raises ValueError for a model without such layers, and for what the format cannot express.
+    Raises ValueError for a model without such layers, and for one that the format cannot express.
     """
-    kinds = {type(module) for module in model.modules() if isinstance(getattr(module, "quantized", None), str)}
-    if not kinds:
-        raise ValueError("this model has no quantized layers: quant.swap makes them")
+    classes = {type(module) for module in model.modules() if isinstance(getattr(module, "quantized", None), str)}
+    if not classes:
+        raise ValueError("this model has no quantized layers: call quant.swap first")
     quantizer = quantizer_for(model)
     quantizer.refresh(model)
     cast(Any, model).hf_quantizer = quantizer
@@ -636,7 +636,7 @@ def attach_quantizer(model: Model) -> Model:
 
 
 def quantizer_for(model: PreTrainedModel) -> PackedQuantizer:
-    """The quantizer that saves the quantized layers of `model`; what it cannot express it says when it is to save them."""
+    """The quantizer that saves the quantized layers of `model`; it raises when saving a model that it cannot express."""
     ternary_layers = any(isinstance(module, BitLinear | PackedBitLinear) for module in model.modules())
     quantizer: PackedQuantizer
     if ternary_layers:
@@ -651,7 +651,7 @@ def quantizer_for(model: PreTrainedModel) -> PackedQuantizer:
 
 @contextmanager
 def _tied(model: PreTrainedModel) -> Iterator[None]:
-    """The skeleton with shared weights shared, as it will be once it is loaded; from_pretrained wants them apart until then."""
+    """Tie shared weights of the meta model inside the block, as after loading; from_pretrained needs them untied until then."""
     before: list[tuple[nn.Module, str, Any]] = []
     for target, source in model.all_tied_weights_keys.items():
         path, _, name = target.rpartition(".")
@@ -666,7 +666,7 @@ def _tied(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _table(levels: Sequence[float]) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float32)  # whatever torch's default dtype is
+    return torch.tensor(levels, dtype=torch.float32)  # independent of torch's default dtype
 
 
 def _is_ours(conversion: Any) -> bool:

@@ -1,17 +1,17 @@
-"""Ternary, the 1.58-bit format of BitNet b1.58: weights −1, 0 or 1 times one scale a matrix, activations int8 a token.
+"""Ternary, the 1.58-bit format of BitNet b1.58: weights −1, 0 or 1 times one scale per matrix, int8 activations per token.
 
     weights       s = 1 / max(mean|W|, 1e-5)         t = clip(round(W · s), −1, 1)            W ≈ t / s
     activations   a = 127 / max(max|x|, 1e-5)        q = clip(round(x · a), −128, 127)        x ≈ q / a
     product       y = (q · tᵀ) / (a · s)             q · tᵀ is exact in integers
 
-All of it in fp32 whatever the source, round half to even: the same formulas in bf16 arithmetic flip 0.2 % of the codes.
+All of it is computed in fp32 for any source dtype, rounding half to even: in bf16 arithmetic 0.2 % of the codes would differ.
 `s` divides, as in Hugging Face's `bitlinear` layers; its `autobitlinear` layers store 1 / s and multiply.
 
-Packed as Hugging Face does it: uint8 (out/4, in), four rows that lie out/4 apart in one byte, each as t + 1:
+Packed as in Hugging Face: uint8 (out/4, in), four rows at a distance of out/4 in one byte, each as t + 1:
 
     byte[r, c]:   bits 1-0 = row r,   3-2 = row r + out/4,   5-4 = row r + 2·out/4,   7-6 = row r + 3·out/4
 
-This file is the oracle: plain torch, equal bit for bit to `WeightQuant`, `ActQuant` and `pack_weights` of transformers.
+This module is the reference: plain torch, equal bit for bit to `WeightQuant`, `ActQuant` and `pack_weights` of transformers.
 Sources: The Era of 1-bit LLMs, arXiv 2402.17764, section 2; BitNet, arXiv 2310.11453, section 2.1, for the activations.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from quant.byte_views import as_bytes, as_floats
 
 SOURCES = (torch.float32, torch.bfloat16, torch.float16)
-FLOOR = 1e-5  # under a mean or a maximum before it is inverted
+FLOOR = 1e-5  # lower bound of a mean or maximum before it is inverted
 ROWS_A_BYTE = 4
 
 
@@ -44,7 +44,7 @@ class TernaryTensor:
 
 
 def of_parts(parts: Sequence[Tensor], shape: torch.Size) -> TernaryTensor:
-    """The inverse of `TernaryTensor.parts`; views where the bytes are aligned."""
+    """The inverse of `TernaryTensor.parts`; views if the bytes are aligned."""
     return TernaryTensor(parts[0], as_floats(parts[1]).view(()), shape)
 
 
@@ -54,17 +54,17 @@ def layout(shape: torch.Size) -> dict[str, tuple[int, ...]]:
 
 
 def unfit(shape: torch.Size) -> str | None:
-    """Why the layout cannot hold a matrix (out, in) of this shape; None when it can."""
+    """Why the layout cannot store a matrix (out, in) of this shape; None if it can."""
     if len(shape) != 2 or shape[0] % ROWS_A_BYTE or 0 in shape:
-        what = "a matrix" if len(shape) != 2 else "rows in fours (out_features), and not empty"
-        return f"the packed ternary layout needs {what}: got a weight of shape {tuple(shape)}"
+        needed = "a matrix" if len(shape) != 2 else f"out_features to be a multiple of {ROWS_A_BYTE}, and no empty dimension"
+        return f"the packed ternary layout needs {needed}: got a weight of shape {tuple(shape)}"
     return None
 
 
 def quantize(weight: Tensor) -> TernaryTensor:
     """`weight` (out, in), fp32, bf16 or fp16, finite, in ternary.
 
-    Raises ValueError for another dtype, a shape that the layout cannot hold, or weights that are not finite.
+    Raises ValueError for an unsupported dtype, a shape that the layout cannot store, or weights that are not finite.
     """
     if weight.dtype not in SOURCES:
         raise ValueError(f"ternary quantizes fp32, bf16 or fp16 weights, got {weight.dtype}")
@@ -73,8 +73,8 @@ def quantize(weight: Tensor) -> TernaryTensor:
     codes, scale = ternarize(weight)
     if not bool((scale > 0) & scale.isfinite()):
         bad = int((~weight.isfinite()).sum())
-        what = f"{bad} of {weight.numel()} weights are not finite (NaN or infinite)" if bad else "the mean weight overflows fp32"
-        raise ValueError(f"{what}: ternary refuses to quantize them")
+        reason = f"{bad} of {weight.numel()} weights are not finite (NaN or infinite)" if bad else "the mean overflows fp32"
+        raise ValueError(f"cannot quantize these weights to ternary: {reason}")
     return TernaryTensor(pack(codes), scale, weight.shape)
 
 
@@ -86,7 +86,7 @@ def ternarize(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def looks_ternary(weight: Tensor) -> bool:
-    """Whether `weight` holds zeros and one magnitude: it has been ternary before, and a second time would shrink its scale."""
+    """Whether `weight` holds only zeros and one magnitude, so that quantizing it again would shrink its scale."""
     magnitude = weight.detach().abs()
     largest, nonzero = magnitude.max(), int(magnitude.count_nonzero())
     return 1 < nonzero < weight.numel() and bool(((magnitude == largest) | (magnitude == 0)).all())
@@ -104,18 +104,18 @@ def unpack(packed: Tensor) -> Tensor:
 
 
 def dequantize(packed: TernaryTensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weights that `packed` stands for, (out, in), rounded once from fp32."""
+    """The dequantized weights, (out, in), rounded once from fp32."""
     return (unpack(packed.codes) / packed.scale).to(dtype)
 
 
 def fake_quantize(weight: Tensor) -> Tensor:
-    """`weight` as its ternary codes stand for it, in its own dtype; what a straight-through layer multiplies with."""
+    """`weight` quantized to ternary and dequantized, in its own dtype, as a straight-through layer uses it."""
     codes, scale = ternarize(weight)
     return (codes / scale).to(weight.dtype)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations (…, in) → codes int8 (…, in), scale fp32 (…, 1), by token; 0 or NaN for a row that is not finite."""
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations (…, in) → int8 codes (…, in), scale fp32 (…, 1) per token, which is 0 or NaN for tokens that are not finite."""
     x = x.detach().float()
     scale = 127 / x.abs().amax(dim=-1, keepdim=True).clamp(min=FLOOR)
     return (x * scale).round_().clamp_(-128, 127).to(torch.int8), scale
@@ -124,12 +124,12 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Root mean square normalization (arXiv 1910.07467) of x (…, in), rounded as transformers' LlamaRMSNorm rounds.
 
-    Returns the normalized x times weight (in,), and 1 / root mean square by row, fp32 (…, 1).
+    Returns the normalized x times weight (in,), and 1 / root mean square by token, fp32 (…, 1).
     """
     inverse = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps)
     return weight * (x.float() * inverse).to(x.dtype), inverse
 
 
-def dequantize_rows(codes: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The activations that `codes` stand for, rounded once from fp32."""
+def dequantize_activations(codes: Tensor, scale: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The dequantized activations, rounded once from fp32."""
     return (codes / scale).to(dtype)

@@ -204,7 +204,7 @@ def _ternary_products(watch: Watch, sizes: Sizes) -> list[Product]:
         weight = ternary.quantize(torch.randn(n, k, device=watch.device)).parts()
         for m in sizes.coarse:
             if 2.0 * m * n * k <= sizes.gemm_flops:
-                rows = list(torch.ops.quant12g.rows("ternary", torch.randn(m, k, device=watch.device).to(low)))
+                rows = list(torch.ops.quant12g.activations("ternary", torch.randn(m, k, device=watch.device).to(low)))
 
                 def call(rows: list[Tensor] = rows, weight: list[Tensor] = weight, n: int = n, k: int = k) -> object:
                     return torch.ops.quant12g.linear("ternary", rows, None, weight, True, n, k, low)
@@ -350,7 +350,7 @@ def _quantized(watch: Watch, sizes: Sizes) -> tuple[dict[str, float], dict[str, 
         scheme: count / watch.typical(lambda scheme=scheme: ops.ARITHMETIC[scheme].pack(master), max(3, sizes.repeats // 2))  # type: ignore[misc]
         for scheme in packed
     }
-    to_codes["ternary rows"] = count / watch.typical(lambda: torch.ops.quant12g.rows("ternary", weight), sizes.repeats)
+    to_codes["ternary rows"] = count / watch.typical(lambda: torch.ops.quant12g.activations("ternary", weight), sizes.repeats)
     return from_codes, to_codes
 
 

@@ -187,7 +187,7 @@ def _vector_kernel(sizes: Sizes, name: str) -> Pairing:
     theirs, theirs_before = (baselines.GGMLMatrix(ternary.dequantize(weight)).prepare for weight in weights)
 
     def side(codes: Tensor, scale: Tensor) -> Side:
-        return lambda x: lambda: kernel.linear(*kernel.quantize_rows(x), codes, scale, x.dtype, frozen=True)
+        return lambda x: lambda: kernel.linear(*kernel.quantize_activations(x), codes, scale, x.dtype, frozen=True)
 
     ours, ours_before = (side(codes, weight.scale) for codes, weight in zip(stored, weights, strict=True))
     fresh = _fresh_vector("cpu", sizes)

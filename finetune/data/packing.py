@@ -1,10 +1,10 @@
-"""Batches without padding: samples lie one behind the other in one row, and position ids that begin again at 0 tell them apart.
+"""Batches without padding: samples are packed into one sequence, and position ids restart at 0 with each.
 
 transformers builds block-diagonal attention from such position ids when no attention mask is given (tested: a sample's loss
-does not depend on its neighbours). A row ends with a few tokens from which nothing is learnt, so that there are few lengths of
-rows (`MULTIPLE`): libraries make machine code, and keep memory, for each that they meet.
+does not depend on its neighbours). A sequence is filled up with a few ignored tokens to a multiple of `MULTIPLE`, so that there
+are few lengths: libraries generate code, and keep memory, for each new one.
 
-The order is a function of (seed, epoch) alone, so that a resumed run meets the same rows.
+The order is a function of (seed, epoch) alone, so that a resumed run sees the same sequences.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
-MULTIPLE = 64  # oneDNN takes 20 MB and some 50 ms for each new length of a row of a small model
+MULTIPLE = 64  # oneDNN takes 20 MB and some 50 ms for each new sequence length of a small model
 
 
 @dataclass(frozen=True)
 class Batch:
     """One micro-batch: input_ids, labels, position_ids are (1, T) int64; `samples` are indices into the training set.
 
-    tokens: how many of the T are of samples; what follows them has no labels, and positions that begin at 0.
+    tokens: how many of the T belong to samples; the rest has no labels, and positions from 0.
     """
 
     input_ids: torch.Tensor
@@ -41,16 +41,16 @@ class Batch:
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices in bins of at most `capacity` tokens, best fit: each goes where it leaves the least room.
+    """Pack indices into bins of at most `capacity` tokens, best fit: each goes where it leaves the least space.
 
-    Longer ones (there are none after truncation) get a bin of their own.
+    Longer ones (none after truncation) get a bin of their own.
     """
     bins: list[list[int]] = []
     room: list[tuple[int, int]] = []  # (tokens left, bin), ascending
     for index, length in enumerate(lengths):
-        at = bisect.bisect_left(room, (length, -1))
-        if at < len(room):
-            left, number = room.pop(at)
+        slot = bisect.bisect_left(room, (length, -1))
+        if slot < len(room):
+            left, number = room.pop(slot)
             bins[number].append(index)
         else:
             left, number = capacity, len(bins)
@@ -60,7 +60,7 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def divide(items: tuple[T, ...], parts: int) -> list[tuple[T, ...]]:
-    """Neighbours in at most so many parts, in their order, each with about as many."""
+    """Split items into at most `parts` contiguous parts of about equal size."""
     parts = min(parts, len(items))
     cuts = [len(items) * part // parts for part in range(parts + 1)]
     return [items[begin:end] for begin, end in itertools.pairwise(cuts)]
@@ -79,15 +79,17 @@ class Batches:
         )
 
     def epoch(self, number: int) -> list[tuple[int, ...]]:
-        """The micro-batches of an epoch, shuffled by (seed, epoch)."""
+        """The micro-batches of an epoch as lists of sample indices, shuffled by (seed, epoch)."""
         shuffled = random.Random(f"{self.seed}/{number}")
         order = list(range(len(self.samples)))
         shuffled.shuffle(order)
-        rows = [[i] for i in order]
+        sequences = [[i] for i in order]
         if self.packing:
-            rows = [[order[i] for i in row] for row in pack([len(self.samples[i]) for i in order], self.max_length)]
-            shuffled.shuffle(rows)
-        return [tuple(i for row in rows[at : at + self.micro_batch] for i in row) for at in range(0, len(rows), self.micro_batch)]
+            packed = pack([len(self.samples[i]) for i in order], self.max_length)
+            sequences = [[order[i] for i in sequence] for sequence in packed]
+            shuffled.shuffle(sequences)
+        groups = [sequences[at : at + self.micro_batch] for at in range(0, len(sequences), self.micro_batch)]
+        return [tuple(i for sequence in group for i in sequence) for group in groups]
 
     def batch(self, indices: tuple[int, ...]) -> Batch:
         import torch

@@ -1,8 +1,8 @@
-"""The preflight of labels: a gate on the user's own data, before any weight is loaded.
+"""The preflight: checks tokens and labels of the user's own data before any weight is loaded.
 
-It answers what goes wrong most often and is seen latest: does every answer end with a token that is trained, is there one BOS,
-what share of the tokens is trained, what does truncation take, do train and held-out overlap. Thresholds: a check fails where
-training could not do what it is for, and warns where a part of the data will not teach what it seems to.
+It checks what goes wrong most often and is noticed last: whether every answer ends with a trained token, whether there is one
+BOS, how many tokens are trained, how many truncation removes, whether train and held-out overlap. A check fails if training
+cannot work, and warns if a part of the data does not teach what it seems to.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ PASS, WARN, FAIL = "pass", "warn", "fail"
 
 @dataclass(frozen=True)
 class Check:
+    """One check. status: pass, warn or fail; detail: a sentence with the numbers."""
+
     name: str
     status: str
     detail: str
@@ -29,7 +31,7 @@ class Check:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the model can take: None where it does not say."""
+    """Limits of the model, from its configuration: number of positions and of embeddings; None if unknown."""
 
     positions: int | None = None
     vocabulary: int | None = None
@@ -37,7 +39,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What will be trained and measured. `train_rows` and `heldout_rows` are the rows behind the samples."""
+    """Samples for training and evaluation. `train_rows` and `heldout_rows` are the rows that they were encoded from."""
 
     train: list[Sample]
     heldout: list[Sample]
@@ -49,6 +51,8 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Preflight:
+    """Results of all checks, token counts of the training set, and decoded examples (see `decode`)."""
+
     checks: list[Check]
     tokens: int
     supervised_tokens: int
@@ -84,16 +88,16 @@ def prepare(
 ) -> Prepared:
     """Remove duplicates, split, encode.
 
-    Rows that ask the same question stay on one side of the split, so a held-out question was never trained. `heldout` is a
-    count of rows, or a share below 1; `heldout_rows` given replaces the split.
+    Rows with the same question stay on one side of the split, so a held-out question was never trained. `heldout` is a
+    number of rows, or a share below 1; `heldout_rows` replaces the split.
     """
     import random
 
     kept: list[Row] = list({row.key: row for row in reversed(rows)}.values())[::-1] if dedupe else list(rows)
     removed = len(rows) - len(kept)
-    apart: list[Row] = list(heldout_rows or [])
+    heldout_part: list[Row] = list(heldout_rows or [])
     if heldout_rows is None and heldout:
-        wanted = round(heldout * len(kept)) if heldout < 1 else int(heldout)
+        target = round(heldout * len(kept)) if heldout < 1 else int(heldout)
         groups: dict[str, list[Row]] = {}
         for row in kept:
             groups.setdefault(row.question, []).append(row)
@@ -101,28 +105,28 @@ def prepare(
         random.Random(f"split/{seed}").shuffle(names)
         chosen: set[str] = set()
         for name in names:
-            if len(apart) >= wanted:
+            if len(heldout_part) >= target:
                 break
-            if len(apart) + len(groups[name]) <= wanted:  # a large group would overshoot: the next may fit
+            if len(heldout_part) + len(groups[name]) <= target:  # a large group would overshoot: the next may fit
                 chosen.add(name)
-                apart += groups[name]
+                heldout_part += groups[name]
         kept = [row for row in kept if row.question not in chosen]
-    done, total = 0, len(kept) + len(apart)
+    done, total = 0, len(kept) + len(heldout_part)
     dropped = 0
 
     def encode(side: list[Row]) -> list[Sample]:
         nonlocal done, dropped
         samples: list[Sample] = []
         for row in side:
-            made = encoder.encode(row)
-            dropped += not made
-            samples += made
+            encoded = encoder.encode(row)
+            dropped += not encoded
+            samples += encoded
             done += 1
             if progress is not None:
                 progress(done, total)
         return samples
 
-    return Prepared(encode(kept), encode(apart), kept, apart, removed, dropped)
+    return Prepared(encode(kept), encode(heldout_part), kept, heldout_part, removed, dropped)
 
 
 def _share(part: int, whole: int) -> str:
@@ -146,16 +150,16 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
     ]
     empty = sum(not text.strip() for text in texts)
     if not supervised:
-        check("something to learn", FAIL, "no token of this data is trained: every label would be ignored")
+        check("something to learn", FAIL, "no token of this data is trained: all labels are ignored")
     elif texts and empty == len(texts):
-        check("something to learn", FAIL, f"all {empty} answers are empty: the model would learn to say nothing")
+        check("something to learn", FAIL, f"all {empty} answers are empty: the model would learn to answer nothing")
     else:
         check("something to learn", PASS, share)
     if supervised and without:
         check(
             "rows without an answer",
             WARN,
-            f"{_share(len(without), len(train))} samples train nothing, such as {without[0].where}",
+            f"{_share(len(without), len(train))} samples have no trained token, such as {without[0].where}",
         )
     if empty and empty < len(texts):
         first = next(
@@ -173,8 +177,8 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
             check(
                 "end token trained",
                 FAIL,
-                f"none of {turns} answers ends with a token at which the model stops: it would never stop talking. "
-                "The chat template must write the end token after an answer (data.template)",
+                f"none of {turns} answers ends with an end-of-sequence token: the model would never stop generating. "
+                "The chat template (data.template) must write the end token after an answer",
             )
         else:
             check("end token trained", WARN, f"{_share(ended, turns)} answers end with a trained end token")
@@ -187,13 +191,13 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
             check(
                 "one BOS",
                 FAIL,
-                f"{_share(wrong, len(train))} samples begin with {max(counts)} BOS tokens instead of one: mend the template",
+                f"{_share(wrong, len(train))} samples begin with {max(counts)} BOS tokens instead of one: fix the template",
             )
         else:
-            check("one BOS", PASS, "every sample begins with exactly one")
+            check("one BOS", PASS, "every sample begins with exactly one BOS token")
     merged = sum(sample.merged for sample in train)
     if merged:
-        check("prompt and answer apart", WARN, f"{merged} answers share their first token with the end of their prompt")
+        check("prompt and answer apart", WARN, f"in {merged} answers the first token also holds the end of the prompt")
 
     # Length.
     truncated = [sample for sample in train if sample.cut]
@@ -201,7 +205,7 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
         check(
             "too long",
             WARN,
-            f"{prepared.dropped} rows are longer than data.max_length={encoder.max_length} and dropped",
+            f"{prepared.dropped} rows are longer than data.max_length={encoder.max_length} and were dropped",
         )
     if truncated:
         cut, cut_supervised = sum(s.cut for s in truncated), sum(s.cut_supervised for s in truncated)
@@ -210,13 +214,13 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
             "truncation",
             WARN,
             f"{_share(len(truncated), len(train))} samples are cut at {encoder.max_length} tokens: {cut} tokens lost, "
-            f"{cut_supervised} of them trained, {ends} end tokens. A cut answer teaches not to stop: raise data.max_length, "
-            "or data.truncation=drop",
+            f"{cut_supervised} of them trained, {ends} end tokens. A cut answer teaches the model not to stop: raise "
+            "data.max_length, or set data.truncation=drop",
         )
     elif not prepared.dropped:
         check("truncation", PASS, f"no sample is longer than data.max_length={encoder.max_length}")
 
-    # The model's own bounds; beyond them a GPU dies with "device-side assert".
+    # The model's limits; beyond them a GPU fails with "device-side assert".
     everything = [*train, *prepared.heldout]
     longest = max(map(len, everything), default=0)
     highest = max((max(sample.input_ids) for sample in everything if len(sample)), default=0)
@@ -224,18 +228,18 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
         check(
             "the model's length",
             FAIL,
-            f"samples have up to {longest} tokens, the model {limits.positions} positions: data.max_length",
+            f"samples have up to {longest} tokens, the model has {limits.positions} positions: lower data.max_length",
         )
     if limits.vocabulary is not None and highest >= limits.vocabulary:
         check(
             "the model's vocabulary",
             FAIL,
-            f"token id {highest} of the tokenizer, the model has {limits.vocabulary} embeddings: a tokenizer of another model",
+            f"the tokenizer gives token id {highest}, the model has {limits.vocabulary} embeddings: they do not belong together",
         )
 
     # The split.
     if prepared.duplicates_removed:
-        check("duplicates", WARN, f"{prepared.duplicates_removed} rows were equal to an earlier one and are removed")
+        check("duplicates", WARN, f"{prepared.duplicates_removed} rows are duplicates of an earlier one and were removed")
     if prepared.heldout:
         trained = {row.key for row in prepared.train_rows}
         both = sum(row.key in trained for row in prepared.heldout_rows)
@@ -245,22 +249,22 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
             check(
                 "train and held-out apart",
                 FAIL,
-                f"{_share(both, len(prepared.heldout_rows))} held-out rows are trained too: their loss would flatter",
+                f"{_share(both, len(prepared.heldout_rows))} held-out rows are in the training data too: their loss is too low",
             )
         elif asked:
             check(
                 "train and held-out apart",
                 WARN,
-                f"{_share(asked, len(prepared.heldout_rows))} held-out questions are trained too",
+                f"{_share(asked, len(prepared.heldout_rows))} held-out questions are in the training data too",
             )
         else:
             check(
                 "train and held-out apart",
                 PASS,
-                f"{len(prepared.train_rows)} rows to train, {len(prepared.heldout_rows)} held out",
+                f"{len(prepared.train_rows)} training rows, {len(prepared.heldout_rows)} held out",
             )
         if not sum(sample.supervised for sample in prepared.heldout):
-            check("held-out rows measure something", FAIL, "no token of the held-out rows is an answer")
+            check("held-out rows measure something", FAIL, "no token of the held-out rows belongs to an answer")
 
     return Preflight(
         checks,
@@ -273,13 +277,13 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
 
 
 def _typical(samples: Sequence[Sample]) -> list[Sample]:
-    """A short, a middling and a long one that train something."""
-    some = sorted((s for s in samples if s.supervised), key=len) or list(samples)
-    return [some[round(q * (len(some) - 1))] for q in (0.1, 0.5, 0.9)] if some else []
+    """A short, a medium and a long sample with trained tokens."""
+    candidates = sorted((s for s in samples if s.supervised), key=len) or list(samples)
+    return [candidates[round(q * (len(candidates) - 1))] for q in (0.1, 0.5, 0.9)] if candidates else []
 
 
 def decode(sample: Sample, tokenizer: PreTrainedTokenizerBase, most: int = 400) -> list[dict[str, Any]]:
-    """The sample as pieces of text, each trained or not: [{"text", "supervised"}, …], at most `most` tokens."""
+    """A sample as pieces of text, each trained or not: [{"text", "supervised"}, …], of at most `most` tokens."""
     pieces: list[dict[str, Any]] = []
     start = 0
     ids, flags = sample.input_ids[:most], [label != IGNORE for label in sample.labels[:most]]

@@ -1,7 +1,7 @@
-"""Rows: what a file, a package or the hub holds, brought to one shape.
+"""Rows of a dataset, read from a file, a package or the hub, and converted to one form.
 
-A source gives raw values, each with the place it came from (`file.jsonl:12`). A format turns a raw value into a `Row`: a
-conversation or a text. The format is found by content where the recipe does not say, and the reason is kept.
+A source gives raw values, each with its location (`file.jsonl:12`). A format turns a raw value into a `Row`: a
+conversation or a text. If the recipe does not name the format, it is detected from the content, and the reason is kept.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from finetune.errors import UserError, nearest
 
 Raw = tuple[str, Any]  # (where, value)
 PACKAGE = "package:"
-DEEPEST = 100  # lists in lists of a .yml: a row is two or three deep
+DEEPEST = 100  # nesting of lists in a .yml: a row has two or three levels
 READABLE = (".jsonl", ".json", ".txt", ".yml", ".yaml")
 ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
 }  # fmt: skip
-# (question, its further input, answer): Alpaca's names and those that mean the same.
+# (question, additional input, answer): Alpaca's field names and their synonyms.
 ALPACA_FIELDS = (
     ("instruction", "input", "output"),
     ("instruction", "context", "response"),
@@ -46,12 +46,12 @@ class Row:
 
     @property
     def key(self) -> str:
-        """Equal for equal rows."""
+        """A string that is equal for equal rows."""
         return json.dumps([self.text, *([m["role"], m["content"]] for m in self.messages)], ensure_ascii=False)
 
     @property
     def question(self) -> str:
-        """All before the first answer: rows that ask the same must not stand on both sides of a split."""
+        """All text before the first answer: rows with the same question must not be on both sides of a split."""
         asked = []
         for message in self.messages:
             if message["role"] == "assistant":
@@ -62,23 +62,23 @@ class Row:
 
 @dataclass(frozen=True)
 class Rows:
-    """What a source held. `sha256` is of its bytes, or of the hub's fingerprint of them."""
+    """All rows of a source. sha256: of its bytes, or the hub's fingerprint. reason: why the format was chosen."""
 
     rows: list[Row]
     source: str
     sha256: str
     format: str
     reason: str
-    skipped: list[str] = field(default_factory=list)  # where rows stood that fit no format
+    skipped: list[str] = field(default_factory=list)  # locations of rows that do not match the format
 
 
 # ---------------------------------------------------------------------------------------------------------------- sources
 
 
-def _fits_nothing(what: str, problems: list[tuple[str, str]], total: int, do: str) -> UserError:
+def _bad_rows_error(message: str, problems: list[tuple[str, str]], total: int, hint: str) -> UserError:
     shown = "\n         ".join(f"{where}: {why}" for where, why in problems[:5])
     more = f"\n         … and {len(problems) - 5} more" if len(problems) > 5 else ""
-    return UserError(f"{len(problems)} of {total} {what}", got=shown + more, hint=do)
+    return UserError(f"{len(problems)} of {total} {message}", got=shown + more, hint=hint)
 
 
 def _read_jsonl(text: str, name: str) -> list[Raw]:
@@ -93,14 +93,14 @@ def _read_jsonl(text: str, name: str) -> list[Raw]:
         except json.JSONDecodeError as error:
             broken.append((f"{name}:{number}", f"{error.msg} at column {error.colno}: {line[:80]!r}"))
         except RecursionError:
-            broken.append((f"{name}:{number}", f"brackets in brackets without end: {line[:80]!r}"))
+            broken.append((f"{name}:{number}", f"brackets nested too deeply: {line[:80]!r}"))
     if broken:
-        raise _fits_nothing("lines are not JSON", broken, len(lines), "mend or remove them: one JSON object a line")
+        raise _bad_rows_error("lines are not JSON", broken, len(lines), "fix or remove them: one JSON object per line")
     return raws
 
 
 def _read_json(text: str, name: str) -> list[Raw]:
-    """A list of rows, or an object that holds one; each row with the line on which it begins."""
+    """Rows of a list, or of an object with one list; each with the line on which it begins."""
     try:
         value = json.loads(text)
     except json.JSONDecodeError as error:
@@ -110,28 +110,28 @@ def _read_json(text: str, name: str) -> list[Raw]:
             "the file is not JSON",
             where=f"{name}:{error.lineno}",
             got=f"{error.msg} at column {error.colno}",
-            hint="mend that line",
+            hint="fix that line",
         ) from None
     except RecursionError:
-        got = "brackets in brackets without end"
-        raise UserError("the file holds no rows", where=name, got=got, hint="give a list of rows, or one row a line") from None
+        got = "brackets nested too deeply"
+        raise UserError("no rows in this file", where=name, got=got, hint="write a list of rows, or one row per line") from None
     if isinstance(value, dict):
         lists = {key: item for key, item in value.items() if isinstance(item, list)}
         if len(lists) != 1:
             raise UserError(
-                "the file holds one object, and it is not clear where its rows are",
+                "this file holds one object, and it is not clear which key has the rows",
                 where=name,
                 got="keys: " + ", ".join(value),
-                hint="give a list of rows, or one row a line (.jsonl)",
+                hint="write a list of rows, or one row per line (.jsonl)",
             )
         (key, value), *_ = lists.items()
         return [(f"{name}:{key}[{index}]", item) for index, item in enumerate(value)]
     if not isinstance(value, list):
         raise UserError(
-            "the file holds no rows",
+            "no rows in this file",
             where=name,
             got=type(value).__name__,
-            hint="give a list of rows, or one row a line (.jsonl)",
+            hint="write a list of rows, or one row per line (.jsonl)",
         )
     decoder = json.JSONDecoder()
     raws, position, line = [], text.index("[") + 1, 1
@@ -163,15 +163,15 @@ def _read_text(text: str, name: str) -> list[Raw]:
 
 
 def _check_nesting(text: str, name: str, loader: Any) -> None:
-    """Raise UserError for YAML that would fill the memory (aliases) or end the process (libyaml has no limit of depth)."""
+    """Raise UserError for YAML that would exhaust memory (aliases) or crash the process (libyaml does not limit depth)."""
     depth = 0
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > DEEPEST:
-            got = f"the alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"lists in lists, over {DEEPEST}"
+            got = f"the alias *{event.anchor}" if isinstance(event, yaml.AliasEvent) else f"lists nested more than {DEEPEST} deep"
             line = event.start_mark.line + 1 if event.start_mark else 1
-            hint = "write each row out; an alias can unfold into more than fits into memory"
-            raise UserError("this YAML holds no rows", where=f"{name}:{line}", got=got, hint=hint)
+            hint = "write each row in full; an alias can expand to more than fits into memory"
+            raise UserError("cannot read rows from this YAML", where=f"{name}:{line}", got=got, hint=hint)
 
 
 def _read_yaml(text: str, name: str) -> list[Raw]:
@@ -179,12 +179,12 @@ def _read_yaml(text: str, name: str) -> list[Raw]:
     try:
         _check_nesting(text, name, loader)
         value = yaml.load(text, Loader=loader)
-    except (yaml.YAMLError, ValueError) as error:  # a ValueError: what looks like a date, and is none
-        said = str(error).splitlines()[0]
-        raise UserError("the file is not YAML", where=name, got=said, hint="mend it, or give .jsonl") from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError: an invalid date
+        got = str(error).splitlines()[0]
+        raise UserError("the file is not YAML", where=name, got=got, hint="fix it, or use .jsonl") from None
     rows = value.get("conversations") if isinstance(value, dict) else value
     if not isinstance(rows, list):
-        raise UserError("the file holds no rows", where=name, hint="a list of rows, or `conversations:` with one")
+        raise UserError("no rows in this file", where=name, hint="write a list of rows, or `conversations:` with one")
     return [(f"{name}[{index}]", item) for index, item in enumerate(rows)]
 
 
@@ -198,9 +198,10 @@ READERS: dict[str, Callable[[str, str], list[Raw]]] = {
 
 
 def no_such_file(path: Path, where: str) -> UserError:
+    """The error of a missing data file, with the nearest name as a hint."""
     near = nearest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else None
-    hint = f"did you mean {path.parent / near}?" if near else "put the file there, or give another: data.path=FILE"
-    return UserError("there is no such data file", where=where, got=str(path), hint=hint)
+    hint = f"did you mean {path.parent / near}?" if near else "put the file there, or use another: data.path=FILE"
+    return UserError("data file not found", where=where, got=str(path), hint=hint)
 
 
 def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
@@ -213,15 +214,15 @@ def _read_file(path: Path, name: str) -> tuple[list[Raw], bytes]:
         line = content[: error.start].count(b"\n") + 1
         raise UserError("the data file is not UTF-8", where=f"{name}:{line}", got=f"byte {content[error.start]:#04x}") from None
     except OSError as error:
-        raise UserError("the data file cannot be read", where="data.path", got=str(error)) from None
+        raise UserError("cannot read the data file", where="data.path", got=str(error)) from None
     reader = READERS.get(path.suffix.lower())
     if reader is None:
-        raise UserError("this kind of data file is not read", where=name, got=path.suffix, hint="one of " + " ".join(READABLE))
+        raise UserError("unsupported type of data file", where=name, got=path.suffix, hint="one of " + " ".join(READABLE))
     return reader(text, name), content
 
 
 def package_files(name: str, where: str) -> dict[str, Path]:
-    """Files of the installed distribution `package:NAME`, by their path in it; nothing of it is imported.
+    """Files of the installed distribution `package:NAME`, by their path in it; it is not imported.
 
     Raises:
         UserError: it is not installed.
@@ -237,11 +238,11 @@ def package_files(name: str, where: str) -> dict[str, Path]:
 
 
 def check_patterns(patterns: list[str], where: str = "data.files") -> None:
-    """Raise UserError for a pattern that leads out of what it chooses from: a dataset could read any file of this machine."""
+    """Raise UserError for a pattern that leaves its folder or dataset: it could read any file of this machine."""
     for pattern in patterns:
         if pattern.startswith(("/", "~")) or ".." in pattern.replace("\\", "/").split("/"):
-            hint = "give patterns of files in it; a file of this machine is data.path=FILE"
-            raise UserError("this pattern leads out of the dataset", where=where, got=pattern, hint=hint)
+            hint = "use patterns of files in the dataset; for a local file set data.path=FILE"
+            raise UserError("this pattern matches files outside the dataset", where=where, got=pattern, hint=hint)
 
 
 def _read_package(name: str, patterns: list[str]) -> tuple[list[Raw], str]:
@@ -252,13 +253,13 @@ def _read_package(name: str, patterns: list[str]) -> tuple[list[Raw], str]:
             "no data file of this package matches",
             where="data.files",
             got=", ".join(patterns) or name,
-            hint="it has: " + ", ".join(list(files)[:20]) if files else "it carries no data files",
+            hint="it has: " + ", ".join(list(files)[:20]) if files else "it has no data files",
         )
     raws: list[Raw] = []
     digest = hashlib.sha256()
     for file in sorted(chosen):
-        some, content = _read_file(chosen[file], file)
-        raws += some
+        file_rows, content = _read_file(chosen[file], file)
+        raws += file_rows
         digest.update(content)
     return raws, digest.hexdigest()
 
@@ -268,13 +269,13 @@ def _read_hub(name: str, split: str, files: list[str], max_rows: int | None) -> 
 
     try:
         dataset = datasets.load_dataset(name, split=split, data_files=files or None)
-    except Exception as error:  # the hub's client raises many kinds; each means: this source gives no rows
+    except Exception as error:  # the hub's client raises many types; each means that there is no data
         raise UserError(
-            "the dataset cannot be loaded",
+            "cannot load the dataset",
             where="data.name",
             got=f"{name} (split {split}): {type(error).__name__}: {str(error).splitlines()[0]}",
             hint="check the name and split on huggingface.co/datasets, the network, and `hf auth login`; "
-            "or give a local file: data.path=FILE.jsonl",
+            "or use a local file: data.path=FILE.jsonl",
         ) from None
     if max_rows is not None:
         dataset = dataset.select(range(min(max_rows, len(dataset))))
@@ -287,12 +288,12 @@ def _read_hub(name: str, split: str, files: list[str], max_rows: int | None) -> 
 def _alpaca(value: Any) -> tuple[dict[str, str], ...] | None:
     if not isinstance(value, dict):
         return None
-    for asked, further, answered in ALPACA_FIELDS:
-        question, answer = value.get(asked), value.get(answered)
+    for question_key, input_key, answer_key in ALPACA_FIELDS:
+        question, answer = value.get(question_key), value.get(answer_key)
         if isinstance(question, str) and isinstance(answer, str):
-            extra = value.get(further) if further else None
-            if isinstance(extra, str) and extra.strip():
-                question = f"{question}\n\n{extra}"
+            extra_input = value.get(input_key) if input_key else None
+            if isinstance(extra_input, str) and extra_input.strip():
+                question = f"{question}\n\n{extra_input}"
             system = value.get("system")
             first = ({"role": "system", "content": system},) if isinstance(system, str) and system.strip() else ()
             return (*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
@@ -323,7 +324,7 @@ def _dialogue(value: Any) -> tuple[dict[str, str], ...] | None:
     if not isinstance(value, list) or len(value) < 2 or not all(isinstance(turn, str | int | float) for turn in value):
         return None
     roles = ("user", "assistant")
-    # An odd last turn is a question without an answer: nothing is learnt from it.
+    # An odd last turn is a question without an answer: it is dropped.
     return tuple({"role": roles[i % 2], "content": str(turn).strip()} for i, turn in enumerate(value[: len(value) // 2 * 2]))
 
 
@@ -358,22 +359,22 @@ def _shape(value: Any) -> str:
 
 
 def detect(raws: list[Raw]) -> tuple[str, str]:
-    """(format, why) of raw rows, by their content.
+    """Detect the format of raw rows from their content; returns (format, reason).
 
     Raises:
-        UserError: they fit no format; shows the first five.
+        UserError: no format matches; shows the first five rows.
     """
-    looked = raws[:200]
-    fits = {format_: sum(_to_row(raw, format_) is not None for raw in looked) for format_ in FORMATS}
+    head = raws[:200]
+    fits = {format_: sum(_to_row(raw, format_) is not None for raw in head) for format_ in FORMATS}
     best = max(FORMATS, key=lambda format_: fits[format_])
     if not fits[best]:
-        raise _fits_nothing(
-            "rows fit no format",
+        raise _bad_rows_error(
+            "rows match no known format",
             [(where, _shape(value)) for where, value in raws],
             len(raws),
             "a row is " + ", or ".join(f"{expected} ({name})" for name, expected in EXPECTED.items()),
         )
-    return best, f"{fits[best]} of the first {len(looked)} rows are {EXPECTED[best]}"
+    return best, f"{fits[best]} of the first {len(head)} rows are {EXPECTED[best]}"
 
 
 def load_rows(
@@ -389,7 +390,7 @@ def load_rows(
     """All rows of a source, in its order.
 
     Raises:
-        UserError: the source cannot be read, or rows fit no format (the first five with their lines, and how many).
+        UserError: the source cannot be read, or rows do not match the format (with the first five, and their number).
     """
     check_patterns(files or [])
     if path is not None:
@@ -400,14 +401,14 @@ def load_rows(
     elif name is not None:
         (raws, digest), source = _read_hub(name, split, files or [], max_rows), f"{name} ({split})"
     else:
-        raise UserError("no data is named", where="data", hint="data.path=FILE.jsonl or data.name=HUB_ID")
+        raise UserError("the recipe has no data", where="data", hint="set data.path=FILE.jsonl or data.name=HUB_ID")
     if not raws:
         raise UserError("the data is empty", where=source, got="0 rows")
     raws = raws[:max_rows]
     if format_ == "auto":
         format_, reason = detect(raws)
     else:
-        reason = "the recipe says so"
+        reason = "set by the recipe"
     rows, bad = [], []
     for raw in raws:
         row = _to_row(raw, format_)
@@ -416,15 +417,15 @@ def load_rows(
         else:
             rows.append(row)
     if bad and not skip_bad:
-        raise _fits_nothing(
-            f"rows are not of the format {format_}",
+        raise _bad_rows_error(
+            f"rows do not have the format {format_}",
             bad,
             len(raws),
-            f"a row must be {EXPECTED[format_]}; mend them, say data.format, or data.bad_rows=skip",
+            f"a row must be {EXPECTED[format_]}; fix them, set another data.format, or data.bad_rows=skip",
         )
     return Rows(rows, source, digest, format_, reason, [where for where, _ in bad])
 
 
 def answers(row: Row) -> Iterator[str]:
-    """The assistant's turns."""
+    """The contents of the assistant's turns."""
     return (message["content"] for message in row.messages if message["role"] == "assistant")

@@ -1,11 +1,11 @@
-"""Samples: tokens and labels of a row, as the model will meet them.
+"""Samples: token ids and labels of a row, encoded for training.
 
-An answer's span is found by rendering: what the chat template adds between "the assistant is about to speak" and "the assistant
-has spoken" is the answer and its end token, whatever the template. Labels therefore never depend on which token pads: a
-model whose pad token is its end token learns to stop (the fault behind trl#3091 and unsloth#416).
+An answer's span is found by rendering the chat template twice: with the generation prompt before the answer, and with the
+answer. The difference is the answer and its end token, for any template. Labels therefore never depend on the pad token: a
+model whose pad token is its end token still learns to stop (the bug behind trl#3091 and unsloth#416).
 
-A template that rewrites earlier turns when later ones follow (Qwen3 removes old thoughts) is met turn by turn: such a
-conversation becomes one sample for each answer, which is what the model sees when it is used.
+A template that rewrites earlier turns when later ones follow (Qwen3 removes old thoughts) is rendered turn by turn: such a
+conversation becomes one sample for each answer, which is what the model sees in use.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The prompt of Stanford Alpaca, in a form that takes several turns; it needs no tokens that a base model lacks.
+# The prompt of Stanford Alpaca, extended to several turns; it needs no special tokens.
 ALPACA = (
     "{% for message in messages %}"
     "{% if message['role'] == 'system' %}{{ message['content'] }}\n\n"
@@ -37,20 +37,20 @@ TEMPLATES = {"chatml": CHATML, "alpaca": ALPACA}
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """Give the tokenizer the chat template that the recipe asks for; returns its name, in words."""
+    """Set the tokenizer's chat template as the recipe asks; returns its name for the screen."""
     if template == "auto":
         if tokenizer.chat_template:
             return "the tokenizer's own"
         tokenizer.chat_template = ALPACA
-        return "alpaca (the tokenizer has none of its own)"
+        return "alpaca (the tokenizer has no template)"
     if template == "chatml":
         missing = [t for t in ("<|im_start|>", "<|im_end|>") if t not in tokenizer.get_vocab()]
         if missing:
             raise UserError(
-                "the chatml template needs tokens that this tokenizer lacks",
+                "the chatml template needs tokens that this tokenizer does not have",
                 where="data.template",
                 got=", ".join(missing),
-                hint="data.template=alpaca",
+                hint="set data.template=alpaca",
             )
     tokenizer.chat_template = TEMPLATES[template]
     return template
@@ -58,7 +58,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids and labels of equal length; labels are at their own position (the loss shifts them), -100 is not trained."""
+    """Token ids and labels of equal length; labels are at their token's position (the loss shifts them), -100 is not trained."""
 
     where: str
     input_ids: tuple[int, ...]
@@ -67,7 +67,7 @@ class Sample:
     ends: tuple[int, ...] = ()  # positions of the end tokens that close answers
     bos: int = 0  # BOS tokens at the beginning
     merged: int = 0  # tokens that hold the last character of a prompt and the first of an answer
-    cut: int = 0  # tokens that truncation took
+    cut: int = 0  # tokens that truncation removed
     cut_supervised: int = 0  # of these, supervised ones
 
     @property
@@ -76,7 +76,7 @@ class Sample:
 
     @property
     def ended(self) -> int:
-        """How many answers end with an end token that is still there."""
+        """Number of answers whose end token was not cut off."""
         return sum(position < len(self.input_ids) for position in self.ends)
 
     @property
@@ -88,7 +88,7 @@ class Sample:
 
 
 class Encoder:
-    """Rows → samples. Takes plain arguments; `eos_token_ids` are the tokens at which the model stops when it generates."""
+    """Encodes rows as samples. `eos_token_ids`: the tokens at which generation stops."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class Encoder:
     ) -> None:
         if not tokenizer.is_fast:
             raise UserError(
-                "this tokenizer is a slow one: it does not say where its tokens stand in the text", where="model.name"
+                "this is a slow tokenizer, which does not report character offsets; a fast one is required", where="model.name"
             )
         self.tokenizer, self.max_length, self.system, self.loss_on, self.truncation = (
             tokenizer,
@@ -115,13 +115,13 @@ class Encoder:
         self.adds_bos = bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end_ids = eos_token_ids | special - {tokenizer.unk_token_id, tokenizer.bos_token_id}
-        self.ends: set[int] = set()  # those of them that were met at the end of an answer
+        self.ends: set[int] = set()  # those of them that ended an answer
 
     def encode(self, row: Row) -> list[Sample]:
-        """The samples of a row (several when the template rewrites earlier turns; none when too long and dropped).
+        """The samples of a row (several if the template rewrites earlier turns; none if too long and dropped).
 
         Raises:
-            UserError: the chat template refuses the row.
+            UserError: the chat template rejects the row.
         """
         samples = [self._text_sample(row)] if row.text is not None else self._conversation(row)
         if self.truncation == "drop":
@@ -141,12 +141,12 @@ class Encoder:
     def _render(self, messages: list[dict[str, str]], prompt: bool, where: str) -> str:
         try:
             return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-        except Exception as error:  # jinja's own and whatever the template raises: each means it refuses this row
+        except Exception as error:  # jinja's errors and those of the template: each means that it rejects this row
             raise UserError(
-                "the chat template refuses this row",
+                "the chat template rejects this row",
                 where=where,
                 got=f"{error} (roles: {', '.join(m['role'] for m in messages)})",
-                hint="mend the row, or choose another: data.template=alpaca",
+                hint="fix the row, or choose another template: data.template=alpaca",
             ) from None
 
     def _conversation(self, row: Row) -> list[Sample]:
@@ -156,14 +156,14 @@ class Encoder:
         last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
         if last is None:
             return [self._sample(row.where, self._render(messages, False, row.where), [])]
-        messages = messages[: last + 1]  # nothing is learnt from what follows the last answer
+        messages = messages[: last + 1]  # nothing after the last answer is trained
         whole = self._render(messages, False, row.where)
-        turns: list[tuple[str, str]] = []  # (all before the answer, all up to its end)
+        turns: list[tuple[str, str]] = []  # (text before the answer, text up to its end)
         for index, message in enumerate(messages):
             if message["role"] == "assistant":
                 before = self._render(messages[:index], True, row.where)
                 through = whole if index == last else self._render(messages[: index + 1], False, row.where)
-                if not through.startswith(before):  # the generation prompt says more than the answer's beginning does
+                if not through.startswith(before):  # the generation prompt has more text than the answer's beginning
                     before = self._common(before, through)
                 turns.append((before, through))
         if all(whole.startswith(through) for _, through in turns):
@@ -189,7 +189,7 @@ class Encoder:
         for begin, end in spans:
             inside = [i for i, (a, b) in enumerate(offsets) if a < end and b > begin]
             merged += any(offsets[i][0] < begin for i in inside)
-            # The end token closes the answer; what a template writes after it (a newline) is never generated.
+            # The end token closes the answer; text that a template writes after it (a newline) is never generated.
             closing = next((i for i in reversed(inside) if ids[i] in self.end_ids), None)
             if closing is not None and not text[offsets[closing][1] : end].strip():
                 inside = [i for i in inside if i <= closing]

@@ -1,11 +1,11 @@
-"""Text for pretraining: streamed from files, a package or the hub, tokenized ahead, packed into rows of fixed length.
+"""Text for pretraining: streamed from files, a package or the hub, tokenized ahead, packed into sequences of fixed length.
 
-A source gives blocks, a few MiB of whole documents each, and every block knows the cursor where it begins; no more than a few
-blocks are ever in memory. A `Corpus` makes rows of a block: its documents are shuffled, each is followed by the end token, the
-whole is cut into rows and these are shuffled too. What comes is a function of (data, seed, epoch) alone, and a cursor is small
-enough for a checkpoint: the block, its number, the next row. To go on from there one block is tokenized again, and a hash of
-its rows proves that they are the same ones. Blocks come in the order of the source: a corpus that is sorted by topic should be
-shuffled on disk.
+A source yields blocks, a few MiB of whole documents each, with the cursor at which each begins; only a few blocks are in memory
+at a time. A `Corpus` makes sequences of a block: its documents are shuffled and concatenated, each followed by the end token,
+then cut into sequences, which are shuffled too. The result is a function of (data, seed, epoch) alone, and a cursor is small
+enough for a checkpoint: the block, its number, the next sequence. To resume, one block is tokenized again, and a hash of
+its sequences proves that they are the same. Blocks come in the order of the source: a corpus that is sorted by topic should
+be shuffled on disk.
 """
 
 from __future__ import annotations
@@ -32,27 +32,27 @@ from finetune.errors import UserError, nearest
 if TYPE_CHECKING:
     import numpy as np
 
-Cursor = dict[str, Any]  # JSON-able: where a block begins, or where the next row comes from
+Cursor = dict[str, Any]  # JSON: the position of a block, or of the next sequence
 Encode = Callable[[list[str]], list[list[int]]]
-After = Callable[[], Cursor]  # the cursor behind the document that was given last
+After = Callable[[], Cursor]  # the cursor after the last document
 T = TypeVar("T")
 
 STREAMED = (".txt", ".jsonl", ".parquet")
 BLOCK_BYTES = 4 << 20
-PIECE = 4096  # characters after which a .txt is cut at the next blank line: held-out pieces come from all over it
-LONG_PIECE = 4 * PIECE  # … and after which any line does
-LONG_LINE = 1 << 16  # bytes of a line of a .txt that are taken at once
-LONGEST_ROW = 64 << 20  # bytes: a longer line is no row of a .jsonl
-HOPELESS = 1000  # so many bad rows and no good one: that is not what bad_rows=skip is for
+PIECE = 4096  # characters after which a .txt is cut at the next blank line, so that held-out pieces come from all parts of it
+LONG_PIECE = 4 * PIECE  # … or at the end of any line
+LONG_LINE = 1 << 16  # bytes of a line of a .txt that are read at once
+LONGEST_ROW = 64 << 20  # bytes: a longer line of a .jsonl is refused
+HOPELESS = 1000  # bad rows without a good one, after which bad_rows=skip gives up
 SHOWN = 5
-TOGETHER = 1 << 18  # characters that are tokenized at once
+BATCH_CHARACTERS = 1 << 18  # characters that are tokenized at once
 PATIENCE = 10.0  # seconds
 AHEAD = 2  # blocks that are prepared while one is consumed
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text, with \\n for line ends, and the cursor it came from for the reader's eye: `file.jsonl:12`."""
+    """One text, with \\n for line ends, and its location for messages: `file.jsonl:12`."""
 
     where: str
     text: str
@@ -60,7 +60,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring documents; `cursor` is where the first of them is found again."""
+    """Consecutive documents; `cursor` is the position of the first."""
 
     cursor: Cursor
     documents: list[Document]
@@ -70,10 +70,10 @@ class Block:
 
 
 class Source(ABC):
-    """Where documents come from. `digest` says which data it is: equal for equal data, checked when a run is resumed.
+    """A stream of documents. `digest` identifies the data: equal for equal data, checked when a run is resumed.
 
-    `bad` counts what was skipped because it holds no text, in this process; `skipped` shows the first few of them. `revision`:
-    the commit of a dataset on the hub, by which the same data is opened again; None of any other source.
+    `bad` counts rows without text that this process skipped; `skipped` shows the first few of them. `revision`:
+    the commit of a dataset on the hub, by which the same data is opened again; None for any other source.
     """
 
     revision: str | None = None
@@ -83,15 +83,15 @@ class Source(ABC):
         self.text_key, self.skip_bad, self.block_bytes = text_key, skip_bad, block_bytes
         self.skipped: list[str] = []
         self.bad = 0
-        self._furthest = (-1, -1)  # of the bad rows: those before it were counted in an earlier pass
+        self._furthest = (-1, -1)  # position of the last bad row: earlier ones were counted already
         self._found_text = False
 
     @abstractmethod
     def _documents(self, cursor: Cursor) -> Iterator[tuple[Document, After]]:
-        """Documents from a cursor on, each with what tells the cursor behind it while the iterator stands there."""
+        """Documents from a cursor on, each with a function that returns the cursor after it."""
 
     def blocks(self, cursor: Cursor | None = None) -> Iterator[Block]:
-        """Blocks from a cursor on, each at least `block_bytes` of text but for the last. The cursor of any block gives it again.
+        """Blocks from a cursor on, each with at least `block_bytes` of text, except the last.
 
         Raises:
             UserError: the data cannot be read, or a row holds no text.
@@ -109,7 +109,7 @@ class Source(ABC):
             yield Block(cursor, documents)
 
     def _document(self, value: Any, where: str, position: tuple[int, int]) -> Document | None:
-        """The document in a row; None where it is empty or skipped."""
+        """The document in a row; None if it is empty or skipped."""
         text = value.get(self.text_key) if isinstance(value, dict) else value
         if not isinstance(text, str):
             self._skip(self._no_text(value, where), position)
@@ -119,7 +119,7 @@ class Source(ABC):
                 text.encode()
             except UnicodeEncodeError as error:
                 got = f"{text[error.start]!r}, half of a surrogate pair, at character {error.start}"
-                self._skip(UserError("this text is not Unicode", where=where, got=got, hint=MEND), position)
+                self._skip(UserError("this text is not Unicode", where=where, got=got, hint=FIX), position)
                 return None
         text = text.replace("\r\n", "\n")
         return Document(where, text) if text.strip() else None
@@ -127,38 +127,38 @@ class Source(ABC):
     def _no_text(self, value: Any, where: str) -> UserError:
         if not isinstance(value, dict):
             got = f"{type(value).__name__}: {str(value)[:60]!r}"
-            hint = f'a row is a string, or an object with "{self.text_key}"; {MEND}'
-            return UserError("this row is no text", where=where, got=got, hint=hint)
+            hint = f'a row is a string, or an object with "{self.text_key}"; {FIX}'
+            return UserError("this row is not text", where=where, got=got, hint=hint)
         if self.text_key in value:
             got = f"{type(value[self.text_key]).__name__}: {str(value[self.text_key])[:60]!r}"
-            return UserError(f'"{self.text_key}" of this row is no text', where=where, got=got, hint=MEND)
+            return UserError(f'"{self.text_key}" of this row is not text', where=where, got=got, hint=FIX)
         texts = [key for key, item in value.items() if isinstance(item, str)]
         return self._no_key(where, list(value), max(texts, key=lambda key: len(value[key]), default=None))
 
     def _no_key(self, where: str, keys: list[str], guess: str | None) -> UserError:
         guess = nearest(self.text_key, keys) or guess
-        hint = f"data.text_key={guess}, if that is the text" if guess else MEND
-        return UserError(f'there is no "{self.text_key}" here', where=where, got="keys: " + ", ".join(keys[:20]), hint=hint)
+        hint = f"set data.text_key={guess} if that is the text" if guess else FIX
+        return UserError(f'no key "{self.text_key}" in this row', where=where, got="keys: " + ", ".join(keys[:20]), hint=hint)
 
-    def _skip(self, mistake: UserError, position: tuple[int, int]) -> None:
-        """Counts what is bad at `position` (file, line or row), once; raises where the user did not ask to skip."""
+    def _skip(self, error: UserError, position: tuple[int, int]) -> None:
+        """Count the bad row at `position` (file, line or row) once; raises unless bad rows are to be skipped."""
         if not self.skip_bad:
-            raise mistake
+            raise error
         if position <= self._furthest:
             return
         self._furthest, self.bad = position, self.bad + 1
         if len(self.skipped) < SHOWN:
-            self.skipped.append(f"{mistake.where}: {mistake.message}")
+            self.skipped.append(f"{error.where}: {error.message}")
         if self.bad == HOPELESS and not self._found_text:
-            raise UserError(f"the first {HOPELESS} rows hold no text", where=mistake.where, got=mistake.got, hint=mistake.hint)
+            raise UserError(f"the first {HOPELESS} rows have no text", where=error.where, got=error.got, hint=error.hint)
 
 
-MEND = "mend it, or data.bad_rows=skip"
-BACK = "mend it, or put it back as it was; a run that has begun then goes on: finetune resume RUN"
+FIX = "fix it, or set data.bad_rows=skip"
+RESTORE = "fix or restore the file; then continue a started run with: finetune resume RUN"
 
 
 class Files(Source):
-    """Local files, read one behind the other. A cursor is the file's number with byte offset and line, or row group and row."""
+    """Local files, read one after the other. A cursor is the file's number with byte offset and line, or row group and row."""
 
     def __init__(self, name: str, files: dict[str, Path], *, text_key: str, skip_bad: bool, block_bytes: int) -> None:
         self.files = list(files.items())
@@ -170,31 +170,31 @@ class Files(Source):
         for number in range(cursor.get("file", 0), len(self.files)):
             reader = readers[self.files[number][1].suffix.lower()]
             try:
-                with self.files[number][1].open("rb") as file:  # its name may go meanwhile
+                with self.files[number][1].open("rb") as file:  # keeps it readable if it is renamed or removed
                     try:
-                        self._same(number, file)
-                        for found in reader(number, cursor if number == cursor.get("file") else {}):
-                            self._same(number, file)  # else what was read may have been written, or cut off, just now
-                            yield found
+                        self._check_unchanged(number, file)
+                        for item in reader(number, cursor if number == cursor.get("file") else {}):
+                            self._check_unchanged(number, file)  # the file may have been written or truncated just now
+                            yield item
                     except UserError:
-                        self._same(number, file)  # then this is the reason
+                        self._check_unchanged(number, file)  # a changed file is the better explanation
                         raise
-                    self._same(number, file)
+                    self._check_unchanged(number, file)
             except OSError as error:
-                raise UserError("the data file cannot be read", where=self.files[number][0], got=str(error), hint=BACK) from None
+                raise UserError("cannot read the data file", where=self.files[number][0], got=str(error), hint=RESTORE) from None
 
-    def _same(self, number: int, file: BinaryIO) -> None:
-        """Raise UserError when an open file is not what it was when the run looked at it first. One that was only touched is."""
+    def _check_unchanged(self, number: int, file: BinaryIO) -> None:
+        """Raise UserError if an open file has changed since the run first opened it; a new timestamp alone is no change."""
         _, path = self.files[number]
         before, now = self._stamps.setdefault(number, _stamp(file)), _stamp(file)
         if now != before and _digest(dict(self.files)) != self.digest:
-            got = f"{now[0]} bytes, it had {before[0]}" if now[0] != before[0] else "other text"
-            raise UserError("the data file has changed while it was read", where=str(path), got=got, hint=BACK)
+            got = f"{now[0]} bytes, it had {before[0]}" if now[0] != before[0] else "different content"
+            raise UserError("the data file changed while it was being read", where=str(path), got=got, hint=RESTORE)
 
     def _text(self, number: int, cursor: Cursor) -> Iterator[tuple[Document, After]]:
-        """A .txt is one long text; its documents end at the first blank line after `PIECE` characters.
+        """A .txt is one long text, cut into documents at the first blank line after `PIECE` characters.
 
-        Where there is none for long, at a line's end, so that no file has to lie in memory whole.
+        Without blank lines it is cut at the end of a line, so that no file has to fit into memory.
         """
         name, path = self.files[number]
         offset, line = cursor.get("offset", 0), cursor.get("line", 1)
@@ -243,7 +243,7 @@ class Files(Source):
                     raise UserError(
                         f"this line is longer than {LONGEST_ROW >> 20} MiB",
                         where=where,
-                        hint="a .jsonl has one JSON object a line; a long text is a .txt",
+                        hint="write one JSON object per line; use a .txt for one long text",
                     )
                 text = self._decode(raw, number, offset, line)
                 offset += len(raw)
@@ -254,11 +254,11 @@ class Files(Source):
                     value = json.loads(text)
                 except json.JSONDecodeError as error:
                     got = f"{error.msg} at column {error.colno}: {text[:80]!r}"
-                    self._skip(UserError("this line is not JSON", where=where, got=got, hint=MEND), position)
+                    self._skip(UserError("this line is not JSON", where=where, got=got, hint=FIX), position)
                     continue
                 except RecursionError:
-                    got = "brackets in brackets without end"
-                    self._skip(UserError("this line is not a row", where=where, got=got, hint=MEND), position)
+                    got = "brackets nested too deeply"
+                    self._skip(UserError("this line is not a row", where=where, got=got, hint=FIX), position)
                     continue
                 document = self._document(value, where, position)
                 if document is not None:
@@ -296,25 +296,25 @@ class Files(Source):
                                 yield document, after
                     begin, skip = begin + row, 0
         except pyarrow.ArrowException as error:
-            raise UserError("the parquet file cannot be read", where=name, got=str(error).splitlines()[0], hint=BACK) from None
+            raise UserError("cannot read the parquet file", where=name, got=str(error).splitlines()[0], hint=RESTORE) from None
 
     def _decode(self, raw: bytes, number: int, offset: int, line: int) -> str:
-        """The text of one line; an empty one where it is not UTF-8 and is skipped."""
+        """The text of one line; empty if it is not UTF-8 and is skipped."""
         try:
             return raw.decode("utf-8-sig" if not offset else "utf-8")
         except UnicodeDecodeError as error:
-            mistake = UserError(
+            error = UserError(
                 "the data file is not UTF-8",
                 where=f"{self.files[number][0]}:{line}",
                 got=f"byte {raw[error.start]:#04x} at column {error.start + 1}",
-                hint="save it as UTF-8 (iconv -f latin1 -t utf-8), or data.bad_rows=skip leaves out such lines",
+                hint="save it as UTF-8 (iconv -f latin1 -t utf-8), or skip such lines with data.bad_rows=skip",
             )
-            self._skip(mistake, (number, line))
+            self._skip(error, (number, line))
             return ""
 
 
 class Hub(Source):
-    """A streamed dataset, opened anew for each pass: an iteration changes the state of its dataset.
+    """A streamed dataset of the hub, reopened for each pass, because iterating changes the state of its dataset.
 
     A cursor is the dataset's own state, which is exact to the example as long as nothing is mapped or shuffled in it, and the
     example's number.
@@ -349,12 +349,12 @@ class Hub(Source):
                 value = next(examples)
             except StopIteration:
                 return
-            except Exception as error:  # the hub's client raises many kinds; each means: the rest of the data cannot be had
+            except Exception as error:  # the hub's client raises many types; each means that the rest is unreachable
                 raise UserError(
-                    "the dataset cannot be read any further",
+                    "reading the dataset failed",
                     where=f"{self.name}[{index}]",
-                    got=_in_a_line(error),
-                    hint="look at the network, then: finetune resume RUN; it goes on from there",
+                    got=_one_line(error),
+                    hint="check the network, then continue from there: finetune resume RUN",
                 ) from None
             where = f"{self.name}[{index}]"
             index += 1
@@ -364,18 +364,18 @@ class Hub(Source):
 
 
 def _cut(raw: bytes) -> int:
-    """Where to cut a line that is too long: behind its last space, or at least not within a character of UTF-8."""
+    """Where to cut a line that is too long: after its last space, else at a boundary of UTF-8 characters."""
     at = raw.rfind(b" ") + 1
     if at:
         return at
     at = len(raw) - 1
-    while at > len(raw) - 4 and raw[at] & 0xC0 == 0x80:  # a continuation: the character began before
+    while at > len(raw) - 4 and raw[at] & 0xC0 == 0x80:  # a continuation byte: the character began before
         at -= 1
     return at
 
 
 def _digest(files: dict[str, Path]) -> str:
-    """sha256 over name, size, first and last MiB of each file: a corpus of a terabyte is not read twice for this."""
+    """SHA-256 over name, size, first and last MiB of each file, so that a terabyte need not be read for it."""
     digest = hashlib.sha256()
     for name, path in files.items():
         try:
@@ -386,48 +386,48 @@ def _digest(files: dict[str, Path]) -> str:
                 file.seek(max(0, size - (1 << 20)))
                 digest.update(file.read(1 << 20))
         except OSError as error:
-            raise UserError("the data file cannot be read", where=name, got=str(error), hint=BACK) from None
+            raise UserError("cannot read the data file", where=name, got=str(error), hint=RESTORE) from None
     return digest.hexdigest()
 
 
 def _stamp(file: BinaryIO) -> tuple[int, int]:
-    """What changes when somebody writes into a file: bytes, and when they were written."""
-    facts = os.fstat(file.fileno())
-    return facts.st_size, facts.st_mtime_ns
+    """(bytes, modification time) of a file, which change when it is written."""
+    stat = os.fstat(file.fileno())
+    return stat.st_size, stat.st_mtime_ns
 
 
-def _in_a_line(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
 
 def _not_loaded(name: str, error: Exception) -> UserError:
     return UserError(
-        "the dataset cannot be loaded",
+        "cannot load the dataset",
         where="data.name",
-        got=f"{name}: {_in_a_line(error)}",
+        got=f"{name}: {_one_line(error)}",
         hint="check the name, split and revision on huggingface.co/datasets, the network, and `hf auth login`; "
-        "or give a local file: data.path=FILE.jsonl",
+        "or use a local file: data.path=FILE.jsonl",
     )
 
 
 def _open_hub(name: str, split: str, files: list[str], revision: str | None) -> tuple[Callable[[], Any], str, str | None]:
-    """(what opens the streamed dataset, digest, commit). The digest holds the version as `datasets` knows it: the commit.
+    """(a function that opens the streamed dataset, digest, commit). The digest includes the version in `datasets`: the commit.
 
-    A folder may stand in for a dataset on the hub; it has no commit.
+    A local folder may replace a dataset on the hub; it has no commit.
     """
     import datasets
 
-    asked = f"{name} (split {split}{f', revision {revision}' if revision else ''})"
+    description = f"{name} (split {split}{f', revision {revision}' if revision else ''})"
     try:
         builder = datasets.load_dataset_builder(name, data_files=files or None, revision=revision)
         commit = builder.hash if re.fullmatch("[0-9a-f]{40}", builder.hash or "") else None
         if commit is not None and revision != commit:
-            # `datasets` takes another way where a revision is named (features from the files, not from the hub's conversion):
-            # it is named always, so that a cursor saved now fits the stream that is opened at this commit later.
+            # With a revision `datasets` takes features from the files, not from the hub's conversion: it is always set, so
+            # that a cursor saved now matches the stream that is opened at this commit later.
             builder = datasets.load_dataset_builder(name, data_files=files or None, revision=commit)
-        builder.as_streaming_dataset(split=split)  # a wrong split is said here
+        builder.as_streaming_dataset(split=split)  # raises for a wrong split
     except Exception as error:  # as above
-        raise _not_loaded(asked, error) from None
+        raise _not_loaded(description, error) from None
     if revision is not None and commit is None:
         raise _no_revisions(name, revision)
     version = json.dumps([name, split, files, builder.hash])
@@ -437,7 +437,7 @@ def _open_hub(name: str, split: str, files: list[str], revision: str | None) -> 
 
 def _no_revisions(name: str, revision: str) -> UserError:
     return UserError(
-        "only a dataset on the hub has revisions", where="data.revision", got=f"{revision} of {name}", hint="leave it out"
+        "only a dataset on the hub has revisions", where="data.revision", got=f"{revision} of {name}", hint="remove the key"
     )
 
 
@@ -456,12 +456,12 @@ def open_source(
 
     path: a .txt, .jsonl or .parquet file, or a folder of them (taken in the order of their names; wins over name). name:
     `package:NAME`, the text files of an installed distribution, or a hub id with its split, and a revision (branch, tag or
-    commit; without one the newest commit), which `Source.revision` gives as a commit. files: shell patterns over the
+    commit; default: the newest), which `Source.revision` resolves to a commit. files: shell patterns over the
     paths in a folder, a package or a hub dataset. text_key: the key or column of the text. skip_bad: rows without text and lines
-    that cannot be decoded are counted and left out, not refused.
+    that cannot be decoded are counted and skipped instead of refused.
 
     Raises:
-        UserError: it is not there, holds no such file, is of another kind, or has no revisions.
+        UserError: it does not exist, holds no such file, is of an unsupported type, or has no revisions.
     """
     check_patterns(files or [])
     settings: dict[str, Any] = {"text_key": text_key, "skip_bad": skip_bad, "block_bytes": block_bytes}
@@ -477,10 +477,10 @@ def open_source(
             raise no_such_file(root, "data.path")
         if root.suffix.lower() not in STREAMED:
             hint = "one of " + " ".join(STREAMED) + ", or a folder of them"
-            raise UserError("this kind of data file is not streamed", where=root.name, got=root.suffix or "no suffix", hint=hint)
+            raise UserError("this type of file cannot be streamed", where=root.name, got=root.suffix or "no suffix", hint=hint)
         return Files(path, {root.name: root}, **settings)
     if name is None:
-        raise UserError("no data is named", where="data", hint="data.path=FILE.txt or data.name=HUB_ID")
+        raise UserError("the recipe has no data", where="data", hint="set data.path=FILE.txt or data.name=HUB_ID")
     if name.startswith(PACKAGE):
         return Files(name, _choose(package_files(name, "data.name"), files or [], name), **settings)
     dataset, digest, commit = _open_hub(name, split, files or [], revision)
@@ -492,7 +492,7 @@ def _choose(files: dict[str, Path], patterns: list[str], name: str) -> dict[str,
     chosen = [file for file in known if not patterns or any(fnmatch.fnmatch(file, pattern) for pattern in patterns)]
     if not chosen:
         raise UserError(
-            "no text file here matches",
+            "no text file matches",
             where="data.files" if patterns else "data",
             got=", ".join(patterns) or name,
             hint="it has: " + ", ".join(known[:20]) if known else f"{name} holds no {', '.join(STREAMED)} file",
@@ -500,12 +500,12 @@ def _choose(files: dict[str, Path], patterns: list[str], name: str) -> dict[str,
     return {file: files[file] for file in chosen}
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows
+# -------------------------------------------------------------------------------------------------------------- sequences
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of training: `ids` (length,) int32. where: the document in which it begins. after: from where the next comes."""
+class PackedSequence:
+    """One training sequence: `ids` (length,) int32. where: the document in which it begins. after: the cursor of the next."""
 
     ids: np.ndarray
     where: str
@@ -513,41 +513,41 @@ class Row:
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """A block made ready: rows (n, length) int32 in their final order."""
+class _PreparedBlock:
+    """A tokenized block: ids (n, length) int32, one row per sequence in final order, and the location of each."""
 
     cursor: Cursor
     number: int
-    rows: np.ndarray
+    ids: np.ndarray
     wheres: list[str]
-    check: str  # of the rows' bytes
+    check: str  # hash of the ids
 
 
 class Corpus:
-    """Rows of a source, and those held out.
+    """Packed sequences of a source, and those held out.
 
-    encode turns texts into token ids, without any special token; end is the id that is put behind every document. What is left
-    of a block after its last full row is dropped: less than `length` tokens in some million. `read` counts documents,
-    characters and tokens made ready in this process, and how many tokens were dropped so.
+    encode turns texts into token ids, without special tokens; end is the id appended to every document. What is left
+    of a block after its last full sequence is dropped: less than `length` tokens in some million. `read` counts documents,
+    characters and tokens prepared in this process, and the tokens dropped.
 
     Raises:
-        UserError: the data is empty, or its first block has not twice the tokens that are to be held out.
+        UserError: the data is empty, or its first block has less than twice the tokens to be held out.
     """
 
     def __init__(self, source: Source, encode: Encode, *, length: int, end: int, seed: int, heldout_rows: int) -> None:
         self.source, self.encode, self.length, self.end, self.seed = source, encode, length, end, seed
         self.read = {"documents": 0, "characters": 0, "tokens": 0, "dropped": 0}
-        # Equal texts elsewhere in the corpus are not trained either. Few: a few rows' worth.
+        # Texts of held-out documents; equal ones elsewhere in the corpus are not trained either.
         self._held: set[str] = set()
         self.heldout = self._hold_out(heldout_rows)
 
     def _hold_out(self, count: int) -> list[list[int]]:
-        """Rows from whole documents, drawn at random from the first block: the same ones for the same data and seed."""
+        """Sequences of whole documents, drawn at random from the first block, a function of data and seed."""
         blocks = self.source.blocks()
         first = next(blocks, None)
         if first is None:
             skipped = f"; {self.source.bad} skipped, such as {self.source.skipped[0]}" if self.source.bad else ""
-            raise UserError("the data holds no text", where=self.source.name, got=f"0 documents{skipped}")
+            raise UserError("the data has no text", where=self.source.name, got=f"0 documents{skipped}")
         del blocks
         needed = count * self.length
         tokens: list[int] = []
@@ -569,108 +569,108 @@ class Corpus:
         total = sum(lengths)
         possible = max(min(taken, total - taken) for taken in itertools.accumulate(lengths)) // self.length
         raise UserError(
-            "there is too little text to hold out so much",
+            "too little text for this much held-out data",
             where="data.heldout",
-            got=f"{count} rows of {self.length} are {needed:,} tokens, and at least as many must be left to train; the first "
+            got=f"{count} sequences of {self.length} are {needed:,} tokens, and as many must remain for training; the first "
             f"block of {self.source.name} has {total:,} tokens in {len(lengths)} documents, which are held out whole",
-            hint=(f"at most data.heldout={possible}, or " if possible else "") + "a smaller data.max_length, or more text",
+            hint=(f"set data.heldout={possible} or less, " if possible else "use ") + "a smaller data.max_length, or more text",
         )
 
     def _encoded(
         self, documents: Iterable[Document], stop: threading.Event | None = None
     ) -> Iterator[tuple[Document, list[int]]]:
-        """Each document with its tokens and the end; a few at once, for what a tokenizer keeps of each token is large."""
-        waiting: list[Document] = []
+        """Each document with its tokens and the end token; a few at a time, because a tokenizer's output takes much memory."""
+        pending: list[Document] = []
         size = 0
         for document in documents:
-            waiting.append(document)
+            pending.append(document)
             size += len(document.text)
-            if size >= TOGETHER:
+            if size >= BATCH_CHARACTERS:
                 if stop is not None and stop.is_set():
-                    raise _NobodyWaits
-                yield from zip(waiting, self._tokens(waiting), strict=True)
-                waiting, size = [], 0
-        if waiting:
-            yield from zip(waiting, self._tokens(waiting), strict=True)
+                    raise _Stopped
+                yield from zip(pending, self._tokens(pending), strict=True)
+                pending, size = [], 0
+        if pending:
+            yield from zip(pending, self._tokens(pending), strict=True)
 
     def _tokens(self, documents: list[Document]) -> list[list[int]]:
         return [[*ids, self.end] for ids in self.encode([document.text for document in documents])]
 
-    def _prepare(self, block: Block, epoch: int, number: int, stop: threading.Event) -> _Rows:
+    def _prepare(self, block: Block, epoch: int, number: int, stop: threading.Event) -> _PreparedBlock:
         import numpy as np
 
         documents = [document for document in block.documents if document.text not in self._held]
         shuffled = random.Random(f"{self.seed}/{epoch}/{number}")
         shuffled.shuffle(documents)
-        parts = [np.array(ids, np.int32) for _, ids in self._encoded(documents, stop)]
+        parts = [np.array(tokens, np.int32) for _, tokens in self._encoded(documents, stop)]
         stream = np.concatenate(parts) if parts else np.zeros(0, np.int32)
-        begins = np.cumsum([0, *map(len, parts)])
+        starts = np.cumsum([0, *map(len, parts)])
         order = list(range(len(stream) // self.length))
         shuffled.shuffle(order)
         cut = stream[: len(order) * self.length].reshape(len(order), self.length)
-        rows = cut[np.array(order, np.int64)]
-        inside = np.searchsorted(begins, np.array(order, np.int64) * self.length, side="right") - 1
+        ids = cut[np.array(order, np.int64)]
+        inside = np.searchsorted(starts, np.array(order, np.int64) * self.length, side="right") - 1
         self.read["documents"] += len(documents)
         self.read["characters"] += sum(len(document.text) for document in documents)
         self.read["tokens"] += len(stream)
         self.read["dropped"] += len(stream) - cut.size
-        check = hashlib.sha256(rows.tobytes()).hexdigest()[:16]
-        return _Rows(block.cursor, number, rows, [documents[at].where for at in inside], check)
+        check = hashlib.sha256(ids.tobytes()).hexdigest()[:16]
+        return _PreparedBlock(block.cursor, number, ids, [documents[at].where for at in inside], check)
 
-    def _blocks(self, epoch: int, cursor: Cursor | None, stop: threading.Event) -> Generator[_Rows, None, None]:
+    def _blocks(self, epoch: int, cursor: Cursor | None, stop: threading.Event) -> Generator[_PreparedBlock, None, None]:
         number = cursor["number"] if cursor else 0
         for block in self.source.blocks(cursor["block"] if cursor else None):
             yield self._prepare(block, epoch, number, stop)
             number += 1
 
-    def rows(self, epoch: int, cursor: Cursor | None = None) -> Generator[Row, None, None]:
-        """The rows of an epoch from a cursor (a `Row.after` of the same epoch) on: exactly those that came after it then.
+    def rows(self, epoch: int, cursor: Cursor | None = None) -> Generator[PackedSequence, None, None]:
+        """The sequences of an epoch from a cursor (a `PackedSequence.after` of the same epoch) on, in the same order.
 
-        The next blocks are made ready in the background. Close the generator, or let it go, and that ends.
+        The next blocks are prepared in the background, until the generator is closed or collected.
 
         Raises:
-            UserError: the data cannot be read, has changed at that cursor, or does not fill one row.
+            UserError: the data cannot be read, has changed at that cursor, or does not fill one sequence.
         """
         stop = threading.Event()
         blocks = ahead(self._blocks(epoch, cursor, stop), stop)
         start = cursor["row"] if cursor else 0
         check = cursor["check"] if cursor else None
-        came = cursor is not None
+        any_sequence = cursor is not None
         try:
             for block in blocks:
                 if check is not None and check != block.check:
                     raise self._changed(cursor)
                 check = None
-                for row in range(start, len(block.rows)):
-                    came = True
+                for row in range(start, len(block.ids)):
+                    any_sequence = True
                     after = {"block": block.cursor, "number": block.number, "row": row + 1, "check": block.check}
-                    yield Row(block.rows[row], block.wheres[row], after)
+                    yield PackedSequence(block.ids[row], block.wheres[row], after)
                 start = 0
             if check is not None:
                 raise self._changed(cursor)
-            if not came:
-                got = f"{self.read['tokens']:,} tokens without those held out; a row is {self.length}"
-                raise UserError("the data does not fill one row", where=self.source.name, got=got, hint="give more text")
+            if not any_sequence:
+                got = f"{self.read['tokens']:,} tokens besides those held out; a sequence has {self.length}"
+                raise UserError("the data does not fill one sequence", where=self.source.name, got=got, hint="use more text")
         finally:
             blocks.close()
 
     def _changed(self, cursor: Cursor | None) -> UserError:
         return UserError(
-            "the data is not what it was when this position was saved",
+            "the data has changed since this checkpoint was saved",
             where=self.source.name,
-            got=f"other rows at {json.dumps(cursor)[:300]}",
-            hint="bring back the data, tokenizer, seed and data.max_length of that run, or begin a new one",
+            got=f"different sequences at {json.dumps(cursor)[:300]}",
+            hint="restore the data, tokenizer, seed and data.max_length of that run, or start a new one",
         )
 
 
-class _NobodyWaits(Exception):
-    """Ends the work on a block that will not be asked for."""
+class _Stopped(Exception):
+    """Ends the work on a block that is not needed any more."""
 
 
 def ahead(items: Generator[T, None, None], stop: threading.Event, depth: int = AHEAD) -> Generator[T, None, None]:
-    """The same items in the same order, up to `depth` of them made in the background before they are asked for.
+    """Iterate over `items`, computing up to `depth` of them ahead in a background thread.
 
-    What `items` raises is raised here, where its item would have come. Closing this sets `stop`, which `items` may look at, and
+    Errors of `items` are raised here, in place of their item. Closing this sets `stop`, which `items` may check, and
     ends the thread (one that hangs in the network is not waited for).
     """
     ready: queue.SimpleQueue[tuple[T | None, BaseException | None]] = queue.SimpleQueue()
@@ -680,7 +680,7 @@ def ahead(items: Generator[T, None, None], stop: threading.Event, depth: int = A
         try:
             while room.acquire() and not stop.is_set():
                 ready.put((next(items), None))
-        except BaseException as error:  # carried over to the one who asks, StopIteration too
+        except BaseException as error:  # raised in the consumer's thread, StopIteration too
             ready.put((None, error))
         finally:
             items.close()
@@ -695,7 +695,7 @@ def ahead(items: Generator[T, None, None], stop: threading.Event, depth: int = A
                 return
             if error is not None:
                 raise error
-            yield item  # type: ignore[misc]  # None stands only beside an error
+            yield item  # type: ignore[misc]  # None comes only with an error
     finally:
         stop.set()
         room.release()

@@ -1,7 +1,7 @@
-"""The tokenizer of a model from scratch: byte-level BPE, as GPT-2's, trained on the beginning of the data.
+"""Trains the tokenizer of a model from scratch: byte-level BPE as in GPT-2, on the beginning of the data.
 
-Every text is encoded and comes back as it was, for all 256 bytes are tokens. There is one special token, the end of a document;
-nothing is put before a text. Its merges and its splitting rule are GPT-2's, which llama.cpp knows.
+Encoding is lossless, because all 256 bytes are tokens. There is one special token, the end of a document; there is no BOS.
+Merges and the splitting rule are those of GPT-2, which llama.cpp supports.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"  # id 0
-SMALLEST = 258  # the end, 256 bytes, and something learnt
+SMALLEST = 258  # the end token, 256 bytes, and one merge
 MAX_BYTES = 64 << 20
 
 
 def tokenizer_texts(source: Source, max_bytes: int = MAX_BYTES) -> Iterator[str]:
-    """Texts of the first blocks of a source, `max_bytes` or a little more.
+    """Texts of the first blocks of a source, of `max_bytes` or slightly more.
 
-    What will be held out is not taken out: a tokenizer learns which pieces of words are frequent, and is made before the split.
+    Held-out text is included: a tokenizer only learns which pieces of words are frequent, and is trained before the split.
     """
     read = 0
     for block in source.blocks():
@@ -38,25 +38,25 @@ def tokenizer_texts(source: Source, max_bytes: int = MAX_BYTES) -> Iterator[str]
 def train_tokenizer(
     texts: Iterable[str], vocabulary: int, *, max_bytes: int = MAX_BYTES, progress: Callable[[int], None] | None = None
 ) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer with exactly `vocabulary` tokens: the same one for the same texts.
+    """Train a byte-level BPE tokenizer with exactly `vocabulary` tokens; deterministic for the same texts.
 
-    max_bytes: so much of the texts is read, in UTF-8. progress is told now and then how many bytes were.
+    max_bytes: how much text is read, in UTF-8. progress is called now and then with the bytes read so far.
 
     Raises:
-        UserError: the vocabulary is smaller than 258, or larger than these texts give.
+        UserError: the vocabulary is smaller than 258, or larger than these texts support.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
     if vocabulary < SMALLEST:
         got = f"{vocabulary}; the end token and all 256 bytes are 257"
-        raise UserError("the vocabulary is too small", where="tokenizer.train", got=got, hint="such as tokenizer.train=4096")
+        raise UserError("the vocabulary is too small", where="tokenizer.train", got=got, hint="for example tokenizer.train=4096")
     read = 0
 
     def limited() -> Iterator[str]:
         nonlocal read
         for number in itertools.count():
-            text = next(given, None)
+            text = next(remaining, None)
             if text is None or read >= max_bytes:
                 return
             read += len(text.encode())
@@ -64,14 +64,14 @@ def train_tokenizer(
                 progress(read)
             yield text
 
-    given = iter(texts)
+    remaining = iter(texts)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        min_frequency=2,  # what stands together once only is not learnt
+        min_frequency=2,  # a pair that occurs once is not merged
         special_tokens=[END],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
@@ -79,13 +79,13 @@ def train_tokenizer(
     tokenizer.train_from_iterator(limited(), trainer)
     if progress is not None:
         progress(read)
-    made = tokenizer.get_vocab_size()
-    if made < vocabulary:
+    size = tokenizer.get_vocab_size()
+    if size < vocabulary:
         raise UserError(
-            "the text is too small for this vocabulary",
+            "too little text for a vocabulary of this size",
             where="tokenizer.train",
-            got=f"{vocabulary:,} tokens were asked for, {read:,} bytes of text gave {made:,}",
-            hint=(f"tokenizer.train={made}, or " if made >= SMALLEST else "") + "more text",
+            got=f"{vocabulary:,} tokens requested; {read:,} bytes of text gave {size:,}",
+            hint=(f"set tokenizer.train={size}, or " if size >= SMALLEST else "") + "use more text",
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token=END, model_max_length=1 << 20, clean_up_tokenization_spaces=False
@@ -93,10 +93,10 @@ def train_tokenizer(
 
 
 def batch_encoder(tokenizer: PreTrainedTokenizerBase | Any) -> Encode:
-    """What turns texts into token ids for a `Corpus`: no special token is added, none is taken out of a text.
+    """A function from texts to token ids for a `Corpus`; adds no special tokens and encodes none that occur in a text.
 
-    An end token that stands written in a text is spelt, as text is, and ends no document. The encoder has a copy of the
-    tokenizer to itself: it works in the background, and a tokenizer must not be changed by two threads at once.
+    An end token written in a text is encoded as ordinary characters and does not end the document. The encoder has its own copy
+    of the tokenizer: it works in the background, and a tokenizer is not thread-safe.
     """
     from tokenizers import Tokenizer
 

@@ -1,9 +1,9 @@
-"""Export as Hugging Face `bitnet`: a model folder that plain transformers loads, two bits a weight; or, `bitnet-online`, with the
-float master weights, which it quantizes while it runs and which can be trained further.
+"""Export as Hugging Face `bitnet`: a model folder that plain transformers loads, two bits per weight; `bitnet-online` has the
+float master weights instead, which are quantized on the fly and can be trained further.
 
-Everything is in the folder: codes and scales, the activation and the norms through config.json, `use_rms_norm` where the norm
-is inside the linears. The gate loads it with plain transformers, whose layers compute what ours do, so the logits are the same
-but for the order of sums.
+The folder is complete: codes and scales; config.json has the activation, the norms, and `use_rms_norm` if the norm
+is inside the linears. The gate loads it with plain transformers, whose layers compute the same as ours, so the logits are equal
+up to the order of sums.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from quant import BitLinear, ternary
 
 SHARD = "2GB"
 BOUNDS = Bounds(factor=0.0, floor=1e-3, ceiling=1e-3, kl=0.02)
-"""On the CPU the error is 0: packed, transformers computes as we do; online it multiplies floats where we multiply codes, as
-is simulated. Sums in another order, as on a GPU, cost up to 0.0003 nats (untrained, 16 layers)."""
+"""On the CPU the error is 0: packed, transformers computes as we do; online it multiplies floats instead of codes, which is
+simulated. A different order of sums, as on a GPU, costs up to 0.0003 nats (untrained, 16 layers)."""
 
 
 def check(model: Any, format: str) -> None:  # noqa: A002
-    """Refuse what the format cannot express. Raises UserError."""
+    """Raise UserError for a model that the format cannot express."""
     from quant.pretrained import quantizer_for
 
     check_layers(model)
     require_ternary(model, format)
     for name, layer in ternary_layers(model).items():
         if format == "bitnet-online" and not isinstance(layer, BitLinear):
-            raise UserError("this model is packed: its master weights are gone", where=name, hint="--to bitnet keeps its codes")
-    said = getattr(model.config, "quantization_config", None)
+            raise UserError("this model is packed and has no master weights", where=name, hint="--to bitnet keeps its codes")
+    config = getattr(model.config, "quantization_config", None)
     try:
         quantizer_for(model).refresh(model)
     except ValueError as error:
         raise _inexpressible(model, error) from None
-    finally:  # which writes what it found into the config
-        if said is not None:
-            model.config.quantization_config = said
+    finally:  # `refresh` writes into the config
+        if config is not None:
+            model.config.quantization_config = config
         elif hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
 
@@ -52,7 +52,7 @@ def write(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write `model` (a copy of layers.py: packed, or with its master weights) to `folder`, which exists.
 
     Raises:
-        UserError: a setting that the format has once for all layers differs between them; a layer that it does not know.
+        UserError: layers differ in a setting that the format has once for all; an unsupported layer.
     """
     from quant.pretrained import attach_quantizer
 
@@ -71,26 +71,26 @@ def _inexpressible(model: Any, error: ValueError) -> UserError:
 
 @contextmanager
 def loaded(folder: Path, format: str) -> Iterator[Callable[[list[int]], Tensor]]:  # noqa: A002
-    """The folder as plain transformers runs it, in fp32 on the CPU: token ids → logits.
+    """Load the folder with plain transformers, in fp32 on the CPU: token ids → logits.
 
-    Its layers are compiled by torch, for which a C++ compiler is needed; they are run without. Raises GateError when it loads
-    something else than packed layers.
+    torch.compile on its layers, which needs a C++ compiler, is switched off. Raises GateError if it loads no packed
+    layers.
     """
     from transformers import AutoModelForCausalLM
     from transformers.integrations import bitnet as plain
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    kind = plain.BitLinear if format == "bitnet" else plain.AutoBitLinear
-    if not any(type(module) is kind for module in model.modules()):
+    layer_class = plain.BitLinear if format == "bitnet" else plain.AutoBitLinear
+    if not any(type(module) is layer_class for module in model.modules()):
         raise GateError("plain transformers found no ternary layers of this format in the export", where=str(folder))
     run = function(model.eval())
     with torch.compiler.set_stance("force_eager"):
         yield run
-    model.to("meta")  # frees it, whoever still holds it
+    model.to("meta")  # frees its memory even if it is still referenced
 
 
 def simulation(model: Any) -> Any:
-    """`model` (a copy of layers.py, consumed) with the arithmetic of the online format: what the codes stand for, as floats."""
+    """`model` (a copy of layers.py, consumed) with the arithmetic of the online format: dequantized weights, as floats."""
     widened(model)
     for path, layer in ternary_layers(model).items():
         model.set_submodule(path, _Floats(layer))
@@ -105,5 +105,5 @@ class _Floats(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.layer.rms_norm is not None:
             x = self.layer.rms_norm(x)
-        x = ternary.dequantize_rows(*ternary.quantize_rows(x))
+        x = ternary.dequantize_activations(*ternary.quantize_activations(x))
         return nn.functional.linear(x, self.layer.dequantize(), self.layer.bias)

@@ -1,28 +1,28 @@
-"""The equivalence gate: an export is kept only if what runs elsewhere is the model that was trained.
+"""The equivalence gate: an export is kept only if the other program computes the trained model.
 
 The same token ids go through three functions, and the gate has two halves:
 
     trained       the model in this process
-    simulation    the trained model again, computed as the target computes (its rounding of activations and weights), made from
-                  the trained model and never from what was written
-    target        what was written, loaded and run by the other program
+    simulation    the trained model with the target's arithmetic (its rounding of activations and weights), built from
+                  the trained model and never from the written file
+    target        the written file, loaded and run by the other program
 
-    correct       target = simulation, tightly: whatever differs here is a fault (an activation, a norm, a scale, the weights)
-    good          target ≈ trained: what the target's arithmetic costs, in nats. Reported; only the absurd is refused
+    correct       target = simulation, tightly: any difference is a bug (in an activation, a norm, a scale, the weights)
+    good          target ≈ trained: the cost of the target's arithmetic, in nats. Reported; only extreme values are refused
 
-One half does not stand for the other. A right export can answer differently (llama.cpp's rounding of activations alone can turn
-an answer into another language), and a wrong one can come close enough to pass for rounding.
+Both halves are needed. A correct export can answer differently (llama.cpp's rounding of activations alone can turn
+an answer into another language), and a wrong one can be close enough to look like rounding.
 
-The error of `correct` is relative and needs no scale of the model's: the root mean square of the difference of the logits over
-that of the simulation's, both without their mean over the vocabulary, which softmax does not see. A model that was hardly
-trained is as sure of nothing with the wrong activation as with the right one, and its KL would pass anything.
+The error of `correct` is relative: the root mean square of the difference of the logits over that of the simulation's logits,
+both without their mean over the vocabulary, to which softmax is invariant. KL would not do: a hardly trained model predicts
+nothing with a wrong activation as well as with the right one, and its KL would pass anything.
 
-How much error is a fault is measured in the same run. Where an activation lies on the border between two codes, sums in another
-order decide, and from there on the two round differently: in a deep model the simulation then agrees with the target no better
-than with the trained model. So the distance of trained and simulation, which the written file has no part in, is the yardstick:
-the arithmetic's `noise`.
+The tolerance is measured in the same run. If an activation is on the border between two codes, the order of sums
+decides, and from there on the two round differently: in a deep model the simulation then agrees with the target no better
+than with the trained model. So the distance between trained and simulation, which does not depend on the written file, is the
+reference: the `noise` of the arithmetic.
 
-This file knows nothing of formats, files or models.
+This module is independent of formats, files and models.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Bounds:
-    """factor: how often the arithmetic's noise the error may be. floor, ceiling: of the limit that this makes, relative. kl: nats
-    a token that target may lie from trained, set so high that only a model which the target's arithmetic breaks lies beyond."""
+    """Tolerances. factor: allowed error in multiples of the arithmetic's noise; floor, ceiling: bounds of that limit, relative.
+    kl: allowed nats per token between target and trained, which only a model that the target's arithmetic breaks exceeds."""
 
     factor: float
     floor: float
@@ -57,14 +57,14 @@ class Bounds:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate found. kl in nats a token; losses in nats a supervised token, NaN where no row has any."""
+    """The gate's measurements. kl in nats per token; losses in nats per supervised token, NaN without any."""
 
     error: float  # simulation to target
     worst_error: float  # of one row
     noise: float  # trained to simulation, measured in the same way
     kl: float  # trained ‖ target
     worst_kl: float  # of one token
-    simulation_kl: float  # trained ‖ simulation: what the target's arithmetic costs, whatever was written
+    simulation_kl: float  # trained ‖ simulation: the cost of the target's arithmetic, independent of the written file
     same_top: float  # share of tokens where trained and target agree on the likeliest next
     trained_loss: float
     export_loss: float
@@ -74,21 +74,21 @@ class Verdict:
 
     @property
     def limit(self) -> float:
-        """Of the error."""
+        """The largest error that passes."""
         return min(max(self.bounds.factor * self.noise, self.bounds.floor), self.bounds.ceiling)
 
     @property
     def reason(self) -> str | None:
-        """Why the export is refused; None when it is not."""
+        """Why the export is refused; None if it passes."""
         if not self.error <= self.limit:  # NaN is refused too
             return (
-                f"its logits differ by {self.error:.2g} (relative) from what the target should compute, the limit is "
+                f"its logits differ by {self.error:.2g} (relative) from a simulation of the target's arithmetic, the limit is "
                 f"{self.limit:.2g}"
             )
         if not self.kl <= self.bounds.kl:
             return (
-                f"it lies {self.kl:.3g} nats a token from the trained model, the limit is {self.bounds.kl:.3g}: the target "
-                "computes as it should, but its arithmetic does not carry this model"
+                f"its KL divergence from the trained model is {self.kl:.3g} nats per token, the limit is {self.bounds.kl:.3g}: "
+                "the target computes correctly, but its arithmetic is too coarse for this model"
             )
         return None
 
@@ -121,18 +121,18 @@ def compare(
     simulation: Logits | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Verdict:
-    """Run `rows` through all and judge.
+    """Run `rows` through all functions and compare the logits.
 
-    simulation: None where the target's arithmetic is that of the trained model. progress: called with (rows done, in all).
+    simulation: None if the target's arithmetic is that of the trained model. progress: called with (rows done, total).
 
     Raises:
-        ValueError: there is no row with a token.
-        GateError: the target's vocabulary has another size.
+        ValueError: no row has a token.
+        GateError: the target's vocabulary has a different size.
     """
     rows = [(ids, labels) for ids, labels in rows if ids]
     if not rows:
         raise ValueError("no rows to compare on")
-    squares, apart, noise, worst_row = 0.0, 0.0, 0.0, 0.0
+    squares, error, noise, worst_row = 0.0, 0.0, 0.0, 0.0
     kls: list[Tensor] = []
     simulated_kl, same, tokens, supervised = 0.0, 0, 0, 0
     losses = [0.0, 0.0]
@@ -140,10 +140,10 @@ def compare(
         ours, theirs = _logits(trained, ids), _logits(target, ids)
         expected = ours if simulation is None else _logits(simulation, ids)
         if theirs.shape != ours.shape:
-            raise GateError("the export has another vocabulary", got=f"{theirs.shape[-1]} tokens, the model {ours.shape[-1]}")
-        row_apart, row_squares = _squares(expected - theirs), _squares(expected)
-        squares, apart, noise = squares + row_squares, apart + row_apart, noise + _squares(expected - ours)
-        worst_row = _max(worst_row, _ratio(row_apart, row_squares))
+            raise GateError("the export has a different vocabulary", got=f"{theirs.shape[-1]} tokens, not {ours.shape[-1]}")
+        row_error, row_squares = _squares(expected - theirs), _squares(expected)
+        squares, error, noise = squares + row_squares, error + row_error, noise + _squares(expected - ours)
+        worst_row = _max(worst_row, _ratio(row_error, row_squares))
         log_ours, log_theirs = ours.log_softmax(-1), theirs.log_softmax(-1)
         kls.append(_kl(log_ours, log_theirs).double())
         simulated_kl += 0.0 if simulation is None else float(_kl(log_ours, expected.log_softmax(-1)).sum())
@@ -157,7 +157,7 @@ def compare(
             progress(done, len(rows))
     kl = torch.cat(kls)
     return Verdict(
-        error=_ratio(apart, squares),
+        error=_ratio(error, squares),
         worst_error=worst_row,
         noise=_ratio(noise, squares),
         kl=float(kl.mean()),
@@ -172,19 +172,19 @@ def compare(
     )
 
 
-def hold(verdict: Verdict, *, where: str, do: str | None = None) -> None:
-    """Raise GateError, with the figures, for an export that is not the model that was trained."""
+def require_pass(verdict: Verdict, *, where: str, hint: str | None = None) -> None:
+    """Raise GateError, with the figures, if the export does not match the trained model."""
     if (reason := verdict.reason) is None:
         return
     raise GateError(
-        f"the export is not the model that was trained, it was not kept: {reason}",
+        f"the export does not match the trained model and was not kept: {reason}",
         where=where,
         got=(
             f"over {verdict.tokens} tokens: error {verdict.error:.3g}, KL {verdict.kl:.3g} nats (arithmetic alone "
             f"{verdict.simulation_kl:.3g}), loss {verdict.export_loss:.4f} against {verdict.trained_loss:.4f}, same next token "
             f"{verdict.same_top:.1%}"
         ),
-        hint=do,
+        hint=hint,
     )
 
 
@@ -198,8 +198,8 @@ def _squares(x: Tensor) -> float:
     return float((x - x.mean(-1, keepdim=True)).square().sum(dtype=torch.float64))
 
 
-def _ratio(apart: float, squares: float) -> float:
-    return math.sqrt(apart / squares) if squares > 0 else (0.0 if apart == 0 else math.inf)
+def _ratio(error: float, squares: float) -> float:
+    return math.sqrt(error / squares) if squares > 0 else (0.0 if error == 0 else math.inf)
 
 
 def _max(a: float, b: float) -> float:

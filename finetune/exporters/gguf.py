@@ -1,18 +1,18 @@
-"""Export as GGUF, which llama.cpp runs: ternary linears as TQ2_0 (2.06 bits a weight) or TQ1_0 (1.69), or everything as F16.
+"""Export as GGUF for llama.cpp: ternary linears as TQ2_0 (2.06 bits per weight) or TQ1_0 (1.69), or everything as F16.
 
     gguf-tq2_0, gguf-tq1_0    ternary linears as codes in blocks of 256 along a row, each block with the scale mean|W| in F16
-    gguf-f16                  the weights that the codes stand for, or those of a float model, in F16
-    in all                    embedding, head and linears that are not ternary in F16; norms in F32
+    gguf-f16                  dequantized weights, or those of a float model, in F16
+    all of them               embedding, head and linears that are not ternary in F16; norms in F32
 
-A block's scale is the largest magnitude in it. So it is given t · mean|W| and never the latent weights, whose outliers would
+A block's scale is the largest magnitude in it. So it gets t · mean|W| and never the latent weights, whose outliers would
 make most codes 0.
 
-**What llama.cpp computes is not what was trained**, and is simulated here with its roundings: it quantizes the input of a TQ
-product to int8 in blocks of 256 along the row instead of a scale for each token, and rounds the input of an F16 product to F16.
+**llama.cpp's arithmetic differs from that of training**, and is simulated here with its roundings: it quantizes the input of a
+TQ product to int8 in blocks of 256 along the row instead of per token, and rounds the input of an F16 product to F16.
 
-llama.cpp's graphs are fixed. `llama` and `bitnet` both compute SiLU: in the build that this goes with (llama_cpp.WHEEL), loading
-`bitnet` reads the norm's ε and nothing else, so ReLU² of 2B4T would run as SiLU without a word. `bitnet` has the two
-sub-norms and takes the embedding for its head; neither graph has a norm inside a linear. What they lack is refused.
+llama.cpp's graphs are fixed. `llama` and `bitnet` both compute SiLU: in the supported build (llama_cpp.WHEEL), loading
+`bitnet` reads the norm's ε and nothing else, so ReLU² of 2B4T would silently run as SiLU. `bitnet` has the two
+sub-norms and uses the embedding as its head; neither graph has a norm inside a linear. Models that need more are refused.
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ from quant import PackedBitLinear, ternary
 BLOCK = 256
 TYPES = {"gguf-tq2_0": "TQ2_0", "gguf-tq1_0": "TQ1_0", "gguf-f16": "F16"}
 BOUNDS = Bounds(factor=2.0, floor=1e-3, ceiling=0.5, kl=1.0)
-"""Two that round alike but independently differ by √2 of what each differs from the unrounded: more than 2 is no rounding.
-Measured over 16 models (2, 6, 16 layers; untrained and trained; fp32, bf16; both graphs): the cleans reach 0.81 of the noise,
-the faults that the tests inject begin at 6.8, in one layer alone at 2.1 (untrained) and 8 (trained)."""
+"""Two results with independent rounding differ by √2 of their distance from the unrounded one: more than 2 is not rounding.
+Measured over 16 models (2, 6, 16 layers; untrained and trained; fp32, bf16; both graphs): correct exports reach 0.81 of the
+noise, the bugs that the tests inject begin at 6.8, in a single layer at 2.1 (untrained) and 8 (trained)."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A graph of llama.cpp. name: `general.architecture`. interleaved: rotary pairs lie side by side, not half a head apart.
-    own_head: it can have a head of its own. sub_norms: before the output of attention and of the feed-forward part.
+    """A graph of llama.cpp. name: `general.architecture`. interleaved: rotary pairs are adjacent, not half a head apart.
+    own_head: the head may be untied. sub_norms: norms before the output of attention and of the feed-forward part.
     square: the queries must be as wide as the model."""
 
     name: str
@@ -82,36 +82,37 @@ NAMES = {
 
 
 def check(model: Any, format: str) -> None:  # noqa: A002
-    """Refuse what llama.cpp cannot express. A model on `meta` is checked by its shapes and its config.
+    """Raise for a model that llama.cpp cannot express. A model on `meta` is checked by its shapes and its config.
 
     Raises:
         UserError: naming the layer or the key of the config.
     """
-    kind, config = type(model).__name__, model.config
-    if (architecture := ARCHITECTURES.get(kind)) is None:
+    model_class, config = type(model).__name__, model.config
+    if (architecture := ARCHITECTURES.get(model_class)) is None:
         raise UserError(
-            "this architecture cannot be exported as GGUF here",
-            where=kind,
-            got=f"known are {', '.join(ARCHITECTURES)}",
-            hint="adapters are merged first (finetune merge); another architecture goes through llama.cpp's own converter",
+            "this architecture cannot be exported as GGUF",
+            where=model_class,
+            got=f"supported: {', '.join(ARCHITECTURES)}",
+            hint="merge adapters first (finetune merge); for another architecture use llama.cpp's own converter",
         )
 
-    def refuse(key: str, what: str, do: str | None = None) -> UserError:
-        return UserError(f"llama.cpp's `{architecture.name}` {what}", where=f"{kind}: {key}", got=_shown(config, key), hint=do)
+    def refuse(key: str, what: str, hint: str | None = None) -> UserError:
+        message = f"llama.cpp's `{architecture.name}` {what}"
+        return UserError(message, where=f"{model_class}: {key}", got=repr(getattr(config, key, None)), hint=hint)
 
     if config.hidden_act not in architecture.activations:
         raise refuse(
             "hidden_act",
-            f"computes {' or '.join(architecture.activations)}, and would do so without a word",
-            f"train with hidden_act: {architecture.activations[0]}, or export --to bitnet, which carries it",
+            f"always computes {' or '.join(architecture.activations)}",
+            f"train with hidden_act: {architecture.activations[0]}, or export --to bitnet, which supports it",
         )
     if not architecture.own_head and not config.tie_word_embeddings:
-        raise refuse("tie_word_embeddings", "takes the embedding for its head", "train with tie_word_embeddings: true")
+        raise refuse("tie_word_embeddings", "uses the embedding as its head", "train with tie_word_embeddings: true")
     rope = dict(config.rope_parameters or {})
     if rope.get("rope_type", "default") != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise refuse("rope_parameters", "is given plain rotary positions here")
+        raise refuse("rope_parameters", "is exported with plain rotary positions only")
     if architecture.square and _head_dim(config) * config.num_attention_heads != config.hidden_size:
-        raise refuse("head_dim", "wants hidden_size / num_attention_heads")
+        raise refuse("head_dim", "requires hidden_size / num_attention_heads")
     check_layers(model, multiple=BLOCK if format != "gguf-f16" else 1)
     if format != "gguf-f16":
         require_ternary(model, format)
@@ -121,20 +122,14 @@ def check(model: Any, format: str) -> None:  # noqa: A002
                 f"llama.cpp's `{architecture.name}` has no norm inside a linear (the training-tips layout)",
                 where=name,
                 got="use_rms_norm",
-                hint="export --to bitnet, which carries it; or train the layout with sub-norms",
+                hint="export --to bitnet, which supports it; or train the layout with sub-norms",
             )
     for name, parameter in model.named_parameters():
         if name.endswith(".bias"):
-            raise UserError(
-                f"a bias is not carried to llama.cpp's `{architecture.name}`", where=name, got=str(tuple(parameter.shape))
-            )
+            raise UserError(f"llama.cpp's `{architecture.name}` has no biases", where=name, got=str(tuple(parameter.shape)))
         module = name.rpartition(".")[0]
         if _gguf_name(module) is None or (module.endswith("sub_norm") and not architecture.sub_norms):
-            raise UserError(f"llama.cpp's `{architecture.name}` has no place for this tensor", where=name)
-
-
-def _shown(config: Any, key: str) -> str:
-    return f"{getattr(config, key, None)!r}"
+            raise UserError(f"llama.cpp's `{architecture.name}` does not have this tensor", where=name)
 
 
 def _head_dim(config: Any) -> int:
@@ -154,11 +149,11 @@ def _gguf_name(module: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------------- writing
 
 
-def write(packed: Any, words: Vocabulary, path: Path, format: str, *, name: str) -> None:  # noqa: A002
+def write(packed: Any, vocab: Vocabulary, path: Path, format: str, *, name: str) -> None:  # noqa: A002
     """Write `packed` (layers.packed_copy, checked) to `path`.
 
     Raises:
-        UserError: a weight is larger than F16 holds, or not finite.
+        UserError: a weight is out of the range of F16, or not finite.
     """
     import gguf
 
@@ -179,10 +174,10 @@ def write(packed: Any, words: Vocabulary, path: Path, format: str, *, name: str)
         writer.add_rope_dimension_count(_head_dim(config))
         writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_vocab_size(len(words.tokens))
-        _add_vocabulary(writer, words)
-        for tensor, data, kind in tensors(packed, format):
-            writer.add_tensor(tensor, data, raw_dtype=gguf.GGMLQuantizationType[kind])
+        writer.add_vocab_size(len(vocab.tokens))
+        _add_vocabulary(writer, vocab)
+        for tensor, data, type_name in tensors(packed, format):
+            writer.add_tensor(tensor, data, raw_dtype=gguf.GGMLQuantizationType[type_name])
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -190,24 +185,24 @@ def write(packed: Any, words: Vocabulary, path: Path, format: str, *, name: str)
         writer.close()
 
 
-def _add_vocabulary(writer: Any, words: Vocabulary) -> None:
+def _add_vocabulary(writer: Any, vocab: Vocabulary) -> None:
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre(words.rule)
-    writer.add_token_list(words.tokens)
-    writer.add_token_types(words.kinds)
-    writer.add_token_merges(words.merges)
-    writer.add_eos_token_id(words.eos)
-    writer.add_bos_token_id(words.eos if words.bos is None else words.bos)  # without one llama.cpp takes 11, whatever that is
-    if words.pad is not None:
-        writer.add_pad_token_id(words.pad)
-    writer.add_add_bos_token(words.adds_bos)
+    writer.add_tokenizer_pre(vocab.rule)
+    writer.add_token_list(vocab.tokens)
+    writer.add_token_types(vocab.types)
+    writer.add_token_merges(vocab.merges)
+    writer.add_eos_token_id(vocab.eos)
+    writer.add_bos_token_id(vocab.eos if vocab.bos is None else vocab.bos)  # without one llama.cpp uses token 11
+    if vocab.pad is not None:
+        writer.add_pad_token_id(vocab.pad)
+    writer.add_add_bos_token(vocab.adds_bos)
     writer.add_add_eos_token(False)
-    if words.template is not None:
-        writer.add_chat_template(words.template)
+    if vocab.template is not None:
+        writer.add_chat_template(vocab.template)
 
 
 def tensors(packed: Any, format: str) -> Iterator[tuple[str, np.ndarray, str]]:  # noqa: A002
-    """(name, data as it lies in the file, its type) of every tensor of the GGUF."""
+    """(name, data as stored in the file, its type) of every tensor of the GGUF."""
     import gguf
 
     architecture = ARCHITECTURES[type(packed).__name__]
@@ -218,15 +213,15 @@ def tensors(packed: Any, format: str) -> Iterator[tuple[str, np.ndarray, str]]: 
             continue
         name = f"{_gguf_name(path)}.weight"
         if isinstance(module, PackedBitLinear):
-            values, kind = weights(module), TYPES[format]
+            values, type_name = weights(module), TYPES[format]
         else:
-            values, kind = weight.detach().float(), "F32" if weight.dim() == 1 else "F16"
+            values, type_name = weight.detach().float(), "F32" if weight.dim() == 1 else "F16"
         if architecture.interleaved and path.endswith(("q_proj", "k_proj")):
             values = interleave(values, _head_dim(packed.config))
-        if not bool((values.half() if kind == "F16" else values).isfinite().all()):
+        if not bool((values.half() if type_name == "F16" else values).isfinite().all()):
             raise UserError("a weight is not finite in F16", where=path, got=f"the largest is {float(values.abs().max()):.3g}")
-        quantization = gguf.GGMLQuantizationType[kind]
-        yield name, gguf.quants.quantize(values.contiguous().numpy(), quantization), kind
+        quantization = gguf.GGMLQuantizationType[type_name]
+        yield name, gguf.quants.quantize(values.contiguous().numpy(), quantization), type_name
 
 
 def weights(layer: PackedBitLinear) -> Tensor:
@@ -234,9 +229,7 @@ def weights(layer: PackedBitLinear) -> Tensor:
     packed = layer.packed
     scale = (1 / packed.scale).half().float()
     if not bool((scale > 0) & scale.isfinite()):
-        raise UserError(
-            "the scale of a ternary layer is outside the range of F16", got=f"mean|W| = {float(1 / packed.scale):.3g}"
-        )
+        raise UserError("the scale of a ternary layer is out of the range of F16", got=f"mean|W| = {float(1 / packed.scale):.3g}")
     return ternary.unpack(packed.codes).float() * scale
 
 
@@ -249,19 +242,19 @@ def interleave(weight: Tensor, head_dim: int) -> Tensor:
 
 
 def simulation(packed: Any, format: str) -> Any:  # noqa: A002
-    """`packed` (consumed), computing as llama.cpp does what `write` wrote of it; in fp32, on the CPU."""
+    """`packed` (consumed) with the arithmetic of llama.cpp on the file that `write` makes of it; in fp32, on the CPU."""
     widened(packed)
     for path, module in list(packed.named_modules()):
         if isinstance(module, PackedBitLinear):
-            stand_in: nn.Module = _TQ(module) if format != "gguf-f16" else _F16(weights(module))
+            replacement: nn.Module = _TQ(module) if format != "gguf-f16" else _F16(weights(module))
         elif isinstance(module, nn.Linear):
-            stand_in = _F16(module.weight)  # of a tied head: the embedding's own Parameter
+            replacement = _F16(module.weight)  # for a tied head: the embedding's own Parameter
         else:
             if isinstance(module, nn.Embedding):
                 module.weight.data = _rounded(module.weight.data)
             continue
         parent, _, name = path.rpartition(".")
-        setattr(packed.get_submodule(parent), name, stand_in)
+        setattr(packed.get_submodule(parent), name, replacement)
     return packed
 
 
@@ -289,7 +282,7 @@ def _rounded(x: Tensor) -> Tensor:
 
 
 def round_in_blocks(x: Tensor) -> Tensor:
-    """x (…, n) fp32 as llama.cpp's Q8_K holds it: int8 in blocks of 256, scaled so that the largest magnitude becomes −127."""
+    """x (…, n) fp32 rounded as in llama.cpp's Q8_K: int8 in blocks of 256, scaled so that the largest magnitude becomes −127."""
     blocks = x.unflatten(-1, (-1, BLOCK))
     peak = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
     scale = torch.where(peak == 0, 0.0, -127 / peak)

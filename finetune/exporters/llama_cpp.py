@@ -1,4 +1,4 @@
-"""GGUF files run by llama.cpp: logits at every position, greedy text, tokens, speed.
+"""Runs GGUF files in llama.cpp: logits at every position, greedy generation, tokenization, speed.
 
     with Llama(path, context=512) as llama:
         llama.logits([1, 5, 9])         # (3, vocabulary) fp32
@@ -6,7 +6,7 @@
         llama.generate([1, 5, 9], 20)
 
 llama.cpp comes from the wheel `xllamacpp` (pip install finetune12g[export]) and runs in a process of its own (llama_worker.py
-says why). Nothing here reaches for the network.
+says why). Nothing here uses the network.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ THREADS = 2
 
 
 class Llama:
-    """A GGUF file loaded by llama.cpp, until the `with` block ends.
+    """A GGUF file loaded in llama.cpp, until the `with` block ends.
 
-    context: most tokens in a row. exact: attention in fp32 (no flash attention, no F16 cache), for comparing; False is
-    what llama.cpp does by itself.
+    context: longest sequence in tokens. exact: attention in fp32 (no flash attention, no F16 cache), for comparisons; False is
+    llama.cpp's default.
 
     Raises:
-        UserError: xllamacpp is missing, or is another version than the one that is known.
+        UserError: xllamacpp is missing, or has an unsupported version.
         GateError: llama.cpp cannot load the file.
     """
 
@@ -48,11 +48,11 @@ class Llama:
         self.path = path
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(WORKER)],  # -P: the modules beside the script are no top-level ones
+            [sys.executable, "-P", str(WORKER)],  # -P: the script's folder is not on the path
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
-            env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},  # spinning costs more than it saves
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive"},  # spinning is slower
         )
         try:
             start = {"path": str(path), "context": context, "threads": threads, "exact": exact}
@@ -67,11 +67,11 @@ class Llama:
         return torch.frombuffer(data, dtype=torch.float32).view(len(ids), self.vocabulary)
 
     def tokenize(self, text: str) -> list[int]:
-        """The tokens of a prompt, with those that are put before it."""
+        """The tokens of a prompt, with special tokens before it (BOS)."""
         return list(self._ask({"what": "tokenize", "text": text})[0]["ids"])
 
     def generate(self, ids: Sequence[int], count: int) -> tuple[list[int], float]:
-        """`count` tokens after `ids`, the likeliest each time, past any end token; seconds from the first to the last of them."""
+        """Greedily generate `count` tokens after `ids`, past end tokens; and the seconds from the first to the last."""
         reply, _ = self._ask({"what": "generate", "ids": list(ids), "count": count})
         return reply["ids"], reply["seconds"]
 
@@ -91,16 +91,14 @@ class Llama:
             if reply["kind"] in ("ImportError", "ModuleNotFoundError"):
                 raise UserError("llama.cpp is not installed", got=error, hint=f"pip install {WHEEL}")
             if reply["kind"] in ("LayoutError", "AttributeError"):
-                raise UserError(
-                    "this xllamacpp is another version than the one that is known", got=error, hint=f"pip install {WHEEL}"
-                )
+                raise UserError("this version of xllamacpp is not supported", got=error, hint=f"pip install {WHEEL}")
             raise self._stop(error)
         return reply, bytearray(self._process.stdout.read(reply["bytes"]))
 
-    def _stop(self, what: str) -> GateError:
+    def _stop(self, message: str) -> GateError:
         self._errors.seek(0)
-        said = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
-        return GateError(what, where=str(self.path), got=" | ".join(said[-4:])[-600:] or None)
+        lines = [line for line in self._errors.read().decode(errors="replace").splitlines() if line.strip()]
+        return GateError(message, where=str(self.path), got=" | ".join(lines[-4:])[-600:] or None)
 
     def close(self) -> None:
         for pipe in (self._process.stdin, self._process.stdout):
@@ -108,7 +106,7 @@ class Llama:
                 with contextlib.suppress(BrokenPipeError):
                     pipe.close()
         try:
-            self._process.wait(10)  # it ends when there is nothing more to read
+            self._process.wait(10)  # it exits at the end of its input
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -131,10 +129,10 @@ def tokens_per_second(
     threads: int = 1,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[float]:
-    """The speed of greedy generation of each file, tokens a second: the median of `pairs` measurements in turns.
+    """Speed of greedy generation of each file in tokens per second, the median of `pairs` interleaved measurements.
 
-    All files are loaded at once and take turns, so that what else the machine does weighs on all of them alike: judge the
-    ratios. count: tokens generated at a time, after a prompt of four.
+    All files are loaded at once and measured in turns, so that other load on the machine affects all alike: compare the
+    ratios. count: tokens generated per measurement, after a prompt of four.
     """
     seconds: list[list[float]] = [[] for _ in paths]
     with contextlib.ExitStack() as stack:

@@ -1,13 +1,13 @@
-"""The process in which llama.cpp runs: started as a script by finetune/exporters/llama_cpp.py, imports nothing of this package.
+"""The process that runs llama.cpp: a script started by finetune/exporters/llama_cpp.py, without imports from this package.
 
-A process of its own, since llama.cpp ends the one that it runs in when it meets what it did not expect (GGML_ASSERT), since it
-brings an OpenMP of its own, and since its memory goes with it. It speaks on its standard output alone: a JSON line for each
-JSON line that it reads, followed by as many raw bytes as the line says. What llama.cpp prints goes to standard error.
+It is a separate process because llama.cpp aborts its process on unexpected input (GGML_ASSERT), brings its own OpenMP, and
+frees its memory only with the process. Protocol: for each JSON line on standard input it writes a JSON line to standard output,
+followed by as many raw bytes as the line says. Output of llama.cpp goes to standard error.
 
-It calls llama.cpp's C interface (llama.h), whose functions the wheel `xllamacpp` exports, and not the wheel's own server: that
-one tells probabilities of generated tokens alone, as JSON of the whole vocabulary, position by position. In the C interface two
-structures are passed by value, and their fields move between versions. So they are taken as llama.cpp fills them, and the
-few fields that are changed here must hold the defaults of the layout that is known; another layout is refused.
+It calls llama.cpp's C interface (llama.h), which the wheel `xllamacpp` exports, and not the wheel's server, which only
+returns probabilities of generated tokens, as JSON of the whole vocabulary, position by position. In the C interface two
+structures are passed by value, and their fields move between versions. So they are used as llama.cpp fills them, and the
+few fields that are changed here must hold the defaults of the known layout; any other layout is refused.
 """
 
 import ctypes
@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 
 
 class Params(ctypes.Structure):
-    """llama_context_params and llama_model_params: at least as large as either; the last argument wherever it is passed."""
+    """llama_context_params or llama_model_params: at least as large as either; always passed as the last argument."""
 
     _fields_ = [("words", c_int32 * 64)]
 
@@ -39,7 +39,7 @@ class Batch(ctypes.Structure):
     ]
 
 
-# llama_context_params: word → default. By place: n_ctx, n_batch, n_ubatch, n_seq_max, n_rs_seq, n_outputs_max,
+# llama_context_params: word → default. In order: n_ctx, n_batch, n_ubatch, n_seq_max, n_rs_seq, n_outputs_max,
 # n_outputs_max_per_seq, n_threads, n_threads_batch, ctx_type; rope, pooling and attention type, flash_attn_type; four of YaRN;
 # its context, defrag_thold; type_k, type_v. Floats of −1 are −1082130432.
 F32_MINUS_1 = -1082130432
@@ -84,22 +84,22 @@ class Model:
         self.lib = library()
         self.lib.llama_backend_init()
         params = self.lib.llama_context_default_params()
-        moved = {place: params.words[place] for place, value in DEFAULTS.items() if params.words[place] != value}
+        moved = {index: params.words[index] for index, value in DEFAULTS.items() if params.words[index] != value}
         if moved:
-            raise LayoutError(f"llama_context_params has other defaults than the known ones: {moved}")
+            raise LayoutError(f"llama_context_params has unknown defaults: {moved}")
         self.model = self.lib.llama_model_load_from_file(path.encode(), self.lib.llama_model_default_params())
         if not self.model:
             raise RuntimeError("llama.cpp cannot load this file")
-        for place, value in {N_CTX: context, N_BATCH: context, N_UBATCH: context, N_OUTPUTS: context}.items():
-            params.words[place] = value
+        for index, value in {N_CTX: context, N_BATCH: context, N_UBATCH: context, N_OUTPUTS: context}.items():
+            params.words[index] = value
         params.words[N_THREADS] = params.words[N_THREADS_BATCH] = threads
         if exact:
             params.words[FLASH], params.words[TYPE_K], params.words[TYPE_V] = OFF, F32, F32
         self.context = self.lib.llama_init_from_model(self.model, params)
         if not self.context:
-            raise RuntimeError("llama.cpp cannot make a context for this model")
+            raise RuntimeError("llama.cpp cannot create a context for this model")
         if self.lib.llama_n_ctx(self.context) < context or self.lib.llama_n_ubatch(self.context) < context:
-            raise LayoutError("llama.cpp did not take the sizes that it was given")
+            raise LayoutError("llama.cpp did not accept the requested sizes")
         self.vocab = self.lib.llama_model_get_vocab(self.model)
         self.size = self.lib.llama_vocab_n_tokens(self.vocab)
         self.batch = self.lib.llama_batch_init(context, 0, 1)
@@ -131,24 +131,24 @@ class Model:
         self.clear()
         self.decode(ids, 0, every=False)
         out = [int(np.ctypeslib.as_array(self.logits_at(len(ids) - 1), (self.size,)).argmax())]
-        begin = time.perf_counter()
-        for place in range(len(ids), len(ids) + count - 1):
-            self.decode(out[-1:], place, every=False)
+        started = time.perf_counter()
+        for position in range(len(ids), len(ids) + count - 1):
+            self.decode(out[-1:], position, every=False)
             out.append(int(np.ctypeslib.as_array(self.logits_at(0), (self.size,)).argmax()))
-        return out, time.perf_counter() - begin
+        return out, time.perf_counter() - started
 
     def tokenize(self, text: str) -> list[int]:
-        """As for a prompt: with the tokens that are put before or after one; special tokens in the text are plain text."""
+        """Tokenize a prompt, with special tokens before or after it; special tokens in the text count as plain text."""
         data = text.encode()
-        room = (c_int32 * (len(data) + 8))()
-        count = self.lib.llama_tokenize(self.vocab, data, len(data), room, len(room), True, False)
+        buffer = (c_int32 * (len(data) + 8))()
+        count = self.lib.llama_tokenize(self.vocab, data, len(data), buffer, len(buffer), True, False)
         if count < 0:
             raise RuntimeError(f"llama_tokenize returned {count}")
-        return room[:count]
+        return buffer[:count]
 
 
 class LayoutError(RuntimeError):
-    """This llama.cpp is not laid out as the one that this was written for."""
+    """The structures of this llama.cpp differ from the supported ones."""
 
 
 def answer(out: BinaryIO, reply: dict[str, Any], data: bytes = b"") -> None:

@@ -270,7 +270,7 @@ def quant_operation(name: str, args: Any, *, cuda: bool) -> tuple[int, Work]:
     from quant.ops import SLICE_BYTES, SLICE_FROM
 
     scheme, work = args[0], Counter[tuple[Any, ...]]()
-    if name in ("rows", "norm_rows"):
+    if name in ("activations", "norm_activations"):
         work[("quantize", f"{scheme} rows")] += args[1].numel()
         return 0, work
     if name in ("linear_onto", "grad_onto"):

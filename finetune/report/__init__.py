@@ -1,4 +1,4 @@
-"""What the user looks at first: the page of a run, one HTML file that needs nothing else."""
+"""The report of a run: one self-contained HTML page."""
 
 from finetune.report.page import write_report
 

@@ -1,6 +1,6 @@
-"""What the page is made of: elements and parts.
+"""HTML elements and parts of the report.
 
-Every element is made by `el`, which escapes whatever is not already an element, so text out of the data can never become markup.
+Every element is made by `el`, which escapes everything that is not an element, so text from the data can never become markup.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class Html(str):
 
 
 def el(name: str, /, *children: Any, **attributes: Any) -> Html:
-    """An element. Children that are not Html are escaped; None is nothing; attributes: `class_` is class, None is none."""
-    known = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
-    shown = "".join(f' {key}="{html.escape(str(value))}"' for key, value in known)
+    """An element. Children that are not Html are escaped, None is skipped; attributes: `class_` is class, None is skipped."""
+    pairs = [(key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items() if value is not None]
+    attributes_text = "".join(f' {key}="{html.escape(str(value))}"' for key, value in pairs)
     if name == "meta":
-        return Html(f"<meta{shown}>")
-    return Html(f"<{name}{shown}>{join(children)}</{name}>")
+        return Html(f"<meta{attributes_text}>")
+    return Html(f"<{name}{attributes_text}>{join(children)}</{name}>")
 
 
 def join(parts: Iterable[Any]) -> Html:
@@ -38,26 +38,26 @@ def section(title: str, *content: Any, note: Any = None) -> Html:
     return el("section", el("h2", title), el("p", note, class_="note") if note else None, *content, id=name)
 
 
-def not_made(state: str, reason: str, what: str | None = None) -> Html:
-    """Why a part (or `what` of it) is missing; `reason` is that of a run which did all it should."""
+def missing(state: str, reason: str, name: str | None = None) -> Html:
+    """Why a part of the report (or `name` in it) is missing; `reason` applies to a run that completed."""
     if state == "failed":
-        reason = "the run failed before it; the error stands above"
+        reason = "the run failed before this; the error is shown above"
     elif state == "stopped":
-        reason = "the run was stopped before it"
+        reason = "the run was stopped before this"
     elif state == "running":
-        reason = "the run had not come to it when this page was written"
-    return el("p", el("b", f"{what} not made" if what else "Not made"), f": {reason}.", class_="none")
+        reason = "the run had not reached this when the page was written"
+    return el("p", el("b", f"{name} missing" if name else "Missing"), f": {reason}.", class_="none")
 
 
 def table(head: list[str], rows: list[list[Any]], class_: str | None = None) -> Html:
-    """The first column names the rows."""
+    """A table whose first column holds the row headers."""
     cells = [el("tr", el("th", row[0], scope="row"), *(el("td", cell) for cell in row[1:])) for row in rows]
     top = el("thead", el("tr", *(el("th", title, scope="col") for title in head)))
     return el("div", el("table", top, el("tbody", *cells), class_=class_), class_="scroll")
 
 
 def facts(rows: list[tuple[str, Any]]) -> Html:
-    """Name and value; rows without a value are left out."""
+    """A list of names and values; entries without a value are skipped."""
     return el("dl", *(join((el("dt", name), el("dd", value))) for name, value in rows if value not in (None, "")), class_="facts")
 
 
@@ -69,12 +69,12 @@ def key(variable: str, text: str) -> Html:
     return el("span", el("i", style=f"background:var(--{variable})"), text)
 
 
-def verdict_line(passed: bool, said: str) -> Html:
-    """What a gate found, in a list of checks."""
+def verdict_line(passed: bool, text: str) -> Html:
+    """The result of a gate as an item of a list of checks."""
     status = el("span", "✓" if passed else "✗", class_="badge")
-    return el("li", status, el("div", el("b", said)), class_="pass" if passed else "fail")
+    return el("li", status, el("div", el("b", text)), class_="pass" if passed else "fail")
 
 
 def trimmed(text: str) -> str:
-    """Without empty lines before and after: a row of text may begin anywhere, and a young model write a screenful of them."""
+    """Text without leading and trailing blank lines, which samples of text and of untrained models may have."""
     return re.sub(r"\A\s*\n|\s+\Z", "", text)

@@ -1,4 +1,4 @@
-"""What the page reads: the files of a run's folder, and those of its twin."""
+"""The files that the report reads: those of a run's folder, and of its twin's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TWIN = "twin"  # the folder in a run of its float twin
 
 @dataclass(frozen=True)
 class RunFiles:
-    """recipe: the text of recipe.yaml, None where there is none. twin: what it has left so far, None where there is none."""
+    """Files of a run. recipe: the text of recipe.yaml, None if missing. twin: the files of the twin, None if there is none."""
 
     record: Record
     metrics: Metrics
@@ -27,10 +27,10 @@ class RunFiles:
 
     @classmethod
     def read(cls, run_dir: Path) -> RunFiles:
-        """The run in `run_dir`.
+        """Read the run in `run_dir`.
 
         Raises:
-            UserError: `run_dir` is no run folder, or its record or that of its twin cannot be read.
+            UserError: `run_dir` is not a run folder, or its record or that of its twin cannot be read.
         """
         recipe = run_dir / "recipe.yaml"
         return cls(
@@ -42,27 +42,27 @@ class RunFiles:
 
     @property
     def data(self) -> ConversationsRecord | TextRecord | None:
-        """What the record says of the data. Raises UserError where that is damaged."""
+        """The data part of the record. Raises UserError if it is damaged."""
         return data_record(self.record)
 
     @property
     def on_text(self) -> bool:
-        """Whether it learns from plain text, and not from conversations."""
+        """Whether the run trains on plain text rather than conversations."""
         return self.record.kind == "pretrain"
 
     @property
     def trains_ternary(self) -> bool:
-        """Whether the weights that are trained are ternary ones."""
+        """Whether the trained weights are ternary."""
         model = self.record.model
         return model is not None and model.swap is not None and model.swap.scheme == "ternary" and not model.adapters
 
     @property
     def trained(self) -> TrainRecord | TrainedSoFar | None:
-        """How far training came: as a run that ended well says it, else by its metrics."""
+        """Totals of training: from the record of a completed run, else from its metrics."""
         return self.record.train or self.metrics.so_far()
 
     def peak_rate(self) -> float | None:
-        """The highest learning rate, as recipe.yaml gives it."""
+        """The peak learning rate in recipe.yaml."""
         import yaml
 
         try:
@@ -81,9 +81,9 @@ class RunFiles:
         if after is not None and train is not None:
             points = [point for point in points if point[0] != train.steps]
             points.append((train.steps, after.loss, after.stderr))
-        made = []
+        finite = []
         for step, loss, error in points:
             value, spread = finite_number(loss), finite_number(error)
             if value is not None:
-                made.append((float(step), value, math.nan if spread is None else spread))
-        return made
+                finite.append((float(step), value, math.nan if spread is None else spread))
+        return finite

@@ -1,4 +1,4 @@
-"""What a run has written down on its way: metrics.jsonl."""
+"""Reads metrics.jsonl, the log of a run."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from finetune.units import finite_number
 
 
 @dataclass(frozen=True)
-class Look:
-    """A look at the ternary codes after a step: shares of them; each layer by its path: (flips, zeros, scale)."""
+class TernaryStats:
+    """Ternary codes after a step: shares of all codes that flipped and that are 0; per layer (flips, zeros, scale)."""
 
     step: int
     flips: float
@@ -22,19 +22,19 @@ class Look:
     layers: dict[str, tuple[float, float, float]]
 
 
-def look(entry: dict[str, Any]) -> Look:
-    """A line of metrics as a Look; raises ValueError, KeyError or TypeError where it is none."""
-    seen = entry["ternary"]
-    values = (seen["flips"], seen["zeros"], *(value for layer in seen["layers"].values() for value in layer))
-    if not seen["layers"] or any(finite_number(value) is None for value in values):
+def ternary_stats(entry: dict[str, Any]) -> TernaryStats:
+    """Parse a line of metrics; raises ValueError, KeyError or TypeError for an invalid one."""
+    raw = entry["ternary"]
+    values = (raw["flips"], raw["zeros"], *(value for layer in raw["layers"].values() for value in layer))
+    if not raw["layers"] or any(finite_number(value) is None for value in values):
         raise ValueError("not a number")
-    layers = {path: (float(flips), float(zeros), float(scale)) for path, (flips, zeros, scale) in seen["layers"].items()}
-    return Look(int(entry["step"]), float(seen["flips"]), float(seen["zeros"]), finite_number(seen.get("blend")), layers)
+    layers = {path: (float(flips), float(zeros), float(scale)) for path, (flips, zeros, scale) in raw["layers"].items()}
+    return TernaryStats(int(entry["step"]), float(raw["flips"]), float(raw["zeros"]), finite_number(raw.get("blend")), layers)
 
 
 @dataclass(frozen=True)
 class TrainedSoFar:
-    """What of `train` in run.json can be told of a run that did not end well; None where its last step does not say."""
+    """The part of `train` in run.json that the metrics of an unfinished run give; None for unknown values."""
 
     steps: int
     tokens: float | None
@@ -48,24 +48,24 @@ EVENTS = ("rolled_back", "skipped", "out_of_memory")
 
 
 class Metrics:
-    """metrics.jsonl: training steps, evaluations and looks at ternary codes in order, and what went wrong on the way.
+    """metrics.jsonl: training steps, evaluations and statistics of ternary codes in order, and bad steps.
 
-    A step that was written twice counts as it was last.
+    If a step was written twice, the last entry counts.
     """
 
     def __init__(self, path: Path) -> None:
         steps: dict[int, dict[str, Any]] = {}
         evaluations: dict[int, dict[str, Any]] = {}
-        looks: dict[int, Look] = {}
+        ternary: dict[int, TernaryStats] = {}
         self.events: dict[str, list[dict[str, Any]]] = {name: [] for name in EVENTS}
-        self.unreadable = 0  # lines, such as the last one of a process that was killed
+        self.unreadable = 0  # lines, such as the last one of a killed process
         text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
         for line in text.splitlines():
             try:
                 entry = json.loads(line)
                 step = int(entry["step"])
                 if "ternary" in entry:
-                    looks[step] = look(entry)
+                    ternary[step] = ternary_stats(entry)
                 elif event := next((name for name in EVENTS if name in entry), None):
                     self.events[event].append({"step": step, **entry[event]})
                 else:
@@ -74,17 +74,17 @@ class Metrics:
                 self.unreadable += bool(line.strip())
         self.steps = [steps[step] for step in sorted(steps)]
         self.evaluations = [evaluations[step] for step in sorted(evaluations)]
-        self.looks = [looks[step] for step in sorted(looks)]
+        self.ternary = [ternary[step] for step in sorted(ternary)]
 
     def column(self, name: str) -> list[float]:
-        """NaN where a step has no finite value."""
+        """A value of each step, NaN if it is not finite."""
         return [math.nan if (value := finite_number(entry.get(name))) is None else value for entry in self.steps]
 
     def has(self, name: str) -> bool:
         return any(math.isfinite(value) for value in self.column(name))
 
     def so_far(self) -> TrainedSoFar | None:
-        """How far training came; None before its first step."""
+        """Totals of training so far; None before its first step."""
         if not self.steps:
             return None
         last, seconds = self.steps[-1], sum(value for value in self.column("step_seconds") if math.isfinite(value))
@@ -98,7 +98,7 @@ class Metrics:
         )
 
     def clock(self) -> tuple[list[float], str]:
-        """Training time after each step (pauses of a resumed run left out), and its unit."""
+        """Training time after each step (without pauses of a resumed run), and its unit."""
         total, times = 0.0, []
         for seconds in self.column("step_seconds"):
             total += seconds if math.isfinite(seconds) else 0.0

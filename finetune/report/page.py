@@ -1,9 +1,9 @@
-"""The page of a run: one HTML file, readable before anything else is, on a laptop and a phone, by day and by night.
+"""Writes the report of a run: one HTML file for wide and narrow screens, light and dark.
 
 It reads only the run folder (run.json, metrics.jsonl, recipe.yaml, and those of its twin) and loads nothing: no network, no
-script, plots as inline SVG; a content policy in the page says so to the browser. Every element is made by `el`, which escapes
-whatever is not already an element, so text out of the data can never become markup. What a run did not make is shown as not
-made, with the reason.
+script, plots as inline SVG; a content security policy in the page enforces it. Every element is made by `el`, which escapes
+everything that is not an element, so text from the data can never become markup. Missing parts of a run are shown as missing,
+with the reason.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ STYLE = Path(__file__).with_name("page.css")
 
 
 def page(run_dir: Path) -> str:
-    """The page's text. The same folder gives the same bytes."""
+    """The HTML of the page; deterministic for the same folder."""
     run = RunFiles.read(run_dir)
     head = el(
         "head",
         el("meta", charset="utf-8"),
         el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         el("meta", name="color-scheme", content="light dark"),
-        # The browser is told what the page promises: nothing is loaded, nothing runs.
+        # The browser enforces that nothing is loaded and nothing runs.
         Html("<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">"),
         el("title", f"{run.record.name} · {run.record.state}"),
         Html(f"<style>{STYLE.read_text(encoding='utf-8')}</style>"),
@@ -38,10 +38,10 @@ def page(run_dir: Path) -> str:
 
 
 def write_report(run_dir: Path) -> Path:
-    """Write `report.html` into the run folder, complete or not at all, and return its path.
+    """Write `report.html` into the run folder atomically, and return its path.
 
     Raises:
-        UserError: `run_dir` is no run folder, or its run.json cannot be read.
+        UserError: `run_dir` is not a run folder, or its run.json cannot be read.
     """
     path = run_dir / NAME
     write_atomic(path, page(run_dir))

@@ -1,9 +1,9 @@
-"""Plots as SVG text that lives inside the page.
+"""Plots as inline SVG.
 
 matplotlib draws with placeholder colours that become CSS variables, so one drawing serves a light and a dark page; text stays
-text (selectable, in the page's font). A unit of the drawing is one CSS pixel at full size. The same data give the same bytes:
-ids are salted with the plot's name, which also keeps them apart on one page, and nothing carries a date. No pyplot; the settings
-hold inside `rc_context` alone.
+text (selectable, in the page's font). A unit of the drawing is one CSS pixel at full size. The output is deterministic:
+ids are salted with the plot's name, which also keeps them unique on the page, and there are no dates. pyplot is not used;
+settings apply inside `rc_context` only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 Values = Sequence[float]
 
-# Colours that no plot uses by accident, and the CSS variables that they stand for.
+# Placeholder colours, and the CSS variables that replace them.
 INK, MUTED, RULE, TRAIN, HELD = "#010203", "#010204", "#010205", "#010206", "#010207"
 TWIN, THIRD, BAD, PAPER = "#010208", "#010209", "#01020a", "#01020b"
 # Terms of memory, each with its colour on every page.
@@ -37,19 +37,19 @@ VARIABLES = {
 Points = Sequence[tuple[float, float, float]]  # (step, loss, standard error or NaN)
 
 WIDE, NARROW, HALF = (900, 330), (360, 270), (380, 220)  # CSS pixels
-MOST_POINTS = 600  # of one line: more cannot be seen, and would make the file large
+MOST_POINTS = 600  # of one line: more are not visible, and would make the file large
 MOST_IN_ALL = 6000  # points of many thin lines together
 FONT_SIZE = 12
-STEPS = [1, 2, 2.5, 5, 10]  # between two numbers of an axis
+STEPS = [1, 2, 2.5, 5, 10]  # between two ticks of an axis
 
 
 def smoothing_window(count: int) -> int:
-    """Over how many of `count` steps the smoothed line averages: an odd number, 1 for none."""
+    """Number of steps over which a line of `count` steps is averaged: odd, 1 for no smoothing."""
     return 1 if count < 10 else max(3, count // 25) | 1
 
 
 def smooth(values: Values, window: int) -> np.ndarray:
-    """Centred mean over `window` values, over fewer at the ends; what is not finite is left out and stays a gap."""
+    """Centred mean over `window` values, over fewer at the ends; values that are not finite are skipped and stay gaps."""
     import numpy as np
 
     y = np.asarray(values, dtype=float)
@@ -63,7 +63,7 @@ def smooth(values: Values, window: int) -> np.ndarray:
 
 
 def thin(x: Values, y: Values) -> tuple[np.ndarray, np.ndarray]:
-    """At most MOST_POINTS points that keep the lowest and the highest of every stretch: no spike is lost."""
+    """At most MOST_POINTS points, with the lowest and the highest of every interval, so that no spike is lost."""
     import numpy as np
 
     xs, ys = np.asarray(x, dtype=float), np.asarray(y, dtype=float)
@@ -80,14 +80,14 @@ def thin(x: Values, y: Values) -> tuple[np.ndarray, np.ndarray]:
 
 
 def draw(name: str, label: str, size: tuple[int, int], *, x: str, y: str, paint: Callable[[Axes], None]) -> str:
-    """One set of axes as `<svg>`.
+    """Draw one set of axes as `<svg>`.
 
     Args:
-        name: unique on the page, ASCII; it salts the ids.
-        label: what is seen, in words, for those who do not see it.
+        name: unique on the page, ASCII; salts the ids.
+        label: text alternative for screen readers.
         size: (width, height) in CSS pixels.
-        x, y: what the axes mean, with their units.
-        paint: puts the data on the axes.
+        x, y: labels of the axes, with units.
+        paint: draws the data on the axes.
     """
     import matplotlib
     from matplotlib.figure import Figure
@@ -121,7 +121,7 @@ def draw(name: str, label: str, size: tuple[int, int], *, x: str, y: str, paint:
         low, high = axes.get_ylim()
         ticks = axes.yaxis.get_major_locator().tick_values(low, high)
         if axes.get_yscale() == "linear" and len(ticks):
-            axes.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))  # the data lie between two lines of the grid
+            axes.set_ylim(min(low, ticks[0]), max(high, ticks[-1]))  # the data end at grid lines
         text = io.StringIO()
         figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
     return _inline(text.getvalue(), label)
@@ -133,7 +133,7 @@ def _tick(value: float, position: float) -> str:
 
 
 def _inline(svg: str, label: str) -> str:
-    """matplotlib's file as an element of an HTML page: no prologue, no metadata, no style that would reach beyond it."""
+    """matplotlib's file as an element of an HTML page: without prologue, metadata and global styles."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r' id="(?:figure|axes|patch|line2d|text|[xy]tick|matplotlib\.axis|\w+Collection)_\d+"', "", svg)
@@ -143,7 +143,7 @@ def _inline(svg: str, label: str) -> str:
     svg = f'<svg {view[0]} role="img" aria-label="{html.escape(label)}">' + svg[svg.index(">") + 1 :]
     svg = svg.replace("xlink:href", "href")
     svg = re.sub(r"\s*\n\s*", " ", svg)
-    # A hundredth of a pixel is enough; numbers that are read as text are not touched.
+    # A hundredth of a pixel is enough; numbers in text are not changed.
     svg = re.sub(r' (?:d|x|y|transform)="[^"]*"', lambda match: re.sub(r"(\.\d\d)\d+", r"\1", match[0]), svg)
     for colour, variable in VARIABLES.items():
         svg = svg.replace(colour, f"var({variable})")
@@ -151,7 +151,7 @@ def _inline(svg: str, label: str) -> str:
 
 
 def _line(axes: Axes, x: Values, y: Values, *, colour: str = TRAIN) -> None:
-    """The values, faint, and their smoothed line; few values are drawn as they are."""
+    """The values, faint, and their smoothed line; few values are not smoothed."""
     window = smoothing_window(len(y))
     faint = window > 1
     marker = "." if len(y) < 10 else ""
@@ -178,7 +178,7 @@ def loss(
     def points(axes: Axes, held: Points, colour: str, marker: str) -> None:
         if held:
             x, y, error = zip(*held, strict=True)
-            if twin is None:  # four kinds of lines could not be told apart
+            if twin is None:  # with a twin there would be too many lines
                 axes.plot(x, y, color=colour, linewidth=1, alpha=0.5, zorder=3)
             axes.errorbar(
                 x, y, yerr=error, color=colour, fmt=marker, markersize=7, elinewidth=1.5, capsize=3, capthick=1.5, zorder=4
@@ -212,7 +212,7 @@ def series(
     raw: bool = False,
     mark: float | None = None,
 ) -> str:
-    """One quantity over steps or time. `zero`: both axes begin at 0; `raw`: as it is, without smoothing. `mark`: a value to
+    """One quantity over steps or time. `zero`: both axes begin at 0; `raw`: without smoothing. `mark`: a value to
     compare with."""
 
     def paint(axes: Axes) -> None:
@@ -249,27 +249,27 @@ def stacked(
     x_label: str,
     mark: tuple[float, str] | None = None,
 ) -> str:
-    """Horizontal bars from top to bottom: (what, its figure in words, parts as (one of TERMS, value)).
+    """Horizontal stacked bars from top to bottom: (name, value as text, parts as (one of TERMS, value)).
 
-    mark: a value to compare all of them with, and what it is; what lies beyond it stands on the wrong side of a line.
+    mark: a value to compare all of them with, and its label, drawn as a vertical line.
     """
     most = max([sum(value for _, value in parts) for _, _, parts in bars] + ([mark[0]] if mark else []))
 
     def paint(axes: Axes) -> None:
-        for place, (what, figure, parts) in enumerate(reversed(bars)):
+        for y, (bar, figure, parts) in enumerate(reversed(bars)):
             left = 0.0
             for term, value in parts:
-                axes.barh(place, value, left=left, height=0.46, color=TERMS[term], edgecolor=PAPER, linewidth=1)
+                axes.barh(y, value, left=left, height=0.46, color=TERMS[term], edgecolor=PAPER, linewidth=1)
                 left += value
             over = mark is not None and left > mark[0]
-            said, colour = f"{what}: {figure}", BAD if over else INK
-            axes.annotate(said, (0, place + 0.23), (0, 4), textcoords="offset points", color=colour)
+            text, colour = f"{bar}: {figure}", BAD if over else INK
+            axes.annotate(text, (0, y + 0.23), (0, 4), textcoords="offset points", color=colour)
         if mark is not None:
             axes.axvline(mark[0], color=BAD, linewidth=1.5, linestyle=(0, (5, 4)), zorder=4)
-            where: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
-            axes.annotate(mark[1], (mark[0], 1), (0, 6), color=MUTED, ha="left" if mark[0] < most / 2 else "right", **where)
+            position: Any = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points"}
+            axes.annotate(mark[1], (mark[0], 1), (0, 6), color=MUTED, ha="left" if mark[0] < most / 2 else "right", **position)
         box = axes.get_position()
-        axes.set_position((0, box.y0, box.x1, box.height))  # the bars' names stand above them, and need no margin
+        axes.set_position((0, box.y0, box.x1, box.height))  # the names are above the bars, and need no margin
         axes.set_yticks([])
         axes.grid(axis="x", color=RULE, linewidth=1)
         axes.set_xlim(0, 1.005 * most)
@@ -279,7 +279,7 @@ def stacked(
 
 
 def gap(name: str, label: str, x: Values, y: Values) -> str:
-    """A difference in nats over steps, and where it would be none."""
+    """A difference in nats over steps, with a line at 0."""
 
     def paint(axes: Axes) -> None:
         axes.axhline(0, color=MUTED, linewidth=1)
@@ -301,9 +301,9 @@ def spread(
     mark: float | None = None,
     alarm: bool = False,
 ) -> str:
-    """One quantity over steps with the range that its parts take. `mark`: a value to compare with, red where it is an `alarm`.
+    """One quantity over steps with the range of its parts. `mark`: a value to compare with, red if it is an `alarm`.
 
-    log: the axis is logarithmic; what is 0 there lies on its lower end.
+    log: the axis is logarithmic; zeros are drawn at its lower end.
     """
     import numpy as np
 
@@ -337,7 +337,7 @@ def spread(
 def bundle(
     name: str, label: str, x: Values, groups: Sequence[tuple[str, Sequence[Values]]], *, y_label: str, log: bool = False
 ) -> str:
-    """Thin lines, one for each part, in a colour for each group: (colour, lines)."""
+    """Thin lines, one for each part, with one colour per group: (colour, lines)."""
     every = max(1, math.ceil(len(x) * sum(len(lines) for _, lines in groups) / MOST_IN_ALL))
     kept = sorted({*range(0, len(x), every), len(x) - 1})  # the last value is shown
 

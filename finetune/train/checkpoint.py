@@ -1,4 +1,4 @@
-"""Checkpoints: all that a run needs to go on as if it had never stopped. safetensors and JSON, complete or absent.
+"""Checkpoints: all that a run needs to resume bit for bit. safetensors and JSON; a checkpoint is complete or absent.
 
     checkpoints/step-000100/
         weights.safetensors     every trained parameter, by its name in the model
@@ -8,7 +8,7 @@
                                 scalars, bytes of metrics.jsonl that belong to it
         manifest.json           {file: {bytes, sha256}} of the others
 
-The folder is written beside its place, synced and renamed; the hashes find damage that a disk did later. Format 1 is final: a
+The folder is written under a temporary name, synced and renamed; the hashes detect later damage. Format 1 is final: a
 later format must read it.
 """
 
@@ -42,12 +42,12 @@ PREFIX = "step-"
 
 @dataclass
 class Progress:
-    """Where a run stands. `epoch` and `position` name the next micro-batch; token counts are of all steps so far.
+    """The position of a run. `epoch` and `position` name the next micro-batch; token counts are of all steps so far.
 
-    `cursor`: where it is found, for a task whose micro-batches are a stream (JSON). `bad`: (epoch, position) of micro-batches
-    that are left out, because the step with them went wrong and the run went back. `wrong`: how many steps did. `split`: parts
-    in which each micro-batch goes through the model, since memory ran out. `recent`: losses of the last steps, by which a spike
-    is known. `best`: {step, loss} of the lowest held-out loss, where that is asked for.
+    `cursor`: its position in the stream, for a task that streams micro-batches (JSON). `bad`: (epoch, position) of micro-batches
+    that are skipped, because the run was rolled back from a bad step with them. `wrong`: number of bad steps. `split`: parts
+    into which each micro-batch is split after memory ran out. `recent`: losses of the last steps, against which a spike
+    is measured. `best`: {step, loss} of the lowest held-out loss, with `train.save_best`.
     """
 
     step: int = 0
@@ -77,7 +77,7 @@ def generators() -> dict[str, torch.Tensor]:
 
 
 def set_generators(states: dict[str, torch.Tensor]) -> None:
-    """Put back what `generators` gave."""
+    """Restore the states that `generators` returned."""
     torch.set_rng_state(states["cpu"])
     cuda = [state for name, state in states.items() if name.startswith("cuda:")]
     if cuda and torch.cuda.is_available():
@@ -85,7 +85,7 @@ def set_generators(states: dict[str, torch.Tensor]) -> None:
 
 
 def _rng_tensors() -> dict[str, torch.Tensor]:
-    """Those of the first process by their names, those of the others as rank1/cpu, rank1/cuda:1."""
+    """Generator states: of the first process by their names, of the others as rank1/cpu, rank1/cuda:1."""
     tensors: dict[str, torch.Tensor] = {}
     for who, states in enumerate(parallel.all_gather_object({name: state.tolist() for name, state in generators().items()})):
         for name, state in states.items():
@@ -108,7 +108,7 @@ def _rng_scalars() -> dict[str, Any]:
 
 
 def _restore_rng(tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> None:
-    """A process that was not there then draws numbers of its own, which follow from the first one's."""
+    """Restore the generators; a process that the checkpoint does not know is seeded from the first process's state."""
     prefix = f"rank{rank()}/" if rank() else ""
     own = {name.removeprefix(prefix): state for name, state in tensors.items() if name.startswith(prefix)}
     if "cpu" in own:
@@ -129,7 +129,7 @@ def _restore_rng(tensors: dict[str, torch.Tensor], scalars: dict[str, Any]) -> N
 
 @dataclass
 class Snapshot:
-    """A checkpoint's content as it is at this moment; training may go on meanwhile."""
+    """A checkpoint's content at one moment; training may continue while it is written."""
 
     step: int
     weights: dict[str, torch.Tensor]
@@ -141,9 +141,9 @@ class Snapshot:
 def snapshot(
     model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int, copy: bool
 ) -> Snapshot | None:
-    """What belongs into a checkpoint now, in CPU memory; None where another process has it, who all take part.
+    """The content of a checkpoint, in CPU memory. All processes call it; None where another process has the result.
 
-    Without `copy`, what lies in CPU memory already is not copied: it must stay as it is until all is written.
+    Without `copy`, tensors that are in CPU memory already are not copied: they must not change until all is written.
     """
     rng = _rng_tensors()
     if not is_main_process() and not parallel.is_sharded(model):
@@ -151,17 +151,17 @@ def snapshot(
     parameters = trained(model)
     state = optimizer.state_dict()
     names = _names_in_optimizer(optimizer, parameters)
-    seen: set[int] = set()
+    storages: set[int] = set()
 
-    def now(tensor: torch.Tensor) -> torch.Tensor:
-        there = parallel.full_tensor(tensor).contiguous()
-        shared = there.untyped_storage().data_ptr() in seen  # bitsandbytes' parameters share their maps; safetensors refuses that
-        if there.data_ptr() == tensor.data_ptr() and (copy or shared):
-            there = there.clone()
-        seen.add(there.untyped_storage().data_ptr())
-        return there
+    def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+        full = parallel.full_tensor(tensor).contiguous()
+        shared = full.untyped_storage().data_ptr() in storages  # bitsandbytes' parameters share maps; safetensors refuses that
+        if full.data_ptr() == tensor.data_ptr() and (copy or shared):
+            full = full.clone()
+        storages.add(full.untyped_storage().data_ptr())
+        return full
 
-    weights = {name: now(parameter.detach()) for name, parameter in parameters.items()}
+    weights = {name: to_cpu(parameter.detach()) for name, parameter in parameters.items()}
     tensors: dict[str, torch.Tensor] = {}
     scalars: dict[str, dict[str, Any]] = {}
     for index, values in state["state"].items():
@@ -169,24 +169,24 @@ def snapshot(
         flat = {k: v for key, value in values.items() for k, v in (value.items() if isinstance(value, dict) else [(key, value)])}
         for key, value in flat.items():
             if isinstance(value, torch.Tensor):
-                tensors[f"{names[index]}/{key}"] = now(value.detach())
+                tensors[f"{names[index]}/{key}"] = to_cpu(value.detach())
             else:
                 scalars.setdefault(names[index], {})[key] = value
-    said = {
+    content = {
         "format": FORMAT,
         **asdict(progress),
         "metrics_bytes": metrics_bytes,
         "optimizer": scalars,
         "rng": _rng_scalars(),
     }
-    return Snapshot(progress.step, weights, tensors, rng, said) if is_main_process() else None
+    return Snapshot(progress.step, weights, tensors, rng, content) if is_main_process() else None
 
 
 def write(folder: Path, taken: Snapshot, *, keep: int) -> Path:
-    """Write checkpoints/step-N under `folder` and remove all but the newest `keep` and the best. Returns the checkpoint's folder.
+    """Write checkpoints/step-N under `folder`, and keep only the newest `keep` and the best. Returns the checkpoint's folder.
 
     Raises:
-        UserError: the disk is full, or cannot be written to; the checkpoints before it stand.
+        UserError: the disk is full or not writable; older checkpoints are kept.
     """
     path, metrics = folder / f"{PREFIX}{taken.step:06d}", folder.parent / "metrics.jsonl"
     if metrics.exists():
@@ -200,20 +200,20 @@ def write(folder: Path, taken: Snapshot, *, keep: int) -> Path:
             temporary / "manifest.json",
             {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)} for file in sorted(temporary.iterdir())},
         )
-    # Later ones are of a course that was left (a resumed run went back behind them); they must not push this one out.
-    standing_now = [old for old in checkpoints(folder) if step_of(old) <= taken.step]
+    # Later ones belong to a run that was rolled back or resumed from an older step; they must not push this one out.
+    current = [old for old in checkpoints(folder) if step_of(old) <= taken.step]
     best = taken.state["best"] and taken.state["best"]["step"]
-    for gone in {*checkpoints(folder)} - {*standing_now[-keep:]}:
+    for gone in {*checkpoints(folder)} - {*current[-keep:]}:
         if step_of(gone) != best:
             remove_folder(gone)
     return path
 
 
 class Saver:
-    """Writes checkpoints while training goes on: what changes is copied at once, and a thread of its own writes and hashes it.
+    """Writes checkpoints in the background: what changes is copied at once, and a thread writes and hashes the copy.
 
-    Where the copy would take more than half of the memory that is free, it is written at once instead, and training waits.
-    waited: seconds that training lost to it. An error in writing is raised by the next call.
+    If the copy would take more than half of the free memory, the checkpoint is written at once, and training waits.
+    waited: seconds that training waited. A write error is raised by the next call.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -222,26 +222,26 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer, progress: Progress, *, metrics_bytes: int) -> None:
-        begun = time.monotonic()
+        started = time.monotonic()
         self.wait()
-        # On the CPU a copy takes as much again as is saved; from a card it comes into this memory in any case.
+        # On the CPU a copy doubles the memory of what is saved; from a GPU it needs host memory in any case.
         size = sum(p.nbytes for p in trained(model).values()) * 3
         copy = 2 * size < free_bytes()
         taken = snapshot(model, optimizer, progress, metrics_bytes=metrics_bytes, copy=copy)
         if taken is not None:
             if copy:
-                # A daemon: a second Ctrl-C does not wait for it, and a checkpoint that is half-written is none.
+                # A daemon: a second Ctrl-C does not wait for it; a half-written checkpoint is ignored and swept away.
                 self._thread = threading.Thread(target=self._write, args=(taken,), name="checkpoint", daemon=True)
                 self._thread.start()
             else:
                 self._write(taken)
                 self._raise()
-        self.waited += time.monotonic() - begun
+        self.waited += time.monotonic() - started
 
     def _write(self, taken: Snapshot) -> None:
         try:
             write(self.folder, taken, keep=self.keep)
-        except BaseException as error:  # carried over to the one who trains
+        except BaseException as error:  # raised in the training thread
             self._error = error
 
     def _raise(self) -> None:
@@ -249,13 +249,13 @@ class Saver:
         if error is not None:
             raise error
 
-    def look(self) -> None:
-        """Raise what went wrong, if what was begun has ended already."""
+    def check(self) -> None:
+        """Raise the error of the last write, if that has finished already."""
         if self._thread is None or not self._thread.is_alive():
             self.wait()
 
     def wait(self) -> None:
-        """Until what was begun is written."""
+        """Block until the current write has finished."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
@@ -263,7 +263,7 @@ class Saver:
 
 
 def step_of(path: Path) -> int:
-    """The step of a checkpoint's folder; -1 of what is none."""
+    """The step of a checkpoint's folder; -1 for any other name."""
     number = path.name.removeprefix(PREFIX)
     return int(number) if number.isdecimal() else -1
 
@@ -276,14 +276,14 @@ def _names_in_optimizer(optimizer: torch.optim.Optimizer, parameters: dict[str, 
 
 def checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints under `folder`, oldest first."""
-    found = [path for path in folder.glob(f"{PREFIX}*") if step_of(path) >= 0 and (path / "manifest.json").exists()]
-    return sorted(found, key=step_of)
+    complete = [path for path in folder.glob(f"{PREFIX}*") if step_of(path) >= 0 and (path / "manifest.json").exists()]
+    return sorted(complete, key=step_of)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a kill has left half-written or half-removed under `folder`."""
-    for left in folder.glob(f".{PREFIX}*.finetune-*"):
-        shutil.rmtree(left, ignore_errors=True)
+    """Remove half-written and half-deleted checkpoints that a killed run left under `folder`."""
+    for remnant in folder.glob(f".{PREFIX}*.finetune-*"):
+        shutil.rmtree(remnant, ignore_errors=True)
 
 
 def damage(path: Path) -> str | None:
@@ -292,28 +292,28 @@ def damage(path: Path) -> str | None:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         if unlisted := FILES - manifest.keys():
             return f"{min(unlisted)} is missing in manifest.json"
-        for name, facts in manifest.items():
+        for name, expected in manifest.items():
             if not plain(name):
-                return f"manifest.json leads out of the folder: {name}"
+                return f"manifest.json names a file outside the folder: {name}"
             file = path / name
             if not file.exists():
                 return f"{name} is missing"
-            if file.stat().st_size != facts["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {facts['bytes']}"
-            if sha256(file) != facts["sha256"]:
-                return f"{name} is not what was written (its SHA-256 differs)"
+            if file.stat().st_size != expected["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {expected['bytes']}"
+            if sha256(file) != expected["sha256"]:
+                return f"{name} was changed after it was written (its SHA-256 differs)"
             if file.suffix == ".safetensors":
                 with safe_open(file, framework="pt"):
                     pass
     except SafetensorError as error:
-        return f"{name} is no safetensors file: {error}"
+        return f"{name} is not a safetensors file: {error}"
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"manifest.json cannot be read: {error}"
+        return f"cannot read manifest.json: {error}"
     return None
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest undamaged checkpoint under `folder`, and what was wrong with those that are newer."""
+    """The newest undamaged checkpoint under `folder`, and what is wrong with each newer one."""
     notes: list[str] = []
     for path in reversed(checkpoints(folder)):
         wrong = damage(path)
@@ -324,17 +324,17 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_weights(path: Path, model: torch.nn.Module) -> None:
-    """Put a checkpoint's trained parameters into `model`, bit for bit.
+    """Load a checkpoint's trained parameters into `model`, bit for bit.
 
     Raises:
-        UserError: they are not those that this model trains.
+        UserError: names, shapes or dtypes are not those of this model's trained parameters.
     """
     weights = load_file(path / "weights.safetensors")
     parameters = trained(model)
     if weights.keys() != parameters.keys():
         only = sorted(weights.keys() ^ parameters.keys())
         raise UserError(
-            "the checkpoint is of another model",
+            "the checkpoint belongs to a different model",
             where=str(path),
             got=f"{len(only)} parameters differ, such as {only[0]}",
         )
@@ -342,7 +342,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
         for name, parameter in parameters.items():
             if parameter.shape != weights[name].shape or parameter.dtype != weights[name].dtype:
                 raise UserError(
-                    "the checkpoint is of another model",
+                    "the checkpoint belongs to a different model",
                     where=f"{path}: {name}",
                     got=f"{tuple(weights[name].shape)} {weights[name].dtype}",
                     hint=f"the model has {tuple(parameter.shape)} {parameter.dtype} there",
@@ -351,7 +351,7 @@ def load_weights(path: Path, model: torch.nn.Module) -> None:
 
 
 def load(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, int]:
-    """Put everything back as it was at the checkpoint; returns (progress, bytes of metrics.jsonl that belong to it)."""
+    """Restore model, optimizer and generators from a checkpoint; returns (progress, bytes of metrics.jsonl that belong to it)."""
     state = json.loads((path / "state.json").read_text(encoding="utf-8"))
     if state["format"] > FORMAT:
         raise UserError("the checkpoint was written by a newer version", where=str(path), got=f"format {state['format']}")

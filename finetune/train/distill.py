@@ -78,16 +78,16 @@ class Distillation:
         self.layer, self.split_heads = layer, split_heads
         self._attached = False
         self._hooks: list[Any] = []
-        self._listening = False  # a backward pass with activation checkpointing runs the hooks again
-        self._heard: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
+        self._capturing = False  # a backward pass with activation checkpointing runs the hooks again
+        self._outputs: dict[str, dict[str, Tensor]] = {"teacher": {}, "student": {}}
 
     def attach(self, student: Any) -> None:
-        """Check that both models fit to each other and, for relations, listen to their Q, K and V in the chosen layer.
+        """Check that both models match and, for relations, hook the Q, K and V projections of the chosen layer.
 
-        After the swap: a swap leaves modules with hooks as they are.
+        Call it after the swap, which does not touch modules with hooks.
 
         Raises:
-            UserError: the vocabularies differ, logits are not just the head's product, or the layer, its Q, K and V, or a
+            UserError: the vocabularies differ, logits are more than the head's product, or the layer, its Q, K and V, or a
                 division into `split_heads` do not exist.
         """
         self.detach()
@@ -98,119 +98,118 @@ class Distillation:
                 got=f"{heads['teacher'].weight.shape[0]} and {heads['student'].weight.shape[0]} tokens",
                 hint="distill from a model with the same tokenizer",
             )
-        storages = [{p.untyped_storage()._cdata for p in of.parameters()} for of in (self.teacher, student)]
+        storages = [{p.untyped_storage()._cdata for p in model.parameters()} for model in (self.teacher, student)]
         if storages[0] & storages[1]:
-            raise ValueError("teacher and student share weights: the teacher would change with every step; load it apart")
+            raise ValueError("teacher and student share weights, so the teacher would change with every step; load it separately")
         if self.relations:
-            found = {who: self._projections(model, who) for who, model in (("teacher", self.teacher), ("student", student))}
+            projections = {who: self._projections(model, who) for who, model in (("teacher", self.teacher), ("student", student))}
             config = student.config.get_text_config()
             if self.split_heads is None:
                 self.split_heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
-            for who, modules in found.items():
+            for who, modules in projections.items():
                 for name, module in modules.items():
                     if module.out_features % self.split_heads:
                         raise UserError(
-                            "the projections do not divide into that many relation heads",
+                            "the width of the projections is not divisible by the number of relation heads",
                             got=f"{name} of the {who} has {module.out_features} features, split_heads is {self.split_heads}",
                         )
-                    self._hooks.append(module.register_forward_hook(self._listener(who, name)))
+                    self._hooks.append(module.register_forward_hook(self._capture_hook(who, name)))
         self._attached = True
 
     def detach(self) -> None:
-        """Take all hooks off again."""
+        """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._attached = [], False
 
     def loss(self, model: Any, input_ids: Tensor) -> Losses:
-        """input_ids (B, T), whole rows of text without padding → the losses on their B · (T − 1) next tokens.
+        """input_ids (B, T), full sequences without padding → the losses on their B · (T − 1) next tokens.
 
         Differentiable in the student's weights where gradients are enabled.
         """
         if not self._attached:
-            raise RuntimeError("attach(student) comes before loss(...)")
-        with self._hearing() as heard:
+            raise RuntimeError("call attach(student) before loss(...)")
+        with self._captured() as projections:
             hidden = _hidden(model, input_ids)
             with torch.no_grad():
-                goal = _hidden(self.teacher, input_ids) if self.logits or self.relations else None
+                teacher_hidden = _hidden(self.teacher, input_ids) if self.logits or self.relations else None
         count = input_ids.shape[0] * (input_ids.shape[1] - 1)
-        ce, divergence = self._of_head(model, hidden, goal, input_ids)
+        ce, divergence = self._of_head(model, hidden, teacher_hidden, input_ids)
         total, relations = ce + self.logits * divergence, torch.zeros_like(ce)
         if self.relations:
-            relations = self._of_relations(heard["student"], heard["teacher"]) * count
+            relations = self._of_relations(projections["student"], projections["teacher"]) * count
             total = total + self.relations * relations
         return Losses(total, count, ce.detach(), divergence.detach(), relations.detach())
 
-    def _of_head(self, model: Any, hidden: Tensor, goal: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(Σ cross-entropy, Σ KL) over next tokens; the gradient of their weighted sum hangs on the first."""
+    def _of_head(self, model: Any, hidden: Tensor, teacher_hidden: Tensor | None, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """(Σ cross-entropy, Σ KL) over next tokens; the first carries the gradient of their weighted sum."""
         weight = model.get_output_embeddings().weight
         dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else hidden.dtype
         teacher = None
-        if self.logits and goal is not None:
-            teacher = (_rows(goal[:, :-1]), self.teacher.get_output_embeddings().weight)
-        wanted = torch.is_grad_enabled()
-        losses = _HeadLosses.apply(
-            _rows(hidden[:, :-1]), weight, input_ids[:, 1:].reshape(-1), teacher, self.temperature, self.logits, dtype, wanted
-        )
+        if self.logits and teacher_hidden is not None:
+            teacher = (_flatten_tokens(teacher_hidden[:, :-1]), self.teacher.get_output_embeddings().weight)
+        want_grad = torch.is_grad_enabled()
+        states, targets = _flatten_tokens(hidden[:, :-1]), input_ids[:, 1:].reshape(-1)
+        losses = _HeadLosses.apply(states, weight, targets, teacher, self.temperature, self.logits, dtype, want_grad)
         return losses[0], losses[1]
 
     def _of_relations(self, student: dict[str, Tensor], teacher: dict[str, Tensor]) -> Tensor:
-        """L_AD. A row of text and a projection at a time, (heads, T, T) each, computed again in the backward pass."""
+        """L_AD. One sequence and one projection at a time, (heads, T, T) each, recomputed in the backward pass."""
         assert self.split_heads is not None
         parts = []
         for name in PROJECTIONS:
             own, goal = student[name], teacher[name]
             if torch.is_grad_enabled() and not own.requires_grad:
                 raise RuntimeError(
-                    f"{name} of the student carries no gradient, so its relations could not be trained: is the layer frozen, or "
+                    f"{name} of the student has no gradient, so its relations cannot be trained: is the layer frozen, or "
                     "are activations checkpointed with use_reentrant=True?"
                 )
-            for row, target in zip(own, goal.to(own.device), strict=True):
-                parts.append(checkpoint(_relation_loss, row, target, self.split_heads, self.temperature, use_reentrant=False))
+            for states, target in zip(own, goal.to(own.device), strict=True):  # (T, width) each
+                parts.append(checkpoint(_relation_loss, states, target, self.split_heads, self.temperature, use_reentrant=False))
         return torch.stack(parts).sum() / len(own)
 
     def _projections(self, model: nn.Module, who: str) -> dict[str, Any]:
         blocks = [module for module in model.modules() if all(hasattr(module, name) for name in PROJECTIONS)]
         if not blocks:
             raise UserError(
-                f"the {who} has no separate Q, K and V, so attention relations cannot be distilled",
+                f"the {who} has no separate Q, K and V projections, so attention relations cannot be distilled",
                 got=type(model).__name__,
-                hint="distill logits alone (relations 0)",
+                hint="distill logits only (relations 0)",
             )
         index = len(blocks) - 1 - len(blocks) // 8 if self.layer is None else self.layer
         if not -len(blocks) <= index < len(blocks):
             raise UserError(f"the {who} has no such attention layer", got=f"layer {index} of {len(blocks)}")
         return {name: getattr(blocks[index], name) for name in PROJECTIONS}
 
-    def _listener(self, who: str, name: str) -> Any:
-        def listen(module: nn.Module, args: Any, output: Tensor) -> None:
-            if self._listening:
-                self._heard[who][name] = output
+    def _capture_hook(self, who: str, name: str) -> Any:
+        def capture(module: nn.Module, args: Any, output: Tensor) -> None:
+            if self._capturing:
+                self._outputs[who][name] = output
 
-        return listen
+        return capture
 
     @contextmanager
-    def _hearing(self) -> Iterator[dict[str, dict[str, Tensor]]]:
-        """Within it the hooks listen; what they heard belongs to who asked, and nothing of it stays."""
-        self._heard, self._listening = {"teacher": {}, "student": {}}, True
+    def _captured(self) -> Iterator[dict[str, dict[str, Tensor]]]:
+        """Collect the projections of the forward passes inside the block; the references are dropped on exit."""
+        self._outputs, self._capturing = {"teacher": {}, "student": {}}, True
         try:
-            yield self._heard
+            yield self._outputs
         finally:
-            self._heard, self._listening = {"teacher": {}, "student": {}}, False
+            self._outputs, self._capturing = {"teacher": {}, "student": {}}, False
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten_tokens(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
 def _hidden(model: Any, input_ids: Tensor) -> Tensor:
-    """What the head is applied to, (B, T, hidden)."""
+    """The last hidden state, (B, T, hidden), to which the head is applied."""
     hidden: Tensor = model.get_decoder()(input_ids=input_ids, use_cache=False).last_hidden_state
     return hidden
 
 
 def _head(model: Any, who: str) -> nn.Linear:
-    """The head, after trying that logits are its product with the last hidden state and nothing else (no cap, no scale)."""
+    """The head, after a check that logits are exactly its product with the last hidden state (no cap, no scale)."""
     head = model.get_output_embeddings()
     plain = type(head) is nn.Linear and head.bias is None
     if plain:
@@ -228,7 +227,7 @@ def _head(model: Any, who: str) -> nn.Linear:
 
 
 def _relation_loss(own: Tensor, goal: Tensor, heads: int, temperature: float) -> Tensor:
-    """Projections of one row of text, (T, width) each → KL of the teacher's relations from the student's, mean over rows."""
+    """Projections of one sequence, (T, width) each → KL of the teacher's relations from the student's, mean over tokens."""
     with torch.autocast(own.device.type, enabled=False):
         logs = []
         for states in (goal, own):
@@ -256,24 +255,24 @@ class _HeadLosses(torch.autograd.Function):
         temperature: float,
         weight: float,
         dtype: torch.dtype,
-        wanted: bool,
+        want_grad: bool,
     ) -> Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
             matrix = head.to(dtype)
             goal_matrix = None if teacher is None else teacher[1].to(dtype)
             sums = torch.zeros(2, dtype=torch.float32, device=hidden.device)
-            grad_hidden = torch.empty_like(hidden) if wanted and ctx.needs_input_grad[0] else None
-            grad_head = torch.zeros_like(head, dtype=torch.float32) if wanted and ctx.needs_input_grad[1] else None
+            grad_hidden = torch.empty_like(hidden) if want_grad and ctx.needs_input_grad[0] else None
+            grad_head = torch.zeros_like(head, dtype=torch.float32) if want_grad and ctx.needs_input_grad[1] else None
             for start in range(0, len(hidden), TOKENS):
-                some = slice(start, start + TOKENS)
-                x, goals = hidden[some].to(dtype), targets[some, None]
+                window = slice(start, start + TOKENS)
+                x, goals = hidden[window].to(dtype), targets[window, None]
                 z = (x @ matrix.t()).float()
                 total = z.logsumexp(-1, keepdim=True)
                 sums[0] += (total - z.gather(1, goals)).sum()
                 grad = (z - total).exp_()
                 grad.scatter_add_(1, goals, torch.full_like(total, -1))
                 if teacher is not None and goal_matrix is not None:
-                    log_goal = (teacher[0][some].to(dtype) @ goal_matrix.t()).float().div_(temperature)
+                    log_goal = (teacher[0][window].to(dtype) @ goal_matrix.t()).float().div_(temperature)
                     log_goal -= log_goal.logsumexp(-1, keepdim=True)
                     log_own = z.div_(temperature)
                     log_own -= log_own.logsumexp(-1, keepdim=True)
@@ -282,7 +281,7 @@ class _HeadLosses(torch.autograd.Function):
                     grad.add_(log_own.exp_().sub_(goal), alpha=weight / temperature)
                 grad = grad.to(dtype)
                 if grad_hidden is not None:
-                    grad_hidden[some] = (grad @ matrix).to(hidden.dtype)
+                    grad_hidden[window] = (grad @ matrix).to(hidden.dtype)
                 if grad_head is not None:
                     grad_head += grad.t() @ x
         ctx.save_for_backward(*(g for g in (grad_hidden, grad_head) if g is not None))

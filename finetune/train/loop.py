@@ -1,7 +1,7 @@
-"""The training loop. One for every kind: a kind gives batches and `loss(model, batch) → (sum, count)`, the loop does the rest.
+"""The training loop, one for all tasks: a task supplies batches and `loss(model, batch) → (sum, count)`, the loop does the rest.
 
 Gradient accumulation is exact because sums and counts are summed: the gradients of the micro-batches' loss sums are added up and
-divided once by the number of targets, so any division of the same samples gives the gradient of one large batch (transformers
+divided once by the number of targets, so any split of the same samples gives the gradient of one large batch (transformers
 averaged averages; issue 34191 there).
 """
 
@@ -41,7 +41,7 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True)
 class _Sums:
-    """Of all micro-batches of a step, over all processes. backward: whether one of them had anything to learn."""
+    """Sums over all micro-batches of a step and all processes. backward: whether any of them ran a backward pass."""
 
     loss: float
     count: int
@@ -52,25 +52,25 @@ class _Sums:
 
 @dataclass(frozen=True)
 class _Fetched:
-    """A micro-batch of a step. cursor: (epoch, position)."""
+    """A micro-batch of a step. index: (epoch, position)."""
 
     key: Any
-    cursor: list[int]
+    index: list[int]
 
 
 @dataclass
 class Training:
     """Training from `progress` to `total_steps`; checkpoints and metrics go into `folder`.
 
-    `autocast` is the dtype of the matrix products where it is not that of the weights. `offload`: what the forward pass keeps for
-    the backward pass goes to pinned CPU memory in between. `evaluate(step)` returns metrics and
+    `autocast` is the dtype of the matrix products where it is not that of the weights. `offload`: saved activations go to pinned
+    CPU memory between forward and backward pass. `evaluate(step)` returns metrics and
     must leave the model and the random generators as they were; so must `before_step(step)`, and `after_step(step)`, whose
-    metrics get a line of their own. An optimizer that steps inside the backward pass (`in_backward`) gives the gradient's norm
-    afterwards; a step that went wrong then has changed the weights, and the run goes back to its last checkpoint.
-    `went_back(step)` is told so, when the model, the optimizer and the metrics are those of `step` again.
+    metrics get a line of their own. An optimizer that steps inside the backward pass (`in_backward`) reports the gradient norm
+    afterwards; a bad step has changed the weights by then, so the run rolls back to its last checkpoint.
+    `went_back(step)` is called after a rollback, when the model, the optimizer and the metrics are those of `step` again.
 
-    Where memory runs out, the step begins again with each micro-batch in twice as many parts. With several processes each takes
-    its share of a step's micro-batches; what they do together is the same step.
+    If memory runs out, the step restarts with each micro-batch split into twice as many parts. With several processes each takes
+    its share of a step's micro-batches; the step is the same.
     """
 
     model: torch.nn.Module
@@ -109,35 +109,35 @@ class Training:
 
         Returns:
             seconds, tokens_per_second (of this process's steps), saving_seconds (how long training waited for checkpoints),
-            peak_bytes, memory_kind, and the totals of `progress`; where steps went wrong `bad_steps`, where memory ran out
-            `split`, and `best` where that is kept.
+            peak_bytes, memory_kind, and the totals of `progress`; `bad_steps` if there were any, `split` if memory ran out,
+            and `best` with `train.save_best`.
 
         Raises:
-            GateError: too many steps went wrong (NaN, infinity, a spike), or the recipe wants none; the last was not taken.
-            NoMemory: not even one row at a time fits.
+            GateError: more bad steps (NaN, infinity, a spike) than the recipe allows; the last was not taken.
+            NoMemory: not even one sample at a time fits.
             Interrupted: a signal came; the step is finished and saved.
             UserError: a checkpoint cannot be written.
-            What fetching a micro-batch raises (a line that is no row, a hub that cannot be reached): the last step is saved.
+            Errors of reading data (a malformed line, an unreachable hub) after the last step was saved.
         """
         if self.device.type == "cpu":
             keep_freed_memory()
         self.memory.reset()
         self.model.train()
-        begun, tokens_before, self.evaluating = time.monotonic(), self.progress.tokens, 0.0
+        started, tokens_before, self.evaluating = time.monotonic(), self.progress.tokens, 0.0
         self.sampler = Sampler(self.task, self.progress)
         if (self.in_backward or self.settings.on_bad_step == "rollback") and not checkpoint.checkpoints(self.checkpoints):
-            self._save(self.progress)  # something to go back to
+            self._save(self.progress)  # so that there is a checkpoint to roll back to
         try:
             with caught_signals() as self.interrupted:
                 while self.progress.step < self.total_steps:
                     self._step()
             self.saver.wait()
         except Exception:
-            self.saver.wait()  # what was begun is worth having; a second Ctrl-C is no Exception, and does not wait
+            self.saver.wait()  # finish the checkpoint being written; a second Ctrl-C is not an Exception and does not wait
             raise
         finally:
             self.sampler.close()
-        progress, seconds = self.progress, time.monotonic() - begun - self.evaluating
+        progress, seconds = self.progress, time.monotonic() - started - self.evaluating
         return {
             "steps": progress.step,
             "seconds": round(seconds, 3),
@@ -161,35 +161,35 @@ class Training:
         if self.before_step is not None:
             self.before_step(step)
         finished, self.generators, fetched = replace(progress), checkpoint.generators(), []
-        fault: Exception | None = None
+        data_error: Exception | None = None
         try:
-            fetched = [self._fetch() for _ in range(settings.accumulation)]  # should one fail, nothing has moved
+            fetched = [self._fetch() for _ in range(settings.accumulation)]  # before any pass: an error here changes nothing
         except GateError:
             raise
         except Exception as error:
-            fault = error
-        if parallel.any_rank(fault is not None):
-            self._save_unless_saved(finished)  # hours of work, perhaps: how often is saved is up to the recipe
-            faults = parallel.all_gather_object(str(fault) if fault is not None else None)
-            raise fault or UserError("another process could not read its data", where="data", got=next(filter(None, faults)))
+            data_error = error
+        if parallel.any_rank(data_error is not None):
+            self._save_unless_saved(finished)  # the last checkpoint may be hours old
+            errors = parallel.all_gather_object(str(data_error) if data_error is not None else None)
+            raise data_error or UserError("another process could not read its data", where="data", got=next(filter(None, errors)))
         try:
             sums = self._sums(step, [one.key for one in fetched])
         except NoMemory as error:
             if not (self.in_backward or self.sharded):  # the weights are those of the step before
-                self._keep(finished)
-            raise NoMemory(error.message, where=error.where, got=error.got, hint=self._stands()) from None
+                self._save_before_step(finished)
+            raise NoMemory(error.message, where=error.where, got=error.got, hint=self._last_checkpoint()) from None
         mean = sums.loss / max(1, sums.count)
         if self.in_backward:
-            none = 0.0 if math.isfinite(mean) else math.nan  # the optimizer still has the norm of the step before
-            norm = self.optimizer.grad_norm() if sums.backward else none  # type: ignore[attr-defined]
+            unmeasured = 0.0 if math.isfinite(mean) else math.nan  # the optimizer still has the norm of the step before
+            norm = self.optimizer.grad_norm() if sums.backward else unmeasured  # type: ignore[attr-defined]
         else:
             parallel.sum_gradients(self.parameters)
             if sums.count:
                 parallel.scale_gradients(self.parameters, 1 / sums.count)
             norm = parallel.grad_norm(self.parameters)
-        if (what := wrong(step, mean, norm, progress.recent, settings.spike)) is not None:
-            stop = bad_step(what, self._samples(fetched), mean, norm, self.settings)
-            self._leave_out(step, fetched, stop, finished)
+        if (reason := wrong(step, mean, norm, progress.recent, settings.spike)) is not None:
+            stop = bad_step(reason, self._samples(fetched), mean, norm, self.settings)
+            self._skip_or_roll_back(step, fetched, stop, finished)
             return
         if not self.in_backward and settings.max_grad_norm and norm > settings.max_grad_norm:
             parallel.scale_gradients(self.parameters, settings.max_grad_norm / norm)
@@ -202,10 +202,10 @@ class Training:
         )
         if settings.spike is not None:
             progress.recent = [*progress.recent, mean][-SPIKE_WINDOW:]
-        self._tell(step, fetched, sums, mean, norm, time.monotonic() - started)
+        self._log_step(step, fetched, sums, mean, norm, time.monotonic() - started)
         best = self._evaluate(step)
-        self.saver.look()
-        interrupted = sums.interrupted or (world_size() == 1 and self.interrupted())  # several have to be of one mind
+        self.saver.check()
+        interrupted = sums.interrupted or (world_size() == 1 and self.interrupted())  # several processes must decide alike
         if (settings.save_steps and step % settings.save_steps == 0) or step == self.total_steps or interrupted or best:
             self._save(progress)
             if interrupted:
@@ -216,10 +216,10 @@ class Training:
         return _Fetched(key, [self.progress.epoch, self.progress.position - 1])
 
     def _sums(self, step: int, keys: list[Any]) -> _Sums:
-        """Forward and backward of a step's micro-batches; the gradients are those of this process's share.
+        """Forward and backward passes of a step's micro-batches; the gradients are those of this process's share.
 
         Raises:
-            NoMemory: it has run out, and nothing can be made smaller.
+            NoMemory: out of memory, and the micro-batches cannot be made smaller.
         """
         while True:
             failed = ""
@@ -231,75 +231,75 @@ class Training:
                     raise
                 self.optimizer.zero_grad(set_to_none=True)
                 failed = forget(error)
-                if self.sharded:  # the others wait for this one's layers, and cannot be told
+                if self.sharded:  # the others wait for this one's layers and cannot be notified
                     raise no_memory(step, failed, in_backward=self.in_backward, sharded=True) from None
-            told = [loss, float(count), float(tokens), float(bool(failed)), float(backward), float(self.interrupted())]
-            loss, total, read, out, learnt, interrupted = parallel.all_reduce_sum(told)
-            if not out:
-                return _Sums(loss, int(total), int(read), bool(learnt), bool(interrupted))
+            sums = [loss, float(count), float(tokens), float(bool(failed)), float(backward), float(self.interrupted())]
+            loss, total, read, failures, backwards, interrupted = parallel.all_reduce_sum(sums)
+            if not failures:
+                return _Sums(loss, int(total), int(read), bool(backwards), bool(interrupted))
             self.optimizer.zero_grad(set_to_none=True)
             self._halve(step, keys, failed or "in another process")
             checkpoint.set_generators(self.generators)
 
-    # -- when it goes wrong
+    # -- bad steps
 
-    def _halve(self, step: int, keys: list[Any], found: str) -> None:
+    def _halve(self, step: int, keys: list[Any], got: str) -> None:
         split = self.progress.split
         smaller = any(len(self.task.split(key, 2 * split)) > len(self.task.split(key, split)) for key in keys)
         if self.in_backward or not smaller:
-            raise no_memory(step, found, in_backward=self.in_backward, sharded=self.sharded)
+            raise no_memory(step, got, in_backward=self.in_backward, sharded=self.sharded)
         self.progress.split = 2 * split
-        self.folder.append({"step": step, "out_of_memory": {"parts": 2 * split, "found": found}})
-        self._show(step - 1, f"out of memory: each micro-batch goes in {2 * split} parts from step {step} on")
+        self.folder.append({"step": step, "out_of_memory": {"parts": 2 * split, "found": got}})
+        self._show(step - 1, f"out of memory: micro-batches are split into {2 * split} parts from step {step} on")
 
     def _samples(self, fetched: list[_Fetched]) -> list[str]:
         return [str(sample) for one in fetched for sample in self.task.samples(one.key)]
 
-    def _leave_out(self, step: int, fetched: list[_Fetched], stop: GateError, finished: Progress) -> None:
-        """Go on without a step that went wrong: with the next samples, or from the last checkpoint.
+    def _skip_or_roll_back(self, step: int, fetched: list[_Fetched], stop: GateError, finished: Progress) -> None:
+        """Continue after a bad step: with the next samples, or from the last checkpoint.
 
         Raises:
-            GateError: that is not wanted, or not any more. The steps before it are saved.
+            GateError: the recipe stops here, or too many steps were bad. The steps before it are saved.
         """
         progress, settings = self.progress, self.settings
         back = self.in_backward or settings.on_bad_step == "rollback"
         self.optimizer.zero_grad(set_to_none=True)
         self.saver.wait()
-        parallel.wait()  # the first process may have written one just now
+        parallel.wait()  # the first process may have just written one
         path = checkpoint.newest(self.checkpoints)[0] if back else None
         if settings.on_bad_step == "stop" or progress.wrong >= settings.max_bad_steps or (back and path is None):
             if not self.in_backward:  # else the weights have taken the step already
-                self._keep(finished)
-            raise GateError(stop.message, where=stop.where, got=stop.got, hint=f"{stop.hint}; {self._stands()}")
+                self._save_before_step(finished)
+            raise GateError(stop.message, where=stop.where, got=stop.got, hint=f"{stop.hint}; {self._last_checkpoint()}")
         progress.wrong += 1
         event = {"found": stop.got, "where": stop.where, "samples": self._samples(fetched)}
         if path is None:
             self.folder.append({"step": step, "skipped": event})
-            self._show(step - 1, f"step {step} went wrong: begun again with the next samples")
+            self._show(step - 1, f"step {step} skipped; continuing with the next samples")
             return
         restored, size = checkpoint.load(path, self.model, self.optimizer)
-        restored.bad += [cursor for cursor in progress.bad + [one.cursor for one in fetched] if cursor not in restored.bad]
+        restored.bad += [index for index in progress.bad + [one.index for one in fetched] if index not in restored.bad]
         restored.wrong, restored.split = progress.wrong, max(progress.split, restored.split)
         events = self.folder.cut_metrics(size, keep=("skipped", "rolled_back", "out_of_memory"))
         for line in [*events, {"step": restored.step, "rolled_back": {"from": step, **event}}]:
             self.folder.append(line)
         if self.went_back is not None:
             self.went_back(restored.step)
-        self._show(restored.step, f"step {step} went wrong: back to step {restored.step}, without its rows")
+        self._show(restored.step, f"step {step} went wrong: rolled back to step {restored.step}; its samples are skipped")
         self.sampler.close()
         self.progress, self.saved = restored, restored.step
         self.sampler = Sampler(self.task, restored)
 
-    # -- what is told and kept
+    # -- metrics and checkpoints
 
     def _show(self, step: int, note: str) -> None:
         if self.show is not None:
             self.show(step, self.total_steps, note)
 
-    def _tell(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, seconds: float) -> None:
+    def _log_step(self, step: int, fetched: list[_Fetched], sums: _Sums, mean: float, norm: float, seconds: float) -> None:
         progress = self.progress
         length = self.task.length(progress.epoch)
-        met = hashlib.sha256("\n".join(self._samples(fetched)).encode()).hexdigest()[:16]
+        digest = hashlib.sha256("\n".join(self._samples(fetched)).encode()).hexdigest()[:16]
         metrics: dict[str, Any] = {
             "step": step,
             "epoch": round(progress.epoch + progress.position / length, 4) if length else progress.epoch,
@@ -309,15 +309,15 @@ class Training:
             "grad_norm": norm,
             "tokens": progress.tokens,
             "supervised": progress.supervised,
-            "samples": met,  # equal where the same samples came in the same order
+            "samples": digest,  # equal where the same samples came in the same order
             "tokens_per_second": round(sums.tokens / seconds, 1),
             "step_seconds": round(seconds, 4),
             "memory_bytes": self.memory.peak(),
             "time": round(time.time(), 3),
         }
         self._log(step, metrics)
-        if self.after_step is not None and (seen := self.after_step(step)):
-            self.folder.append({"step": step, **seen})
+        if self.after_step is not None and (extra := self.after_step(step)):
+            self.folder.append({"step": step, **extra})
         self._show(step, f"loss {mean:.3f}  {sums.tokens / seconds:.0f} tok/s")
 
     def _log(self, step: int, metrics: dict[str, Any]) -> None:
@@ -327,7 +327,7 @@ class Training:
         )
 
     def _evaluate(self, step: int) -> bool:
-        """Measure the model where it is time to; whether it is the best so far, and that is asked for."""
+        """Evaluate if this step is due; returns whether the loss is the best so far and the best is to be saved."""
         settings, last = self.settings, step == self.total_steps
         wanted = settings.save_best
         if self.evaluate is None or not settings.eval_steps or (step % settings.eval_steps != 0 if not last else not wanted):
@@ -346,14 +346,14 @@ class Training:
         self.saver.save(self.model, self.optimizer, reached, metrics_bytes=self.folder.metrics_bytes())
         self.saved = reached.step
 
-    def _keep(self, finished: Progress) -> None:
-        """Save the run as it was before the step that was begun."""
+    def _save_before_step(self, finished: Progress) -> None:
+        """Save the run as it was before the current step."""
         checkpoint.set_generators(self.generators)
         self._save_unless_saved(finished)
 
-    def _stands(self) -> str:
-        whole = checkpoint.checkpoints(self.checkpoints)
-        return f"the last checkpoint is {whole[-1].name}" if whole else "no checkpoint was written yet"
+    def _last_checkpoint(self) -> str:
+        complete = checkpoint.checkpoints(self.checkpoints)
+        return f"the last checkpoint is {complete[-1].name}" if complete else "no checkpoint was written yet"
 
     def _save_unless_saved(self, finished: Progress) -> None:
         if finished.step > self.saved:

@@ -13,10 +13,10 @@ ROUNDED = 1 << 22  # elements that are rounded at a time: a large embedding need
 
 
 def round_stochastically(values: torch.Tensor) -> torch.Tensor:
-    """float32 → bfloat16, up or down by chance so that the mean is the value; the noise is of torch's generator of that device.
+    """float32 → bfloat16, rounded up or down at random so that the mean is exact; uses torch's generator of the device.
 
-    bfloat16 is the upper half of float32's bits: 16 random bits are added below and the lower half is cut off. What bfloat16 can
-    express stays as it is, infinities and NaN included.
+    bfloat16 is the upper half of float32's bits: 16 random bits are added below and the lower half is cut off. Values that
+    bfloat16 can represent do not change, infinities and NaN included.
     """
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
     noise.add_(values.view(torch.int32)).bitwise_and_(-(1 << 16))
@@ -33,12 +33,12 @@ class LowMemory(torch.optim.Optimizer):
     or both.
 
     `inner` does the arithmetic and keeps the states. A bfloat16 parameter that is rounded has a shadow there: an empty
-    parameter, which holds the float32 copy and its gradient while its update runs and by which the states are known (so that
-    they are of float32, also when they are loaded). `param_groups` are of the real parameters and rule: what is set there (lr)
-    holds from the next update. `state_dict` counts the same parameters in the same order as any optimizer's.
+    parameter, which holds the float32 copy and its gradient during its update and is the key of the states (so that
+    they are float32, also when loaded). `param_groups` hold the real parameters and are authoritative: what is set there (lr)
+    applies from the next update. `state_dict` numbers the parameters as any optimizer does.
 
-    Inside the backward pass each parameter's update runs in a hook after its gradient is complete; `step()` then only closes the
-    step. Until the next backward pass begins, `grad_norm()` and `finite()` tell what went through, of the gradients as they were
+    Inside the backward pass each parameter is updated in a hook once its gradient is complete; `step()` then only closes the
+    step. Until the next backward pass begins, `grad_norm()` and `finite()` describe the gradients of this one
     (the loss must be scaled before the backward pass). A step cannot be taken back: after a bad one, load a checkpoint.
     """
 
@@ -69,7 +69,7 @@ class LowMemory(torch.optim.Optimizer):
             self._hooks = [p.register_post_accumulate_grad_hook(self._in_backward) for p in self._shadow]
 
     def remove_hooks(self) -> None:
-        """Leave the parameters as they were: a backward pass gives gradients, and updates nothing."""
+        """Remove the hooks: a backward pass then gives gradients and updates nothing."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -102,14 +102,14 @@ class LowMemory(torch.optim.Optimizer):
         self.inner.step()
         if shadow is not p:
             shadow.grad = None
-            to, of = (p.unsqueeze(0), shadow.detach().unsqueeze(0)) if p.ndim == 0 else (p, shadow.detach())
-            rows = max(1, ROUNDED * to.shape[0] // max(1, to.numel()))
-            for part, exact in zip(to.split(rows), of.split(rows), strict=True):
+            target, source = (p.unsqueeze(0), shadow.detach().unsqueeze(0)) if p.ndim == 0 else (p, shadow.detach())
+            rows = max(1, ROUNDED * target.shape[0] // max(1, target.numel()))
+            for part, exact in zip(target.split(rows), source.split(rows), strict=True):
                 part.copy_(round_stochastically(exact))
             shadow.data = torch.empty(0, dtype=torch.float32, device=p.device)
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Update every parameter that has a gradient; inside the backward pass that is done, and the step is closed.
+        """Update every parameter that has a gradient; with `in_backward` they are updated already, and the step is closed.
 
         Raises:
             ValueError: a closure was given.
@@ -124,9 +124,9 @@ class LowMemory(torch.optim.Optimizer):
                 self._update(p)
 
     def grad_norm(self) -> float:
-        """Root of the summed squares of all gradients of this step (of the backward pass: with `in_backward` alone).
+        """L2 norm of all gradients of this step together (only with `in_backward`).
 
-        0.0 before the first. Waits for the device once.
+        0.0 before the first step. Synchronizes with the device once.
         """
         if not self._norms:
             return 0.0
@@ -134,7 +134,7 @@ class LowMemory(torch.optim.Optimizer):
         return float(torch.linalg.vector_norm(torch.stack([norm.to(device) for norm in self._norms.values()])))
 
     def finite(self) -> bool:
-        """Whether no gradient of this step held an infinity or NaN (or squares beyond float32); with `in_backward` alone."""
+        """Whether all gradients of this step were finite (and their squares within float32); only with `in_backward`."""
         return math.isfinite(self.grad_norm())
 
     def _to_inner(self) -> None:

@@ -1,14 +1,14 @@
-"""Optimizers: a row each in `OPTIMIZERS`, which the recipe names, `build` makes and the plan counts the bytes of.
+"""Optimizers: one row each in `OPTIMIZERS`, by which the recipe names it, `build` creates it and the plan counts its bytes.
 
-What full training of a large model on a small card needs, each by itself or together (`build`):
+Three ways to save memory in full training of a large model on a small card, alone or together (`build`):
 
 8-bit states          Adam's two moments in 8 bits by blocks (Dettmers et al., arXiv 2110.02861; bitsandbytes): 2.03 bytes a
                       parameter in place of 8.
 stochastic rounding   weights in bfloat16 alone, without a float32 master. An update below half a unit in the last place (2⁻⁹ of
-                      the weight) is lost when a sum is rounded to nearest; rounded up or down by chance it is right on the mean
+                      the weight) is lost when a sum is rounded to nearest; rounded up or down at random it is right on average
                       (Gupta et al., arXiv 1502.02551; for Adam in bfloat16 Zamirai et al., arXiv 2010.06192).
-step in the backward  a parameter is updated as soon as its gradient is there, and the gradient is freed, so that never all of
-                      them exist (LOMO, Lv et al., arXiv 2306.09782). Nothing may be done to all gradients together then:
+step in the backward  a parameter is updated as soon as its gradient is complete, and the gradient is freed, so that never all of
+                      them exist (LOMO, Lv et al., arXiv 2306.09782). Nothing can be done to all gradients together then:
                       no accumulation, no clipping by the global norm.
 
 What each costs in bytes: `bytes_per_parameter`, and `memory_of` for a real model.
@@ -42,12 +42,12 @@ Groups = list[dict[str, Any]]  # of parameters: {"params": […], "lr": peak rat
 
 @dataclass(frozen=True)
 class OptimizerRow:
-    """What is known of one optimizer.
+    """One optimizer: how to build it, which parameters it takes, what its states cost, what it refuses.
 
-    make: (groups, betas, eps) → optimizer of them. state_bytes: (bytes of an element of what is updated, elements) → bytes of
-    one parameter's states. groups: (named parameters, peak rate, weight decay) → the parameters that it takes, by groups.
-    tables: bytes that all states share. not_sharded: why it cannot update sharded weights. library: one that it needs.
-    on_cpu: (the row that takes its place on a CPU, why).
+    make: (groups, betas, eps) → optimizer. state_bytes: (bytes per element of what is updated, elements) → bytes of
+    one parameter's states. groups: (named parameters, peak rate, weight decay) → parameter groups.
+    tables: bytes that all states share. not_sharded: why it cannot update sharded weights. library: a package that it needs.
+    on_cpu: (the row that replaces it on a CPU, why).
     """
 
     name: str
@@ -98,7 +98,7 @@ _8BIT: dict[str, Any] = {
     "state_bytes": _adamw_8bit_bytes,
     "groups": matrices_decay,
     "tables": 2 * 256 * 4,  # two of 256 values
-    "not_sharded": "8-bit optimizers keep states of whole weights, and these are sharded",
+    "not_sharded": "8-bit optimizers cannot update sharded weights",
     "library": "bitsandbytes",
 }
 OPTIMIZERS = {
@@ -106,7 +106,7 @@ OPTIMIZERS = {
     for row in (
         OptimizerRow("adamw", _adamw, _adamw_bytes, matrices_decay),
         OptimizerRow("adamw_8bit", _adamw_8bit, **_8BIT),
-        OptimizerRow("paged_adamw_8bit", _paged_adamw_8bit, **_8BIT, on_cpu=("adamw_8bit", "there is nothing to page on a CPU")),
+        OptimizerRow("paged_adamw_8bit", _paged_adamw_8bit, **_8BIT, on_cpu=("adamw_8bit", "a CPU has no pages to move")),
     )
 }
 
@@ -126,7 +126,7 @@ def get_optimizer(name: str) -> OptimizerRow:
 
 
 class Refusal(NamedTuple):
-    """Why an optimizer cannot train like this. key: of the recipe; got: what is there; why: a sentence; hint: what helps."""
+    """Why an optimizer cannot be used. key: of the recipe; got: the value; why: a sentence; hint: what to change."""
 
     key: str
     got: str
@@ -146,27 +146,27 @@ def refusals(
     sharded: bool = False,
     dtypes: Mapping[str, torch.dtype] | None = None,
 ) -> list[Refusal]:
-    """Everything that speaks against it. sharded: weights are, as run.parallel=fsdp has it; dtypes: of the trained weights, once
+    """All reasons why an optimizer cannot be used. sharded: as under run.parallel=fsdp; dtypes: of the trained weights, once
     they are known."""  # fmt: skip
-    row, found = get_optimizer(name), []
+    row, reasons = get_optimizer(name), []
     for wanted, key, reason in (
         (in_backward, "train.optimizer_in_backward", "gradients are summed over processes before the step"),
-        (stochastic_rounding, "train.stochastic_rounding", "each process would round by its own chance"),
+        (stochastic_rounding, "train.stochastic_rounding", "each process would round with different random numbers"),
     ):
         if wanted and world_size > 1:
-            why = f"this is for one process: {reason}"
-            found.append(Refusal(key, f"{world_size} processes", why, f"one process, or {key}=false"))
+            why = f"works with one process only: {reason}"
+            reasons.append(Refusal(key, f"{world_size} processes", why, f"use one process, or set {key}=false"))
     if sharded and row.not_sharded is not None:
-        hint = "train.optimizer=adamw, whose states are sharded too; or run.parallel=ddp"
-        found.append(Refusal("train.optimizer", f"{name}, with run.parallel: fsdp", row.not_sharded, hint))
+        hint = "set train.optimizer=adamw, whose states are sharded too; or run.parallel=ddp"
+        reasons.append(Refusal("train.optimizer", f"{name} with run.parallel=fsdp", row.not_sharded, hint))
     half = next((key for key, dtype in (dtypes or {}).items() if dtype == torch.float16), None)
     if stochastic_rounding and half is not None:
-        why = "stochastic rounding is for weights in bfloat16"
-        found.append(Refusal(f"train.stochastic_rounding: {half}", "float16", why, "load the model in bfloat16"))
+        why = "stochastic rounding works with bfloat16 weights only"
+        reasons.append(Refusal(f"train.stochastic_rounding: {half}", "float16", why, "load the model in bfloat16"))
     if row.library is not None and not _can_import(row.library):
         hint = f"pip install {row.library}, or train.optimizer=adamw"
-        found.append(Refusal("train.optimizer", name, f"{name} needs {row.library}", hint))
-    return found
+        reasons.append(Refusal("train.optimizer", name, f"{name} needs {row.library}", hint))
+    return reasons
 
 
 def _can_import(library: str) -> bool:
@@ -192,10 +192,10 @@ def build(
     stochastic_rounding: bool = False,
     in_backward: bool = False,
 ) -> tuple[torch.optim.Optimizer, str | None]:
-    """The optimizer over named parameters, and a note where it is not quite what was asked for.
+    """The optimizer over named parameters, and a note if it differs from what was asked for.
 
     lr: the peak rate. Each group keeps its own and its weight decay, as `peak_lr` and `peak_weight_decay`. With
-    `stochastic_rounding` the bfloat16 parameters are rounded by chance, others are updated as they are; with it or `in_backward`
+    `stochastic_rounding` the bfloat16 parameters are rounded at random, others are updated as they are; with it or `in_backward`
     the optimizer is a `LowMemory`.
 
     Raises:
@@ -208,21 +208,21 @@ def build(
     for refusal in refusals(name, **low, world_size=world_size(), sharded=sharded, dtypes=dtypes):
         raise refusal.error()
     if stochastic_rounding and torch.bfloat16 not in dtypes.values():
-        notes.append("stochastic rounding: no trained weight is in bfloat16, there is nothing to round")
+        notes.append("stochastic rounding has no effect: no trained weight is bfloat16")
         stochastic_rounding = False
     if device == "cpu" and row.on_cpu is not None:
         other, why = row.on_cpu
-        notes.append(f"{name}: {why}, {other} it is")
+        notes.append(f"{name}: {why}; using {other}")
         row = get_optimizer(other)
     groups = [
         {**group, "params": params, "peak_lr": group["lr"], "peak_weight_decay": group["weight_decay"]}
         for group in row.groups(parameters, lr, weight_decay)
-        for shard in (False, True)  # one fused step takes no mixture
+        for shard in (False, True)  # one fused step cannot mix sharded and whole parameters
         if (params := [p for p in group["params"] if parallel.is_shard(p) == shard])
     ]
 
-    def make(of: Groups) -> torch.optim.Optimizer:
-        return row.make(of, betas, eps)
+    def make(groups: Groups) -> torch.optim.Optimizer:
+        return row.make(groups, betas, eps)
 
     if stochastic_rounding or in_backward:
         optimizer: torch.optim.Optimizer = LowMemory(
@@ -248,10 +248,10 @@ def bytes_per_parameter(
 
     Keys: `weights`, `gradients` (0 inside the backward pass), `states` (8-bit ones with their scales; paged ones may lie in the
     host's memory), and `temporary`: for each parameter of the LARGEST tensor alone, while that is updated. The arithmetic of
-    8-bit states on a CPU takes more for a moment (bitsandbytes unpacks them to float32 there).
+    8-bit states on a CPU needs more for a moment (bitsandbytes unpacks them to float32 there).
     """
     row = get_optimizer(name)
-    many = 1 << 40  # so that what is rounded up by tensor does not count
+    many = 1 << 40  # large enough that rounding up per tensor does not count
     return {
         "weights": float(dtype.itemsize),
         "gradients": 0.0 if in_backward else float(dtype.itemsize),

@@ -1,16 +1,16 @@
-"""Several processes that train one model: what they say to each other. With one process all of this is plain torch.
+"""Data-parallel training over several processes: sharding, gradient sums, collectives. With one process all of it is a no-op.
 
     ddp    each has the whole model. After a step's last micro-batch the gradients are summed, a bucket at a time.
-    fsdp   the decoder's layers are shared out (FSDP2, `fully_shard`): packed codes and scales, adapters and master weights, with
-           their gradients and optimizer states. A layer is whole while it runs. Embedding, last norm and head stay whole, and
-           what of them is trained is summed as under ddp.
+    fsdp   the decoder's layers are sharded (FSDP2, `fully_shard`): packed codes and scales, adapters and master weights, with
+           their gradients and optimizer states. A layer is gathered while it runs. Embedding, last norm and head stay whole, and
+           their gradients are summed as under ddp.
 
 Gradients are SUMS over micro-batches, here as in the loop, which divides once by the number of targets: so the micro-batches of
-a step can be dealt out in any way, and the step is that of one process but for the order in which fp32 numbers are added.
+a step can be split across processes in any way, and the step equals that of one process but for the order of fp32 additions.
 
-There is no wrapper around the model (DistributedDataParallel): the loss takes decoder and head apart (chunked_loss.py),
-processes may have different numbers of micro-batches, and experts may get no gradient on one of them. Under fsdp each forward
-and each backward pass asks all processes for the layers: they must run equally many, `idle` where one has nothing to do.
+The model is not wrapped (DistributedDataParallel): the loss calls decoder and head separately (chunked_loss.py),
+processes may have different numbers of micro-batches, and experts may get no gradient in one of them. Under fsdp each forward
+and each backward pass gathers the layers from all processes: they must run equally many; `idle` runs one without a micro-batch.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ from finetune.memory import return_freed_memory
 from finetune.train import offload
 
 BUCKET = 25 << 20  # bytes of gradients that are summed at a time
-PATIENCE = timedelta(hours=12)  # others wait while one evaluates; who has died is known to the launcher
-# What `accelerate launch` says by its own configuration, and `Accelerator` (and transformers, which under USE_FSDP would load
-# weights in one process alone) would do besides. Here the recipe says it.
+PATIENCE = timedelta(hours=12)  # others wait while one evaluates; the launcher notices a process that died
+# Settings of `accelerate launch` that `Accelerator` would apply besides the recipe's (transformers too: under USE_FSDP it would
+# load weights in one process only). Here the recipe decides.
 ACCELERATE = (
     "USE_FSDP", "USE_DEEPSPEED", "USE_MEGATRON_LM", "USE_PARALLELISM_CONFIG", "MIXED_PRECISION", "DYNAMO_BACKEND",
     "GRADIENT_ACCUMULATION_STEPS",
 )  # fmt: skip
 
-_idle = False  # the backward pass that runs is nobody's gradient
+_idle = False  # whether the current backward pass belongs to no micro-batch
 
 
-# -------------------------------------------------------------------------------------------------------- begin and end
+# ------------------------------------------------------------------------------------------------------ init and shutdown
 
 
 def init_distributed(device_type: str) -> torch.device:
-    """Join the other processes, where there are any; the device of this one. cpu: by gloo; cuda: by nccl, one GPU each.
+    """Join the process group, if there are several processes; returns this one's device. cpu: gloo; cuda: nccl, one GPU each.
 
-    Before anything is loaded, and before there is an `Accelerator`, which then is of the same processes.
+    Call it before anything is loaded and before an `Accelerator` is created, which then uses the same group.
 
     Raises:
         UserError: there are fewer GPUs than processes.
@@ -59,13 +59,13 @@ def init_distributed(device_type: str) -> torch.device:
         os.environ.pop(f"ACCELERATE_{name}", None)
     if processes.world_size() == 1:
         return torch.device(device_type)
-    os.environ.setdefault("LOCAL_RANK", "0")  # which accelerate asks for
+    os.environ.setdefault("LOCAL_RANK", "0")  # accelerate requires it
     if device_type == "cuda" and processes.local_rank() >= torch.cuda.device_count():
         raise UserError(
             "there are fewer GPUs than processes",
             where="run.device",
-            got=f"process {processes.local_rank()} of this machine, and {torch.cuda.device_count()} GPUs",
-            hint="as many processes as GPUs; or run.device=cpu",
+            got=f"local rank {processes.local_rank()}, {torch.cuda.device_count()} GPUs",
+            hint="start as many processes as there are GPUs, or set run.device=cpu",
         )
     from accelerate import PartialState
 
@@ -75,18 +75,18 @@ def init_distributed(device_type: str) -> torch.device:
 
 
 def shutdown() -> None:
-    """Leave the others. For the end of a process that went well; one that fails just ends."""
+    """Leave the process group, at the end of a run that succeeded; a failed process just exits."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def several() -> bool:
-    """Whether this process trains with others."""
+    """Whether several processes train together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def _device() -> torch.device:
-    """Where tensors must lie that all processes combine."""
+    """The device of tensors for collectives."""
     return torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else torch.device("cpu")
 
 
@@ -94,11 +94,11 @@ def _device() -> torch.device:
 
 
 def shard(model: Any, device: torch.device) -> None:
-    """Share the decoder's layers out among the processes, and take the rest to `device`.
+    """Shard the decoder's layers over the processes, and move the rest to `device`.
 
-    model: on the CPU, a causal language model of transformers, with adapters attached and checkpointing enabled. Layers come to
-    the device one by one. Parameters of layers are DTensors from now on; who holds the old ones (an optimizer) holds nothing.
-    It is used as ever, by all processes alike.
+    model: on the CPU, a causal language model of transformers, with adapters attached and checkpointing enabled. Layers move to
+    the device one by one. Parameters of layers are DTensors from now on; references to the old ones (an optimizer's) are stale.
+    All processes use it in the same way.
 
     Raises:
         UserError: no layers are found.
@@ -114,28 +114,28 @@ def shard(model: Any, device: torch.device) -> None:
         layers = offload.layers_of(model)
     except UserError as error:
         raise UserError(
-            "this model has no list of layers that could be shared out",
+            "cannot shard this model: no list of decoder layers found",
             where="run.parallel",
             got=error.got,
-            hint="run.parallel=ddp",
+            hint="set run.parallel=ddp",
         ) from None
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    unfit = _unfit(model, layers)
+    unsharded = _unsharded(model, layers)
     for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=unfit)
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=unsharded)
     for module in model.modules():
         for parameter in module._parameters.values():
             if parameter is not None and not is_shard(parameter):
                 parameter.data = parameter.data.to(device)
         for name, buffer in module._buffers.items():
             module._buffers[name] = None if buffer is None else buffer.to(device)
-    # As the root of its layers the decoder has them fetched ahead of their turn; it has no weights of its own to share out.
+    # As the root of its layers the decoder prefetches them; it has no weights of its own to shard.
     fully_shard(decoder, mesh=mesh, ignored_params={p for p in decoder.parameters() if not is_shard(p)})
     for layer in cast(list[Any], layers):
         layer.set_gradient_divide_factor(1.0)
-        layer.set_force_sum_reduction_for_comms(True)  # else the factor is gloo's business, which knows none
+        layer.set_force_sum_reduction_for_comms(True)  # gloo has no division factor
         layer.set_reduce_scatter_unused_params(True)  # experts that no token of this process reached
-        _watch(layer)
+        _mark_gathered(layer)
     gc.collect()
     return_freed_memory()
 
@@ -145,29 +145,29 @@ def _decoder(model: Any) -> Any:
     return base.get_decoder() if hasattr(base, "get_decoder") else base
 
 
-def _unfit(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Parameter]:
-    """Parameters of the layers that stay whole: used in other places too, without dimensions, or of another dtype than most
+def _unsharded(model: nn.Module, layers: Sequence[nn.Module]) -> set[nn.Parameter]:
+    """Parameters of the layers that stay whole: used outside their layer too, without dimensions, or of another dtype than most
     that are trained in their layer, whose gradients are combined as one tensor."""  # fmt: skip
-    places = {part: number for number, layer in enumerate(layers) for part in layer.modules()}
+    layer_of = {part: number for number, layer in enumerate(layers) for part in layer.modules()}
     holders: dict[nn.Parameter, set[int]] = {}
     for module in model.modules():
         for held in module._parameters.values():
             if held is not None:
-                holders.setdefault(held, set()).add(places.get(module, -1))
-    unfit = {parameter for parameter, where in holders.items() if len(where) > 1 or parameter.ndim == 0}
+                holders.setdefault(held, set()).add(layer_of.get(module, -1))
+    unsharded = {parameter for parameter, users in holders.items() if len(users) > 1 or parameter.ndim == 0}
     for layer in layers:
         sizes: dict[torch.dtype, int] = {}
-        trained = [p for p in layer.parameters() if p.requires_grad and p not in unfit]
+        trained = [p for p in layer.parameters() if p.requires_grad and p not in unsharded]
         for p in trained:
             sizes[p.dtype] = sizes.get(p.dtype, 0) + p.numel()
         most = max(sizes, key=lambda dtype: sizes[dtype], default=None)
-        unfit |= {p for p in trained if p.dtype != most}
-    return unfit
+        unsharded |= {p for p in trained if p.dtype != most}
+    return unsharded
 
 
-def _watch(layer: Any) -> None:
-    """Tell of a layer's whole parameters, which are the same objects each time: nothing that is derived of them is kept
-    (quant/weight_cache.py), and whether this process has a gradient for them."""  # fmt: skip
+def _mark_gathered(layer: Any) -> None:
+    """Mark a layer's gathered parameters, the same objects each time: nothing derived from them is cached
+    (quant/weight_cache.py), and their shards record whether this process has a gradient for them."""  # fmt: skip
     shards = dict(layer.named_parameters())
     with gathered(layer):
         for name, parameter in layer.named_parameters():
@@ -177,16 +177,16 @@ def _watch(layer: Any) -> None:
             parameter.streamed = True
             if parameter.requires_grad:
                 shard.has_gradient = False
-                parameter.register_post_accumulate_grad_hook(lambda _, shard=shard: _seen(shard))
+                parameter.register_post_accumulate_grad_hook(lambda _, shard=shard: _mark_gradient(shard))
 
 
-def _seen(shard: Any) -> None:
+def _mark_gradient(shard: Any) -> None:
     if not _idle:
         shard.has_gradient = True
 
 
 def is_shard(tensor: Tensor) -> bool:
-    """Whether a tensor is shared out, and this process has its part."""
+    """Whether a tensor is sharded, so that this process has one part."""
     if not several():
         return False
     from torch.distributed.tensor import DTensor
@@ -195,13 +195,13 @@ def is_shard(tensor: Tensor) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether layers of `model` are shared out."""
+    """Whether layers of `model` are sharded."""
     return several() and any(is_shard(parameter) for parameter in model.parameters())
 
 
 @contextmanager
 def gathered(layer: Any) -> Iterator[None]:
-    """Within it the weights of one of the decoder's layers are whole, to be read; all processes together."""
+    """Gather the weights of one decoder layer for reading inside the block; a collective, all processes call it."""
     layer.unshard()
     try:
         yield
@@ -210,9 +210,9 @@ def gathered(layer: Any) -> Iterator[None]:
 
 
 def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`model.named_modules()`; while the modules of a layer that is shared out have their turn, its weights are whole.
+    """`model.named_modules()`, with the weights of a sharded layer gathered while its modules are visited.
 
-    All processes go through them together, to the end.
+    A collective: all processes iterate to the end.
     """
     if not is_sharded(model):
         yield from model.named_modules()
@@ -232,7 +232,7 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def restore(model: Any) -> None:
-    """The model as it was before `shard`: whole, on the CPU of every process, to be merged and written."""
+    """Undo `shard`: the whole model on the CPU of every process, to be merged and written."""
     if not is_sharded(model):
         return
     from torch.distributed._composable.contract import REGISTRY_KEY, STATE_KEY
@@ -246,7 +246,7 @@ def restore(model: Any) -> None:
                     if parameter not in full:
                         full[parameter] = nn.Parameter(full_tensor(parameter), parameter.requires_grad)
                     module._parameters[name] = full[parameter]
-    for sharded in [*layers, _decoder(model)]:  # torch has no way back: its hooks, and the class that it put on
+    for sharded in [*layers, _decoder(model)]:  # torch cannot undo fully_shard: remove its hooks and its class
         state = sharded._get_fsdp_state()
         state._pre_forward_hook_handle.remove()
         state._post_forward_hook_handle.remove()
@@ -255,14 +255,14 @@ def restore(model: Any) -> None:
                 parameter._post_load_hook_handle.remove()
             group.fsdp_params = []
         sharded.__class__ = type(sharded).__mro__[type(sharded)._orig_cls_mro_index]
-        for key in (STATE_KEY, REGISTRY_KEY):  # they hold the process group, which cannot be copied with the model
+        for key in (STATE_KEY, REGISTRY_KEY):  # they hold the process group, which cannot be deep-copied
             sharded.__dict__.pop(key, None)
     model.to("cpu")
 
 
 def idle(model: Any) -> None:
-    """A forward and a backward pass through the decoder that give no gradient: for a process without a micro-batch while others
-    have one. Under fsdp, in training mode; elsewhere nothing is to be done."""  # fmt: skip
+    """Run a forward and a backward pass without a gradient: for a process without a micro-batch while others
+    have one. Under fsdp, in training mode; otherwise a no-op."""  # fmt: skip
     global _idle
     if not is_sharded(model):
         return
@@ -280,7 +280,7 @@ def idle(model: Any) -> None:
 
 
 def gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
-    """Those that there are, as plain tensors: whole ones, and this process's part of those that are shared out."""
+    """The gradients that exist, as plain tensors: whole ones, and this process's part of sharded ones."""
     return [_local(p.grad) for p in parameters if p.grad is not None]
 
 
@@ -289,29 +289,29 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Add up the processes' gradients of parameters that each has whole; of those that are shared out they are summed already.
+    """Sum over processes the gradients of whole parameters; those of sharded ones are summed already.
 
-    A parameter without a gradient counts as zeros where another process has one, and stays without where none has. Once a step,
-    after its last backward pass, with all trained parameters, also where the step is not taken then.
+    A parameter without a gradient counts as zeros if another process has one, and stays without if none has. Once a step,
+    after its last backward pass, with all trained parameters, also if the step is then skipped.
     """
     if not several():
         return
     parameters = list(parameters)
-    shared = [is_shard(p) for p in parameters]
-    here = [bool(cast(Any, p).has_gradient) if part else p.grad is not None for p, part in zip(parameters, shared, strict=True)]
+    sharded = [is_shard(p) for p in parameters]
+    here = [bool(cast(Any, p).has_gradient) if part else p.grad is not None for p, part in zip(parameters, sharded, strict=True)]
     anywhere = torch.tensor(here, dtype=torch.int32, device=_device())
     dist.all_reduce(anywhere, op=dist.ReduceOp.MAX)
     by_dtype: dict[torch.dtype, list[Tensor]] = {}
-    for p, part, there in zip(parameters, shared, anywhere.tolist(), strict=True):
+    for p, part, exists in zip(parameters, sharded, anywhere.tolist(), strict=True):
         if part:
             cast(Any, p).has_gradient = False
-        if not there:
-            p.grad = None  # of what is shared out: zeros, which an optimizer would take for a gradient
+        if not exists:
+            p.grad = None  # a sharded one has zeros, which an optimizer would take for a gradient
         elif not part:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
             by_dtype.setdefault(p.grad.dtype, []).append(p.grad)
-    for bucket in (bucket for found in by_dtype.values() for bucket in _buckets(found)):
+    for bucket in (bucket for grads in by_dtype.values() for bucket in _buckets(grads)):
         if len(bucket) == 1 and bucket[0].is_contiguous():
             dist.all_reduce(bucket[0])
             continue
@@ -350,15 +350,15 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> float:
 
 def scale_gradients(parameters: Iterable[nn.Parameter], factor: float) -> None:
     """Multiply all gradients by `factor`."""
-    if found := gradients(parameters):
-        torch._foreach_mul_(found, factor)
+    if grads := gradients(parameters):
+        torch._foreach_mul_(grads, factor)
 
 
 # --------------------------------------------------------------------------------------------------------------- tensors
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A parameter or an optimizer's state, whole, on the CPU, detached. Shared out: all processes ask together.
+    """A parameter or an optimizer's state, whole, on the CPU, detached. For a sharded one all processes call it together.
 
     It may share its memory with `tensor`.
     """
@@ -369,7 +369,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def put(target: Tensor, full: Tensor) -> None:
-    """Copy a whole tensor into one of its shape, or into this process's part of it; what was derived from it is forgotten."""
+    """Copy a whole tensor into one of its shape, or into this process's part of it; cached derivatives of it are dropped."""
     from quant.weight_cache import weights_changed
 
     with torch.no_grad():
@@ -385,11 +385,11 @@ def like(parameter: Tensor, full: Tensor) -> Tensor:
 
     laid_out: Any = parameter
     mesh, placements = laid_out.device_mesh, laid_out.placements
-    part = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local().clone()  # else a view, which keeps it all
+    part = distribute_tensor(full, mesh, placements, src_data_rank=None).to_local().clone()  # a view would keep the whole tensor
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=full.shape, stride=full.stride())
 
 
-# ------------------------------------------------------------------------------------------------------------------ words
+# -------------------------------------------------------------------------------------------------------------- objects
 
 
 def all_reduce_sum(values: Sequence[float]) -> list[float]:
@@ -402,29 +402,29 @@ def all_reduce_sum(values: Sequence[float]) -> list[float]:
 
 
 def any_rank(flag: bool) -> bool:
-    """Whether it is true on any process."""
+    """Whether `flag` is true in any process."""
     return all_reduce_sum([float(flag)])[0] > 0
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Block until all processes have arrived."""
     if several():
         dist.barrier()
 
 
 def broadcast_object(value: Any) -> Any:
-    """The first process's `value`, which JSON must be able to say, on all of them."""
+    """The first process's `value` in all processes; it must be JSON-serializable."""
     if not several():
         return value
-    said = [json.dumps(value) if processes.is_main_process() else None]
-    dist.broadcast_object_list(said, src=0)
-    return json.loads(cast(str, said[0]))
+    message = [json.dumps(value) if processes.is_main_process() else None]
+    dist.broadcast_object_list(message, src=0)
+    return json.loads(cast(str, message[0]))
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Each process's `value`, which JSON must be able to say, in their order."""
+    """Each process's `value`, in the order of ranks; it must be JSON-serializable."""
     if not several():
         return [value]
-    said: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(said, json.dumps(value))
-    return [json.loads(one) for one in said]
+    messages: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(messages, json.dumps(value))
+    return [json.loads(message) for message in messages]

@@ -1,7 +1,7 @@
-"""Pretraining: rows of equal length from a stream of text, cross-entropy on every next token.
+"""Pretraining: sequences of equal length from a stream of text, cross-entropy on every next token.
 
-Documents lie one behind the other in a row and see each other, as in GPT-2 and its successors; an end token stands between
-them. All rows are full, so nothing is padded, and attention is the plain causal one.
+Documents are concatenated in a sequence and attend to each other, as in GPT-2 and its successors; an end token separates
+them. All sequences are full, so nothing is padded, and attention is plainly causal.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from finetune.data.packing import divide
 from finetune.train.fast.chunked_loss import CHUNK, LMHead, fused_linear_cross_entropy
 
 if TYPE_CHECKING:
-    from finetune.data.stream import Corpus, Row
+    from finetune.data.stream import Corpus, PackedSequence
     from finetune.train.distill import Distillation
 
 
 class Pretraining:
-    """The `Task` of the loop for rows of text. With `head`, logits exist for `chunk` tokens at a time."""
+    """The `Task` of the loop for sequences of text. With `head`, logits exist for `chunk` tokens at a time."""
 
     def __init__(
         self,
@@ -36,41 +36,41 @@ class Pretraining:
         self.head, self.chunk = head, chunk
         self.parts: dict[str, float] = {}
 
-    def sampler(self, epoch: int, position: int, cursor: Any) -> Iterator[tuple[Row, ...]]:
-        rows = self.corpus.rows(epoch, cursor)
+    def sampler(self, epoch: int, position: int, cursor: Any) -> Iterator[tuple[PackedSequence, ...]]:
+        sequences = self.corpus.rows(epoch, cursor)
         try:
-            group: list[Row] = []
-            for row in rows:
-                group.append(row)
+            group: list[PackedSequence] = []
+            for sequence in sequences:
+                group.append(sequence)
                 if len(group) == self.micro_batch:
                     yield tuple(group)
                     group = []
             if group:
                 yield tuple(group)
         finally:
-            rows.close()
+            sequences.close()
 
     def length(self, epoch: int) -> None:
-        return None  # a stream is read once to know it
+        return None  # unknown before the stream was read once
 
-    def cursor(self, key: tuple[Row, ...]) -> Any:
+    def cursor(self, key: tuple[PackedSequence, ...]) -> Any:
         return key[-1].after
 
-    def batch(self, key: tuple[Row, ...]) -> torch.Tensor:
-        """Token ids (rows, length)."""
+    def batch(self, key: tuple[PackedSequence, ...]) -> torch.Tensor:
+        """Token ids (sequences, length)."""
         return torch.stack([torch.as_tensor(row.ids) for row in key]).to(self.device, torch.int64)
 
-    def split(self, key: tuple[Row, ...], parts: int) -> list[tuple[Row, ...]]:
+    def split(self, key: tuple[PackedSequence, ...], parts: int) -> list[tuple[PackedSequence, ...]]:
         return divide(key, parts)
 
     def tokens(self, batch: torch.Tensor) -> int:
         return batch.numel()
 
-    def samples(self, key: tuple[Row, ...]) -> list[str]:
+    def samples(self, key: tuple[PackedSequence, ...]) -> list[str]:
         return [row.where for row in key]
 
     def loss(self, model: torch.nn.Module, batch: torch.Tensor) -> tuple[torch.Tensor, int]:
-        """Cross-entropy in fp32, summed over all next tokens (nats), and what a teacher adds to it."""
+        """Cross-entropy in fp32, summed over all next tokens (nats), plus the teacher's losses."""
         if self.teacher is not None:
             losses = self.teacher.loss(model, batch)
             parts = {"ce": losses.ce, "distill_logits": losses.logits, "distill_relations": losses.relations}

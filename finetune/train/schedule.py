@@ -1,11 +1,11 @@
-"""What changes from step to step: learning rate, weight decay and the λ of a warm-up of quantization.
+"""Schedules over steps: learning rate, weight decay, and the λ of the quantization warm-up.
 
-All pure functions of the step: nothing of it needs saving.
+All are pure functions of the step: they have no state to save.
 
 `two_stage` is the schedule of BitNet b1.58 (The Era of 1-bit LLMs: Training Tips, Code and FAQ, section 2; BitNet b1.58 2B4T,
-arXiv 2504.12285, section 3.1, which gives 1.5e-3 → 8e-4, then 5e-4 → 0, and a weight decay of 0.1, then 0): ternary weights
-bear a high learning rate, and settle only when it is cut; decay, which pulls master weights towards the border between two
-codes, stops with it.
+arXiv 2504.12285, section 3.1, which uses 1.5e-3 → 8e-4, then 5e-4 → 0, and a weight decay of 0.1, then 0): ternary weights
+tolerate a high learning rate, and settle only when it is cut; decay, which pulls master weights towards the border between two
+codes, stops then.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FIRST_ENDS, SECOND_BEGINS = 8 / 15, 1 / 3  # of the peak
 class Schedule:
     """The schedule of a run of `total` optimizer steps, which count from 1.
 
-    name: of the curve; warmup: share of the steps over which the rate rises; min_lr: where it ends, as a share of the peak.
+    name: of the curve; warmup: share of the steps over which the rate rises; min_lr: the final rate as a share of the peak.
     blend_warmup, blend_shape: of λ, as the recipe's quant section has them.
     """
 
@@ -40,7 +40,7 @@ class Schedule:
 
     @classmethod
     def of(cls, train: Train, total: int, quant: Quant | None = None) -> Schedule:
-        """That of a recipe's sections."""
+        """The schedule of a recipe's sections."""
         blend = {} if quant is None else {"blend_warmup": quant.warmup, "blend_shape": quant.warmup_shape}
         return cls(total, train.lr, train.schedule, train.warmup, train.min_lr, **blend)  # type: ignore[arg-type]
 
@@ -49,16 +49,16 @@ class Schedule:
         return self.rate(step, 1.0)
 
     def rate(self, step: int, peak: float | None = None) -> float:
-        """Learning rate of that step, of a group whose peak is `peak`; without it of the recipe's."""
+        """Learning rate of that step, for a group whose peak is `peak`; without it, the recipe's peak."""
         share, parts = self._share(step)
         return (self.peak if peak is None else peak) * share / parts
 
     def decays(self, step: int) -> bool:
-        """Whether weight decay acts in this step: always, but in the second stage of `two_stage`."""
+        """Whether weight decay applies in this step: always, except in the second stage of `two_stage`."""
         return self.name != "two_stage" or step <= round(STAGES * self.total)
 
     def set_rates(self, groups: Iterable[dict[str, Any]], step: int) -> None:
-        """Give an optimizer's groups (optim.py) the rate and the decay of that step, each from its own peak."""
+        """Set the rate and the decay of that step in an optimizer's groups (optim.py), each from its own peak."""
         for group in groups:
             group["lr"] = self.rate(step, group["peak_lr"])
             group["weight_decay"] = group["peak_weight_decay"] if self.decays(step) else 0.0

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: packed samples, cross-entropy on the trained tokens alone."""
+"""Supervised fine-tuning: packed samples, cross-entropy on the supervised tokens only."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class SupervisedFineTuning:
     def __init__(self, batches: Batches, device: torch.device, *, head: LMHead | None = None, chunk: int = CHUNK) -> None:
         self.batches, self.device, self.head, self.chunk = batches, device, head, chunk
         self.parts: dict[str, float] = {}
-        self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])  # the last one: packing a large epoch takes a while
+        self._epoch: tuple[int, list[tuple[int, ...]]] = (-1, [])  # cached: packing a large epoch takes a while
 
     def sampler(self, epoch: int, position: int, cursor: None) -> Iterator[tuple[int, ...]]:
         return iter(self._keys(epoch)[position:])
@@ -32,7 +32,7 @@ class SupervisedFineTuning:
         return self._epoch[1]
 
     def cursor(self, key: tuple[int, ...]) -> None:
-        return None  # the position says it all
+        return None  # the position is enough
 
     def batch(self, key: tuple[int, ...]) -> Batch:
         batch = self.batches.batch(key)
@@ -49,12 +49,12 @@ class SupervisedFineTuning:
         return [self.batches.samples[index].where for index in key]
 
     def loss(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, int]:
-        """Cross-entropy in fp32, summed over trained tokens (nats); logits exist only where a trained token follows."""
+        """Cross-entropy in fp32, summed over supervised tokens (nats); logits exist only where a supervised token follows."""
         if self.head is not None:
             return fused_linear_cross_entropy(
                 model, self.head, batch.input_ids, batch.position_ids, batch.labels, chunk=self.chunk
             )
-        places = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]  # (n,)
-        logits = kept_logits(model, batch.input_ids, batch.position_ids, places)  # (n, vocabulary)
-        targets = batch.labels[0, places + 1]
+        positions = (batch.labels[0, 1:] != IGNORE).nonzero()[:, 0]  # (n,)
+        logits = kept_logits(model, batch.input_ids, batch.position_ids, positions)  # (n, vocabulary)
+        targets = batch.labels[0, positions + 1]
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()

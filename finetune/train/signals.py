@@ -1,4 +1,4 @@
-"""Ctrl-C and its like while training goes on."""
+"""Ctrl-C, SIGTERM and SIGHUP during training."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from types import FrameType
 
 @contextmanager
 def caught_signals() -> Iterator[Callable[[], bool]]:
-    """Within it the first Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) only sets a flag: the step is finished and saved. A
-    second one ends at once."""  # fmt: skip
+    """Inside the block the first Ctrl-C, SIGTERM or SIGHUP (the terminal is gone) only sets a flag: the step is finished and
+    saved. A second one ends the process at once."""  # fmt: skip
     caught = False
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal caught
         caught = True
-        with suppress(OSError):  # of a terminal that is gone
-            print("\nfinishing this step, then saving (again: ends at once)", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print("\nfinishing this step, then saving (a second Ctrl-C stops at once)", file=sys.stderr)
         signal.signal(number, before[signal.Signals(number)])
 
     try:
@@ -27,7 +27,7 @@ def caught_signals() -> Iterator[Callable[[], bool]]:
         if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
             numbers.remove(signal.SIGHUP)  # nohup
         before = {number: signal.signal(number, handler) for number in numbers}
-    except ValueError:  # not the main thread: signals belong to somebody else
+    except ValueError:  # not the main thread, which alone may set handlers
         yield lambda: False
         return
     try:

@@ -1,4 +1,4 @@
-"""What a kind of training supplies to the loop, and the order in which its micro-batches come."""
+"""The protocol of a task (a kind of training) in the loop, and the order of its micro-batches."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from finetune.train.checkpoint import Progress
 
 
 class Task(Protocol):
-    """What a kind of training supplies. `parts`: what the last loss was made of, for the metrics; often nothing."""
+    """What a kind of training supplies. `parts`: the terms of the last loss, for the metrics; often empty."""
 
     parts: dict[str, float]
 
     def sampler(self, epoch: int, position: int, cursor: Any) -> Iterator[Any]:
         """Keys of an epoch's micro-batches from `position` on: a function of the seed, the epoch and the position alone.
 
-        cursor: what `cursor` gave for the last one before it, None at the beginning. Closing the iterator ends its work.
+        cursor: what `cursor` returned for the last one before it, None at the beginning. Closing the iterator ends its work.
         """
 
     def length(self, epoch: int) -> int | None:
-        """Micro-batches of an epoch, or None where nobody knows."""
+        """Micro-batches of an epoch, or None if unknown."""
 
     def cursor(self, key: Any) -> Any:
-        """Where the stream goes on behind this micro-batch, as JSON; None for a kind that needs no such thing."""
+        """The position in the stream after this micro-batch, as JSON; None for a task without a stream."""
 
     def batch(self, key: Any) -> Any:
         """The micro-batch behind a key."""
 
     def split(self, key: Any, parts: int) -> list[Any]:
-        """The samples of a micro-batch, in their order, as keys of at most so many; fewer where it has fewer samples."""
+        """Split a micro-batch's samples, in order, into at most `parts` keys; fewer if it has fewer samples."""
 
     def tokens(self, batch: Any) -> int:
-        """How many tokens the model reads in it."""
+        """Number of tokens that the model reads in it."""
 
     def samples(self, key: Any) -> Sequence[Hashable]:
         """Names of the samples in it, for messages."""
@@ -46,7 +46,7 @@ class Task(Protocol):
 
 
 def steps_in(task: Task, *, epochs: float, accumulation: int, max_steps: int | None) -> int:
-    """Optimizer steps of `epochs` passes. An epoch's last, smaller group goes on into the next epoch."""
+    """Optimizer steps of `epochs` passes. An epoch's last, smaller group continues into the next epoch."""
     whole = int(epochs)
     micro_batches = sum(task.length(number) or 0 for number in range(whole))
     if epochs > whole:
@@ -56,7 +56,7 @@ def steps_in(task: Task, *, epochs: float, accumulation: int, max_steps: int | N
 
 
 class Sampler:
-    """The keys of the micro-batches that come next; moves `progress` on."""
+    """Iterates over the keys of micro-batches from `progress` on, and advances it."""
 
     def __init__(self, task: Task, progress: Progress) -> None:
         self.task, self.progress = task, progress
@@ -69,7 +69,7 @@ class Sampler:
                 key = next(self.epoch)
             except StopIteration:
                 if not progress.position:
-                    raise GateError(f"epoch {progress.epoch + 1} of the data holds no row to train on", where="data") from None
+                    raise GateError(f"epoch {progress.epoch + 1} of the data has nothing to train on", where="data") from None
                 progress.epoch, progress.position, progress.cursor = progress.epoch + 1, 0, None
                 self.epoch = self.task.sampler(progress.epoch, 0, None)
                 continue

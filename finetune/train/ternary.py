@@ -1,4 +1,4 @@
-"""What training ternary weights adds to a step: the λ of a warm-up before it, and a look at the codes after it."""
+"""Hooks for training ternary weights: sets the λ of the warm-up before a step, and measures code flips after it."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from finetune.train.schedule import Schedule
 from quant import set_blend
 from quant.health import Health, Layer, Watch, alarms
 
-DENSE = 50  # looks at the full rate, from the beginning on: codes thrash early (quant/health.py)
-MOST = 1000  # looks at an even rate in a run: each is a line with every layer in it
-KEPT = 64  # looks that alarms are judged by: quant.health.WINDOW of them, with those that are too slow to be judged between
+DENSE = 50  # measurements at the full rate at the beginning: codes thrash early (quant/health.py)
+MOST = 1000  # measurements at an even rate in a run: each is a line with every layer in it
+KEPT = 64  # measurements kept for alarms: quant.health.WINDOW of them, and those at a learning rate too low to be judged
 
 
 def looks_at(step: int, total: int, every: int) -> bool:
-    """Whether the codes are looked at in step `step` of `total`: each `every` steps at first, then about `MOST` times a run."""
+    """Whether code flips are measured in step `step` of `total`: every `every` steps at first, then about `MOST` times a run."""
     return step % (every if step <= DENSE * every else max(every, -(-total // MOST))) == 0
 
 
 class Ternary:
-    """Hooks of the loop for a model with ternary master weights, in a training of `total` steps.
+    """Hooks of the loop for a model with ternary master weights, in a run of `total` steps.
 
-    metrics: the run's metrics.jsonl, which holds the looks of a run that goes on. warn: told each new alarm.
+    metrics: the run's metrics.jsonl, with the measurements before a resume. warn: called with each new alarm.
     """
 
     def __init__(self, model: torch.nn.Module, recipe: Recipe, total: int, metrics: Path, warn: Callable[[str], None]) -> None:
@@ -40,17 +40,17 @@ class Ternary:
         self._read(total)
 
     def rewind(self, step: int) -> None:
-        """The run has gone back to `step`: what was seen after it, alarms too, has not been."""
+        """Forget the measurements and alarms after `step`, to which the run was rolled back."""
         self._read(step)
 
     def _read(self, until: int) -> None:
-        """The state after step `until`, from the looks in metrics.jsonl."""
-        self.recent: deque[tuple[float, Health]] = deque(maxlen=KEPT)  # (learning rate, what was seen)
+        """Set the state after step `until`, from the measurements in metrics.jsonl."""
+        self.recent: deque[tuple[float, Health]] = deque(maxlen=KEPT)  # (learning rate, measurement)
         self.looks, self.last_step, self.turnover = 0, 0, 0.0
-        self.alarms: dict[str, str] = {}  # kind → first words of it
+        self.alarms: dict[str, str] = {}  # name → the first message
         for step, health in self._saved():
             if step <= until:
-                self._look(step, health, told=False)
+                self._add(step, health, warn=False)
 
     def _saved(self) -> Iterator[tuple[int, Health]]:
         if not self.metrics.exists():
@@ -59,9 +59,9 @@ class Ternary:
         with self.metrics.open(encoding="utf-8") as file:
             for line in file:
                 if '"ternary"' in line and "ternary" in (entry := json.loads(line)):
-                    seen = entry["ternary"]
-                    layers = {path: Layer(v[0], v[1], v[2], weights[path]) for path, v in seen["layers"].items()}
-                    yield entry["step"], Health(seen["flips"], seen["zeros"], layers)
+                    values = entry["ternary"]
+                    layers = {path: Layer(v[0], v[1], v[2], weights[path]) for path, v in values["layers"].items()}
+                    yield entry["step"], Health(values["flips"], values["zeros"], layers)
 
     def before(self, step: int) -> None:
         if self.schedule.blend_warmup:
@@ -70,21 +70,21 @@ class Ternary:
             self.watch.remember()
 
     def after(self, step: int) -> dict[str, Any]:
-        """Nothing, or what has flipped in this step: a line of metrics."""
+        """The code flips of this step as a line of metrics; empty when they are not measured."""
         if not self._looks_at(step):
             return {}
         health = self.watch.compare()
-        self._look(step, health, told=True)
+        self._add(step, health, warn=True)
         layers = {path: [layer.flips, layer.zeros, layer.scale] for path, layer in health.layers.items()}
         warming = {"blend": self.schedule.blend(step)} if self.schedule.blend_warmup else {}
         return {"ternary": {"flips": health.flips, "zeros": health.zeros, **warming, "layers": layers}}
 
     def end(self) -> None:
-        """Training is over: what is measured and written from here on is ternary, however far the warm-up came."""
+        """Set λ to 1: everything evaluated and saved after training is fully ternary, even if the warm-up was cut short."""
         set_blend(self.model, 1.0)
 
     def summary(self) -> dict[str, Any]:
-        """What the last look saw, how much has flipped on the way, and all alarms."""
+        """The last measurement, the turnover of the whole run, and all alarms."""
         if not self.looks:
             return {"looks": 0, "alarms": []}
         last = self.recent[-1][1]
@@ -99,14 +99,14 @@ class Ternary:
     def _looks_at(self, step: int) -> bool:
         return looks_at(step, self.total, self.every)
 
-    def _look(self, step: int, health: Health, *, told: bool) -> None:
-        self.turnover += health.flips * (step - self.last_step)  # one look stands for the steps since the one before
+    def _add(self, step: int, health: Health, *, warn: bool) -> None:
+        self.turnover += health.flips * (step - self.last_step)  # one measurement stands for the steps since the last
         self.looks, self.last_step = self.looks + 1, step
         self.recent.append((self.schedule.rate(step), health))
         history, rates = [health for _, health in self.recent], [rate for rate, _ in self.recent]
         for alarm in alarms(history, rates, peak=self.schedule.peak, steps=self.total):
-            kind = alarm.partition(":")[0].split(" ")[-1]
-            if kind not in self.alarms:
-                self.alarms[kind] = f"step {step}: {alarm}"
-                if told:
-                    self.warn(self.alarms[kind])
+            name = alarm.partition(":")[0].split(" ")[-1]
+            if name not in self.alarms:
+                self.alarms[name] = f"step {step}: {alarm}"
+                if warn:
+                    self.warn(self.alarms[name])

@@ -1,8 +1,8 @@
-"""A step on shapes alone, as a plan traces it: tensors without numbers, on which nothing can be tried.
+"""Context of a plan that traces a step on fake tensors, which have shapes and no values.
 
-While a context is in use, the fast step asks it. What it would try with numbers (that its pieces compute what the model's own
-do) is taken for granted; what runs as one kernel is one piece, so that what exists within it counts as the kernel's workspace
-and not tensor by tensor; where samples lie in a row is told beforehand.
+While a context is in use, the fast step asks it. Numerical checks (that a patch computes what the model's own module does) are
+skipped; what runs as one kernel is one call, so that memory inside it counts as the kernel's workspace and not tensor by tensor;
+the bounds of samples in a sequence come from the context.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ R = TypeVar("R")
 
 
 class Tracing(Protocol):
-    """What a plan answers in the place of numbers (`finetune.planning.trace.TraceContext`)."""
+    """What a plan supplies instead of values (`finetune.planning.trace.TraceContext`)."""
 
     def segments(self, shape: tuple[int, int]) -> Segments:
-        """The samples of rows (B, T)."""
+        """The samples of packed sequences (B, T)."""
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, options: Any) -> Tensor:
-        """What `packed_attention` gives, (B, T, H, Dv)."""
+        """The result of `packed_attention`, (B, T, H, Dv)."""
 
     def fused(self, function: Callable[..., R]) -> Callable[..., R]:
         """`function` as one kernel."""
@@ -36,13 +36,13 @@ _current: Tracing | None = None
 
 
 def current() -> Tracing | None:
-    """What answers while this process traces; None where it computes with numbers."""
+    """The context in use; None outside a trace."""
     return _current
 
 
 @contextmanager
 def use(context: Tracing) -> Iterator[None]:
-    """Within it this process traces, and trains nothing."""
+    """Trace with `context` inside the block."""
     global _current
     before, _current = _current, context
     try:

@@ -1,13 +1,13 @@
-"""Ternary on the CPU with nothing but torch: no compiler, no extra package. Formulas and layout: quant/ternary.py.
+"""The ternary CPU backend in torch alone: no compiler, no extra package. Formulas and layout: quant/ternary.py.
 
-The product runs over slices of the packed rows. A slice is unpacked to int8, eight bytes an operation, into a buffer that
-stays in the cache, multiplied exactly by `torch._int_mm` (oneDNN, VNNI), and its columns are written straight into their
-place. Weights so cross the memory bus at two bits, which is why no int8 copy is kept: from 8 rows on one would not be faster.
+The product runs over slices of the packed rows. A slice is unpacked to int8, eight bytes per operation, into a buffer that
+stays in the cache, multiplied exactly by `torch._int_mm` (oneDNN, VNNI), and its columns are written directly to the
+output. So weights cross the memory bus at two bits, and an int8 copy would not be faster from 8 tokens on.
 
-The one product that rounds: `frozen` weights, fewer than `FEW` rows and bf16 asked for, the case of generation, run in
-torch's int4 kernel on a resident copy of 4 bits a weight, two to three times as fast. It sums in fp32, which is exact
-here, but stores bf16: q · tᵀ comes out within 2⁻⁸ of its value (`INT4_BOUND`), ahead of the division and the rounding that
-every path ends with. Asked for fp32 or fp16, the product is exact at any number of rows.
+Only one product rounds: `frozen` weights, fewer than `FEW` tokens and bf16 output, the case of generation, use
+torch's int4 kernel on a cached copy of 4 bits per weight, two to three times as fast. It sums in fp32, which is exact
+here, but stores bf16: q · tᵀ is within 2⁻⁸ of its value (`INT4_BOUND`) before the division and the rounding that
+every path ends with. For fp32 or fp16 output the product is exact for any number of tokens.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from quant.weight_cache import cached, keepable
 NAME = "aten"
 DEVICES = ("cpu",)
 
-FEW = 8  # from this many rows on unpacking beats int4, whose time grows with the rows (measured: 4096 × 11008, Zen 5)
-INT4_GROUP = (256, 128, 64, 32)  # columns to a scale, which the int4 kernel wants and we set to 1; the larger the faster
+FEW = 8  # from this many tokens on unpacking beats int4, whose time grows with tokens (measured: 4096 × 11008, Zen 5)
+INT4_GROUP = (256, 128, 64, 32)  # columns per scale of the int4 kernel, which is set to 1; larger is faster
 INT4_BOUND = 2.0**-8  # relative error of q · tᵀ there: one rounding to bf16
 INT4_COLUMNS = 1 << 17  # sums of less than 2²⁴ are exact in fp32
 
 UNPACKED = 1 << 21  # bytes of int8 weights in a slice: with the activations they stay in the cache
-ROWS = 1024  # activations multiplied at a time, which bounds the accumulators
+TOKENS = 1024  # multiplied at a time, which bounds the accumulators
 ELEMENTS = 1 << 17  # activations quantized at a time
 
 _kept = threading.local()
@@ -38,7 +38,7 @@ _LOW = 0x0303030303030303  # the low two bits of eight bytes
 
 
 def unavailable(device: torch.device) -> str | None:
-    return None if device.type == "cpu" else f"aten's ternary kernels are for the cpu, not {device.type}"
+    return None if device.type == "cpu" else f"aten's ternary kernels run on the cpu, not on {device.type}"
 
 
 def describe(device: torch.device) -> str:
@@ -46,7 +46,7 @@ def describe(device: torch.device) -> str:
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, k) → uint8 (out/4, k), fp32 (): the oracle's steps, on slices that stay in the cache."""
+    """weight (out, k) → uint8 (out/4, k), fp32 (): the steps of the reference, on slices that stay in the cache."""
     quarter, k = weight.shape[0] // 4, weight.shape[1]
     weight = weight.detach()
     scale = weight_scale(weight)
@@ -63,7 +63,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def weight_scale(weight: Tensor) -> Tensor:
-    """The scale of weights (out, k), fp32 (). The mean is torch's, over magnitudes laid out as the oracle's: the same bits."""
+    """The scale of weights (out, k), fp32 (). The mean is torch's, over magnitudes laid out as in the reference, so bit-equal."""
     weight = weight.detach()
     magnitudes = _scratch(weight.numel()).view(weight.shape)
     if weight.dtype is torch.float32:
@@ -74,33 +74,33 @@ def weight_scale(weight: Tensor) -> Tensor:
 
 
 def _scratch(numel: int) -> Tensor:
-    """fp32 (numel,), of this thread, overwritten by the next call.
+    """A buffer fp32 (numel,) of this thread, overwritten by the next call.
 
-    Kept, at the size of the largest weight, because the C library maps and clears blocks of 32 MiB and more afresh each
+    It is kept, at the size of the largest weight, because the C library maps and clears blocks of 32 MiB and more again each
     time: at 5632 × 2048 that took 26 of the 30 ms of a mean.
     """
     kept: Tensor | None = getattr(_kept, "scratch", None)
     if kept is None or kept.numel() < numel:
-        with torch.inference_mode(False):  # else it could not be written to outside of it
+        with torch.inference_mode(False):  # else it could not be written to outside inference mode
             kept = _kept.scratch = torch.empty(numel, dtype=torch.float32, device="cpu")
     return kept[:numel]
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (n, k) → int8 (n, k), fp32 (n, 1)."""
     n, k = x.shape
     if 0 < n * k <= ELEMENTS:
-        return ternary.quantize_rows(x)
+        return ternary.quantize_activations(x)
     codes, scales = x.new_empty(n, k, dtype=torch.int8), x.new_empty(n, 1, dtype=torch.float32)
     step = max(1, ELEMENTS // k)
     buffer = x.new_empty(min(step, n), k, dtype=torch.float32)
     for start in range(0, n, step):
-        rows, scale = x[start : start + step].float(), scales[start : start + step]
-        work = buffer[: len(rows)]
-        torch.amax(torch.abs(rows, out=work), dim=1, keepdim=True, out=scale)
+        tokens, scale = x[start : start + step].float(), scales[start : start + step]
+        work = buffer[: len(tokens)]
+        torch.amax(torch.abs(tokens, out=work), dim=1, keepdim=True, out=scale)
         scale.clamp_(min=ternary.FLOOR).reciprocal_().mul_(127)  # as torch computes 127 / tensor
-        # Nothing to clip: |x| · scale is at most 127 and three roundings.
-        codes[start : start + step] = torch.mul(rows, scale, out=work).round_()
+        # No clipping needed: |x| · scale is at most 127 plus three roundings.
+        codes[start : start + step] = torch.mul(tokens, scale, out=work).round_()
     return codes, scales
 
 
@@ -116,15 +116,15 @@ def linear(codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: 
     columns, divisor, codes = out.view(n, 4, quarter), (scales * scale).view(n, 1, 1), codes.contiguous()
     for start, stop, unpacked in _unpacked(packed) if n else ():
         weights = unpacked.view(4 * (stop - start), -1)[:, :k].t()
-        for first in range(0, n, ROWS):
-            rows = slice(first, first + ROWS)
-            product = torch._int_mm(codes[rows], weights).view(-1, 4, stop - start)
-            columns[rows, :, start:stop] = product.float().div_(divisor[rows])
+        for first in range(0, n, TOKENS):
+            tokens = slice(first, first + TOKENS)
+            product = torch._int_mm(codes[tokens], weights).view(-1, 4, stop - start)
+            columns[tokens, :, start:stop] = product.float().div_(divisor[tokens])
     return out
 
 
 def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """(out, k) in `dtype`: −1, 0 or 1 times 1 / scale, which is what dividing gives, rounded once."""
+    """(out, k) in `dtype`: −1, 0 or 1 times 1 / scale, equal to dividing, rounded once."""
     quarter, k = packed.shape
     out = packed.new_empty(4, quarter, k, dtype=dtype)
     step = scale.reciprocal().to(dtype)
@@ -134,7 +134,7 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def int4_group(packed: Tensor) -> int | None:
-    """Columns to a group in the int4 kernel, or None when it does not take the shape."""
+    """Columns per group of the int4 kernel, or None if it does not support the shape."""
     out, k = 4 * packed.shape[0], packed.shape[1]
     if out % 16 or k >= INT4_COLUMNS:
         return None
@@ -146,7 +146,7 @@ def _int4pack(packed: Tensor) -> tuple[Tensor, Tensor]:
     group = int4_group(packed)
     assert group is not None
     weights = ternary.unpack(packed)
-    # In slices of its blocks of rows: it takes int32.
+    # In slices of its blocks of rows, because it needs int32.
     parts = [torch.ops.aten._convert_weight_to_int4pack_for_cpu(w.int().add_(8), 1) for w in weights.split(1024)]
     ones = packed.new_ones(weights.shape[1] // group, weights.shape[0], 2, dtype=torch.bfloat16)
     ones[..., 1] = 0
@@ -154,10 +154,10 @@ def _int4pack(packed: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _unpacked(packed: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    """(start, stop, int8 (4, stop − start, ≥ k)) for run after run of packed rows; the tensor is overwritten by the next one.
+    """Yield (start, stop, int8 (4, stop − start, ≥ k)) for slices of packed rows; the next one overwrites the tensor.
 
-    A row takes an odd number of cache lines, the last bytes being arbitrary: rows that are a power of two apart fall into
-    the same few sets of the cache, which made the product of few rows twice as slow.
+    A row takes an odd number of cache lines, with arbitrary padding: rows at a distance of a power of two would map to
+    the same few sets of the cache, which made the product of few tokens twice as slow.
     """
     quarter, k = packed.shape
     width = 64 * ((k + 63) // 64 | 1)

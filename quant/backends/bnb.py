@@ -1,9 +1,9 @@
-"""bitsandbytes' functional API on plain tensors, as a backend; never its Linear4bit.
+"""The NF4 backend of bitsandbytes: its functional API on plain tensors, never its Linear4bit.
 
 Linear4bit 0.50.2 repacks its weight in place at the first forward in eval() on AVX512-BF16 CPUs, after which gradients,
-state_dict and merges are wrong. The functional API is sound, with one exception that is avoided here: its AVX512 kernel
-takes the scale of the wrong block for matrices whose width is a multiple of 16 but not of 64 (a 64 × 96 weight comes out
-wrong). So whatever the matrix, it is handed over as rows of whole blocks, or as one row.
+state_dict and merges are wrong. The functional API is correct, with one exception that is avoided here: its AVX512 kernel
+uses the scale of the wrong block for matrices whose width is a multiple of 16 but not of 64 (for example a 64 × 96 weight).
+So every matrix is passed as rows of whole blocks, or as one row.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ DEVICES = ("cpu", "cuda", "xpu")
 
 @functools.cache
 def _functional() -> ModuleType | str:
-    """bitsandbytes.functional, or why there is none."""
-    # On import it warns that an optional kernel package, of which we use nothing, is not installed.
+    """bitsandbytes.functional, or why it is not available."""
+    # On import it warns about an optional kernel package, which is not used here.
     logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -32,7 +32,7 @@ def _functional() -> ModuleType | str:
         import bitsandbytes.functional
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
     except ImportError as error:
-        return f"bitsandbytes is not importable ({error})"
+        return f"cannot import bitsandbytes ({error})"
     finally:
         logger.setLevel(level)
     if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
@@ -43,8 +43,8 @@ def _functional() -> ModuleType | str:
 def unavailable(device: torch.device) -> str | None:
     if device.type not in DEVICES:
         return f"bitsandbytes is not used on {device.type}"
-    found = _functional()
-    return found if isinstance(found, str) else None
+    functional = _functional()
+    return functional if isinstance(functional, str) else None
 
 
 def describe(device: torch.device) -> str:
@@ -67,7 +67,7 @@ def scales(packed: nf4.NF4Tensor) -> Tensor:
 def dequantize(codes: Tensor, scales: Tensor, numel: int, block: int, dtype: torch.dtype) -> Tensor:
     functional = _functional()
     assert isinstance(functional, ModuleType)
-    # The kernel reads raw pointers and looks at no stride.
+    # The kernel reads raw pointers and ignores strides.
     codes, scales = codes.reshape(-1).contiguous(), scales.contiguous()
     shape = (numel // block, block) if numel % block == 0 else (1, numel + numel % 2)
     state = functional.QuantState(absmax=scales, shape=torch.Size(shape), dtype=dtype, blocksize=block, quant_type="nf4")

@@ -1,13 +1,13 @@
-"""Ternary on the CPU, straight from Hugging Face's packed bytes: kernels in LLVM's language, compiled by numba's llvmlite.
+"""The ternary CPU backend on Hugging Face's packed bytes: kernels in LLVM IR, compiled by numba's llvmlite.
 
 Product. A vector of bytes of packed row r holds, for as many columns, the codes 0, 1, 2 of four rows of the weight. It is read
-once; `byte & (3 << 2j)` is row j's code times 4ʲ, and vpdpbusd sums it, four unsigned bytes by four signed ones a lane,
-against the activations into 32 bits. At the end of a row the sum is shifted right by 2j, which is exact, and Σq is taken
-off, because a code is t + 1. So nothing is unpacked and no copy is kept, and all is exact, as is the order of the operations in
-fp32 that follow. As many accumulators run side by side as a vector has lanes, so that one transpose folds them all.
+once; `byte & (3 << 2j)` is row j's code times 4ʲ, and vpdpbusd sums its products with the activations, four unsigned bytes by
+four signed ones per lane, into 32 bits. At the end of a row the sum is shifted right by 2j, which is exact, and Σq is
+subtracted, because a code is t + 1. So nothing is unpacked, no copy is kept, all integers are exact, and the order of the fp32
+operations that follow is fixed. There are as many accumulators as a vector has lanes, so that one transpose reduces them all.
 
-llvmlite alone is imported, not numba: LLVM compiles the handful of kernels in a fraction of a second in each process, which
-needs no cache on disk, and the threads are our own, so that nothing is shared with the threading layer that numba would choose.
+Only llvmlite is imported, not numba: LLVM compiles the few kernels in a fraction of a second in each process, without a cache
+on disk, and the threads are our own, independent of the threading layer that numba would choose.
 
 Matrices smaller than one block go to torch (aten.py).
 """
@@ -35,7 +35,7 @@ DEVICES = ("cpu",)
 COLUMNS = 64  # what the kernels for rows and weights take at a time, and the widest vector of the product
 SUMMED = 1 << 17  # codes times 64 times 128: as many columns fit into 32 bits
 AHEAD = 1 << 13  # bytes of weights fetched ahead: two pages, past which the processor does not fetch by itself
-ALONE = 1 << 20  # bytes below which one thread does it: waking another takes as long
+ALONE = 1 << 20  # bytes below which one thread is used: waking another takes as long
 CACHED = 1 << 18  # bytes of activations multiplied in one pass over the weights
 
 _Kernel = Callable[..., None]
@@ -44,7 +44,7 @@ _Kernel = Callable[..., None]
 class _Kernels(NamedTuple):
     engine: object  # owns the machine code
     lanes: int  # 32-bit numbers in a vector of the product
-    dot: dict[tuple[torch.dtype, int], _Kernel]  # by what comes out, and rows of activations taken at a time
+    dot: dict[tuple[torch.dtype, int], _Kernel]  # by output dtype, and tokens processed at a time
     pack: dict[torch.dtype, _Kernel]
     quantize: dict[torch.dtype, _Kernel]
     dequantize: dict[int, _Kernel]  # by bytes of an element
@@ -52,7 +52,7 @@ class _Kernels(NamedTuple):
 
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
-        return f"numba's ternary kernels are for the cpu, not {device.type}"
+        return f"numba's ternary kernels run on the cpu, not on {device.type}"
     found = _lanes()
     return found if isinstance(found, str) else None
 
@@ -72,23 +72,23 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = aten.weight_scale(weight)
     packed = weight.new_empty((out // 4, k), dtype=torch.uint8)
     arguments = weight.data_ptr(), scale.data_ptr(), packed.data_ptr(), k, out // 4
-    _share(_kernels().pack[weight.dtype], arguments, out // 4, 1, weight.numel())
+    _run(_kernels().pack[weight.dtype], arguments, out // 4, 1, weight.numel())
     return packed, scale
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (n, k) → int8 (n, k), fp32 (n, 1)."""
     n, k = x.shape
     if k < COLUMNS or n == 0:
-        return aten.quantize_rows(x)
+        return aten.quantize_activations(x)
     x = x.contiguous()
     codes, scales = x.new_empty(n, k, dtype=torch.int8), x.new_empty(n, 1, dtype=torch.float32)
-    _share(_kernels().quantize[x.dtype], (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), k), n, 1, n * k)
+    _run(_kernels().quantize[x.dtype], (x.data_ptr(), codes.data_ptr(), scales.data_ptr(), k), n, 1, n * k)
     return codes, scales
 
 
 def direct(packed: Tensor) -> bool:
-    """Whether the kernel here takes the product with these weights; torch does otherwise."""
+    """Whether these kernels can multiply with these weights; otherwise torch does."""
     quarter, k = packed.shape
     return COLUMNS <= k < SUMMED and quarter >= ternary.ROWS_A_BYTE
 
@@ -102,18 +102,18 @@ def linear(codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: 
     vector = 4 * kernels.lanes
     wide = -(k // -vector) * vector
     codes, scales, packed = codes.contiguous(), scales.contiguous(), packed.contiguous()
-    if wide != k:  # the last vector of a row of weights ends where the row ends, so it reaches back, to meet zeros there
+    if wide != k:  # the last vector of a row of weights is aligned to the row's end, so its overlap is multiplied by zeros
         padded, whole = codes.new_zeros(n, wide), wide - vector
         padded[:, :whole], padded[:, whole - k :] = codes[:, :whole], codes[:, whole:]
         codes = padded
     out = codes.new_empty((n, 4 * quarter), dtype=dtype)
     q, w, a, s, y = (t.data_ptr() for t in (codes, packed, scales, scale, out))
     row, block = 4 * quarter * out.itemsize, kernels.lanes // (4 * tokens)
-    pieces = -(n // -max(4, CACHED // wide))  # of two rows at least
+    pieces = -(n // -max(4, CACHED // wide))  # of at least two tokens
     for i in range(pieces):
         start, stop = n * i // pieces, n * (i + 1) // pieces
         arguments = q + start * wide, w, a + 4 * start, s, y + start * row, k, wide, quarter, stop - start
-        _share(kernels.dot[dtype, tokens], arguments, quarter, block, (stop - start) * quarter * k)
+        _run(kernels.dot[dtype, tokens], arguments, quarter, block, (stop - start) * quarter * k)
     return out
 
 
@@ -126,12 +126,12 @@ def dequantize(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     values = (torch.arange(-1, 2, device=packed.device) / scale).to(dtype)
     out = packed.new_empty(4 * quarter, k, dtype=dtype)
     arguments = packed.data_ptr(), values.data_ptr(), out.data_ptr(), k, quarter
-    _share(_kernels().dequantize[out.itemsize], arguments, quarter, 1, out.nbytes)
+    _run(_kernels().dequantize[out.itemsize], arguments, quarter, 1, out.nbytes)
     return out
 
 
-def _share(kernel: _Kernel, arguments: tuple[int, ...], rows: int, block: int, work: int) -> None:
-    """Run over `rows`, which come in blocks, on as many threads as torch has; ctypes lets go of the interpreter's lock."""
+def _run(kernel: _Kernel, arguments: tuple[int, ...], rows: int, block: int, work: int) -> None:
+    """Run a kernel over `rows`, in blocks, on as many threads as torch has; ctypes releases the interpreter's lock."""
     threads = min(torch.get_num_threads(), rows // block) if work >= ALONE else 1
     if threads <= 1:
         kernel(*arguments, 0, rows)
@@ -145,12 +145,12 @@ def _share(kernel: _Kernel, arguments: tuple[int, ...], rows: int, block: int, w
 
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "ternary")  # of this process: threads do not survive a fork
+    return ThreadPoolExecutor(threads, "ternary")  # per process: threads do not survive a fork
 
 
 @functools.cache
 def _lanes() -> int | str:
-    """32-bit lanes of the widest vpdpbusd of this processor, or why there is none."""
+    """32-bit lanes of the widest vpdpbusd of this CPU, or why there is none."""
     try:
         from llvmlite import binding
     except ImportError as error:
@@ -158,7 +158,7 @@ def _lanes() -> int | str:
     flags = binding.get_host_cpu_features()
     if flags.get("avx512vnni") and flags.get("avx512bw"):
         return 16
-    return 8 if flags.get("avxvnni") else "this processor has no vpdpbusd: neither avx512_vnni nor avx_vnni among its flags"
+    return 8 if flags.get("avxvnni") else "this CPU has no vpdpbusd instruction (neither avx512_vnni nor avx_vnni)"
 
 
 @functools.cache
@@ -169,7 +169,7 @@ def _kernels() -> _Kernels:
 
 
 def compile_kernels(lanes: int) -> _Kernels:
-    """The kernels, with a product of vectors of `lanes` lanes, for this processor."""
+    """Compile the kernels for this CPU, with vectors of `lanes` lanes in the product."""
     from llvmlite import binding
 
     kinds = {torch.float32: "float", torch.bfloat16: "bfloat", torch.float16: "half"}
@@ -201,8 +201,8 @@ def compile_kernels(lanes: int) -> _Kernels:
     )
 
 
-# LLVM's language. Loops that take several rows or columns at once end with the last ones that are whole, and so do some of
-# the work twice, writing the same values to the same place.
+# LLVM IR. Loops over several rows or columns at once end with the last complete group, and so do some of
+# the work twice, writing the same values to the same location.
 
 _NEWLINE = "\n"
 _DECLARATIONS = """
@@ -228,7 +228,7 @@ def _dot(lanes: int, tokens: int, kind: str) -> str:
     """void dotT_K(q, packed, a, s, y, k, wide, quarter, n, first, last): y (n, out) in type K for packed rows first … last.
 
     q: int8 (n, wide). At a time: T rows of q, and as many rows of weights as fill the accumulators. One row of q reads the
-    weights strictly in their order, two vectors a round: memory is what it waits for. Two share what they load.
+    weights strictly in order, two vectors per iteration, because it is bound by memory. Two rows share their loads.
     """
     rows = lanes // (4 * tokens)
     v, f, width = f"<{lanes} x i32>", f"<{lanes} x float>", 4 * lanes
@@ -291,7 +291,7 @@ tokens:
         totals.update(found)
         block = f"row{group[0]}.done"
     lines += ["  br label %done", "done:"]
-    # Fold: halves of two vectors are added, and lie side by side, until lane l holds the sum of vector l.
+    # Reduce: halves of two vectors are added and concatenated, until lane l holds the sum of vector l.
     order = [(t, j, r) for t in range(tokens) for j in range(4) for r in range(rows)]
     vectors, half = [totals[place] for place in order], lanes // 2
     while half:
@@ -355,7 +355,7 @@ exit:
 def _rows(
     lanes: int, tokens: range, rows: list[int], vectors: int, before: str
 ) -> tuple[list[str], dict[tuple[int, int, int], str]]:
-    """The loop over the columns for some packed rows, so many vectors a round; and where (token, stripe, row) is summed up."""
+    """The loop over the columns for some packed rows, `vectors` per iteration; and the sums of (token, stripe, row)."""
     v, width, me = f"<{lanes} x i32>", 4 * lanes, rows[0]
     places = [(t, j, r, i) for t in tokens for j in range(4) for r in rows for i in range(vectors)]
     lines = [f"row{me}:", f"  %i{me} = phi i64 [0, %{before}], [%i{me}.next, %row{me}]"]
@@ -399,7 +399,7 @@ def _rows(
 
 
 def _rounded(value: str, kind: str, lanes: int) -> tuple[str, str]:
-    """Code that rounds `value` (fp32) to type K, half to even, and the name of what comes out.
+    """Code that rounds `value` (fp32) to type K, half to even, and the name of the result.
 
     bf16 in integers: the processors' own conversion flushes denormals, and LLVM's calls a library where there is none.
     """
@@ -504,7 +504,7 @@ exit:
 def _quantize(kind: str) -> str:
     """void quantize_K(x, q, a, k, first, last): rows first … last of x (n, k) in type K."""
     size = 4 if kind == "float" else 2
-    floor = "0x" + struct.pack(">d", torch.tensor(ternary.FLOOR).item()).hex()  # LLVM writes a float as the equal double
+    floor = "0x" + struct.pack(">d", torch.tensor(ternary.FLOOR).item()).hex()  # LLVM IR writes a float as a double
     v, four = "<16 x float>", range(COLUMNS // 16)
     old = [f"  %old{i} = phi {v} [zeroinitializer, %rows], [%new{i}, %largest]" for i in four]
     largest = [

@@ -1,4 +1,4 @@
-"""The torch reference of NF4 as a backend: runs wherever torch does, `meta` included."""
+"""The reference NF4 backend in torch: runs on every device, `meta` included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The torch reference of ternary as a backend: runs wherever torch does."""
+"""The reference ternary backend in torch: runs on every device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quant import ternary
 
 NAME = "reference"
 DEVICES: tuple[str, ...] = ()
-EXACT_IN_FP32 = 2**24 // 128  # in_features up to which no partial sum of int8 × ternary leaves fp32's integers
+EXACT_IN_FP32 = 2**24 // 128  # in_features up to which partial sums of int8 × ternary are exact in fp32
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -25,8 +25,8 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     return ternary.pack(codes), scale
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    return ternary.quantize_rows(x)
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    return ternary.quantize_activations(x)
 
 
 def linear(codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype, *, frozen: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton's kernels as the ternary backend of NVIDIA cards; triton is imported when a kernel is first asked for."""
+"""The ternary backend for NVIDIA GPUs in Triton, which is imported when a kernel is first used."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from quant import ternary
 
 NAME = "triton"
-DEVICES = ("cuda",)  # on a CPU only when asked for, with triton's interpreter
+DEVICES = ("cuda",)  # on a CPU only if forced, with triton's interpreter
 CAPABILITY = (8, 0)  # int8 on tensor cores, as triton compiles it
 
 
@@ -18,22 +18,22 @@ def unavailable(device: torch.device) -> str | None:
     try:
         import triton
     except ImportError as error:
-        return f"triton is not importable ({error})"
+        return f"cannot import triton ({error})"
     if triton.knobs.runtime.interpret:
-        return None if device.type in ("cpu", "cuda") else f"triton's interpreter is for the cpu, not {device.type}"
+        return None if device.type in ("cpu", "cuda") else f"triton's interpreter runs on the cpu, not on {device.type}"
     if device.type != "cuda":
-        return f"triton's kernels are for cuda, not {device.type}"
+        return f"triton's kernels run on cuda, not on {device.type}"
     if torch.version.hip or not torch.cuda.is_available():
-        return "triton's kernels are for NVIDIA cards, and torch finds none"
+        return "triton's kernels need an NVIDIA GPU, and torch finds none"
     capability = torch.cuda.get_device_capability(device)
     if capability < CAPABILITY:
-        return f"triton's int8 kernels need compute capability 8.0, and this card has {capability[0]}.{capability[1]}"
+        return f"triton's int8 kernels need compute capability 8.0; this GPU has {capability[0]}.{capability[1]}"
     return _broken()
 
 
 @functools.cache
 def _broken() -> str | None:
-    """Why triton cannot launch anything here: its launcher is compiled on first use, by a C compiler with Python's headers."""
+    """Why triton cannot launch kernels here: its launcher is compiled on first use, with a C compiler and Python's headers."""
     from triton.runtime import driver
 
     try:
@@ -51,23 +51,23 @@ def describe(device: torch.device) -> str:
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight (out, k) → uint8 (out/4, k), fp32 (): torch's own kernels, once an optimizer step."""
+    """weight (out, k) → uint8 (out/4, k), fp32 (): torch's own kernels, once per optimizer step."""
     codes, scale = ternary.ternarize(weight)
     return ternary.pack(codes), scale
 
 
-def norm_quantize_rows(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def norm_quantize_activations(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """RMSNorm and quantization in one pass: int8 (n, k), fp32 (n, 1), and 1 / root mean square, fp32 (n, 1)."""
     from quant.backends import triton_kernels
 
-    return triton_kernels.norm_quantize_rows(x.contiguous(), weight, eps)
+    return triton_kernels.norm_quantize_activations(x.contiguous(), weight, eps)
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (n, k) → int8 (n, k), fp32 (n, 1)."""
     from quant.backends import triton_kernels
 
-    return triton_kernels.quantize_rows(x.contiguous())
+    return triton_kernels.quantize_activations(x.contiguous())
 
 
 def linear(codes: Tensor, scales: Tensor, packed: Tensor, scale: Tensor, dtype: torch.dtype, *, frozen: bool) -> Tensor:

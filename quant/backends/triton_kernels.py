@@ -1,19 +1,19 @@
-"""Triton kernels of the ternary scheme and of NF4, and the functions that launch them.
+"""Triton kernels for ternary and NF4, and the functions that launch them.
 
 Ternary (BitNet b1.58, arXiv 2402.17764). Weights cross the memory bus at two bits and are unpacked in registers, right
-before the tensor cores multiply int8 by int8 into int32, so that the product is exact. The packed layout decides the tile:
+before the tensor cores multiply int8 by int8 into int32, so that the product is exact. The packed layout determines the tile:
 byte [r, c] holds the weights of rows r, r + out/4, r + 2·out/4 and r + 3·out/4, so one tile of bytes is four tiles of int8,
 with four accumulators, each of which is written to its own stripe of the output's columns. A single row, the case of
-generation, is a kernel of its own without tensor cores: four codes a step by dp4a, bound by the bytes of the weights.
+generation, has its own kernel without tensor cores: four codes per step with dp4a, bound by the bytes of the weights.
 
-NF4 (QLoRA, arXiv 2305.14314). Dequantizing looks sixteen levels up and multiplies by the scale of the block, the double
-quantization undone on the way where there is one; a few rows are multiplied in the same pass, and no float weight is written.
+NF4 (QLoRA, arXiv 2305.14314). Dequantizing looks up one of sixteen levels and multiplies by the scale of the block, undoing a
+double quantization in the same pass; a few rows are multiplied in the same pass, without writing a float weight.
 
 Every division is IEEE's (`div_rn`; plain `/` is approximate on CUDA), no multiplication is contracted with an addition where
-torch rounds in between (`enable_fp_fusion=False`), and every scale is read on the device: nothing here waits for it.
+torch rounds in between (`enable_fp_fusion=False`), and scales are read on the device, without synchronization.
 
 The launchers take contiguous tensors of one device and raise TypeError or ValueError otherwise. int8 on tensor cores needs
-compute capability 8.0. Under TRITON_INTERPRET=1 everything runs on CPU tensors, slowly; PTX is then replaced by what it computes.
+compute capability 8.0. Under TRITON_INTERPRET=1 everything runs on CPU tensors, slowly; PTX is replaced by equivalent code.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FEW = 16  # rows up to which NF4 multiplies without dequantizing
 
 @triton.jit
 def _row(x: tl.tensor, weight: tl.tensor, columns: tl.tensor, k: tl.tensor, inverse: tl.tensor, NORM: tl.constexpr) -> tl.tensor:
-    """Columns of a row in fp32, normalized where asked; zero beyond the end."""
+    """Columns of a row in fp32, optionally normalized; zero beyond the end."""
     value = tl.load(x + columns, mask=columns < k, other=0.0)
     if NORM:
         factor = tl.load(weight + columns, mask=columns < k, other=0.0)
@@ -57,7 +57,7 @@ def rows_kernel(
     x: tl.tensor, weight: tl.tensor, codes: tl.tensor, scales: tl.tensor, inverses: tl.tensor, k: tl.tensor, eps: tl.tensor,
     NORM: tl.constexpr, ONCE: tl.constexpr, BLOCK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """One program, one row. ONCE: the row fits into a block, and is read once."""
+    """One program per row. ONCE: the row fits into a block, and is read once."""
     row = tl.program_id(0).to(tl.int64)
     x += row * k
     codes += row * k
@@ -70,7 +70,7 @@ def rows_kernel(
             squares += value * value
         inverse = tl.div_rn(1.0, tl.sqrt_rn(tl.div_rn(tl.sum(squares, 0), k * 1.0) + eps))
         tl.store(inverses + row, inverse)
-    # As integers the bits of absolute values are in the order of the values, NaN being the largest: it is not lost.
+    # As integers the bits of absolute values sort like the values, with NaN the largest, so that it is not lost.
     if ONCE:
         value = _row(x, weight, columns, k, inverse, NORM)
         bits = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -81,7 +81,7 @@ def rows_kernel(
             bits = tl.maximum(bits, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
     largest = tl.max(bits, 0).to(tl.float32, bitcast=True)
     largest = tl.maximum(largest, FLOOR, propagate_nan=tl.PropagateNan.ALL)
-    scale = tl.div_rn(1.0, largest) * 127.0  # so torch computes 127 / tensor
+    scale = tl.div_rn(1.0, largest) * 127.0  # as torch computes 127 / tensor
     tl.store(scales + row, scale)
     if ONCE:
         tl.store(codes + columns, _code(value * scale), mask=columns < k)
@@ -95,7 +95,7 @@ def rows_kernel(
 def _code(value: tl.tensor) -> tl.tensor:
     """fp32 → int8, half to even: 1.5 · 2²³ leaves fp32 no bit for fractions. NaN gives 0.
 
-    Nothing to clip: |x| · scale is at most 127 and three roundings.
+    No clipping needed: |x| · scale is at most 127 plus three roundings.
     """
     whole = (value + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
     return tl.where(value == value, whole, 0).to(tl.int8)
@@ -134,7 +134,7 @@ def product_kernel(
 ) -> None:  # fmt: skip
     """BM rows times BR packed rows: (BM, 4·BR) of the output. EVEN: k is a multiple of BK.
 
-    Programs run through GROUP tiles of rows before the next weights, so that what runs at one time shares both in the L2.
+    Programs process GROUP tiles of rows before the next weights, so that concurrent programs share both in the L2 cache.
     """
     program = tl.program_id(0)
     tiles, ranges = tl.cdiv(n, BM), tl.cdiv(quarter, BR)
@@ -143,7 +143,7 @@ def product_kernel(
     tile, part = first + program % (GROUP * ranges) % height, program % (GROUP * ranges) // height
     rows, stripe = tile * BM + tl.arange(0, BM), part * BR + tl.arange(0, BR)
     columns = tl.arange(0, BK)
-    # Beyond the end the last row is read again, and not written.
+    # Beyond the end the last row is read again, but not written.
     q += tl.minimum(rows, n - 1).to(tl.int64)[:, None] * k + columns[None, :]
     packed += tl.minimum(stripe, quarter - 1).to(tl.int64)[:, None] * k + columns[None, :]
     ones = tl.full((BK, 8), 1, tl.int8)
@@ -210,7 +210,7 @@ def vector_kernel(
     sum3 = tl.zeros((BR, BW), tl.int32)
     for start in range(0, words, BW):
         inside = columns < words - start
-        a = tl.load(q + start + columns, mask=inside, other=0)  # zeros beyond the end, whatever the weights there
+        a = tl.load(q + start + columns, mask=inside, other=0)  # zeros beyond the end, for any weights there
         b = tl.load(packed + start + columns, mask=inside, other=0)
         sums = _dot(tl.full((BR, BW), 0x01010101, tl.int32), a, sums)
         sum0 = _dot(b & 0x03030303, a, sum0)
@@ -282,7 +282,7 @@ def nf4_kernel(
     """`numel` weights in blocks of SIZE, two a byte, rounded once from fp32. One program: BLOCK of the `size` bytes."""
     start = tl.program_id(0).to(tl.int64) * BLOCK
     byte = start + tl.arange(0, BLOCK)
-    # One scale a block, and the blocks side by side again.
+    # One scale per block, then the blocks are joined again.
     block = tl.program_id(0).to(tl.int64) * (2 * BLOCK // SIZE) + tl.arange(0, 2 * BLOCK // SIZE)
     scale = _scale(scales, nested, table, offset, block, block * SIZE < numel, DOUBLE)
     scale = tl.broadcast_to(scale[:, None], (2 * BLOCK // SIZE, SIZE // 2)).reshape(BLOCK)
@@ -303,7 +303,7 @@ def nf4_rows_kernel(
     """
     rows, columns, bytes_ = tl.arange(0, BM), tl.arange(0, BK), tl.arange(0, BK // 2)
     output, blocks = tl.program_id(0) * BR + tl.arange(0, BR), tl.arange(0, BK // SIZE)
-    # Beyond the end the last row is read again, and not written.
+    # Beyond the end the last row is read again, but not written.
     x += tl.minimum(rows, n - 1)[:, None] * (2 * width) + columns[None, :]
     first = tl.minimum(output, outputs - 1).to(tl.int64)[:, None] * width
     sums = tl.zeros((BM, BR), tl.float32)
@@ -331,46 +331,46 @@ def rows_options(k: int) -> Options:
 
 
 def product_options(n: int, k: int) -> Options:
-    """Chosen by counting for an RTX 4070 (46 multiprocessors, 100 KB of shared memory each), not by measuring."""
+    """Chosen by calculation for an RTX 4070 (46 multiprocessors, 100 KB of shared memory each), not measured."""
     if n <= 16 and k % 16 == 0:  # bound by the bytes of the weights: many small programs
         options = {"BM": 16, "BR": 16, "BK": 256, "num_warps": 2, "num_stages": 4}
-    elif n <= 256 or k % 16:  # rows that do not start at multiples of 16 are loaded by bytes, which takes registers
+    elif n <= 256 or k % 16:  # unaligned rows are loaded by bytes, which takes registers
         options = {"BM": 64, "BR": 16, "BK": 64, "num_warps": 4, "num_stages": 4}
     else:
         options = {"BM": 128, "BR": 32, "BK": 64, "num_warps": 8, "num_stages": 4}
     return options | {"EVEN": k % options["BK"] == 0, "GROUP": 8}
 
 
-VECTOR: Options = {"BR": 4, "BW": 128, "num_warps": 4}  # one packed row a warp, 16 bytes a thread
+VECTOR: Options = {"BR": 4, "BW": 128, "num_warps": 4}  # one packed row per warp, 16 bytes per thread
 WEIGHTS: Options = {"BLOCK": 2048, "num_warps": 4}
 SCALES: Options = {"BLOCK": 1024, "num_warps": 4, "enable_fp_fusion": False}
 NF4: Options = {"BLOCK": 2048, "num_warps": 4, "enable_fp_fusion": False}
 NF4_ROWS: Options = {"BM": FEW, "BR": 16, "BK": 256, "num_warps": 8, "num_stages": 1, "enable_fp_fusion": False}
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (n, k) fp32, bf16 or fp16 → codes int8 (n, k), scales fp32 (n, 1): the bits of `quant.ternary.quantize_rows`."""
-    codes, scales, _ = _quantize_rows(x, None, 0.0)
+def quantize_activations(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (n, k) fp32, bf16 or fp16 → codes int8 (n, k), scales fp32 (n, 1): the bits of `quant.ternary.quantize_activations`."""
+    codes, scales, _ = _quantize_activations(x, None, 0.0)
     return codes, scales
 
 
-def norm_quantize_rows(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
-    """RMSNorm and `quantize_rows` in one pass over x (n, k), as LlamaRMSNorm and then the linear would: codes, scales, r.
+def norm_quantize_activations(x: Tensor, weight: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor, Tensor]:
+    """RMSNorm and `quantize_activations` in one pass over x (n, k), as LlamaRMSNorm and then the linear would: codes, scales, r.
 
     r = 1 / sqrt(mean(x²) + eps), fp32 (n, 1), is what the backward pass of the norm needs besides x. x · r is formed in fp32
     and rounded to the dtype of x; its product with `weight` (k,) is rounded to the dtype that torch promotes the two to. Given
     r, codes and scales have the bits of torch; r itself differs by the order of summation, a few units in its last place.
     """
-    codes, scales, inverses = _quantize_rows(x, weight, eps)
+    codes, scales, inverses = _quantize_activations(x, weight, eps)
     assert inverses is not None
     return codes, scales, inverses
 
 
-def _quantize_rows(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor | None]:
+def _quantize_activations(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor | None]:
     _check("x", x, ternary.SOURCES, (None, None))
     n, k = x.shape
     if k == 0:
-        raise ValueError("rows without columns have no scale")
+        raise ValueError("x has no columns")
     codes, scales = x.new_empty(n, k, dtype=torch.int8), x.new_empty(n, 1, dtype=torch.float32)
     inverses = None
     if weight is not None:
@@ -378,7 +378,7 @@ def _quantize_rows(x: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor
         inverses = torch.empty_like(scales)
     if n:
         with torch.cuda.device_of(x):
-            # Without a norm its two arguments are not looked at.
+            # Without a norm its two arguments are not read.
             rows_kernel[(n,)](
                 x, x if weight is None else weight, codes, scales, scales if inverses is None else inverses, k, eps,
                 NORM=weight is not None, **rows_options(k),
@@ -452,25 +452,25 @@ def nf4_weights(codes: Tensor, scales: Tensor, numel: int, block: int, dtype: to
 
 
 def nf4_dequantize(packed: nf4.NF4Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights that `packed` stands for, in its shape, the double quantization undone on the way: one launch."""
+    """The dequantized weights in the shape of `packed`, with double quantization undone in the same launch."""
     parts = _nf4_scales(packed, packed.codes)
     flat = _nf4_weights(packed.codes, parts, packed.shape.numel(), packed.block, dtype, double=packed.double)
     return flat.view(packed.shape)
 
 
 def nf4_linear(x: Tensor, packed: nf4.NF4Tensor) -> Tensor:
-    """x (n ≤ 16, k) fp32, bf16 or fp16 · Wᵀ → (n, out) in the dtype of x. No float weight is written anywhere.
+    """x (n ≤ 16, k) fp32, bf16 or fp16 · Wᵀ → (n, out) in the dtype of x. No float weight is written.
 
     The weights are those of `nf4_dequantize(packed, x.dtype)`, bit for bit, their products with x exact (in fp32: rounded), and
-    only the order of the sum is the kernel's own: |y − exact| ≤ k · 2⁻²³ · Σ|x · w| before the last rounding. k must be
-    whole blocks.
+    only the order of the sum differs: |y − exact| ≤ k · 2⁻²³ · Σ|x · w| before the last rounding. k must be
+    a multiple of the block size.
     """
     _check("x", x, nf4.SOURCES, (None, None))
     n, k = x.shape
     if n > FEW:
         raise ValueError(f"at most {FEW} rows, got {n}: dequantize, then multiply")
     if len(packed.shape) != 2 or packed.shape[1] != k or k % packed.block:
-        raise ValueError(f"a weight (out, {k}) with rows of whole blocks of {packed.block} is needed, not {tuple(packed.shape)}")
+        raise ValueError(f"the weight must be (out, {k}) with rows of whole blocks of {packed.block}, not {tuple(packed.shape)}")
     _check_block(packed.block, NF4_ROWS["BK"])
     _check("codes", packed.codes, (torch.uint8,), None, x)
     parts = _nf4_scales(packed, x)
@@ -485,7 +485,7 @@ def nf4_linear(x: Tensor, packed: nf4.NF4Tensor) -> Tensor:
 
 
 def _nf4_scales(packed: nf4.NF4Tensor, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the kernels take for the scales of the blocks; without double quantization the last three are not looked at."""
+    """Arguments of the kernels for the scales of the blocks; without double quantization the last three are not read."""
     blocks = nf4.sizes(packed.shape.numel(), block=packed.block)[1]
     if packed.nested_absmax is None or packed.offset is None:
         _check("absmax", packed.absmax, (torch.float32,), (blocks,), like)
@@ -515,7 +515,7 @@ def _nf4_weights(
 
 def _check_block(block: int, largest: int) -> None:
     if block not in (2**power for power in range(1, 13)) or block > largest:
-        raise ValueError(f"the kernel needs blocks of a power of two from 2 to {largest} weights, not of {block}")
+        raise ValueError(f"the block size must be a power of two from 2 to {largest}, not {block}")
 
 
 def _check_dtype(dtype: torch.dtype) -> None:
@@ -526,7 +526,7 @@ def _check_dtype(dtype: torch.dtype) -> None:
 def _check(
     name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int | None, ...] | None, like: Tensor | None = None
 ) -> None:
-    """Kernels read raw pointers. `shape`: None stands for any size, and for any shape."""
+    """Check a tensor for a kernel, which reads raw pointers. `shape`: None for any size, or for any shape."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} must be {' or '.join(str(dtype) for dtype in dtypes)}, not {tensor.dtype}")
     if shape is not None and (

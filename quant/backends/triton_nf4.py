@@ -1,6 +1,6 @@
-"""Triton's kernels as the NF4 backend of NVIDIA cards.
+"""The NF4 backend for NVIDIA GPUs in Triton.
 
-Beside what every NF4 backend has, two fused ways: `dequantize_packed` undoes the double quantization in the same launch, and
+Two fused functions beyond those of every NF4 backend: `dequantize_packed` undoes the double quantization in the same launch, and
 `linear` multiplies a few rows without writing a float weight.
 """
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from quant import nf4
 from quant.backends.triton import DEVICES, NAME, describe, unavailable
 
-FEW = 16  # rows that `linear` takes
+FEW = 16  # rows of x that `linear` accepts at most
 
 __all__ = ["DEVICES", "FEW", "NAME", "dequantize", "dequantize_packed", "describe", "linear", "scales", "unavailable"]
 

@@ -27,7 +27,7 @@ def _toward(plain: Tensor, quantized: Tensor, blend: float) -> Tensor:
 def _definition(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, blend: float) -> Tensor:
     quantized = nf4.fake_quantize(weight.float()) if layer.scheme is nf4 else ternary.fake_quantize(weight.float())
     if layer.scheme is ternary:
-        x = _toward(x, ternary.dequantize_rows(*ternary.quantize_rows(x)), blend)
+        x = _toward(x, ternary.dequantize_activations(*ternary.quantize_activations(x)), blend)
     return F.linear(x, _toward(weight, quantized, blend), bias)
 
 
@@ -157,7 +157,7 @@ def test_convolutions(blend: float, dtype: torch.dtype) -> None:
     set_blend(layer, blend)
     x = torch.randn(3, 6, 9, 11).to(dtype)
     own = x.clone().requires_grad_()
-    flat = ternary.dequantize_rows(*ternary.quantize_rows(x.flatten(1))).view(x.shape)
+    flat = ternary.dequantize_activations(*ternary.quantize_activations(x.flatten(1))).view(x.shape)
     weight = _toward(conv.weight, ternary.fake_quantize(conv.weight.float()), blend)
     expected = F.conv2d(_toward(own, flat, blend), weight, conv.bias, 2, 1)
     grad = torch.randn(expected.shape).to(dtype)

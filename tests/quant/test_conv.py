@@ -38,7 +38,7 @@ def _ste(x: Tensor, quantized: Tensor) -> Tensor:
 
 def _by_definition(conv: nn.Conv2d, x: Tensor) -> Tensor:
     """Fake-quantized floats, straight-through, in fp64; the scale of activations by image."""
-    flat = ternary.dequantize_rows(*ternary.quantize_rows(x.flatten(1))).view(x.shape)
+    flat = ternary.dequantize_activations(*ternary.quantize_activations(x.flatten(1))).view(x.shape)
     x, weight = _ste(x.double(), flat.double()), _ste(conv.weight.double(), ternary.fake_quantize(conv.weight.float()).double())
     bias = None if conv.bias is None else conv.bias.double()
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":

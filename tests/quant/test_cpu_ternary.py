@@ -92,7 +92,7 @@ def test_slices_of_rows_weights_and_activations(backend: ModuleType, monkeypatch
         q, a = _activations(n, 150)
         assert _same_bits(backend.linear(q, a, packed, s, torch.float32, frozen=False), _expected(q, a, codes, s, torch.float32))
         x = torch.randn(n, 150)
-        assert _same_bits(backend.quantize_rows(x)[0], _quantized(x)[0])
+        assert _same_bits(backend.quantize_activations(x)[0], _quantized(x)[0])
     assert _same_bits(backend.dequantize(packed, s, torch.bfloat16), (codes / s).bfloat16())
     weight = torch.randn(92, 150)
     assert torch.equal(backend.quantize_weight(weight)[0], _quantized_weight(weight)[0])
@@ -111,7 +111,7 @@ def test_two_threads(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> No
                 expected = _expected(q, a, codes, s, torch.bfloat16)
                 assert _same_bits(backend.linear(q, a, packed, s, torch.bfloat16, frozen=False), expected)
                 x = torch.randn(n, k)
-                assert all(_same_bits(*pair) for pair in zip(backend.quantize_rows(x), _quantized(x), strict=True))
+                assert all(_same_bits(*pair) for pair in zip(backend.quantize_activations(x), _quantized(x), strict=True))
             assert _same_bits(backend.dequantize(packed, s, torch.float32), codes / s)
     finally:
         torch.set_num_threads(before)
@@ -146,10 +146,10 @@ numba_cpu.ALONE = 1
 torch.set_num_threads(1)  # OpenMP's own threads do not survive a fork
 torch.get_num_threads = lambda: 2
 x = torch.randn(8, 256)
-want = numba_cpu.quantize_rows(x)[0]
+want = numba_cpu.quantize_activations(x)[0]
 child = os.fork()
 if child == 0:
-    os._exit(0 if torch.equal(numba_cpu.quantize_rows(x)[0], want) else 1)
+    os._exit(0 if torch.equal(numba_cpu.quantize_activations(x)[0], want) else 1)
 raise SystemExit(os.waitpid(child, 0)[1])
 """
     assert subprocess.run([sys.executable, "-c", code], timeout=60, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode == 0
@@ -316,10 +316,10 @@ def _kinds(n: int, k: int) -> dict[str, Tensor]:
 def test_quantize_rows(backend: ModuleType, k: int, dtype: torch.dtype) -> None:
     for name, x in _kinds(5, k).items():
         x = x.to(dtype)
-        found = backend.quantize_rows(x)
+        found = backend.quantize_activations(x)
         assert all(_same_bits(*pair) for pair in zip(found, _quantized(x), strict=True)), name
-        assert _same_bits(backend.quantize_rows(x.t().contiguous().t())[0], found[0]), name
-    assert [t.shape for t in backend.quantize_rows(x[:0])] == [(0, k), (0, 1)]
+        assert _same_bits(backend.quantize_activations(x.t().contiguous().t())[0], found[0]), name
+    assert [t.shape for t in backend.quantize_activations(x[:0])] == [(0, k), (0, 1)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -338,9 +338,9 @@ def test_quantize_and_dequantize_weight(backend: ModuleType, k: int, out: int, d
 def test_a_row_that_is_not_finite_spoils_no_other(backend: ModuleType) -> None:
     packed, s = _weights(100, 40)[1], torch.tensor(7.0)
     x = torch.randn(4, 100)
-    good = backend.linear(*backend.quantize_rows(x), packed, s, torch.bfloat16, frozen=False)
+    good = backend.linear(*backend.quantize_activations(x), packed, s, torch.bfloat16, frozen=False)
     x[1, 50], x[2, 99] = float("nan"), float("inf")
-    q, a = backend.quantize_rows(x)
+    q, a = backend.quantize_activations(x)
     assert a[1].isnan()
     assert a[2] == 0
     found = backend.linear(q, a, packed, s, torch.bfloat16, frozen=False)

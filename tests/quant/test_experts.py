@@ -56,7 +56,7 @@ def _routing(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _fake_rows(x: Tensor) -> Tensor:
-    return x + (ternary.dequantize_rows(*ternary.quantize_rows(x)) - x).detach()
+    return x + (ternary.dequantize_activations(*ternary.quantize_activations(x)) - x).detach()
 
 
 def _run(experts: nn.Module, seed: int = 1) -> tuple[Tensor, ...]:

@@ -24,8 +24,8 @@ class Int8Input(nn.Linear):
     """A float linear whose input is quantized as a ternary one's is, straight-through."""
 
     def forward(self, x: Tensor) -> Tensor:
-        codes, scales = ternary.quantize_rows(x)
-        return super().forward(x + (ternary.dequantize_rows(codes, scales, dtype=x.dtype) - x).detach())
+        codes, scales = ternary.quantize_activations(x)
+        return super().forward(x + (ternary.dequantize_activations(codes, scales, dtype=x.dtype) - x).detach())
 
 
 def _base(dtype: torch.dtype = torch.float32, scheme: str = "nf4", *, packed: bool = True) -> nn.Module:
@@ -175,7 +175,7 @@ def test_merged_weight_is_rounded_once() -> None:
     expected = (layer.packed.dequantize(torch.float32) + b @ a * 2).bfloat16()
     layer.merge()
     assert torch.equal(layer.base_layer.weight, expected)
-    assert all(k.partition(".")[0] != "_aside" for k in layer.state_dict())
+    assert all(k.partition(".")[0] != "_unmerged" for k in layer.state_dict())
 
 
 def test_dora_norm_is_fp32_under_autocast() -> None:

@@ -41,7 +41,7 @@ def _quantized_input(layer: nn.Module, x: Tensor) -> Tensor:
     """What the scheme makes of an input: itself, or what its int8 codes stand for, straight-through."""
     if getattr(layer, "scheme", None) is not ternary:
         return x
-    return x + (ternary.dequantize_rows(*ternary.quantize_rows(x), dtype=x.dtype) - x).detach()
+    return x + (ternary.dequantize_activations(*ternary.quantize_activations(x), dtype=x.dtype) - x).detach()
 
 
 def _definition(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -268,8 +268,8 @@ def test_an_input_shared_by_three_is_quantized_and_kept_once(monkeypatch: pytest
     from quant.backends import aten
 
     calls = []
-    plain = aten.quantize_rows
-    monkeypatch.setattr(aten, "quantize_rows", lambda x: (calls.append(x.shape), plain(x))[1])
+    plain = aten.quantize_activations
+    monkeypatch.setattr(aten, "quantize_activations", lambda x: (calls.append(x.shape), plain(x))[1])
     model = nn.ModuleList(BitLinear.from_linear(nn.Linear(128, 64)) for _ in range(3))
     x = torch.randn(2, 16, 128, requires_grad=True)
     with quant.backends.use("aten"):

@@ -378,7 +378,7 @@ def test_meta() -> None:
 
 
 def _fake_rows(x: Tensor) -> Tensor:
-    return x + (ternary.dequantize_rows(*ternary.quantize_rows(x)) - x).detach()
+    return x + (ternary.dequantize_activations(*ternary.quantize_activations(x)) - x).detach()
 
 
 @pytest.mark.parametrize(("scheme", "trainable"), LINEARS, ids=str)

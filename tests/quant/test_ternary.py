@@ -49,8 +49,9 @@ for dtype in ternary.SOURCES:
             assert torch.equal(ternary.fake_quantize(weight), WeightQuant.apply(weight)), (dtype, shape, scale)
             assert torch.equal(ternary.dequantize(packed, dtype=dtype), WeightQuant.apply(weight)), (dtype, shape, scale)
             assert torch.equal(packed.codes, pack_weights(ternary.unpack(packed.codes).clone()))
-            codes, a = ternary.quantize_rows(weight)
-            assert torch.equal(ternary.dequantize_rows(codes, a, dtype=dtype), ActQuant.apply(weight)), (dtype, shape, scale)
+            codes, a = ternary.quantize_activations(weight)
+            ours = ternary.dequantize_activations(codes, a, dtype=dtype)
+            assert torch.equal(ours, ActQuant.apply(weight)), (dtype, shape, scale)
 print("equal")
 """
 
@@ -128,7 +129,7 @@ def test_any_weight_and_any_input(
     # No weight is further from its code than half a step, unless it was clipped.
     scaled = x.float() * packed.scale
     assert ((scaled.clamp(-1, 1) - codes).abs() <= 0.5 + 1e-6).all()
-    q, a = ternary.quantize_rows(x)
+    q, a = ternary.quantize_activations(x)
     assert q.abs().max() <= 127
     assert ((x.float() * a - q).abs() <= 0.5 + 1e-4).all()
     largest = x.float().abs().amax(1)
@@ -167,8 +168,8 @@ def test_backend_quantizes_and_multiplies_as_the_reference(backend: backends.Ter
     reference = backends.select("cpu", "reference", scheme="ternary")
     for n, out, inner, dtype in CASES:
         weight, x = ternary.quantize(_weight((out, inner), kind, dtype)), _weight((max(n, 2), inner), kind, dtype)[:n]
-        codes, scales = backend.quantize_rows(x)
-        expected = reference.quantize_rows(x)
+        codes, scales = backend.quantize_activations(x)
+        expected = reference.quantize_activations(x)
         assert torch.equal(codes, expected[0]), (n, out, inner, dtype)
         assert torch.equal(scales, expected[1]), (n, out, inner, dtype)
         exact = (codes.double() @ ternary.unpack(weight.codes).double().t()).float() / (scales * weight.scale)
@@ -215,7 +216,7 @@ def test_what_is_not_finite_stays_so(backend: backends.TernaryBackend) -> None:
         x = torch.randn(3, 32)
         good = x.clone()
         x[1, 5] = bad
-        y = backend.linear(*backend.quantize_rows(x), weight.codes, weight.scale, torch.float32, frozen=False)
-        clean = backend.linear(*backend.quantize_rows(good), weight.codes, weight.scale, torch.float32, frozen=False)
+        y = backend.linear(*backend.quantize_activations(x), weight.codes, weight.scale, torch.float32, frozen=False)
+        clean = backend.linear(*backend.quantize_activations(good), weight.codes, weight.scale, torch.float32, frozen=False)
         assert not y[1].isfinite().any()
         assert torch.equal(y[[0, 2]], clean[[0, 2]])

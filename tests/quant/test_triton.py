@@ -111,8 +111,8 @@ KINDS = {
 def test_rows_have_the_bits_of_the_reference(kind: str, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (3, 7), (2, 64), (5, 100), (2, 577), (1, 2050)):
         x = KINDS[kind](torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
-        codes, scales = triton_kernels.quantize_rows(x.to(DEVICE))
-        expected_codes, expected_scales = ternary.quantize_rows(x)
+        codes, scales = triton_kernels.quantize_activations(x.to(DEVICE))
+        expected_codes, expected_scales = ternary.quantize_activations(x)
         assert _same_bits(scales, expected_scales)
         assert _same_bits(codes, expected_codes)
         if kind == "ties" and shape[1] > 64:
@@ -124,8 +124,8 @@ def test_rows_have_the_bits_of_the_reference(kind: str, dtype: torch.dtype) -> N
 def test_rows_too_long_for_registers() -> None:
     x = torch.randn(2, triton_kernels.LONGEST + 6)
     x[1, -1] = 50
-    expected = ternary.quantize_rows(x)
-    assert all(_same_bits(*pair) for pair in zip(triton_kernels.quantize_rows(x.to(DEVICE)), expected, strict=True))
+    expected = ternary.quantize_activations(x)
+    assert all(_same_bits(*pair) for pair in zip(triton_kernels.quantize_activations(x.to(DEVICE)), expected, strict=True))
     _check_norm(x, torch.rand(x.shape[1]))
 
 
@@ -133,19 +133,20 @@ def test_rows_too_long_for_registers() -> None:
 def test_a_row_that_is_not_finite_says_so_in_its_scale() -> None:
     x = torch.randn(4, 300)
     x[0, 3], x[1, 299], x[2, 0] = torch.nan, torch.inf, -torch.inf
-    codes, scales = (part.cpu() for part in triton_kernels.quantize_rows(x.to(DEVICE)))
+    codes, scales = (part.cpu() for part in triton_kernels.quantize_activations(x.to(DEVICE)))
     assert scales[0].isnan()
     assert (scales[1:3] == 0).all()
-    assert _same_bits(codes[3:], ternary.quantize_rows(x[3:])[0])
+    assert _same_bits(codes[3:], ternary.quantize_activations(x[3:])[0])
 
 
 def _check_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> None:
-    codes, scales, inverse = (part.cpu() for part in triton_kernels.norm_quantize_rows(x.to(DEVICE), weight.to(DEVICE), eps))
+    parts = triton_kernels.norm_quantize_activations(x.to(DEVICE), weight.to(DEVICE), eps)
+    codes, scales, inverse = (part.cpu() for part in parts)
     exact = (x.double().square().mean(1, keepdim=True) + eps).rsqrt()
     assert inverse.dtype == torch.float32
     assert ((inverse - exact).abs() <= 4 * 2**-24 * exact).all()
     normed = weight * (x.float() * inverse).to(x.dtype)  # LlamaRMSNorm's lines, its dtypes and its roundings
-    expected = ternary.quantize_rows(normed)
+    expected = ternary.quantize_activations(normed)
     assert _same_bits(scales, expected[1])
     assert _same_bits(codes, expected[0])
 
@@ -259,8 +260,8 @@ def test_the_backend_takes_what_lies_anyhow() -> None:
     assert backend.unavailable(device) is None
     assert "triton" in backend.describe(device)
     x = torch.randn(40, 6)
-    codes, scales = backend.quantize_rows(x.to(device).t())
-    expected = ternary.quantize_rows(x.t())
+    codes, scales = backend.quantize_activations(x.to(device).t())
+    expected = ternary.quantize_activations(x.t())
     assert _same_bits(codes, expected[0])
     _, _, packed, scale = _operands(1, 40, 3)
     for frozen in (True, False):
@@ -326,15 +327,15 @@ def test_the_launchers_refuse_what_they_cannot_read() -> None:
     codes, scales, packed, scale = _operands(3, 64, 2)
     x = torch.randn(3, 64)
     with pytest.raises(TypeError, match=r"x must be torch.float32 or .* not torch.float64"):
-        triton_kernels.quantize_rows(x.double())
+        triton_kernels.quantize_activations(x.double())
     with pytest.raises(ValueError, match=r"x must have the shape \(any, any\), not \(64,\)"):
-        triton_kernels.quantize_rows(x[0])
+        triton_kernels.quantize_activations(x[0])
     with pytest.raises(ValueError, match="x must be contiguous"):
-        triton_kernels.quantize_rows(x.t())
+        triton_kernels.quantize_activations(x.t())
     with pytest.raises(ValueError, match="without columns"):
-        triton_kernels.quantize_rows(x[:, :0].contiguous())
+        triton_kernels.quantize_activations(x[:, :0].contiguous())
     with pytest.raises(ValueError, match=r"weight must have the shape \(64\), not \(63,\)"):
-        triton_kernels.norm_quantize_rows(x, torch.ones(63))
+        triton_kernels.norm_quantize_activations(x, torch.ones(63))
     with pytest.raises(ValueError, match="scale is on meta, the rest on cpu"):
         triton_kernels.product(codes, scales, packed, scale.to("meta"), torch.float32)
     with pytest.raises(ValueError, match=r"scales must have the shape \(3, 1\)"):

@@ -1,4 +1,4 @@
-"""What the page says of a run, in its order. A section takes the run's files; None where such a run has nothing to say there."""
+"""Sections of the report, in order. A section takes the run's files; it returns None if it does not apply to the run."""
 
 from __future__ import annotations
 

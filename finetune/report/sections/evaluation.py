@@ -1,4 +1,4 @@
-"""Held-out losses and scores of tasks, before and after training."""
+"""The section of held-out losses and task scores, before and after training."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from finetune.record import EvalRecord
-from finetune.report.elements import Html, el, not_made, section, table
+from finetune.report.elements import Html, el, missing, section, table
 from finetune.report.folder import RunFiles
 from finetune.units import MINUS, count, decimals, digits_of, finite_number, with_error
 
@@ -18,10 +18,10 @@ def eval_section(run: RunFiles) -> Html:
     if losses := _loss_rows(result):
         parts.append(table(["held-out rows", "loss, nats per token", "perplexity", "rows", "tokens"], losses, "numbers eval"))
         if result.after is None:
-            parts.append(not_made(state, "there is no measurement", "After training"))
+            parts.append(missing(state, "it was not measured", "After training"))
         note = "Loss is the mean cross-entropy of the supervised tokens; ± is one standard error over rows."
     else:
-        parts.append(not_made(state, "no rows were held out"))
+        parts.append(missing(state, "no rows were held out"))
     if tasks := _task_rows(result):
         parts.append(el("h3", "Tasks"))
         parts.append(table(["task", "metric", "before", "after", "rows"], tasks, "numbers tasks"))
@@ -29,8 +29,8 @@ def eval_section(run: RunFiles) -> Html:
 
 
 def _loss_rows(result: EvalRecord) -> list[list[Any]]:
-    """Each measurement, and the difference that training has made."""
-    named = ("the float model", "made ternary, not trained", "ternary, trained")
+    """Each measurement, and the difference that training made."""
+    named = ("float model", "ternary, before training", "ternary, after training")
     if result.float_model is None:
         named = ("", "before training", "after training")
     every = zip(named, (result.float_model, result.before, result.after), strict=True)
@@ -40,7 +40,7 @@ def _loss_rows(result: EvalRecord) -> list[list[Any]]:
     rows: list[list[Any]] = []
     for name, loss in measured:
         perplexity, spread = finite_number(loss.perplexity), finite_number(loss.stderr)
-        # The error of exp(x) is exp(x) times that of x, while the latter is small.
+        # The error of exp(x) is exp(x) times that of x, if the latter is small.
         around = perplexity * spread if perplexity and spread and spread < 0.5 else None
         shown = with_error(perplexity, around, digits_of(perplexity))
         rows.append([name, with_error(loss.loss, spread, digits), shown, count(loss.rows), count(loss.tokens)])
@@ -51,7 +51,7 @@ def _loss_rows(result: EvalRecord) -> list[list[Any]]:
 
 
 def _task_rows(result: EvalRecord) -> list[list[Any]]:
-    """Each metric of each task, before and after; those of the harness's own bookkeeping are left out."""
+    """Each metric of each task, before and after, without the harness's own bookkeeping."""
     scored = result.tasks or {}
     rows: list[list[Any]] = []
     for task in sorted({task for scores in scored.values() for task in scores}):

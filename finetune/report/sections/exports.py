@@ -1,29 +1,29 @@
-"""What was written for other programs, and what the gate measured."""
+"""The section of exports to other programs, with the results of the gate."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from finetune.record import ExportRecord
-from finetune.report.elements import Html, el, not_made, section
+from finetune.report.elements import Html, el, missing, section
 from finetune.report.folder import RunFiles
 from finetune.units import TIGHT, fixed, percent, plural, scientific, short, size
 
-HEAD = ["export", "size", "computes what it should", "apart from the trained model", "loss, nats", "perplexity"]
+HEAD = ["export", "size", "computes correctly", "distance from the trained model", "loss, nats", "perplexity"]
 
 
 def exports_section(run: RunFiles) -> Html | None:
-    """None for a run that exports nothing, and trains no ternary weights."""
+    """All exports; None for a run without any, unless it trains ternary weights."""
     exports = run.record.exports
     if not exports:
-        asked = run.trains_ternary
-        return section("Exports", not_made(run.record.state, "the recipe asks for none")) if asked else None
+        trains_ternary = run.trains_ternary
+        return section("Exports", missing(run.record.state, "the recipe has no exports")) if trains_ternary else None
     top = el("thead", el("tr", *(el("th", title, scope="col") for title in HEAD)))
     rows = el("tbody", *(_row(name, export) for name, export in exports.items()))
     note = (
-        "Each export was loaded by the program that is to run it, and given the same tokens as the trained model. It computes "
-        "what it should if its logits are those of its own arithmetic, to the relative error that is shown; what that arithmetic "
-        "changes is the distance from the trained model (KL divergence of the next token, mean)."
+        "Each export was loaded by the program that runs it, and given the same tokens as the trained model. It computes "
+        "correctly if its logits match a simulation of that program's arithmetic, within the relative error shown; the effect of "
+        "that arithmetic is the distance from the trained model (mean KL divergence of the next token)."
     )
     return section(
         "Exports",
@@ -38,7 +38,7 @@ def _row(name: str, export: ExportRecord) -> Html:
     gate, correct, good = export.gate, export.gate.correct, export.gate.good
     passed = gate.status == "pass"
     badge = el("span", "✓" if passed else "✗", class_="badge", title=gate.status)
-    called = name.upper() if name.startswith("gguf") else name
+    title = name.upper() if name.startswith("gguf") else name
     cells = [
         (size(export.bytes), f"{fixed(export.bits_per_weight, 2)} bits a parameter"),
         (
@@ -53,7 +53,7 @@ def _row(name: str, export: ExportRecord) -> Html:
         "tr",
         el(
             "th",
-            el("div", badge, el("b", called), None if passed else ": refused by the gate"),
+            el("div", badge, el("b", title), None if passed else ": refused by the gate"),
             el("code", export.path),
             el("span", f"run by {gate.program}", class_="sub"),
             scope="row",

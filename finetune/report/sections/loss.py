@@ -1,10 +1,10 @@
-"""The loss by step, with the float twin and the parts that a teacher adds, and the steps that went wrong."""
+"""The section of the loss by step, with the float twin, the teacher's terms, and bad steps."""
 
 from __future__ import annotations
 
 import math
 
-from finetune.report.elements import Html, el, figure, join, key, not_made, section, table
+from finetune.report.elements import Html, el, figure, join, key, missing, section, table
 from finetune.report.folder import RunFiles
 from finetune.report.metrics import Metrics
 from finetune.report.sections.twin import twin_part
@@ -15,11 +15,11 @@ def loss_section(run: RunFiles) -> Html:
     from finetune.report import plots
 
     record, metrics, twin, held = run.record, run.metrics, run.twin, run.held_out()
-    # With a teacher the trained loss has parts; the held-out one is the cross-entropy alone.
+    # With a teacher the training loss has several terms; the held-out loss is the cross-entropy alone.
     part = "ce" if metrics.has("ce") else "loss"
     losses, steps = metrics.column(part), metrics.column("step")
     if not metrics.has(part) and len(held) < 2:
-        return section("Loss", not_made(record.state, "no training step was recorded"), events_part(metrics))
+        return section("Loss", missing(record.state, "no training step was recorded"), events_part(metrics))
     window = plots.smoothing_window(len(losses))
     smoothed = f" (faint: every step; line: mean over {window} steps)" if window > 1 else ""
     other = None
@@ -35,16 +35,16 @@ def loss_section(run: RunFiles) -> Html:
             legend.append(key("held", "held-out, ± 1 standard error over rows"))
     level = finite_number(record.eval.float_model.loss) if record.eval.float_model is not None else None
     if level is not None:
-        legend.append(key("muted", "dashed: the float model that it came from"))
+        legend.append(key("muted", "dashed: the float model before ternarization"))
     notes = []
     if broken := sum(not math.isfinite(value) for value in losses):
-        notes.append(f"{broken} of {plural(len(losses), 'step')} without a finite loss: a gap in the line.")
+        notes.append(f"{broken} of {plural(len(losses), 'step')} had no finite loss: a gap in the line.")
     if metrics.unreadable:
         notes.append(f"{plural(metrics.unreadable, 'line')} of metrics.jsonl could not be read.")
     if held and record.eval.difference is not None:
         notes.append(
-            "The held-out rows are the same each time, so the difference between two points is known more exactly than each "
-            "point: the table below has its error."
+            "The held-out rows are the same each time, so the difference between two points is more precise than each "
+            "point: the table below has its standard error."
         )
     return section(
         "Loss",
@@ -59,28 +59,28 @@ def loss_section(run: RunFiles) -> Html:
 
 
 def events_part(metrics: Metrics) -> Html | None:
-    """Steps that went wrong on the way, with what was left out for them, and where memory ran out."""
+    """Bad steps with the samples skipped for them, and steps that ran out of memory."""
     back, skipped, memory = (metrics.events[name] for name in ("rolled_back", "skipped", "out_of_memory"))
     parts: list[Html] = []
     if back or skipped:
         rows = [
             [count(entry.get("from", entry["step"])), how, entry.get("found") or DASH, entry.get("where") or DASH]
-            for entries, told in ((back, "back to step {}"), (skipped, "begun again with the next samples"))
+            for entries, action in ((back, "rolled back to step {}"), (skipped, "skipped; continued with the next samples"))
             for entry in entries
-            for how in [told.format(count(entry["step"]))]
+            for how in [action.format(count(entry["step"]))]
         ]
-        said = f"{plural(len(rows), 'step')} went wrong and {'was' if len(rows) == 1 else 'were'} not taken."
+        text = f"{plural(len(rows), 'bad step')} {'was' if len(rows) == 1 else 'were'} not taken."
         if back:
-            said += f" The run went back to a checkpoint {plural(len(back), 'time')} and left the rows of the bad step out."
-        parts += [el("h3", "Steps that went wrong"), el("p", said, class_="note")]
-        parts.append(table(["step", "what was done", "found", "left out"], rows))
+            text += f" The run was rolled back to a checkpoint {plural(len(back), 'time')}; samples of the bad step were skipped."
+        parts += [el("h3", "Bad steps"), el("p", text, class_="note")]
+        parts.append(table(["step", "action", "found", "samples skipped"], rows))
     if memory:
         rows = [[count(entry["step"]), count(entry.get("parts")), entry.get("found") or DASH] for entry in memory]
-        said = (
-            "From these steps on each micro-batch went through the model in so many parts, one after the other: the same samples "
-            "in the same order, and the same step but for rounding."
+        text = (
+            "From these steps on each micro-batch was split into this many parts, which ran one after the other: the same "
+            "samples in the same order, and the same step up to rounding."
         )
-        parts += [el("h3", "Out of memory"), el("p", said, class_="note")]
+        parts += [el("h3", "Out of memory"), el("p", text, class_="note")]
         parts.append(table(["step", "parts", "found"], rows))
     return join(parts) if parts else None
 
@@ -93,9 +93,9 @@ PARTS = {
 
 
 def distillation_part(metrics: Metrics) -> Html | None:
-    """What the loss consists of when there is a teacher."""
-    there = {name: metrics.column(name) for name in PARTS if metrics.has(name)}
-    if len(there) < 2:
+    """The terms of the loss with a teacher."""
+    columns = {name: metrics.column(name) for name in PARTS if metrics.has(name)}
+    if len(columns) < 2:
         return None
     from finetune.report import plots
 
@@ -106,14 +106,14 @@ def distillation_part(metrics: Metrics) -> Html | None:
         return sum(known) / len(known) if known else None
 
     rows, groups, legend = [], [], []
-    for name, values in there.items():
-        said, colour = PARTS[name]
-        rows.append([said, *(DASH if v is None else f"{v:.3g}" for v in (mean(values[:stretch]), mean(values[-stretch:])))])
+    for name, values in columns.items():
+        label, colour = PARTS[name]
+        rows.append([label, *(DASH if v is None else f"{v:.3g}" for v in (mean(values[:stretch]), mean(values[-stretch:])))])
         positive = [value if math.isfinite(value) and value > 0 else math.nan for value in values]
         if any(math.isfinite(value) for value in positive):
             smoothed = plots.smooth(positive, plots.smoothing_window(len(positive))).tolist()
             groups.append((getattr(plots, colour), [smoothed]))
-            legend.append(key(colour.lower(), said))
+            legend.append(key(colour.lower(), label))
     svg = plots.bundle(
         "parts", "Parts of the loss by step", metrics.column("step"), groups, y_label="each part, before its weight", log=True
     )

@@ -1,10 +1,10 @@
-"""Where the results come from, the recipe, and what to type next."""
+"""The sections of provenance, the recipe, and the commands to type next."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from finetune.report.elements import Html, el, facts, join, not_made, section
+from finetune.report.elements import Html, el, facts, join, missing, section
 from finetune.report.folder import RunFiles
 from finetune.task_data import ConversationsRecord, TextRecord
 from finetune.units import count, moment, percent, plural, size
@@ -20,14 +20,14 @@ def provenance_section(run: RunFiles) -> Html:
 
 def recipe_section(run: RunFiles) -> Html:
     if run.recipe is None:
-        return section("Recipe", not_made(run.record.state, "there is no recipe.yaml in the folder"))
-    return section("Recipe", el("details", el("summary", "The whole recipe, with every default"), el("pre", run.recipe)))
+        return section("Recipe", missing(run.record.state, "there is no recipe.yaml in the folder"))
+    return section("Recipe", el("details", el("summary", "The resolved recipe, with all defaults"), el("pre", run.recipe)))
 
 
 def next_section(run: RunFiles) -> Html:
     commands = run.record.next
     if not commands:
-        return section("What to type next", not_made(run.record.state, "the run names nothing"))
+        return section("What to type next", missing(run.record.state, "the run suggests nothing"))
     return section("What to type next", el("pre", "\n".join(commands), class_="commands"))
 
 
@@ -43,7 +43,7 @@ def _model(run: RunFiles) -> Rows:
     quantized = "none"
     if (swap := model.swap) is not None and run.trains_ternary:
         quantized = (
-            f"{count(swap.swapped)} linears are trained to be ternary ({percent(swap.share)} of the parameters); {swap.backend}"
+            f"{count(swap.swapped)} linears are trained in ternary ({percent(swap.share)} of the parameters); {swap.backend}"
         )
     elif swap is not None:
         quantized = (
@@ -55,7 +55,7 @@ def _model(run: RunFiles) -> Rows:
         ("parameters", count(model.parameters)),
         ("trained", count(model.trainable) + (f", in {count(model.adapters)} adapters" if model.adapters else "")),
         ("quantized", quantized),
-        ("the step", "; ".join(model.fast or [])),
+        ("patches", "; ".join(model.fast or [])),
     ]
     return rows
 
@@ -70,7 +70,7 @@ def _data(run: RunFiles) -> Rows:
         split += f", {plural(data.duplicates_removed, 'duplicate')} removed" if data.duplicates_removed else ""
         split += f", {count(data.rows_skipped)} skipped" if data.rows_skipped else ""
         rows += [("rows", f"{plural(data.rows, 'row')} ({data.format}: {data.format_reason})"), ("split", split)]
-    if isinstance(data, TextRecord):  # a stream: who knows how many rows it has
+    if isinstance(data, TextRecord):  # a stream: the number of rows is unknown
         split = f"{plural(data.heldout_rows, 'row')} held out"
         split += f", {plural(data.rows_skipped, 'document')} skipped" if data.rows_skipped else ""
         rows += [("rows", f"{data.format}, {data.format_reason}"), ("split", split)]
@@ -81,16 +81,16 @@ def _data(run: RunFiles) -> Rows:
 
 
 def _run(run: RunFiles) -> Rows:
-    came = run.record.provenance
+    origin = run.record.provenance
     return [
-        ("command", _code(came.command)),
-        ("started", moment(came.started)),
-        ("finished", moment(came.finished) or "not finished"),
-        ("resumed", "; ".join(f"{moment(entry.time)} from {entry.checkpoint or 'the beginning'}" for entry in came.resumed)),
-        ("seed", came.seed),
-        ("commit", _code(came.commit)),
-        ("device", came.device),
-        ("platform", came.platform),
-        ("python", came.python),
-        ("versions", ", ".join(f"{name} {version}" for name, version in came.versions.items())),
+        ("command", _code(origin.command)),
+        ("started", moment(origin.started)),
+        ("finished", moment(origin.finished) or "not finished"),
+        ("resumed", "; ".join(f"{moment(entry.time)} from {entry.checkpoint or 'the beginning'}" for entry in origin.resumed)),
+        ("seed", origin.seed),
+        ("commit", _code(origin.commit)),
+        ("device", origin.device),
+        ("platform", origin.platform),
+        ("python", origin.python),
+        ("versions", ", ".join(f"{name} {version}" for name, version in origin.versions.items())),
     ]

@@ -1,4 +1,4 @@
-"""What was planned, and beside it what came of it. A run without a plan has none of it."""
+"""The section of the plan, compared with what was measured; absent without a plan."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from finetune.report.elements import Html, el, figure, join, key, section, table
 from finetune.report.folder import RunFiles
 from finetune.units import DASH, MINUS, byte_scale, count, duration, short, size
 
-FAR = 3  # a budget so many times the highest phase would make the picture one of the budget
+FAR = 3  # a budget this many times the highest phase is not drawn: it would dwarf the bars
 
 
 def plan_section(run: RunFiles) -> Html | None:
-    """Memory by phase and term with the budget, and planned beside actual; None where nothing was planned."""
+    """Memory by phase and term with the budget, and planned beside actual values; None without a plan."""
     plan = run.record.plan
     if plan is None or not (phases := [phase for phase in plan.phases if phase.peak_bytes]):
         return None
@@ -37,22 +37,22 @@ def plan_section(run: RunFiles) -> Html | None:
 
 
 def _colours(phases: list[PlannedPhase]) -> dict[str, str]:
-    """Each term of the phases, in their order, with the name of its colour."""
+    """Each term of the phases, in order, with the name of its colour."""
     from finetune.report.plots import TERMS
 
     named: dict[str, str] = {}
     for name in (name for phase in phases for name in phase.terms):
-        kind = next((term for term in TERMS if name.startswith(term)), "context")
-        if kind == "weights" and name not in named:  # of one format after the other
-            formats = sum(colour.endswith("weights") for colour in named.values())
-            kind = ("weights", "more weights", "other weights")[min(formats, 2)]
-        named.setdefault(name, kind)
+        colour = next((term for term in TERMS if name.startswith(term)), "context")
+        if colour == "weights" and name not in named:  # one colour per format
+            formats = sum(other.endswith("weights") for other in named.values())
+            colour = ("weights", "more weights", "other weights")[min(formats, 2)]
+        named.setdefault(name, colour)
     order = list(TERMS)
     return dict(sorted(named.items(), key=lambda item: order.index(item[1])))
 
 
 def _picture(plan: PlanRecord, phases: list[PlannedPhase]) -> Html:
-    """Memory by phase, each a bar of its terms, with the budget where it is near."""
+    """Memory by phase, each a bar of its terms, with the budget if it is near."""
     from finetune.report import plots
 
     colours = _colours(phases)
@@ -64,16 +64,16 @@ def _picture(plan: PlanRecord, phases: list[PlannedPhase]) -> Html:
         parts = [(colour, phase.terms[name] / scale) for name, colour in colours.items() if phase.terms.get(name)]
         figure_ = size(phase.peak_bytes)
         if phase.host_bytes:
-            figure_ += f", and {size(phase.host_bytes)} of the CPU's"
+            figure_ += f", and {size(phase.host_bytes)} of CPU memory"
         bars.append((phase.name, figure_, parts or [("context", phase.peak_bytes / scale)]))
-    label = "Planned memory by phase: " + ", ".join(f"{name} {said}" for name, said, _ in bars)
+    label = "Planned memory by phase: " + ", ".join(f"{name} {text}" for name, text, _ in bars)
     mark = (near / scale, f"budget {size(near)}") if near else None
     height = 78 + 52 * len(bars)
     drawn = [
         figure(plots.stacked(f"plan-{class_}", label, (width, height), bars, x_label=unit, mark=mark), class_=class_)
         for class_, width in (("wide", plots.WIDE[0]), ("narrow", plots.NARROW[0]))
     ]
-    legend = [  # its figures are those of the highest phase
+    legend = [  # with the figures of the highest phase
         key(colour.replace(" ", "-"), f"{name} {size(highest.terms[name])}" if highest.terms.get(name) else name)
         for name, colour in colours.items()
     ]
@@ -81,7 +81,7 @@ def _picture(plan: PlanRecord, phases: list[PlannedPhase]) -> Html:
 
 
 def _memory(value: float | None) -> str:
-    """Three digits: what differs by a hundredth is seen to."""
+    """Bytes with three digits, so that a difference of 1 % is visible."""
     if value is None:
         return DASH
     scale, unit = byte_scale(value)
@@ -93,14 +93,14 @@ def _time(value: float | None) -> str:
 
 
 def _off(planned: float | None, actual: float | None) -> str:
-    """How far what came lies from what was planned."""
+    """Difference of the actual from the planned value, in percent."""
     if not planned or actual is None:
         return DASH
     return f"{100 * (actual / planned - 1):+.1f} %".replace("-", MINUS)
 
 
 def _compared(run: RunFiles, plan: PlanRecord) -> Html:
-    """Planned beside actual. A step is a median one: the first ones warm up."""
+    """A table of planned and actual values. The step time is the median, because the first steps warm up."""
     record, train, planned = run.record, run.trained, run.record.planned
     times = [value for value in run.metrics.column("step_seconds")[1:] if math.isfinite(value)]
     step = planned.step_seconds if planned is not None and planned.step_seconds else plan.step_seconds
@@ -116,8 +116,8 @@ def _compared(run: RunFiles, plan: PlanRecord) -> Html:
         ("the whole run", duration, plan.seconds, record.provenance.seconds if done else None),
     ]  # fmt: skip
     rows = [
-        [what, shown(expected), shown(actual), _off(expected, actual)]
-        for what, shown, expected, actual in lines
+        [name, shown(expected), shown(actual), _off(expected, actual)]
+        for name, shown, expected, actual in lines
         if expected is not None or actual is not None
     ]
     return table(["", "planned", "actual", "difference"], rows, "numbers")
@@ -125,20 +125,20 @@ def _compared(run: RunFiles, plan: PlanRecord) -> Html:
 
 def _note(plan: PlanRecord, phases: list[PlannedPhase]) -> str:
     highest = max(phases, key=lambda phase: phase.peak_bytes)
-    said = f"Before anything was loaded, for {plan.device}: at most {size(highest.peak_bytes)}"
-    said += (f" of {size(plan.budget_bytes)}" if plan.budget_bytes else "") + f", highest in {highest.name}"
+    text = f"Computed before anything was loaded, for {plan.device}: at most {size(highest.peak_bytes)}"
+    text += (f" of {size(plan.budget_bytes)}" if plan.budget_bytes else "") + f", highest in {highest.name}"
     if plan.kwh is not None:
-        said += f"; {short(plan.kwh)} kWh"
+        text += f"; {short(plan.kwh)} kWh"
         if plan.price is not None:
-            said += f", {short(plan.price)} at {short(plan.price_per_kwh)} a kWh"
-    said += "."
+            text += f", {short(plan.price)} at {short(plan.price_per_kwh)} a kWh"
+    text += "."
     if plan.budget_bytes > FAR * highest.peak_bytes:
-        said += " The budget lies far beyond the picture."
-    return said
+        text += " The budget is too large to be drawn."
+    return text
 
 
 def _changes(plan: PlanRecord) -> Html | None:
-    """What `fit` changed, where it did."""
+    """The keys that `fit` changed, if any."""
     if plan.fit is None or not plan.fit.keys:
         return None
     shown = ", ".join(

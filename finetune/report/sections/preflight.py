@@ -1,9 +1,9 @@
-"""What the preflight saw of the data: its checks, shares and lengths, and rows with what is trained in them."""
+"""The section of the preflight: checks, share of trained tokens, lengths, and example rows with their trained parts marked."""
 
 from __future__ import annotations
 
 from finetune.record import CheckRecord, Piece, PreflightRecord
-from finetune.report.elements import Html, el, figure, key, not_made, section, trimmed
+from finetune.report.elements import Html, el, figure, key, missing, section, trimmed
 from finetune.report.folder import RunFiles
 from finetune.units import count, percent, plural
 
@@ -12,9 +12,9 @@ MARKS = {"pass": "✓", "warn": "!", "fail": "✗"}
 
 def preflight_section(run: RunFiles) -> Html:
     preflight, plain = run.record.preflight, run.on_text
-    title = "Text it learns from" if plain else "Labels"
+    title = "Training text" if plain else "Labels"
     if preflight is None:
-        return section(title, not_made(run.record.state, "there was no preflight"))
+        return section(title, missing(run.record.state, "there was no preflight"))
     parts = [el("ul", *map(_check, preflight.checks), class_="checks")]
     charts = [] if plain and preflight.supervised_share == 1 else [_shares(preflight)]
     if (lengths := _lengths(preflight)) is not None:
@@ -22,9 +22,9 @@ def preflight_section(run: RunFiles) -> Html:
     if charts:
         parts.append(el("div", *charts, class_="two"))
     if preflight.examples:
-        parts.append(el("h3", "Out of its rows" if plain else "Your own rows: what is marked is trained"))
+        parts.append(el("h3", "Examples" if plain else "Your own rows: marked text is trained"))
         parts += [_example(example, plain) for example in preflight.examples]
-    note = "The gate before training: what the model is asked to learn, measured on the data itself."
+    note = "The gate before training: which tokens are trained, measured on your data."
     return section(title, *parts, note=note)
 
 
@@ -34,7 +34,7 @@ def _check(check: CheckRecord) -> Html:
 
 
 def _shares(preflight: PreflightRecord) -> Html:
-    """How much of the data is trained, and how much is cut."""
+    """Shares of the data that are trained, and that are cut."""
     share, cut = preflight.supervised_share, preflight.rows_truncated
     supervised = f"{count(preflight.supervised_tokens)} of {count(preflight.tokens)} tokens are trained"
     bar = el("i", style=f"width:{100 * min(1.0, share):.2f}%")
@@ -60,6 +60,6 @@ def _lengths(preflight: PreflightRecord) -> Html | None:
 
 
 def _example(example: list[Piece], plain: bool) -> Html:
-    trained = "span" if plain else "mark"  # of a text every token is trained
+    trained = "span" if plain else "mark"  # in plain text every token is trained
     pieces = [el(trained if piece.supervised else "span", trimmed(piece.text) if plain else piece.text) for piece in example]
     return el("div", *pieces, class_="example text")

@@ -1,4 +1,4 @@
-"""The top of the page: the result in one sentence, what the reader must not miss, and the main figures."""
+"""The top of the page: the result in one sentence, warnings, and the main figures."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 from finetune.record import Record
 from finetune.report.elements import Html, el
 from finetune.report.folder import RunFiles
-from finetune.report.sections.twin import gap_in_words
+from finetune.report.sections.twin import gap_sentence
 from finetune.units import (
     decimals,
     duration,
@@ -23,12 +23,12 @@ from finetune.units import (
 
 
 def verdict(run: RunFiles) -> str:
-    """The result in one sentence; 'fell' only where the difference is more than two of its standard errors."""
+    """The result in one sentence; 'fell' only if the difference is more than two of its standard errors."""
     record = run.record
-    measured, came = record.eval, record.provenance
+    measured, provenance = record.eval, record.provenance
     difference, error = finite_number(measured.difference), finite_number(measured.difference_stderr)
-    device = came.device.partition(": ")[2] or came.device
-    taken = duration(came.seconds) + (f" on {device}" if device else "")
+    device = provenance.device.partition(": ")[2] or provenance.device
+    taken = duration(provenance.seconds) + (f" on {device}" if device else "")
     if (before := measured.before) is None or (after := measured.after) is None or difference is None:
         return _without_result(run, taken)
     digits = decimals(finite_number(before.stderr), finite_number(after.stderr), error)
@@ -40,33 +40,33 @@ def verdict(run: RunFiles) -> str:
         f"({with_error(difference, error, digits, sign=True)}) over {plural(after.rows, 'row')}; "
         f"perplexity {short(before.perplexity)} → {short(after.perplexity)}; {taken}."
     )
-    compared = [gap_in_words(record)]
+    compared = [gap_sentence(record)]
     if measured.float_model is not None:
-        compared.append(f"The float model that it came from has {fixed(measured.float_model.loss, digits)}.")
+        compared.append(f"The float model before ternarization has {fixed(measured.float_model.loss, digits)}.")
     return " ".join([result, *filter(None, compared)])
 
 
 def _without_result(run: RunFiles, taken: str) -> str:
     record, steps, before = run.record, len(run.metrics.steps), run.record.eval.before
-    told = {
-        "done": "Nothing was held out, so nothing was measured.",
+    result_of = {
+        "done": "No data was held out, so nothing was measured.",
         "failed": "The run failed; it has no result.",
         "stopped": "The run was stopped; it has no result yet.",
-        "running": "The run was still going on when this page was written.",
+        "running": "The run was still in progress when this page was written.",
     }
-    said = [f"Trained {plural(steps, 'step')}."] if steps else []
+    sentences = [f"Trained {plural(steps, 'step')}."] if steps else []
     if before is not None:
         loss = with_error(before.loss, before.stderr, decimals(finite_number(before.stderr)))
-        said.append(f"Held-out loss before training: {loss} nats over {plural(before.rows, 'row')}.")
-    return " ".join([*said, told[record.state], f"{taken[:1].upper()}{taken[1:]}."])
+        sentences.append(f"Held-out loss before training: {loss} nats over {plural(before.rows, 'row')}.")
+    return " ".join([*sentences, result_of[record.state], f"{taken[:1].upper()}{taken[1:]}."])
 
 
 def header(run: RunFiles) -> Html:
     record = run.record
     forced = record.preflight.forced if record.preflight is not None else None
     alarms = record.ternary.alarms if record.ternary is not None else []
-    why = "What went wrong" if record.state == "failed" else "Why it ended"
-    there = el("a", "Ternary health", href="#ternary-health")
+    why = "Error" if record.state == "failed" else "Why it stopped"
+    link = el("a", "Ternary health", href="#ternary-health")
     return el(
         "header",
         el("p", f"finetune · {record.kind}", class_="eyebrow"),
@@ -74,47 +74,47 @@ def header(run: RunFiles) -> Html:
         el("p", record.about, class_="about") if record.about else None,
         el("p", verdict(run), class_="verdict"),
         el("div", el("h2", why), el("pre", record.error), class_="alarm", role="alert") if record.error else None,
-        el("p", el("b", "Trained with --force, against the preflight: "), forced, class_="alarm") if forced else None,
-        el("p", el("b", f"{plural(len(alarms), 'alarm')} of the ternary weights"), ": see ", there, class_="alarm")
+        el("p", el("b", "Trained with --force despite the preflight: "), forced, class_="alarm") if forced else None,
+        el("p", el("b", f"{plural(len(alarms), 'alarm')} of the ternary weights"), ": see ", link, class_="alarm")
         if alarms
         else None,
     )
 
 
 def tiles(run: RunFiles) -> Html | None:
-    """The main figures, each with what it means."""
-    made = _losses(run.record)
+    """The main figures, each with its meaning."""
+    figures = _losses(run.record)
     if (model := run.record.model) is not None:
         share = model.trainable / (model.parameters or math.inf)
-        made.append(("Trained parameters", many(model.trainable), f"{percent(share)} of {many(model.parameters)}"))
+        figures.append(("Trained parameters", many(model.trainable), f"{percent(share)} of {many(model.parameters)}"))
     if (train := run.trained) is not None:
-        seen = f"{many(train.tokens)} read, {plural(train.steps, 'step')}"
-        made.append(("Tokens learned from", many(train.supervised_tokens), seen))
-        made.append(("Speed", short(train.tokens_per_second), "tokens per second"))
-        made.append(("Peak memory", size(train.peak_bytes), train.memory_kind))
-    if not made:
+        read = f"{many(train.tokens)} read, {plural(train.steps, 'step')}"
+        figures.append(("Trained tokens", many(train.supervised_tokens), read))
+        figures.append(("Speed", short(train.tokens_per_second), "tokens per second"))
+        figures.append(("Peak memory", size(train.peak_bytes), train.memory_kind))
+    if not figures:
         return None
     return el(
         "div",
         *(
-            el("div", el("p", what), el("p", value, class_="value"), el("p", meaning, class_="sub"))
-            for what, value, meaning in made
+            el("div", el("p", name), el("p", value, class_="value"), el("p", meaning, class_="sub"))
+            for name, value, meaning in figures
         ),
         class_="tiles",
     )
 
 
 def _losses(record: Record) -> list[tuple[str, str, str]]:
-    """(what, figure, what it means)"""
+    """(name, value, meaning) of the losses."""
     before, after, twin = record.eval.before, record.eval.after, record.twin
     if before is None or after is None:
         return []
     error = finite_number(record.eval.difference_stderr)
     digits = decimals(error)
-    fell = with_error(record.eval.difference, error, digits, sign=True)
-    made = [("Held-out loss", fell, f"nats per token, {fixed(before.loss, digits)} → {fixed(after.loss, digits)}")]
+    change = with_error(record.eval.difference, error, digits, sign=True)
+    figures = [("Held-out loss", change, f"nats per token, {fixed(before.loss, digits)} → {fixed(after.loss, digits)}")]
     if twin is not None and finite_number(twin.gap) is not None:
         gap = with_error(twin.gap, twin.gap_stderr, decimals(finite_number(twin.gap_stderr)), sign=True)
-        return [*made, ("Gap to the float twin", gap, "nats per token, at equal tokens")]
+        return [*figures, ("Gap to the float twin", gap, "nats per token, at equal tokens")]
     perplexities = f"{short(before.perplexity)} → {short(after.perplexity)}"
-    return [*made, ("Perplexity", perplexities, "before → after, held out")]
+    return [*figures, ("Perplexity", perplexities, "before → after, held out")]

@@ -1,10 +1,10 @@
-"""Speed and memory, learning rate and gradient norm by step, and the time by phase."""
+"""The sections of speed and memory, learning rate and gradient norm by step, and time by phase."""
 
 from __future__ import annotations
 
 import math
 
-from finetune.report.elements import Html, el, figure, not_made, section
+from finetune.report.elements import Html, el, figure, missing, section
 from finetune.report.folder import RunFiles
 from finetune.units import byte_scale, duration, finite_number, percent
 
@@ -14,7 +14,7 @@ SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 def speed_section(run: RunFiles) -> Html:
     record, metrics = run.record, run.metrics
     if not metrics.steps:
-        return section("Speed and memory", not_made(record.state, "no training step was recorded"))
+        return section("Speed and memory", missing(record.state, "no training step was recorded"))
     from finetune.report import plots
 
     times, unit = metrics.clock()
@@ -34,18 +34,18 @@ def speed_section(run: RunFiles) -> Html:
             x_label=f"training time ({unit})", y_label=f"peak memory so far ({name})", zero=True, raw=True,
             mark=planned / scale if planned else None,
         )  # fmt: skip
-        parts.append(figure(svg, "dashed: the peak that was planned" if planned else None))
+        parts.append(figure(svg, "dashed: the planned peak" if planned else None))
     note = None
     if record.train is not None:
         kind = record.train.memory_kind
-        note = f"Each optimizer step with its own time; evaluations are not counted. Memory is {kind}."
+        note = f"Times of optimizer steps, without evaluations. Memory is {kind}."
     return section("Speed and memory", el("div", *parts, class_="two"), note=note)
 
 
 def optimizer_section(run: RunFiles) -> Html:
     title, metrics = "Learning rate and gradient norm", run.metrics
     if not (metrics.has("lr") or metrics.has("grad_norm")):
-        return section(title, not_made(run.record.state, "no training step was recorded"))
+        return section(title, missing(run.record.state, "no training step was recorded"))
     from finetune.report import plots
 
     steps, parts = metrics.column("step"), []
@@ -75,7 +75,7 @@ def time_section(run: RunFiles) -> Html:
         spent[phase.name] = spent.get(phase.name, 0.0) + (finite_number(phase.seconds) or 0.0)
     total = sum(spent.values())
     if not total:
-        return section("Where the time went", not_made(record.state, "no phase was recorded"))
+        return section("Where the time went", missing(record.state, "no phase was recorded"))
     most = max(spent.values())
     rows = [
         el(
@@ -88,5 +88,5 @@ def time_section(run: RunFiles) -> Html:
         for name, seconds in spent.items()
     ]
     resumed = len(record.provenance.resumed)
-    note = f"{duration(total)} in all" + (f", over {resumed + 1} processes: it was resumed." if resumed else ".")
+    note = f"{duration(total)} in all" + (f", over {resumed + 1} processes, because it was resumed." if resumed else ".")
     return section("Where the time went", el("ol", *rows, class_="phases"), note=note)

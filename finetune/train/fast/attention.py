@@ -1,18 +1,18 @@
-"""Causal attention of packed rows: samples lie one behind the other, none sees another, and no mask of whole rows is made.
+"""Causal attention of packed sequences: each sample attends to itself only, without a mask over the whole sequence.
 
-    segments_of         where the samples of a batch lie; made once for a batch, all layers share it and what is planned from it
-    packed_attention    attention of q, k and v with it
-    register            the same as transformers' attention `NAME`; it takes the segments that `set_segments` was given last
+    segments_of         the bounds of a batch's samples; computed once per batch, all layers share them and the tiles planned
+    packed_attention    attention of q, k and v within these bounds
+    register            the same as transformers' attention `NAME`; it uses the segments of the last `set_segments`
 
 On CUDA this is torch's varlen flash attention. Everything else, the CPU above all, computes in tiles: some 100 queries against
-their own sample's keys, softmax(Q·Kᵀ)·V as three steps on the tile's whole rows. Short samples share a tile, long ones are
-cut into several; nothing is computed for keys behind a tile's last query or before its sample. The backward pass computes the
-tile's probabilities again from q and k, which are all that is kept, and gets
+their own sample's keys, softmax(Q·Kᵀ)·V as three steps on full rows of the tile. Short samples share a tile, long ones are
+cut into several; nothing is computed for keys after a tile's last query or before its sample. The backward pass recomputes the
+tile's probabilities from q and k, the only tensors saved besides v, and computes
 
     dP = dO·Vᵀ      dS = P ∘ (dP − rowsum(P ∘ dP))      dV = Pᵀ·dO      dK = dSᵀ·Q      dQ = dS·K
 
-in the manner of FlashAttention (arXiv 2205.14135, algorithm 4), but with the row sums taken of P and dP themselves instead of
-dO ∘ O: a tile holds whole rows, and then dS sums to zero over the keys to fp32's last place, whatever was rounded in O.
+as FlashAttention does (arXiv 2205.14135, algorithm 4), but with the row sums taken of P and dP themselves instead of
+dO ∘ O: a tile holds full rows, so dS sums to zero over the keys to fp32's last place, whatever was rounded in O.
 Scores and dP are fp32 numbers, everything after them has the inputs' dtype. Measured in bf16 on SmolLM2's own q, k, v and
 gradients (256 tokens, 30 layers, mean relative error against fp64, %; the products' own rounding is 0.2):
 
@@ -21,7 +21,7 @@ gradients (256 tokens, 30 layers, mean relative error against fp64, %; the produ
     this                             0.21   0.26   0.26   0.27
     this with scores in bf16         0.43   0.49   0.53   0.43
 
-It is plain torch, nothing is compiled: the softmax and its gradient are torch's own vectorized kernels. Inductor's for the same
+It is plain torch, not compiled: the softmax and its gradient are torch's own vectorized kernels. Inductor's for the same
 tiles took 20 % longer for short samples and 9 % less for a long one (EPYC 9005, one core), for a graph that must hold for all
 shapes.
 """
@@ -44,31 +44,31 @@ from finetune.train.fast.segments import ALIGN, Segments, Tile
 
 NAME = "finetune_packed"
 
-# Heads are computed together as long as q has no more numbers than this: what the backward pass needs for a while is some 45
-# bytes for each. Heads by eights took a third more time where 32 are on 8 kv heads: more calls for the same arithmetic.
-NUMBERS = 2 << 20
+# Heads are computed together as long as q has no more elements than this: temporaries of the backward pass take some 45
+# bytes for each. Eight heads at a time took a third longer with 32 heads on 8 kv heads: more calls for the same arithmetic.
+MAX_ELEMENTS = 2 << 20
 
 
 def segments_of(position_ids: Tensor | None, shape: tuple[int, int], device: torch.device | str) -> Segments:
-    """The samples of a batch of rows.
+    """The bounds of the samples in a batch of packed sequences.
 
-    position_ids: (B, T), or (1, T) for all rows; a sample begins with each row and wherever a position is not the one before
-    plus 1, which is transformers' rule too (masking_utils.find_packed_sequence_indices). None: each row is one sample.
+    position_ids: (B, T), or (1, T) for all sequences; a sample begins with each sequence and wherever a position is not the last
+    plus 1, which is transformers' rule too (masking_utils.find_packed_sequence_indices). None: each sequence is one sample.
     shape: (B, T).
     """
-    rows, length = shape
-    if not rows * length:
-        raise ValueError(f"rows without tokens have no samples: {tuple(shape)}")
+    batch, length = shape
+    if not batch * length:
+        raise ValueError(f"the sequences have no tokens: {tuple(shape)}")
     if (tracing := trace_context.current()) is not None:
-        return tracing.segments((rows, length))
+        return tracing.segments((batch, length))
     device = torch.device(device)
     if position_ids is None:
-        return Segments(tuple(range(0, rows * length + 1, length)), (rows, length), device)
-    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, rows) or position_ids.shape[1] != length:
+        return Segments(tuple(range(0, batch * length + 1, length)), (batch, length), device)
+    if position_ids.ndim != 2 or position_ids.shape[0] not in (1, batch) or position_ids.shape[1] != length:
         raise ValueError(f"position ids must be {tuple(shape)}, not {tuple(position_ids.shape)}")
-    begins = torch.ones(rows, length, dtype=torch.bool)
+    begins = torch.ones(batch, length, dtype=torch.bool)
     begins[:, 1:] = (position_ids[:, 1:] != position_ids[:, :-1] + 1).cpu()
-    return Segments((*begins.flatten().nonzero()[:, 0].tolist(), rows * length), (rows, length), device)
+    return Segments((*begins.flatten().nonzero()[:, 0].tolist(), batch * length), (batch, length), device)
 
 
 # ------------------------------------------------------------------------------------------------------------------- in tiles
@@ -78,10 +78,10 @@ _LOCK = threading.Lock()
 
 @contextmanager
 def _bf16_is_enough() -> Iterator[None]:
-    """fp32 products on the CPU may round their factors to bf16; for all threads of the process, so only while one is computed.
+    """Let fp32 products on the CPU round their factors to bf16; process-wide, so only while one is computed.
 
-    The factors are bf16 numbers, so that nothing is rounded. What it brings is oneDNN in the place of MKL: its matrix units where
-    there are some, and where there are none its own fp32 kernels, at 5 times the speed of MKL's on AMD (measured: 210 against
+    The factors are bf16 numbers already, so nothing is rounded. It selects oneDNN instead of MKL: matrix units where
+    there are some, else its own fp32 kernels, 5 times as fast as MKL's on AMD (measured: 210 against
     38 GFLOP/s a core). torch has no product of bf16 factors with fp32 results on the CPU.
     """
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
@@ -102,7 +102,7 @@ def _scores(a: Tensor, b: Tensor, scale: float, out: Tensor, low: torch.dtype) -
 
 
 def _floats(x: Tensor) -> Tensor:
-    """An fp32 copy, contiguous; oneDNN wants its right factors so (transposed ones take it up to twice as long)."""
+    """A contiguous fp32 copy, as oneDNN wants its right factors (transposed ones take up to twice as long)."""
     return torch.empty(x.shape, dtype=torch.float32, device=x.device).copy_(x)
 
 
@@ -118,14 +118,14 @@ def _fold(x: Tensor, out: Tensor) -> Tensor:
 
 
 def _unfold(x: Tensor, shape: tuple[int, int], out: Tensor) -> None:
-    """x (J, at least B·T·G, at least D) → out (B, J·G, T, D); the way back."""
+    """x (J, at least B·T·G, at least D) → out (B, J·G, T, D); the inverse of `_fold`."""
     groups, width = out.shape[1] // x.shape[0], out.shape[3]
     rows = x[:, : shape[0] * shape[1] * groups].view(x.shape[0], *shape, groups, x.shape[2])
     out.unflatten(1, (-1, groups)).copy_(rows[..., :width].permute(1, 0, 3, 2, 4))
 
 
 def _probabilities(s: Tensor, tile: Tile, softcap: float | None) -> Tensor | None:
-    """In place: scores s (J, r·G, c), divided by `softcap` if there is one, become probabilities. Returns tanh' then."""
+    """Turn scores s (J, r·G, c) into probabilities in place. With `softcap`, s comes divided by it, and tanh' is returned."""
     slope = None
     if softcap is not None:
         s.tanh_()
@@ -201,7 +201,7 @@ def backward_heads(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, dq: Tensor, dk
                 ds.mul_(slope).mul_(softcap)
             p_ds = s_dp if low == torch.float32 else low_room[:size].view(s_dp.shape).copy_(s_dp)
             if tile.real < tile.end - tile.start:
-                p_ds[:, tile.real * groups :].zero_()  # the next sample's queries say nothing about these keys
+                p_ds[:, tile.real * groups :].zero_()  # queries of the next sample contribute nothing to these keys
             torch.bmm(p_ds[kv_heads:], keys[:, columns], out=folded_q[:, rows])
             if total is None:
                 torch.bmm(p_ds.mT, down[:, rows], out=both[:, columns])
@@ -214,14 +214,14 @@ def backward_heads(q: Tensor, k: Tensor, v: Tensor, grad: Tensor, dq: Tensor, dk
 
 
 def _size(tile: Tile) -> int:
-    """Scores of one head."""
+    """Number of scores of one head."""
     return (tile.end - tile.start) * (tile.end - tile.begin)
 
 
 def head_shares(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
-    """(query heads, kv heads) that are computed together."""
+    """Slices of (query heads, kv heads) that are computed together."""
     kv_heads, groups = k.shape[1], q.shape[1] // k.shape[1]
-    most = max(1, kv_heads * NUMBERS // q.numel())
+    most = max(1, kv_heads * MAX_ELEMENTS // q.numel())
     step = math.ceil(kv_heads / math.ceil(kv_heads / most))
     for start in range(0, kv_heads, step):
         stop = min(start + step, kv_heads)
@@ -229,12 +229,12 @@ def head_shares(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice]]:
 
 
 def room_like(x: Tensor) -> Tensor:
-    """Room for (B, H, T, D) that lies as (B, T, H, D), as a linear layer makes and takes it."""
+    """An empty (B, H, T, D) with the memory layout (B, T, H, D), as linear layers use."""
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
 class PackedAttention(torch.autograd.Function):
-    """q (B, H, T, D), k (B, J, T, D), v (B, J, T, Dv) of one dtype → (B, H, T, Dv), which lies as (B, T, H, Dv)."""
+    """q (B, H, T, D), k (B, J, T, D), v (B, J, T, Dv) of one dtype → (B, H, T, Dv) with the layout (B, T, H, Dv)."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor:
@@ -262,9 +262,9 @@ class PackedAttention(torch.autograd.Function):
 
 
 def _varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor | None:
-    """torch's flash attention for samples of different lengths, (B, T, H, D); None where it cannot: then tiles do.
+    """torch's flash attention for samples of different lengths, (B, T, H, D); None if unsupported, then tiles are used.
 
-    Its signature changed: torch 2.11 has `is_causal` or `window_size`, later ones the latter, and `scale` and `enable_gqa`.
+    Its signature varies: torch 2.11 has `is_causal` or `window_size`, later ones the latter, and `scale` and `enable_gqa`.
     """
     segments, scale, window, softcap = options
     width = q.shape[3]
@@ -276,25 +276,25 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor | None:
 
     attend: Any = varlen.varlen_attn
     known = inspect.signature(attend).parameters
-    more: dict[str, Any] = {}
+    extra: dict[str, Any] = {}
     if "window_size" in known:  # (keys before its own that a query sees, keys after it)
-        more["window_size"] = (-1 if window is None else window - 1, 0)
+        extra["window_size"] = (-1 if window is None else window - 1, 0)
     elif window is None:
-        more["is_causal"] = True
+        extra["is_causal"] = True
     else:
         return None
     if "scale" in known:
-        more["scale"] = scale
+        extra["scale"] = scale
     elif not math.isclose(scale, width**-0.5):
         return None
     if q.shape[1] != k.shape[1]:
         if "enable_gqa" in known:
-            more["enable_gqa"] = True
+            extra["enable_gqa"] = True
         else:
             k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)]
     offsets, longest = segments.offsets, segments.longest
-    out: Tensor = attend(*flat, offsets, offsets, longest, longest, **more)
+    out: Tensor = attend(*flat, offsets, offsets, longest, longest, **extra)
     return out.unflatten(0, segments.shape)
 
 
@@ -304,14 +304,14 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, options: Options) -> Tensor | None:
 def packed_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Segments, *, scale: float, window: int | None = None, softcap: float | None = None
 ) -> Tensor:
-    """softmax(scale · q·kᵀ)·v within each sample, each query seeing itself and what lies before it: (B, T, H, Dv) contiguous.
+    """Causal attention softmax(scale · q·kᵀ)·v within each sample: (B, T, H, Dv), contiguous.
 
     q: (B, H, T, D), k: (B, Hkv, T, D), v: (B, Hkv, T, Dv); H a multiple of Hkv, query head h has kv head h // (H / Hkv).
-    window: how many keys a query sees at most, itself among them (as transformers' sliding_window). softcap: scores become
-    softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2). Under autocast in its dtype, as torch's own.
+    window: how many keys a query sees at most, its own included (as transformers' sliding_window). softcap: scores become
+    softcap · tanh(scores / softcap) (Gemma 2, arXiv 2408.00118, section 2). Under autocast it computes in that dtype.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes do not match.
     """
     if q.ndim != 4 or k.shape[:3] != v.shape[:3] or (k.shape[0], *k.shape[2:]) != (q.shape[0], *q.shape[2:]):
         raise ValueError(
@@ -319,14 +319,14 @@ def packed_attention(
             f"not {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
         )
     if q.shape[1] % k.shape[1]:
-        raise ValueError(f"{q.shape[1]} query heads are no multiple of {k.shape[1]} key heads")
+        raise ValueError(f"{q.shape[1]} query heads are not a multiple of {k.shape[1]} key heads")
     if segments.shape != (q.shape[0], q.shape[2]):
-        raise ValueError(f"the segments are those of rows {segments.shape}, these are ({q.shape[0]}, {q.shape[2]})")
+        raise ValueError(f"the segments are of sequences {segments.shape}, q is of ({q.shape[0]}, {q.shape[2]})")
     if window is not None and window < 1:
-        raise ValueError(f"a window of {window} keys shows nothing")
-    kind = q.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
+        raise ValueError(f"the attention window must be at least 1, not {window}")
+    device_type = q.device.type
+    if torch.is_autocast_enabled(device_type):
+        dtype = torch.get_autocast_dtype(device_type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, not {q.dtype}, {k.dtype} and {v.dtype}")
@@ -335,7 +335,7 @@ def packed_attention(
     options = Options(segments, scale, window, softcap)
     if (tracing := trace_context.current()) is not None:
         return tracing.attention(q, k, v, options)
-    out = _varlen(q, k, v, options) if kind == "cuda" else None
+    out = _varlen(q, k, v, options) if device_type == "cuda" else None
     return PackedAttention.apply(q, k, v, options).transpose(1, 2) if out is None else out
 
 
@@ -343,15 +343,15 @@ _segments: Segments | None = None
 
 
 def set_segments(segments: Segments | None) -> None:
-    """Attention `NAME` takes these from now on: before each forward pass, and to stay until the backward pass is done.
+    """Set the segments of attention `NAME`: call it before each forward pass; they must stay until the backward pass is done.
 
-    One for the process, not for the thread: on CUDA, autograd computes checkpointed layers again in threads of its own.
+    One per process, not per thread: on CUDA, autograd recomputes checkpointed layers in its own threads.
     """
     global _segments
     _segments = segments
 
 
-# What models hand through to their attention and what changes nothing here.
+# Arguments that models pass to their attention and that change nothing here.
 HARMLESS = {
     "position_ids", "cache_position", "use_cache", "num_items_in_batch", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q",
     "max_length_k", "return_dict", "output_hidden_states",
@@ -374,35 +374,35 @@ def packed(
     """transformers' attention interface: q (B, H, T, D), k and v (B, Hkv, T, D) → ((B, T, H, D), no weights).
 
     Raises:
-        ValueError: something that it does not compute: dropout, masks, a cache, attention that is not causal, weights asked for.
+        ValueError: something unsupported: dropout, masks, a cache, attention that is not causal, returned weights.
     """
     name = type(module).__name__
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError(f"{name} is not causal")
     if dropout:
-        raise ValueError(f"{name} drops out attention weights ({dropout}); they are never whole here")
+        raise ValueError(f"{name} uses dropout on attention weights ({dropout}), which packed attention does not support")
     if attention_mask is not None:
-        raise ValueError(f"{name} has an attention mask; packed rows need none")
+        raise ValueError(f"{name} passes an attention mask, which packed attention does not support")
     if query.shape[2] != key.shape[2]:
-        raise ValueError(f"{name} has {query.shape[2]} queries for {key.shape[2]} keys: a cache, which packed rows cannot have")
-    unknown = [word for word, thing in kwargs.items() if word not in HARMLESS and thing is not None and thing is not False]
+        raise ValueError(f"{name} has {query.shape[2]} queries, {key.shape[2]} keys: packed attention does not support a cache")
+    unknown = [key for key, value in kwargs.items() if key not in HARMLESS and value is not None and value is not False]
     if unknown:
-        raise ValueError(f"{name} wants attention with {', '.join(unknown)}")
+        raise ValueError(f"{name} passes arguments that packed attention does not support: {', '.join(unknown)}")
     if _segments is None:
-        raise ValueError("set_segments was not called before the model")
+        raise ValueError("call set_segments before the model")
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     return packed_attention(query, key, value, _segments, scale=scale, window=sliding_window, softcap=softcap), None
 
 
 def register() -> None:
-    """Make `NAME` an attention implementation of transformers; one without masks, since no mask function has its name."""
+    """Register `NAME` as an attention implementation of transformers, without masks: no mask function has its name."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, packed)
 
 
 def unregister(name: str = NAME) -> None:
-    """Take an implementation out of transformers' registers of attention and of masks again, which know no public way to."""
+    """Remove an implementation from transformers' registers of attention and masks, which have no public way to do it."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
 

@@ -1,4 +1,4 @@
-"""Blocks that are recognized by what they compute: RMSNorms and gated MLPs, tried out on random numbers."""
+"""Recognizes RMSNorms and gated MLPs by comparing their outputs on random inputs with the formula."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from eval.model_state import evaluating
 from finetune.train import trace_context
 from finetune.train.fast import kernels
 
-SAME = 1e-4  # relative difference in fp32 up to which two computations are the same
-SAME_LOW = 3e-2  # and in 16 bits, which one of them rounds to more often
+SAME = 1e-4  # relative difference up to which two results are the same, in fp32
+SAME_LOW = 3e-2  # in 16 bits, where one of them rounds more often
 
 
 def difference(ours: Tensor, own: Tensor) -> float:
+    """Relative difference of two results; 0.0 in a trace, infinite if shapes differ."""
     if ours.shape != own.shape:
         return float("inf")
     if trace_context.current() is not None:
@@ -26,7 +27,7 @@ def difference(ours: Tensor, own: Tensor) -> float:
 
 
 def as_fast_as_it_gets(block: nn.Module) -> bool:
-    """Whether a block is kernels of torch and linears alone: a LayerNorm, a linear, an MLP with one activation between two."""
+    """Whether a block has nothing to fuse: a LayerNorm, a linear, or two linears with one activation in between."""
     if isinstance(block, nn.LayerNorm) or _shape(block) is not None or not any(True for _ in block.parameters()):
         return True
     children = [child for child in block.children() if any(True for _ in child.parameters())]
@@ -34,7 +35,7 @@ def as_fast_as_it_gets(block: nn.Module) -> bool:
 
 
 def like_norm(module: Any) -> bool:
-    """Whether a module has what an RMSNorm has: a gain, and an ε."""
+    """Whether a module looks like an RMSNorm: one vector of weights, and an ε."""
     alone = not any(True for _ in module.children()) and not isinstance(module, nn.LayerNorm)
     return alone and [p.ndim for p in module.parameters()] == [1] and hasattr(module, "weight") and _epsilon(module) is not None
 
@@ -44,10 +45,10 @@ def _epsilon(module: Any) -> float | None:
 
 
 def as_norm(module: Any) -> Callable[..., Any] | None:
-    """What computes as `module` does, if that is an RMSNorm with gain w or 1 + w."""
+    """A faster forward of `module` if it is an RMSNorm with gain w or 1 + w, else None."""
     eps = _epsilon(module)
     assert eps is not None
-    x = _numbers((3, module.weight.shape[0]), module.weight.device)
+    x = _random((3, module.weight.shape[0]), module.weight.device)
     try:
         with torch.no_grad():
             own = module(x)
@@ -66,9 +67,9 @@ def _norm(module: Any, norm: Callable[[Tensor, Tensor], Tensor], x: Tensor) -> T
 
 
 def as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]]) -> Callable[..., Any] | None:
-    """What computes as `module` does, if that is down(activation(gate) · up), with linears apart or gate and up in one.
+    """A faster forward of `module` if it is down(activation(gate) · up), with gate and up separate or in one linear, else None.
 
-    A norm may stand before `down` (BitNet b1.58 2B4T). gates: compiled functions by activation, so that equal ones are one.
+    A norm may precede `down` (BitNet b1.58 2B4T). gates: compiled functions by activation, shared by equal ones.
     """
     children = dict(module.named_children())
     linears = {name: shape for name, child in children.items() if (shape := _shape(child)) is not None}
@@ -88,20 +89,20 @@ def as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]]) 
         product.recompute_fn = fuse, (gate, up)  # type: ignore[attr-defined]
         return getattr(module, norms[0])(product) if norms else product
 
-    def apart(x: Tensor) -> Tensor:
+    def separate(x: Tensor) -> Tensor:
         return getattr(module, names[2])(gated(getattr(module, names[0])(x), getattr(module, names[1])(x)))
 
-    def together(x: Tensor) -> Tensor:
+    def merged(x: Tensor) -> Tensor:
         return getattr(module, names[1])(gated(*getattr(module, names[0])(x).chunk(2, dim=-1)))
 
     if len(names) == 3 and shapes[0] == shapes[1] == (inner, hidden):
-        candidate = apart
+        candidate = separate
     elif len(names) == 2 and shapes[0] == (2 * inner, hidden):
-        candidate = together
+        candidate = merged
     else:
         return None
-    low = _takes(children[names[0]])
-    x = _numbers((1, 3, hidden), next(module.parameters()).device).to(low)
+    low = _input_dtype(children[names[0]])
+    x = _random((1, 3, hidden), next(module.parameters()).device).to(low)
     before = kernels.switch(False)
     try:
         with torch.no_grad(), evaluating(module):
@@ -115,18 +116,18 @@ def as_gated(module: Any, gates: dict[str, Callable[[Tensor, Tensor], Tensor]]) 
 
 
 def _shape(module: Any) -> tuple[int, int] | None:
-    """(out, in) of a linear, packed or in floats, with an adapter or without."""
+    """(out, in) features of a linear, packed or not, with or without an adapter; None for other modules."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     features = getattr(base, "out_features", None), getattr(base, "in_features", None)
     return features if all(isinstance(n, int) for n in features) else None  # type: ignore[return-value]
 
 
-def _takes(module: Any) -> torch.dtype:
-    """The dtype that a linear wants its input in: a packed one computes in any, a plain one in its weight's."""
+def _input_dtype(module: Any) -> torch.dtype:
+    """The dtype of a linear's input: a packed one accepts any, a plain one needs its weight's."""
     weight = getattr(module.get_base_layer() if hasattr(module, "get_base_layer") else module, "weight", None)
     return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else torch.float32
 
 
-def _numbers(shape: tuple[int, ...], device: torch.device) -> Tensor:
-    """Random fp32 numbers; torch's own generator is not asked."""
+def _random(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    """Random fp32 numbers from a generator of its own; torch's global one does not move."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)

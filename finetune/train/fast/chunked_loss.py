@@ -1,12 +1,12 @@
-"""The step's loss without whole logits: the head's product and the cross-entropy together, chunk by chunk over the tokens.
+"""Fused linear cross-entropy: the head's product and the loss together, for a chunk of tokens at a time.
 
 For T tokens and a vocabulary of V, logits, their float32 copy and their gradient take 10·T·V bytes and more: 1.3 GB for 2,048
 tokens of a vocabulary of 65,536. Here only those of one chunk of tokens exist. The gradients are computed in the forward pass
-while they do (the idea of Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989), so that nothing is computed twice, and
+while they do (as in Liger-Kernel's fused linear cross-entropy, arXiv 2410.10989), so that nothing is computed twice, and
 the backward pass only scales them. Chunks are of tokens, not of the vocabulary: each token's softmax is whole.
 
-What a model does between its decoder and its logits is looked for, and tried out, by `head_of`; a model that does something
-else there is not guessed at.
+`head_of` finds and verifies what a model does between its decoder and its logits; for a model that does something else,
+this loss is not used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from finetune.data.samples import IGNORE
 from finetune.train import trace_context
 from finetune.train.fast import kernels
 
-CHUNK = 256  # tokens: their logits stay in a processor's cache, and a product of so many rows is a full one
+CHUNK = 256  # tokens: their logits stay in the CPU's cache, and the matrix product is still efficient
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -100,9 +100,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Given away and scaled in place, which takes no second copy of the head's gradient; so it goes once.
+        # Scaled in place and handed over, which saves a copy of the head's gradient; so it works once.
         if ctx.gradients is None:
-            raise RuntimeError("chunked_cross_entropy: a second backward pass through the same loss; compute the loss again")
+            raise RuntimeError("chunked_cross_entropy: backward was called twice on the same loss; compute the loss again")
         gradients, ctx.gradients = ctx.gradients, None
         return (*(None if g is None else g.mul_(grad_output) for g in gradients), None, None, None, None, None)
 
@@ -115,7 +115,7 @@ def _to_gradients(
     grad_hidden: torch.Tensor | None,
     grad_weight: torch.Tensor | None,
 ) -> None:
-    """What the gradient of a chunk's logits (n, V) gives to those of hidden and weight, in place."""
+    """Accumulate the gradient of a chunk's logits (n, V) into those of hidden and weight, in place."""
     if grad_hidden is not None:
         torch.mm(grad, weight, out=grad_hidden[start : start + len(grad)])
     if grad_weight is None:
@@ -139,7 +139,7 @@ def token_losses(hidden: torch.Tensor, head: LMHead, targets: torch.Tensor, *, c
 
 
 def evaluator(head: LMHead, chunk: int = CHUNK) -> Callable[..., torch.Tensor]:
-    """What `eval.perplexity.evaluate_loss` takes as `of_tokens`: losses of a model whose head is `head`, logits never whole."""
+    """The `of_tokens` argument of `eval.perplexity.evaluate_loss` for a model with this head: losses in chunks of logits."""
 
     def of_tokens(ids: torch.Tensor, positions: torch.Tensor, keep: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return token_losses(head.hidden(ids, positions)[0][keep], head, targets, chunk=chunk)
@@ -157,15 +157,15 @@ def chunked_cross_entropy(
     softcap: float | None = None,
     scale: float = 1.0,
 ) -> torch.Tensor:
-    """Summed cross-entropy (nats, float32) of the logits hidden·weightᵀ + bias, of which only `chunk` rows exist at a time.
+    """Summed cross-entropy (nats, float32) of the logits hidden·weightᵀ + bias, `chunk` tokens at a time.
 
-    hidden: (N, d). weight: (V, d), bias: (V,). targets: (N,) int64, -100 where there is none.
+    hidden: (N, d). weight: (V, d), bias: (V,). targets: (N,) int64, -100 for tokens without a target.
     The logits are multiplied by `scale`, then capped: softcap·tanh(logits/softcap) (Gemma 2, arXiv 2408.00118, section 2).
-    The product is in autocast's dtype, else in the weight's; everything behind it is in float32. The weight's gradient is summed
-    over the chunks in float32. Without gradients to compute (`no_grad`, frozen) none are. Backward passes once, not twice.
+    The product is in autocast's dtype, else in the weight's; everything after it is in float32. The weight's gradient is summed
+    over the chunks in float32. Gradients are computed only if needed (not under `no_grad` or if frozen). `backward` works once.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes do not match.
     """
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be (N, d) and weight (V, d), not {tuple(hidden.shape)} and {tuple(weight.shape)}")
@@ -180,7 +180,7 @@ def chunked_cross_entropy(
 
 @dataclass(frozen=True)
 class LMHead:
-    """How a model makes logits of ids: softcap(scale·linear(decoder(ids)))."""
+    """How a model computes logits: softcap(scale·linear(decoder(ids)))."""
 
     decoder: nn.Module  # returns hidden states (B, T, d) first
     linear: nn.Linear  # (V, d)
@@ -192,7 +192,7 @@ class LMHead:
         return self.decoder(**_arguments(self.decoder, input_ids, position_ids))[0]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """(…, d) → (…, V) float32, whole."""
+        """(…, d) → (…, V) float32, not in chunks."""
         return _tail(self.linear(hidden.to(self.linear.weight.dtype)), self.scale, self.softcap)
 
 
@@ -212,54 +212,54 @@ def _arguments(module: nn.Module, input_ids: torch.Tensor, position_ids: torch.T
 
 
 def head_of(model: nn.Module) -> tuple[LMHead | None, str | None]:
-    """The model's head, tried out; or None, and why its logits cannot be taken apart.
+    """The model's head, verified; or None and the reason why the chunked loss cannot be used.
 
-    model: a transformers causal language model, with PEFT adapters or without. Looked for: a decoder (`base_model`), a plain
-    `nn.Linear` on its hidden states (`get_output_embeddings`), and a scale or soft cap that the configuration names. Tried, on
-    eight tokens and in evaluation mode: that the linear gets the decoder's output as it is; that made-up logits, put in place of
-    the linear's, come out of the model as that scale and cap would have them (a fresh model's own are too small to feel a cap);
-    and that all together gives the model's logits. The model and its modes are left as they were.
+    model: a transformers causal language model, with PEFT adapters or without. It needs a decoder (`base_model`), a plain
+    `nn.Linear` on its hidden states (`get_output_embeddings`), and a scale or soft cap that the configuration names. Verified, on
+    eight tokens and in evaluation mode: the linear gets the decoder's output unchanged; synthetic logits, put in place of
+    the linear's, leave the model as that scale and cap predict (a fresh model's own are too small to reach a cap);
+    and decoder, head, scale and cap together give the model's logits. The model and its modes do not change.
     """
-    found = _find(model)
-    if isinstance(found, str):
-        return None, found
-    base, decoder, linear = found
+    parts = _find(model)
+    if isinstance(parts, str):
+        return None, parts
+    base, decoder, linear = parts
     name = type(base).__name__
     embedding = base.get_input_embeddings()
     ids = torch.arange(1, 9, device=device_of(base))[None] % getattr(embedding, "num_embeddings", linear.out_features)
     inputs: list[torch.Tensor] = []
     with evaluating(model), torch.no_grad(), torch.autocast(ids.device.type, enabled=False):
-        watch = linear.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
+        input_hook = linear.register_forward_pre_hook(lambda module, arguments: inputs.append(arguments[0]))
         try:
             own = model(**_arguments(base, ids, None)).logits
         finally:
-            watch.remove()
+            input_hook.remove()
         if len(inputs) != 1:
             return None, f"{name} calls its head {len(inputs)} times"
         hidden = LMHead(decoder, linear, 1.0, None).hidden(ids, None)
         if not _equal(hidden, inputs[0]):
-            return None, f"{name} changes what comes out of {type(decoder).__name__} before its head, or calls it otherwise"
+            return None, f"{name} changes the output of {type(decoder).__name__} before its head, or calls it differently"
         # (1, 8, V): from -0.001 … 0.001 at the first token to -10,000 … 10,000 at the last
-        made_up = 10.0 ** torch.arange(-3, 5, device=ids.device)[:, None] * torch.linspace(-1, 1, linear.out_features).to(
+        synthetic = 10.0 ** torch.arange(-3, 5, device=ids.device)[:, None] * torch.linspace(-1, 1, linear.out_features).to(
             ids.device
         )
-        made_up = made_up[None].to(linear.weight.dtype)
-        put = linear.register_forward_hook(lambda module, arguments, output: made_up)
+        synthetic = synthetic[None].to(linear.weight.dtype)
+        output_hook = linear.register_forward_hook(lambda module, arguments, output: synthetic)
         try:
-            answer = model(**_arguments(base, ids, None)).logits
+            capped = model(**_arguments(base, ids, None)).logits
         finally:
-            put.remove()
-        scale_and_cap = _fit(base, made_up, answer)
+            output_hook.remove()
+        scale_and_cap = _fit(base, synthetic, capped)
         if scale_and_cap is None:
-            return None, f"{name} does more to its logits than a scale and a soft cap that its configuration names"
+            return None, f"{name} does more to its logits than the scale and soft cap in its configuration"
         head = LMHead(decoder, linear, *scale_and_cap)
         if not _equal(head.logits(hidden), own):
-            return None, f"{name} gives other logits than its decoder and its head"
+            return None, f"{name} gives other logits than its decoder followed by its head"
     return head, None
 
 
 def _find(model: nn.Module) -> tuple[Any, nn.Module, nn.Linear] | str:
-    """(model inside its wrappers, decoder, head), or what is in the way."""
+    """(model inside its wrappers, decoder, head), or the reason why not."""
     base: Any = model
     if hasattr(base, "get_base_model"):  # PEFT
         base = base.get_base_model()
@@ -267,24 +267,24 @@ def _find(model: nn.Module) -> tuple[Any, nn.Module, nn.Linear] | str:
     if hasattr(base, "_orig_mod") or base._compiled_call_impl is not None:
         return f"{name} is compiled as a whole"
     if not hasattr(base, "get_output_embeddings") or not hasattr(base, "base_model"):
-        return f"{name} is not a model of transformers"
+        return f"{name} is not a transformers model"
     if base.config.is_encoder_decoder:
         return f"{name} has an encoder"
     decoder, linear = base.base_model, base.get_output_embeddings()
     if linear is None or decoder is base:
         return f"{name} has no {'output embedding' if linear is None else 'decoder of its own'}"
-    where = next((path for path, module in base.named_modules() if module is linear), "its head")
+    location = next((path for path, module in base.named_modules() if module is linear), "its head")
     if type(linear) is not nn.Linear:
-        return f"{where} of {name} is a {type(linear).__name__} of {type(linear).__module__}, not a plain nn.Linear"
+        return f"{location} of {name} is a {type(linear).__name__} of {type(linear).__module__}, not a plain nn.Linear"
     if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or "forward" in vars(linear):
-        return f"{where} of {name} has hooks, which would be passed by"
+        return f"{location} of {name} has hooks, which the chunked loss would bypass"
     if any(parameter.is_meta for parameter in base.parameters()):
-        return f"{name} has weights without numbers, on which nothing can be tried"
+        return f"{name} has weights on the meta device, so it cannot be verified"
     return base, decoder, linear
 
 
 def _fit(base: Any, logits: torch.Tensor, answer: torch.Tensor) -> tuple[float, float | None] | None:
-    """(scale, softcap) that make `answer` of `logits`, of those that the model or its configuration names; None if none does."""
+    """The (scale, softcap) of the model or its configuration that turn `logits` into `answer`; None if there are none."""
 
     def named(*keys: str) -> list[float]:
         values = [getattr(of, key, None) for of in (base, base.config) for key in keys]
@@ -296,7 +296,7 @@ def _fit(base: Any, logits: torch.Tensor, answer: torch.Tensor) -> tuple[float, 
         return None
     if trace_context.current() is not None:
         return 1.0, caps[0] if caps else None
-    best, closest = None, 4 * torch.finfo(answer.dtype).eps  # relative: a cap in the logits' dtype is three roundings
+    best, closest = None, 4 * torch.finfo(answer.dtype).eps  # relative: a cap in the logits' dtype rounds three times
     for scale, cap in itertools.product([1.0, *scales, *(1 / s for s in scales)], [None, *caps]):
         expected = _tail(logits, scale, cap)
         difference = ((answer.float() - expected).abs() / expected.abs().clamp(min=1e-30)).max().item()
@@ -306,7 +306,7 @@ def _fit(base: Any, logits: torch.Tensor, answer: torch.Tensor) -> tuple[float, 
 
 
 def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether they agree to 16 units in the last place of the largest value, in the coarser of their dtypes."""
+    """Whether they agree within 16 units in the last place of the largest value, in the coarser of their dtypes."""
     if a.shape != b.shape:
         return False
     if trace_context.current() is not None:
@@ -324,18 +324,18 @@ def fused_linear_cross_entropy(
     *,
     chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, int]:
-    """(summed cross-entropy of the next tokens in nats, how many they are), of a `model` whose head is `head`.
+    """(summed cross-entropy of the next tokens in nats, their number), of a `model` whose head is `head`.
 
-    input_ids, position_ids: (B, T). labels: (B, T), the token AT each position or -100 where it is not trained on; None: all.
-    Logits exist for trained tokens alone, `chunk` of them at a time.
+    input_ids, position_ids: (B, T). labels: (B, T), the token AT each position or -100 if it is not trained on; None: all.
+    Logits are computed for trained tokens only, `chunk` of them at a time.
     """
     if head.linear not in model.modules():
-        raise ValueError("the head is of another model")
+        raise ValueError("the head belongs to a different model")
     hidden = head.hidden(input_ids, position_ids)[:, :-1].flatten(0, 1)
     targets = (input_ids if labels is None else labels)[:, 1:].flatten()
     if labels is not None:
-        places = (targets != IGNORE).nonzero()[:, 0]
-        hidden, targets = hidden[places], targets[places]
+        trained = (targets != IGNORE).nonzero()[:, 0]
+        hidden, targets = hidden[trained], targets[trained]
     weight, bias = head.linear.weight, head.linear.bias
     loss = chunked_cross_entropy(hidden, weight, targets, chunk=chunk, bias=bias, softcap=head.softcap, scale=head.scale)
     return loss, targets.numel()

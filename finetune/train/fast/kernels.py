@@ -1,15 +1,15 @@
-"""Elementwise pieces of the step, each one pass over memory: written in plain torch, compiled by torch.compile.
+"""Elementwise functions of the step, each one pass over memory: written in plain torch, compiled by torch.compile.
 
     rms_norm      w · x / √(mean(x²) + ε), or (1 + w) · … (Gemma); computed in fp32, rounded once
     gated         act(gate) · up (SwiGLU, GeGLU); computed in fp32, rounded once
-    cross_entropy, cross_entropy_with_gradient   of a chunk of logits, which are read twice and written once
+    cross_entropy, cross_entropy_with_gradient   of a chunk of logits; reads them twice and writes them once
 
-One source serves every device: Inductor makes C++ of it on the CPU and Triton on CUDA. Sizes are dynamic, so that rows of any
-length find the same machine code: a graph is compiled once for each function, dtype and need of gradients. Autograd's part is
-derived by the compiler, which also decides what to compute again rather than to keep (norms and activations).
+One source serves every device: Inductor generates C++ on the CPU and Triton on CUDA. Sizes are dynamic, so that any
+sequence length uses the same code: a graph is compiled once for each function, dtype and need of gradients. The backward pass is
+derived by the compiler, which also decides what to recompute instead of saving it (norms and activations).
 
-Compiling takes some ten seconds the first time on a machine (later it finds its cache), so it is switched on by who knows
-that there is work enough: `switch`. Where it is off these are the plain functions.
+Compiling takes some ten seconds the first time on a machine (later the cache is used), so callers switch it on if the run is
+long enough: `switch`. While it is off these are the plain functions.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ R = TypeVar("R")
 _on = False
 _limit: int | None = None  # torch's own, while compilation is on
 
-# A graph more for each dtype, rank, need of gradients and autocast: Gemma 3 has norms of its heads beside those of hidden states.
-# At torch's own limit of 8 it would compute without compilation from there on, and log a line.
+# One more graph for each dtype, rank, need of gradients and autocast: Gemma 3 norms its heads as well as its hidden states.
+# Beyond torch's own limit of 8 it would run without compilation, and log a line.
 GRAPHS = 64
 
 
 def switch(on: bool) -> bool:
-    """Compile from now on, in this process, or no longer; returns what it was before."""
+    """Switch compilation on or off in this process; returns the previous setting."""
     global _on, _limit
     before, _on = _on, on
     config = torch._dynamo.config
@@ -52,35 +52,35 @@ def switched_on() -> bool:
 
 @functools.cache
 def unavailable(device: str) -> str | None:
-    """Why torch.compile does not compile here, None where it does: it needs a C++ compiler on the CPU, Triton on CUDA."""
+    """Why torch.compile does not work here, or None if it does: it needs a C++ compiler on the CPU, Triton on CUDA."""
 
     def probe(x: Tensor) -> Tensor:
         return x.exp() + (1.0 if torch.compiler.is_compiling() else 0.0)
 
     try:
-        answer = torch.compile(probe, dynamic=True)(torch.zeros(64, device=device))
-    except Exception as error:  # whatever a compiler says
+        result = torch.compile(probe, dynamic=True)(torch.zeros(64, device=device))
+    except Exception as error:  # any error of a compiler
         return f"torch.compile fails on {device}: {str(error).strip().splitlines()[0][:200]}"
-    return None if bool((answer == 2).all()) else "torch.compile is switched off"
+    return None if bool((result == 2).all()) else "torch.compile is switched off"
 
 
 def compiled(function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, compiled for any sizes where compilation is on (`switch`), and as it is where it is not.
+    """`function`, compiled for any sizes while compilation is on (`switch`), else unchanged.
 
-    What it closes over, and arguments that are no tensors, are constants to the compiler: another value, another graph.
+    Captured variables and arguments that are not tensors are constants to the compiler: another value compiles another graph.
     """
-    machine: Callable[P, R] | None = None
+    compiled_function: Callable[P, R] | None = None
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        nonlocal machine
+        nonlocal compiled_function
         if not _on:
             return function(*args, **kwargs)
         if (tracing := trace_context.current()) is not None:
             return tracing.fused(function)(*args, **kwargs)
-        if machine is None:
-            machine = torch.compile(function, dynamic=True)
-        return machine(*args, **kwargs)
+        if compiled_function is None:
+            compiled_function = torch.compile(function, dynamic=True)
+        return compiled_function(*args, **kwargs)
 
     return call
 
@@ -124,7 +124,7 @@ def cross_entropy(logits: Tensor, index: Tensor, scale: float, softcap: float | 
 def _softmax_gradient(
     logits: Tensor, index: Tensor, weight: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(losses (n,), softmax as if no class were the right one, as a gradient (n, V), the right classes' logits (n,))."""
+    """(losses (n,), the gradient (n, V) without the −1 of the right class, the right classes' logits (n,))."""
     z = _capped(logits, scale, softcap)
     highest = z.amax(1, keepdim=True)
     total = torch.exp(z - highest).sum(1, keepdim=True).log() + highest
@@ -138,10 +138,10 @@ def _softmax_gradient(
 def cross_entropy_with_gradient(
     logits: Tensor, index: Tensor, weight: Tensor, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """The same, times weight (n,) fp32; and its gradient by the logits, in their dtype.
+    """The losses times weight (n,) fp32, and their gradient with respect to the logits, in their dtype.
 
-    The right class's p − 1 is computed for itself, from its loss: asking at every element whether it is the one takes as long
-    as all the rest.
+    The right class's p − 1 is computed separately, from its loss: comparing every element with the target takes as long
+    as everything else.
     """
     losses, gradient, right = _softmax_gradient(logits, index, weight, scale, softcap)
     own = torch.expm1(-losses) * weight * scale

@@ -1,17 +1,17 @@
-"""Patches of a model that compute its results faster. They are found by structure, and tried out.
+"""Patches that make a model faster with the same results. They are found by structure, and verified.
 
-    attention   rows of several samples without a mask: each sample attends to itself (attention.py)
-    lora        adapters and their frozen linears as one autograd Function, q, k and v together, gate and up too (quant/lora.py)
+    attention   packed sequences without a mask: each sample attends to itself (attention.py)
+    lora        adapters and their frozen linears as one autograd Function; q, k and v together, gate and up too (quant/lora.py)
     blocks      RMSNorm, rotary positions and gated activations as one compiled pass each (blocks.py, kernels.py)
 
-No list of models is kept. One forward pass is watched: which modules ask for attention, which linears take the same tensor. A
-module is taken for an RMSNorm, or for a gated MLP, when its own output comes out of that formula on random numbers; attention
-is compared, layer by layer and in fp32, with the model's own eager one on two samples in a row. What is not recognized computes
-as it did, and `skipped` says where and why. (The chunked loss, chunked_loss.py, is tried in the same way: `head_of`.)
+There is no list of supported models. Hooks record one forward pass: which modules call attention, which linears take the same
+tensor. A module counts as an RMSNorm, or as a gated MLP, if that formula gives its own output on random inputs; attention
+is compared, layer by layer and in fp32, with the model's own eager one on two packed samples. Modules that are not recognized
+are not patched; `skipped` has their paths and reasons. (`head_of` verifies the chunked loss, chunked_loss.py, in the same way.)
 
 While `install`ed, patched modules have an attribute `forward` of their own; weights, names and state are untouched. `remove`
-leaves the model and the process as they were, `with patched(model)` does both (what is changed: fast/__init__.py). Calls with a
-cache or a mask, as in generation, get the model's own attention.
+restores the model and the process, `with patched(model)` does both (fast/__init__.py lists all changes). Calls with a
+cache or a mask, as in generation, use the model's own attention.
 """
 
 from __future__ import annotations
@@ -40,22 +40,22 @@ if TYPE_CHECKING:
 
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}  # parameters × tokens: some ten seconds of training
 TRIAL = "finetune_trial"
-TRIAL_SAMPLES = (5, 11)  # tokens of the two samples in the row that is tried
+TRIAL_SAMPLES = (5, 11)  # tokens of the two packed samples of the trial
 
 
 @dataclass(frozen=True)
 class Patch:
-    """One thing that is put in place of another. of: what it is, for the log."""
+    """A replacement that can be installed and removed. name: for the log."""
 
-    of: str
+    name: str
     install: Callable[[], None]
     remove: Callable[[], None]
 
 
 class _Shared:
-    """Something of the process that several patched models need: done for the first of them, undone after the last.
+    """A process-wide change that several patched models need: made for the first of them, undone after the last.
 
-    do: does it, and returns what undoes it.
+    do: makes the change and returns the function that undoes it.
     """
 
     _all: ClassVar[dict[str, _Shared]] = {}
@@ -65,7 +65,7 @@ class _Shared:
 
     @classmethod
     def named(cls, name: str, do: Callable[[], Callable[[], object]]) -> _Shared:
-        """The one of that name; `do` is of the first who asks."""
+        """The change of that name; the first caller's `do` is used."""
         return cls._all.setdefault(name, cls(do))
 
     def acquire(self) -> None:
@@ -96,7 +96,7 @@ _ATTENTION = _Shared.named("attention", _register_attention)
 class FastStep:
     """Which modules of a model are patched, and why others are not.
 
-    skipped: path → why. head: for the loss in chunks. compiled: kernels are, while it is installed.
+    skipped: path → reason. head: for the chunked loss. compiled: kernels are compiled while it is installed.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class FastStep:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within it the model computes as it came: for generation, whose steps of one token gain nothing."""
+        """Remove the patches inside the block: for generation, whose steps of one token gain nothing."""
         was = self.installed
         self.remove()
         try:
@@ -138,55 +138,55 @@ class FastStep:
                 self.install()
 
     def in_words(self) -> list[str]:
-        """What the log says: one line of what is fast, and one for each kind of what is not."""
-        count = Counter(patch.of for patch in self.patches)
-        parts = [f"{number} {of}" if number > 1 else of for of, number in count.items()]
-        parts += ["the loss in chunks"] if self.head else []
+        """Lines for the log: one with all patches, and one for each reason why modules were skipped."""
+        count = Counter(patch.name for patch in self.patches)
+        parts = [f"{number} {name}" if number > 1 else name for name, number in count.items()]
+        parts += ["chunked loss"] if self.head else []
         lines = ["fast: " + ", ".join(parts)] if parts else []
         reasons: dict[str, list[str]] = {}
         for path, why in self.skipped.items():
             reasons.setdefault(why, []).append(path)
         for why, paths in reasons.items():
             more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
-            lines.append(f"plain: {paths[0] or 'the model'}{more}: {why}")
+            lines.append(f"not patched: {paths[0] or 'the model'}{more}: {why}")
         return lines
 
 
 def apply_patches(model: nn.Module, recipe: Recipe, device: torch.device, *, work: float = math.inf) -> FastStep:
-    """What the recipe wants of the fast step, installed. work: parameters × tokens of the run, for compilation that is `auto`.
+    """Find and install the patches that the recipe asks for. work: parameters × tokens of the run, for `fast.compile: auto`.
 
     Raises:
-        UserError: the recipe wants compilation, and there is no compiler.
+        UserError: `fast.compile: true`, and torch.compile does not work here.
     """
-    said, not_compiled = recipe.fast, None
-    if said.compile is False:
+    settings, not_compiled = recipe.fast, None
+    if settings.compile is False:
         not_compiled = "fast.compile: false"
-    elif said.compile == "auto" and work < WORTH_COMPILING[device.type]:
-        not_compiled = "this run is too short for compiling (fast.compile: true compiles)"
+    elif settings.compile == "auto" and work < WORTH_COMPILING[device.type]:
+        not_compiled = "too few steps for torch.compile to pay off (fast.compile: true compiles anyway)"
     elif trace_context.current() is None:
         not_compiled = kernels.unavailable(device.type)
-        if not_compiled is not None and said.compile is True:
-            raise UserError("nothing can be compiled here", where="fast.compile", got=not_compiled, hint="fast.compile=auto")
+        if not_compiled is not None and settings.compile is True:
+            raise UserError("torch.compile does not work here", where="fast.compile", got=not_compiled, hint="fast.compile=auto")
     chosen = recipe.model.attention != "auto"
-    parts = {"attention": said.attention and not chosen, "lora": said.lora, "blocks": said.blocks}
-    found = find(model, **parts, not_compiled=not_compiled)
-    if said.attention and chosen:
-        found.skipped["attention"] = f"model.attention: {recipe.model.attention}"
+    parts = {"attention": settings.attention and not chosen, "lora": settings.lora, "blocks": settings.blocks}
+    fast_step = find(model, **parts, not_compiled=not_compiled)
+    if settings.attention and chosen:
+        fast_step.skipped["attention"] = f"model.attention: {recipe.model.attention}"
     if recipe.train.loss_chunk and recipe.distill.teacher is None:
-        found.head, why = chunked_loss.head_of(model)
+        fast_step.head, why = chunked_loss.head_of(model)
         if why is not None:
-            found.skipped["the loss"] = why
-    found.install()
-    return found
+            fast_step.skipped["the loss"] = why
+    fast_step.install()
+    return fast_step
 
 
 def find(
     model: nn.Module, *, attention: bool = True, lora: bool = True, blocks: bool = True, not_compiled: str | None = None
 ) -> FastStep:
-    """What of `model` can be computed fast; nothing is replaced yet.
+    """Find the patches for `model`, without installing them.
 
-    model: a causal language model of transformers, with PEFT adapters or without, in the place and dtype in which it trains.
-    not_compiled: why kernels are not compiled; None switches compilation on. Without it `blocks` is no faster and is left out.
+    model: a causal language model of transformers, with PEFT adapters or without, on the device and in the dtype of training.
+    not_compiled: why kernels are not compiled; None switches compilation on. Without it `blocks` is no faster and is skipped.
     """
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     patches: list[Patch] = []
@@ -194,14 +194,14 @@ def find(
     decoder = getattr(base, "base_model", None)
     if decoder is None or decoder is base or not hasattr(base, "config"):
         return FastStep([], {"": f"{type(base).__name__} is not a causal language model of transformers"})
-    seen = _watch(base, decoder)
+    trial = _run_trial(base, decoder)
     if attention:
-        _attention(base, decoder, seen, patches, skipped)
+        _attention(base, decoder, trial, patches, skipped)
     if lora:
-        _lora(base, seen, patches, skipped)
+        _lora(base, trial, patches, skipped)
     if blocks:
         if not_compiled is None:
-            _blocks(base, seen, patches, skipped)
+            _blocks(base, trial, patches, skipped)
         else:
             skipped["norms, rotary positions and gated activations"] = not_compiled
     return FastStep(patches, skipped, compiled=not_compiled is None)
@@ -209,32 +209,32 @@ def find(
 
 @contextmanager
 def patched(model: nn.Module, **options: Any) -> Iterator[FastStep]:
-    """Within it what `find` finds is installed; after it the model and the process are as before. options: those of `find`."""
-    found = find(model, **options)
-    found.install()
+    """Install what `find(model, **options)` finds inside the block, and restore the model and the process after it."""
+    fast_step = find(model, **options)
+    fast_step.install()
     try:
-        yield found
+        yield fast_step
     finally:
-        found.remove()
+        fast_step.remove()
 
 
-# ------------------------------------------------------------------------------------------------------------ watching a pass
+# ------------------------------------------------------------------------------------------------------------ the trial pass
 
 
 @dataclass
-class _Seen:
-    """What one forward pass showed. differences: attention module → how far ours is off, or why it cannot be used.
+class _Trial:
+    """Results of one forward pass. differences: attention module → relative difference of ours, or why it cannot be used.
 
-    failed: why the pass did not come to its end, so that it shows nothing.
+    failed: the error that ended the pass early, so that there are no results.
     """
 
     differences: dict[nn.Module, float | str]
-    inputs: list[tuple[str, nn.Module, Tensor]]  # path, PEFT layer, what it was called with, in order
+    inputs: list[tuple[str, nn.Module, Tensor]]  # path, PEFT layer, its input, in order of calls
     failed: str | None
 
 
-def _watch(base: Any, decoder: Any) -> _Seen:
-    """One pass of two samples in one row, with the model's own eager attention and ours side by side."""
+def _run_trial(base: Any, decoder: Any) -> _Trial:
+    """One pass of two packed samples, with the model's own eager attention and ours side by side."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, eager_mask
 
@@ -243,29 +243,29 @@ def _watch(base: Any, decoder: Any) -> _Seen:
     positions = torch.cat([torch.arange(n, device=device) for n in TRIAL_SAMPLES])[None]
     ids = (torch.arange(positions.shape[1], device=device)[None] * 7 + 1) % vocabulary
     segments = attention.segments_of(positions, (1, positions.shape[1]), device)
-    seen = _Seen({}, [], None)
+    trial = _Trial({}, [], None)
 
     def compare(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
         if eager is None:
-            seen.differences[module] = "it has no eager attention to compare with"
+            trial.differences[module] = "it has no eager attention to compare with"
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
         if kwargs.pop("dropout", 0.0):
-            seen.differences[module] = "it drops attention weights out"
-        own, _ = eager(module, q.float(), k.float(), v.float(), None if mask is None else mask.float(), **kwargs)
+            trial.differences[module] = "it uses dropout on attention weights"
+        expected, _ = eager(module, q.float(), k.float(), v.float(), None if mask is None else mask.float(), **kwargs)
         try:
             attention.set_segments(segments)
             ours, _ = attention.packed(module, q.float(), k.float(), v.float(), None, **kwargs)
-            seen.differences.setdefault(module, difference(ours, own))
+            trial.differences.setdefault(module, difference(ours, expected))
         except (ValueError, TypeError, NotImplementedError) as error:
-            seen.differences[module] = str(error).splitlines()[0]
-        return own.to(q.dtype), None
+            trial.differences[module] = str(error).splitlines()[0]
+        return expected.to(q.dtype), None
 
     AttentionInterface.register(TRIAL, compare)
     AttentionMaskInterface.register(TRIAL, eager_mask)
     hooks = [
         module.register_forward_pre_hook(
-            lambda module, args, path=path: seen.inputs.append((path, module, args[0])) if args else None
+            lambda module, args, path=path: trial.inputs.append((path, module, args[0])) if args else None
         )
         for path, module in base.named_modules()
         if _is_lora(module)
@@ -274,13 +274,13 @@ def _watch(base: Any, decoder: Any) -> _Seen:
     names = [config._attn_implementation for config in configs]
     try:
         with evaluating(base), torch.no_grad(), torch.random.fork_rng(), torch.autocast(device.type, enabled=False):
-            base.train()  # in which attention says whether it drops weights out
+            base.train()  # in training mode attention passes its dropout rate
             for config in configs:
                 config._attn_implementation = TRIAL
             try:
                 decoder(input_ids=ids, position_ids=positions, use_cache=False)
-            except Exception as error:  # whatever a model says to a row of two samples: then it is left alone
-                seen.failed = f"{type(error).__name__} when it was tried: {str(error).strip().splitlines()[0][:200]}"
+            except Exception as error:  # any error on packed samples: the model is not patched
+                trial.failed = f"{type(error).__name__} in the trial pass: {str(error).strip().splitlines()[0][:200]}"
     finally:
         for config, name in zip(configs, names, strict=True):
             config._attn_implementation = name
@@ -288,7 +288,7 @@ def _watch(base: Any, decoder: Any) -> _Seen:
             hook.remove()
         attention.set_segments(None)
         attention.unregister(TRIAL)
-    return seen
+    return trial
 
 
 def _is_lora(module: Any) -> bool:
@@ -299,27 +299,27 @@ def _is_lora(module: Any) -> bool:
 
 def _configs(base: Any) -> list[Any]:
     """The configurations whose `_attn_implementation` the model's modules read."""
-    found = {id(config): config for module in base.modules() if (config := getattr(module, "config", None)) is not None}
-    return [config for config in found.values() if hasattr(config, "_attn_implementation")]
+    by_id = {id(config): config for module in base.modules() if (config := getattr(module, "config", None)) is not None}
+    return [config for config in by_id.values() if hasattr(config, "_attn_implementation")]
 
 
 # ------------------------------------------------------------------------------------------------------------------ attention
 
 
-def _attention(base: Any, decoder: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str]) -> None:
+def _attention(base: Any, decoder: Any, trial: _Trial, patches: list[Patch], skipped: dict[str, str]) -> None:
     paths = {module: path for path, module in base.named_modules()}
-    if seen.failed or not seen.differences:
-        skipped["attention"] = seen.failed or f"{type(base).__name__} does not ask for attention by transformers' interface"
+    if trial.failed or not trial.differences:
+        skipped["attention"] = trial.failed or f"{type(base).__name__} does not call attention through transformers' interface"
         return
     wrong = {
-        module: found if isinstance(found, str) else f"ours differs by {found:.1e}"
-        for module, found in seen.differences.items()
-        if isinstance(found, str) or not found < SAME
+        module: difference if isinstance(difference, str) else f"ours differs by {difference:.1e}"
+        for module, difference in trial.differences.items()
+        if isinstance(difference, str) or not difference < SAME
     }
     for module, why in wrong.items():
         skipped[paths[module]] = f"{type(module).__name__}: {why}"
     if wrong:
-        return  # one name serves the whole model
+        return  # the setting is one for the whole model
     configs = _configs(base)
     names = [config._attn_implementation for config in configs]
     hooks: list[Any] = []
@@ -351,21 +351,21 @@ def _attention(base: Any, decoder: Any, seen: _Seen, patches: list[Patch], skipp
 # ----------------------------------------------------------------------------------------------------------------------- LoRA
 
 
-def _lora(base: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str]) -> None:
-    calls = Counter(path for path, _, _ in seen.inputs)
+def _lora(base: Any, trial: _Trial, patches: list[Patch], skipped: dict[str, str]) -> None:
+    calls = Counter(path for path, _, _ in trial.inputs)
     for path, module in base.named_modules():
         if _is_lora(module):
-            why = seen.failed or why_not(module) or ("it is not called once in a pass" if calls[path] != 1 else None)
+            why = trial.failed or why_not(module) or ("it is not called exactly once in a pass" if calls[path] != 1 else None)
             if why is not None:
                 skipped[path] = f"adapter: {why}"
-    able = [one for one in seen.inputs if one[0] not in skipped]
+    calls_of_adapters = [call for call in trial.inputs if call[0] not in skipped]
     groups: list[list[tuple[str, Any, Tensor]]] = []
-    for one in able:
+    for call in calls_of_adapters:
         last = groups[-1][-1] if groups else None
-        if last is not None and last[2] is one[2] and _parent(last[0]) == _parent(one[0]) and _alike(last[1], one[1]):
-            groups[-1].append(one)
+        if last is not None and last[2] is call[2] and _parent(last[0]) == _parent(call[0]) and _alike(last[1], call[1]):
+            groups[-1].append(call)
         else:
-            groups.append([one])
+            groups.append([call])
     for members in groups:
         group = LoraGroup([module for _, module, _ in members])
         patches.append(Patch("groups of adapters", group.install, group.remove))
@@ -376,7 +376,7 @@ def _parent(path: str) -> str:
 
 
 def _alike(one: Any, other: Any) -> bool:
-    """Whether one mask of dropout serves both, on one device."""
+    """Whether two adapters have the same dropout rate, and their bases the same device."""
     rates = [getattr(layer.lora_dropout[layer.active_adapters[0]], "p", 0.0) for layer in (one, other)]
     return rates[0] == rates[1] and one.get_base_layer().weight.device == other.get_base_layer().weight.device
 
@@ -384,8 +384,8 @@ def _alike(one: Any, other: Any) -> bool:
 # --------------------------------------------------------------------------------------------------------------------- blocks
 
 
-def _blocks(base: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str]) -> None:
-    rotary, known = {}, set(seen.differences)
+def _blocks(base: Any, trial: _Trial, patches: list[Patch], skipped: dict[str, str]) -> None:
+    rotary, known = {}, set(trial.differences)
     gates: dict[str, Callable[[Tensor, Tensor], Tensor]] = {}
     for path, module in parallel.named_modules(base):
         if like_norm(module):
@@ -393,11 +393,11 @@ def _blocks(base: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str
             if (norm := as_norm(module)) is not None:
                 patches.append(_forward("norms", module, norm))
             else:
-                skipped[path] = f"{type(module).__name__} is no norm that is known"
+                skipped[path] = f"{type(module).__name__} is not an RMSNorm of a known form"
         elif (gate := as_gated(module, gates)) is not None:
             patches.append(_forward("gated activations", module, gate))
             known.add(module)
-        if module in seen.differences:
+        if module in trial.differences:
             source = sys.modules[type(module).__module__]
             if hasattr(source, "apply_rotary_pos_emb"):
                 rotary[source.__name__] = source
@@ -408,24 +408,24 @@ def _blocks(base: Any, seen: _Seen, patches: list[Patch], skipped: dict[str, str
             for number, layer in enumerate(module):
                 for name, block in layer.named_children():
                     if block not in known and not as_fast_as_it_gets(block):
-                        skipped[f"{path}.{number}.{name}"] = f"{type(block).__name__} is no block that is known"
+                        skipped[f"{path}.{number}.{name}"] = f"{type(block).__name__} is not a block of a known form"
 
 
-def _forward(of: str, module: Any, forward: Callable[..., Any]) -> Patch:
+def _forward(name: str, module: Any, forward: Callable[..., Any]) -> Patch:
     def install() -> None:
         module.forward = forward
 
     def remove() -> None:
         del module.forward
 
-    return Patch(of, install, remove)
+    return Patch(name, install, remove)
 
 
-_compiled_once = functools.cache(kernels.compiled)  # installed again, it finds its machine code again
+_compiled_once = functools.cache(kernels.compiled)  # so that a second install does not compile again
 
 
 def _rotary(source: Any) -> Patch:
-    """The function that turns q and k by their positions, which all models of one file of transformers share, compiled."""
+    """Compile the function that applies rotary positions, which all models of one transformers module share."""
 
     def replace() -> Callable[[], object]:
         own = source.apply_rotary_pos_emb

@@ -1,7 +1,7 @@
-"""Models larger than the device: the frozen weights of the layers lie in CPU memory or on the disk, and come when they run.
+"""Layer offloading: frozen weights of the decoder's layers stay in CPU memory or on disk, and are fetched when a layer runs.
 
-layers.py   whose turn it is, and how a layer's weights come and go
-disk.py     tensors in mapped files
+layers.py   which layer runs next, and how its weights are fetched and released
+disk.py     tensors in memory-mapped files
 """
 
 from finetune.train.offload.disk import Scratch, is_memory

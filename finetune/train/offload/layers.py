@@ -1,21 +1,20 @@
-"""Larger than the device: the frozen weights of a decoder's layers lie elsewhere, and come when their layer runs.
+"""Streams frozen weights of a decoder's layers from disk or CPU memory when their layer runs.
 
-    disk on the CPU      they are mapped files (disk.py). While a layer computes, the next one's pages are read ahead, and
-                         those of the layer before are let go.
-    memory, on CUDA      they lie in pinned CPU memory. While a layer computes, the next one is copied to the card on a stream of
-                         its own: two layers are there at once.
-    disk, on CUDA        the same, from mapped files by way of two pinned buffers.
+    disk on the CPU      weights are memory-mapped files (disk.py). While a layer computes, the next one's pages are read
+                         ahead, and those of the previous layer are released.
+    memory, on CUDA      weights are in pinned CPU memory. While a layer computes, the next one is copied to the GPU on a
+                         stream of its own: two layers are on the GPU at once.
+    disk, on CUDA        the same, from mapped files through two pinned buffers.
 
-What the step computes is what it computes with all weights in place, bit for bit: the same numbers go through the same
-operations. Layers run up in the forward pass and down in the backward pass, where activation checkpointing runs each once more;
-which comes next is a guess, and a wrong one costs time only. Adapters, norms outside of the layers and the head stay on the
-device; an embedding that the head does not share gives its rows from where it lies.
+Results are bit-equal to those with all weights on the device: the same operations run on the same numbers. Layers run in order
+in the forward pass and in reverse in the backward pass, where activation checkpointing runs each once more;
+which one is next is a guess, and a wrong one only costs time. Adapters, norms outside of the layers and the head stay on the
+device; an embedding that is not tied to the head is looked up where it is stored, and only its rows are moved.
 
-Weights come into a buffer that is new each time (the allocator has the old one ready again), and go by dropping it. No buffer is
-ever written twice, so none can be read too late: what checkpointing has recomputed of a layer keeps its weights until its
-gradients are known, and whoever else holds some keeps memory, and nothing wrong. Between its turns a layer's parameters have
-their shapes and hold one number, NaN or bytes of it: reading them then (as a backward pass without checkpointing would) is an
-error, or gives NaN, and is not mistaken for weights.
+Weights are copied into a new buffer each time (the allocator reuses the old one), and released by dropping it. No buffer is
+written twice, so stale reads are impossible: the recomputed graph of a layer keeps its buffer until its gradients are known,
+and any other reference only costs memory. Between its turns a layer's parameters have their shapes and a single value, NaN or
+the largest integer, so that reading them then (as a backward pass without checkpointing would) fails or gives NaN.
 """
 
 from __future__ import annotations
@@ -40,21 +39,21 @@ ALIGNED = 256  # bytes: kernels read vectors, and the scales of packed weights a
 
 
 def check(mode: str, device: torch.device) -> None:
-    """Raise UserError for layers that are to be streamed from where they would be anyway."""
+    """Raise UserError for `offload_layers: memory` on the CPU, where weights are in that memory anyway."""
     if mode == "memory" and device.type == "cpu":
         raise UserError(
-            "on the CPU the layers are in its memory already",
+            "a CPU run has its layers in CPU memory already",
             where="model.offload_layers",
-            got="memory, and the run is on the CPU",
-            hint="model.offload_layers=disk where that memory is too small, or model.offload_layers=none",
+            got="memory, on the CPU",
+            hint="set model.offload_layers=disk if memory is too small, else model.offload_layers=none",
         )
 
 
 def stream(model: Any, device: torch.device, scratch: Scratch | None) -> Streamed:
-    """Take the frozen weights of the layers of `model` to `scratch` (None: CPU memory), and what is left of it to `device`.
+    """Move frozen weights of the layers of `model` to `scratch` (None: CPU memory), and everything else to `device`.
 
-    model: on the CPU, a causal language model of transformers, with adapters attached and checkpointing enabled. From now on
-    it is used as ever; what is to be done with its weights themselves (merging them) comes after `restore`.
+    model: on the CPU, a causal language model of transformers, with adapters attached and checkpointing enabled. It can then be
+    used as usual; code that reads the weights themselves (merging) must call `restore` first.
 
     Raises:
         UserError: no layers are found, nothing in them is frozen, or the disk is full.
@@ -76,25 +75,27 @@ def layers_of(model: Any) -> list[nn.Module]:
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     decoder = base.get_decoder() if hasattr(base, "get_decoder") else base
-    lists, within = [], [decoder]
-    while within:  # lists inside of layers are not of interest: experts, convolutions
-        module = within.pop()
+    lists, pending = [], [decoder]
+    while pending:  # lists inside of layers (experts, convolutions) are skipped
+        module = pending.pop()
         if isinstance(module, nn.ModuleList):
             lists.append(module)
         else:
-            within += module.children()
-    layers = max(lists, key=lambda found: sum(p.numel() for p in found.parameters()), default=None)
+            pending += module.children()
+    layers = max(lists, key=lambda modules: sum(p.numel() for p in modules.parameters()), default=None)
     if layers is None or not len(layers):
         raise UserError(
-            "this model has no list of layers that could be streamed", where="model.offload_layers", got=type(base).__name__
+            "cannot stream this model: no list of decoder layers found", where="model.offload_layers", got=type(base).__name__
         )
     return list(layers)
 
 
 @dataclass(frozen=True)
 class Layer:
+    """A layer and its frozen parameters that no other module shares."""
+
     module: nn.Module
-    frozen: list[nn.Parameter]  # that no other module has
+    frozen: list[nn.Parameter]
 
     @property
     def bytes(self) -> int:
@@ -102,13 +103,13 @@ class Layer:
 
 
 def _frozen(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[list[Layer], list[nn.Parameter]]:
-    """The layers with what is frozen in each of them alone, and what is frozen elsewhere."""
+    """The layers with the frozen parameters that only they use, and all other frozen parameters."""
     holders: dict[nn.Parameter, set[int]] = {}
-    places = {part: index for index, module in enumerate(modules) for part in module.modules()}
+    layer_of = {part: index for index, module in enumerate(modules) for part in module.modules()}
     for module in model.modules():
         for held in module._parameters.values():
             if held is not None:
-                holders.setdefault(held, set()).add(places.get(module, -1))
+                holders.setdefault(held, set()).add(layer_of.get(module, -1))
     layers = [
         Layer(module, [p for p in module.parameters() if not p.requires_grad and holders[p] == {index}])
         for index, module in enumerate(modules)
@@ -116,16 +117,16 @@ def _frozen(model: nn.Module, modules: Sequence[nn.Module]) -> tuple[list[Layer]
     own = {parameter for layer in layers for parameter in layer.frozen}
     if not own:
         raise UserError(
-            "nothing is frozen in the layers of this model, so nothing can be streamed",
+            "cannot stream this model: its layers have no frozen weights",
             where="model.offload_layers",
             got=f"{len(layers)} × {type(modules[0]).__name__}",
-            hint="adapter.kind=lora",
+            hint="set adapter.kind=lora",
         )
     return layers, [p for p in model.parameters() if not p.requires_grad and p not in own]
 
 
 class Streamed(ABC):
-    """Knows whose turn it is. A layer's turn begins when it is called, or one of the modules in it."""
+    """Fetches the weights of a layer when it, or a module in it, is called, and prefetches the next one's."""
 
     kind: str
 
@@ -134,27 +135,27 @@ class Streamed(ABC):
         self.current: int | None = None
         self._undo: list[Callable[[], None]] = []
         for index, layer in enumerate(self.layers):
-            self._watch(index, layer)
+            self._hook(index, layer)
 
-    def _watch(self, index: int, layer: Layer) -> None:
-        # Not the layer alone: checkpointing recomputes it by its `forward`, past its hooks (transformers 5.23).
+    def _hook(self, index: int, layer: Layer) -> None:
+        # Not only the layer: checkpointing recomputes it through `forward`, bypassing its hooks (transformers 5.23).
         frozen = set(layer.frozen)
         for module in [m for m in layer.module.modules() if not frozen.isdisjoint(m.parameters())]:
             self._undo.append(module.register_forward_pre_hook(lambda *_: self.enter(index)).remove)
         for parameter in layer.frozen:
-            parameter.streamed = True  # type: ignore[attr-defined]  # nothing that is derived of it is kept (quant/weight_cache.py)
+            parameter.streamed = True  # type: ignore[attr-defined]  # nothing derived from it is cached (quant/weight_cache.py)
             self._undo.append(functools.partial(delattr, parameter, "streamed"))
 
     def enter(self, index: int) -> None:
-        """It is this layer's turn: its weights are in place when this returns, and the next one's are on their way."""
+        """Begin a layer's turn: its weights are in place on return, and the next one's are being fetched."""
         if index != self.current:
             upcoming = self._after(index)
-            with torch.inference_mode(False), torch.no_grad():  # in whichever mode the layer is called
+            with torch.inference_mode(False), torch.no_grad():  # whatever mode the layer is called in
                 self._bring(index, upcoming)
             self.current = index
 
     def _after(self, index: int) -> int:
-        """The layer that runs next, as far as can be told."""
+        """The layer that probably runs next."""
         last = len(self.layers) - 1
         if self.current is not None and index == self.current - 1 and index > 0:
             return index - 1  # down, in the backward pass
@@ -164,16 +165,16 @@ class Streamed(ABC):
 
     @abstractmethod
     def _bring(self, index: int, upcoming: int) -> None:
-        """Put the weights of a layer in their place, and set out to fetch those of the one that runs next."""
+        """Put the weights of a layer in place, and start to fetch those of the next."""
 
     def restore(self) -> None:
-        """The model as it was before `stream`, on the CPU: its weights are at home for good."""
+        """Undo `stream`: the model is on the CPU with all its weights."""
         while self._undo:
             self._undo.pop()()
         self.current = None
 
     def figures(self) -> dict[str, Any]:
-        """For the record."""
+        """Numbers for the run's record."""
         sizes = [layer.bytes for layer in self.layers]
         return {"from": self.kind, "layers": len(sizes), "bytes": sum(sizes), "largest_layer_bytes": max(sizes)}
 
@@ -182,7 +183,7 @@ class Streamed(ABC):
 
 
 class Mapped(Streamed):
-    """All that is frozen is in mapped files, the embedding and the head too: nothing has to be put anywhere."""
+    """Frozen weights in mapped files, embedding and head included: the operating system pages them in."""
 
     kind = "disk"
 
@@ -203,12 +204,12 @@ class Mapped(Streamed):
         self._reader.submit(read_ahead, self._spans[upcoming])
 
 
-# ------------------------------------------------------------------------------------------------------ to the card and back
+# ------------------------------------------------------------------------------------------------------ to the device and back
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A parameter, where its numbers are at home (on the CPU), and where they go in the layer's buffer (bytes)."""
+    """A parameter, its storage on the CPU (`home`), and its offset in the layer's buffer (bytes)."""
 
     parameter: nn.Parameter
     home: Tensor
@@ -223,10 +224,10 @@ class _Piece:
 
 
 class Fetched(Streamed):
-    """Layers are copied to the device one ahead of the one that computes. Runs on the CPU too, where it has no use but tests.
+    """Copies layers to the device, one ahead of the one that computes. Runs on the CPU too, for tests.
 
-    On CUDA a buffer is of the stream that computes; the copying stream waits for what that stream had to do when the buffer was
-    taken, and that stream for the copy when the layer's turn comes.
+    On CUDA a buffer belongs to the computing stream; the copying stream waits for the work that was queued there when the buffer
+    was allocated, and the computing stream waits for the copy when the layer's turn comes.
     """
 
     def __init__(self, model: Any, device: torch.device, scratch: Scratch | None) -> None:
@@ -234,22 +235,22 @@ class Fetched(Streamed):
         self.kind = "memory" if scratch is None else "disk"
         self._model, self.device, self._cuda = model, device, device.type == "cuda"
         self._copying = torch.cuda.Stream(device) if self._cuda else None
-        self._nothing: dict[torch.dtype, Tensor] = {}
+        self._placeholders: dict[torch.dtype, Tensor] = {}
         self._pieces: list[list[_Piece]] = []
-        self._blobs: list[Tensor] = []  # of memory: a layer's numbers as they lie in its buffer
-        self._size = max([self._take(layer, scratch) for layer in self.layers])
+        self._blobs: list[Tensor] = []  # memory mode: a layer's weights, laid out as in its buffer
+        self._size = max([self._store(layer, scratch) for layer in self.layers])
         self._spans = [[] if scratch is None else scratch.spans(p.home for p in pieces) for pieces in self._pieces]
-        self._staging: list[tuple[Tensor, Any]] = []  # of disk: pinned buffers, and the copy that reads each
+        self._staging: list[tuple[Tensor, Any]] = []  # disk mode: pinned buffers, and the copy that reads each
         if scratch is not None:
             self._staging = [(torch.empty(self._size, dtype=torch.uint8, pin_memory=self._cuda), None) for _ in range(2)]
             scratch.sync()
         self._held: dict[int, tuple[Tensor, Future[Any]]] = {}
         self._worker = ThreadPoolExecutor(1, "layers")
-        self._leave_embedding(model, scratch)
+        self._keep_embedding_home(model, scratch)
         model.to(device)
 
-    def _take(self, layer: Layer, scratch: Scratch | None) -> int:
-        """Bring the layer's weights home; the bytes of its buffer."""
+    def _store(self, layer: Layer, scratch: Scratch | None) -> int:
+        """Move the layer's weights to their storage; returns the bytes of its buffer."""
         starts, size = [], 0
         for parameter in layer.frozen:
             starts.append(size)
@@ -265,19 +266,19 @@ class Fetched(Streamed):
                 piece.of(blob).copy_(home)
                 piece = _Piece(parameter, piece.of(blob), start)
             pieces.append(piece)
-            parameter.data = self._none(home)
+            parameter.data = self._placeholder(home)
         self._pieces.append(pieces)
         return size
 
-    def _none(self, like: Tensor) -> Tensor:
-        """What stands for weights that are not there: NaN, or its bytes, of the shape of `like` in the memory of one number."""
-        if like.dtype not in self._nothing:
+    def _placeholder(self, like: Tensor) -> Tensor:
+        """A stand-in for absent weights: NaN or the largest integer in the shape of `like`, with the memory of one number."""
+        if like.dtype not in self._placeholders:
             value = torch.nan if like.is_floating_point() else torch.iinfo(like.dtype).max
-            self._nothing[like.dtype] = torch.full((), value, dtype=like.dtype, device=self.device)
-        return self._nothing[like.dtype].expand(like.shape)
+            self._placeholders[like.dtype] = torch.full((), value, dtype=like.dtype, device=self.device)
+        return self._placeholders[like.dtype].expand(like.shape)
 
-    def _leave_embedding(self, model: Any, scratch: Scratch | None) -> None:
-        """Its rows are few in a batch, and the table large: it stays, and the rows are brought."""
+    def _keep_embedding_home(self, model: Any, scratch: Scratch | None) -> None:
+        """Leave the embedding table where it is stored, and move only the rows that a batch needs."""
         embedding = model.get_input_embeddings()
         shared = sum(p is embedding.weight for module in model.modules() for p in module._parameters.values()) > 1
         if type(embedding) is not nn.Embedding or embedding.weight.requires_grad or shared:
@@ -288,7 +289,7 @@ class Fetched(Streamed):
         def forward(ids: Tensor) -> Tensor:
             return F.embedding(ids.to(table.device), table).to(self.device)
 
-        weight.data, embedding.forward = self._none(table), forward  # type: ignore[method-assign,assignment]
+        weight.data, embedding.forward = self._placeholder(table), forward  # type: ignore[method-assign,assignment]
 
         def back() -> None:
             weight.data = table
@@ -299,22 +300,22 @@ class Fetched(Streamed):
     def _bring(self, index: int, upcoming: int) -> None:
         for other in [held for held in self._held if held not in (index, upcoming)]:
             self._drop(other)
-        for wanted in (index, upcoming):
-            if wanted not in self._held:
-                self._fetch(wanted)
+        for needed in (index, upcoming):
+            if needed not in self._held:
+                self._fetch(needed)
         buffer, copied = self._held[index]
         self._wait(copied)
         for piece in self._pieces[index]:
             piece.parameter.data = piece.of(buffer)
 
     def _fetch(self, index: int) -> None:
-        # All buffers are of one size, so that one that was given back is the one that is given out.
+        # All buffers have the same size, so that the allocator reuses a freed one.
         buffer = torch.empty(self._size, dtype=torch.uint8, device=self.device)
         free = torch.cuda.current_stream(self.device).record_event() if self._cuda else None
         self._held[index] = buffer, self._worker.submit(self._copy, index, buffer, free)
 
     def _copy(self, index: int, buffer: Tensor, free: Any) -> Any:
-        """In the worker's thread. Returns the event after which the buffer is full, None where it is full already."""
+        """Runs in the worker thread. Returns the event after which the buffer is filled, None if it is filled already."""
         source = self._blobs[index] if self._blobs else self._staged(index)
         part = buffer[: source.numel()]
         if self._copying is None:
@@ -329,7 +330,7 @@ class Fetched(Streamed):
         return done
 
     def _staged(self, index: int) -> Tensor:
-        """The layer, read from its files into the buffer that was used least lately, which is the last one then."""
+        """Read the layer from its files into the least recently used staging buffer, which becomes the last one."""
         buffer, read = self._staging.pop(0)
         if read is not None:
             read.synchronize()
@@ -346,9 +347,9 @@ class Fetched(Streamed):
 
     def _drop(self, index: int) -> None:
         for piece in self._pieces[index]:
-            piece.parameter.data = self._none(piece.home)
+            piece.parameter.data = self._placeholder(piece.home)
         _, copied = self._held.pop(index)
-        self._wait(copied)  # a copy that nobody waited for must not meet the buffer's next use
+        self._wait(copied)  # an unfinished copy must not overlap the buffer's next use
 
     def restore(self) -> None:
         for index in list(self._held):

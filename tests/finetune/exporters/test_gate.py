@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import GateError
-from finetune.exporters.gate import Bounds, Logits, compare, hold
+from finetune.exporters.gate import Bounds, Logits, compare, require_pass
 
 BOUNDS = Bounds(factor=2.0, floor=1e-3, ceiling=0.5, kl=1.0)
 ROWS = [(list(range(start, start + 6)), [-100, *range(start + 1, start + 6)]) for start in (0, 3, 9)]
@@ -45,7 +45,7 @@ def test_the_arithmetic_is_the_yardstick() -> None:
     assert rough.reason is None
     assert fine.reason is not None
     with pytest.raises(GateError, match="not the model that was trained") as stop:
-        hold(fine, where="out.gguf", do="look")
+        require_pass(fine, where="out.gguf", hint="look")
     assert f"{fine.error:.3g}" in str(stop.value)
 
 
