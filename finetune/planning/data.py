@@ -16,7 +16,7 @@ from finetune.models.source import Source
 from finetune.planning import hub_metadata
 from finetune.planning.step import MicroBatch
 from finetune.recipe import Recipe
-from finetune.task_data import BEGINNING, build_data
+from finetune.task_data import PROMPT_TOKENS, build_data
 
 if TYPE_CHECKING:
     from finetune.task_data import TaskData
@@ -73,7 +73,7 @@ def _text(recipe: Recipe) -> Facts:
     if recipe.data.heldout_path is not None:
         rows, notes = 64, ["data.heldout_path: taken as 64 rows"]
     evaluate = _evaluation(recipe, length, rows * length, length - 1)
-    prompt = min(BEGINNING, length // 2)
+    prompt = min(PROMPT_TOKENS, length // 2)
     return Facts(micro, micro.tokens, int(steps), each, evaluate, rows * length, prompt, _answers(recipe), notes)
 
 
