@@ -39,7 +39,7 @@ CARRIED = (
 
 
 def insert_sub_norms(model: Any, batches: Iterable[Tensor]) -> BitNetForCausalLM:
-    """Convert a pretrained Llama-like `model` to transformers' BitNetForCausalLM, with the same weights, head, rope and activation.
+    """Convert a pretrained Llama-like `model` to transformers' BitNetForCausalLM, with the same weights, rope and activation.
 
     Both models share the weights, so do not use `model` afterwards (load a teacher separately). batches: input ids (1, T) of text
     on the model's device, a few thousand tokens, for measuring the gains.

@@ -33,7 +33,7 @@ def plan_of(recipe: Recipe, name: str, checked: Checked, limit: int) -> Plan:
         Untraceable: the model's step cannot be traced.
     """
     device = present(checked.device)
-    return plan(recipe, name, device, budget_bytes=limit, material=checked.data, config=checked.inputs.config)
+    return plan(recipe, name, device, budget_bytes=limit, data=checked.data, config=checked.inputs.config)
 
 
 default_planner: Planner | None = plan_of  # None: runs are not planned
@@ -69,7 +69,7 @@ def plan_run(run: RunContext, checked: Checked, saved: Record | None) -> Planned
     try:
         with screen.phase("plan"):
             if recipe.fit == "auto" and saved is None:
-                fitted = fit(recipe, limit, lambda other: planner(other, name, checked, limit), kind=device.type)
+                fitted = fit(recipe, limit, lambda other: planner(other, name, checked, limit), device_type=device.type)
                 planned = PlannedRun(fitted.recipe, fitted.plan, fitted)
             else:
                 planned = PlannedRun(recipe, planner(recipe, name, checked, limit))
@@ -122,7 +122,7 @@ def with_what_would_fit(stop: GateError, planned: PlannedRun, name: str, checked
     limit = int(0.9 * min(planned.plan.peak_bytes, planned.plan.budget_bytes))  # the real need was higher than planned
     device_type = "cpu" if checked.device.type == "cpu" else "cuda"
     try:
-        fitted = fit(planned.recipe, limit, lambda other: planner(other, name, checked, limit), kind=device_type)
+        fitted = fit(planned.recipe, limit, lambda other: planner(other, name, checked, limit), device_type=device_type)
     except Exception:  # memory is low: report the error without a suggestion
         return stop
     if not fitted.plan.fits:
