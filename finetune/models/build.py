@@ -93,11 +93,8 @@ def build_model(
         UserError: weights or adapters cannot be read, do not fit, or cannot be quantized as the recipe says.
     """
     on_meta = device.type == "meta"
-    disk = (
-        offload.Scratch(scratch_dir)
-        if training and recipe.model.offload_layers == "disk" and not on_meta and scratch_dir
-        else None
-    )
+    to_disk = training and not on_meta and recipe.model.offload_layers == "disk"
+    disk = offload.Scratch(scratch_dir) if to_disk and scratch_dir else None
     with phase("weights") as progress:
         if on_meta:
             model = _meta_base(recipe, source, config, dtype)

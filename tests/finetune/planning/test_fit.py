@@ -262,7 +262,7 @@ def test_with_a_teacher_only_what_the_schema_takes() -> None:
 
 
 def test_what_cannot_run_here_is_skipped_and_said() -> None:
-    planner = Planner(int(1.5 * GIB), model__stream="memory")
+    planner = Planner(int(1.5 * GIB), model__offload_layers="memory")
     made = fit(recipe(), planner.budget, planner, device_type="cuda")
     assert not made.fits
     assert made.recipe.model.offload_layers == "none"

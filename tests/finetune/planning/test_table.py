@@ -85,7 +85,7 @@ def test_a_fit_as_a_diff_with_what_each_change_saves_and_costs() -> None:
     planner = Planner(int(2.5 * GIB))
     made = fit(before, planner.budget, planner, device_type="cuda")
     lines = shown(table.show_fit, made)
-    assert lines[0].startswith(f"fits, changed: {before_peak(before)} → ")
+    assert lines[0].startswith(f"fits with changes: {before_peak(before)} → ")
     assert lines[2:11] == [
         " train:", "-  loss_chunk: 0", "+  loss_chunk: 256", "-  micro_batch: 8", "+  micro_batch: 2", "-  accumulation: 1",
         "+  accumulation: 4", "-  checkpointing: false", "+  checkpointing: true",
@@ -104,7 +104,7 @@ def before_peak(before: Any) -> str:
 def test_a_fit_of_what_fits_changes_nothing() -> None:
     planner = Planner(24 * GIB)
     lines = shown(table.show_fit, fit(recipe(), planner.budget, planner, device_type="cuda"))
-    assert lines == [f"fits as it is: {before_peak(recipe())} of 24.0 GiB; nothing was changed"]
+    assert lines == [f"fits unchanged: {before_peak(recipe())} of 24.0 GiB"]
 
 
 def test_what_cannot_fit_says_what_would() -> None:
@@ -112,8 +112,8 @@ def test_what_cannot_fit_says_what_would() -> None:
     made = fit(recipe(data={"max_length": 8192}), planner.budget, planner, device_type="cuda")
     said = " ".join(shown(table.show_fit, made))
     assert made.proposal
-    assert f"cannot fit into 0.70 GiB: with every change that helps {gib(made.plan.peak_bytes)} GiB is the smallest" in said
-    assert f"with data.max_length={made.proposal} it would fit" in said
+    assert f"cannot fit into 0.70 GiB: with all changes that help it still needs {gib(made.plan.peak_bytes)} GiB" in said
+    assert f"data.max_length={made.proposal} would fit" in said
     assert "max_length:" not in said  # no line of the diff
 
 
@@ -162,7 +162,7 @@ def test_a_recipe_that_fits_nowhere_says_what_it_needs() -> None:
 def test_the_arithmetic_of_a_claim() -> None:
     said = table.claim(4.32e20, (45, 35), what="d32", device="a 4070", rate=58e12)
     assert said == (
-        "d32 in 35–45 days on a 4070 would need 111–143 TFLOP/s; its dense bf16 rate is 58, with all of which it takes 86 days"
+        "d32 in 35–45 days on a 4070 would need 111–143 TFLOP/s; its dense bf16 rate is 58, at which it takes 86 days"
     )
     possible = table.claim(2e18, (2, 2), what="x", device="y", rate=58e12)
     assert possible == "x in 2 days on y would need 12 TFLOP/s; its dense bf16 rate is 58"
