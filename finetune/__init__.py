@@ -1,13 +1,13 @@
-"""Fine-tuning and quantized training on one 12 GB card, from Python: what the commands do, as functions with typed results.
+"""Python API of the fine-tuning suite: what the commands do, as functions with typed results.
 
     import finetune
 
     result = finetune.run("recipes/quickstart.yaml", {"train.max_steps": 20})
     print(result.state, result.before.loss, "→", result.after.loss, result.folder)
 
-Each function imports what it needs when it is called. None exits or prints (but with `verbose=True`, and one line on stderr when
-Ctrl-C stops a run), and none leaves logging, warnings, threads or signal handlers changed. What the command line says as an error
-is raised here: `finetune.errors`.
+Each function imports what it needs when it is called. None exits the process, prints (unless `verbose=True`; Ctrl-C prints one
+line on stderr), or leaves logging, warnings, threads or signal handlers changed. What the command line prints as an error is
+raised as an exception of `finetune.errors`.
 """
 
 from __future__ import annotations
@@ -30,10 +30,7 @@ Overrides = Mapping[str, Any]  # {"section.key": value}
 
 
 class RunResult(NamedTuple):
-    """What a run has made. before, after: held-out losses with their standard errors; None where nothing was held out.
-
-    record: all of run.json.
-    """
+    """Result of a run. before, after: held-out losses with standard errors, None if nothing was held out; record: run.json."""
 
     folder: Path
     state: str
@@ -50,26 +47,26 @@ def run(
     force: bool = False,
     verbose: bool = False,
 ) -> RunResult:
-    """Execute a recipe (a file, or the name of a shipped one) as `finetune run` does, in this process.
+    """Run a recipe (a file, or the name of a shipped one) as `finetune run` does, in this process.
 
     Raises:
-        UserError: the recipe or what it names is wrong; nothing was written. GateError: a gate refused. Interruption: Ctrl-C;
-            what was trained is saved, and `resume=True` goes on.
+        UserError: the recipe, or something it names, is wrong; nothing was written. GateError: a gate refused.
+        Interruption: Ctrl-C; training is saved, and `resume=True` continues it.
     """
     from finetune import pipeline
     from finetune.commands.common import checked_recipe
 
     path, resolved = checked_recipe(str(recipe), _as_typed(overrides))
     command = f"finetune.run({str(recipe)!r}, {dict(overrides or {})!r})"
-    made = pipeline.run(resolved, path.stem, resume=resume, force=force, screen=_screen(verbose), command=command)
-    return RunResult(made.path, made.record.state, made.record.eval.before, made.record.eval.after, made.record)
+    done = pipeline.run(resolved, path.stem, resume=resume, force=force, screen=_screen(verbose), command=command)
+    return RunResult(done.path, done.record.state, done.record.eval.before, done.record.eval.after, done.record)
 
 
 def check(recipe: str | Path, overrides: Overrides | None = None) -> Recipe:
-    """The recipe with every default, once its keys and the files and packages that it names are found good.
+    """Check a recipe's keys and the files and packages that it names; returns it with every default filled in.
 
     Raises:
-        UserErrors: everything that is wrong with it.
+        UserErrors: all errors in it.
     """
     from finetune.commands.common import checked_recipe
 
@@ -77,12 +74,12 @@ def check(recipe: str | Path, overrides: Overrides | None = None) -> Recipe:
 
 
 def plan(recipe: str | Path, overrides: Overrides | None = None, *, gpu: str | None = None, memory: str | None = None) -> Plan:
-    """What a recipe will need: memory by phase and term, time, energy; `fits` says whether it does.
+    """Estimate what a recipe needs: memory by phase and term, time, energy, and whether it fits (`fits`).
 
-    gpu: such as rtx-4070, else the device that is here. memory: how much of it, such as 12GB, else all.
+    gpu: such as rtx-4070; None: this machine's device. memory: its limit, such as 12GB; None: all of it.
 
     Raises:
-        UserError: of the recipe, or no such device. Untraceable (a GateError): the model's step cannot be planned.
+        UserError: the recipe is wrong, or the device is unknown. Untraceable (a GateError): the model's step cannot be traced.
     """
     from finetune.commands.plan import plan_of
 
@@ -90,12 +87,12 @@ def plan(recipe: str | Path, overrides: Overrides | None = None, *, gpu: str | N
 
 
 def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", merged: bool = True) -> LoadedModel:
-    """A run, adapter, checkpoint, model folder, package, .gguf or hub id as (model, tokenizer, …), ready to use.
+    """Load a run, adapter, checkpoint, model folder, package, .gguf file or hub id as (model, tokenizer, …), ready to use.
 
-    merged: of a run, its merged model; else the adapter on its base as it was trained.
+    merged: take a run's merged model; False: the adapter on its base, as trained.
 
     Raises:
-        UserError: there is nothing to load.
+        UserError: nothing to load there.
     """
     from finetune.commands.common import dtype_name
     from finetune.libraries import quiet_libraries
@@ -106,10 +103,10 @@ def load(model: str | Path, *, dtype: str = "auto", device: str = "auto", merged
 
 
 def merge(model: str | Path, out: str | Path, *, dtype: str = "auto", verbose: bool = False) -> MergeRecord:
-    """Merge an adapter into a model folder that plain transformers loads; measured before it is kept.
+    """Merge an adapter into a model folder that plain transformers loads; kept only if its loss is the trained model's.
 
     Raises:
-        UserError: nothing to merge, or `out` is in the way. GateError: the merged model is another.
+        UserError: nothing to merge, or `out` exists. GateError: the merged model differs from the trained one.
     """
     from finetune.commands.merge import merge_model
 
@@ -117,10 +114,10 @@ def merge(model: str | Path, out: str | Path, *, dtype: str = "auto", verbose: b
 
 
 def export(model: str | Path, to: str, out: str | Path, *, verbose: bool = False) -> ExportRecord:
-    """Write a model for another program (`to`: bitnet, gguf-f16, …); kept only if what runs there is the same model.
+    """Export a model for another program (`to`: bitnet, gguf-f16, …); kept only if its logits there are the model's.
 
     Raises:
-        UserError: what the format cannot express, or `out` is in the way. GateError: it is another model there.
+        UserError: the format cannot express the model, or `out` exists. GateError: the exported model differs.
     """
     from finetune.commands.export import export_model
 
@@ -136,10 +133,10 @@ def evaluate(
     dtype: str = "auto",
     verbose: bool = False,
 ) -> dict[str, Scores]:
-    """Score models by name: loss on a file or on the held-out rows of their runs, harness tasks.
+    """Evaluate models: loss on a file or on the held-out rows of their runs, and harness tasks. Returns {model: scores}.
 
     Raises:
-        UserError: nothing to score with, or a model, file or task that is not there.
+        UserError: nothing to evaluate on, or no such model, file or task.
     """
     from finetune.commands.evaluate import evaluate_models
 
@@ -156,7 +153,7 @@ def evaluate(
 
 
 def _as_typed(overrides: Overrides | None) -> list[str]:
-    """Overrides as the command line takes them: KEY=JSON, which YAML reads."""
+    """Overrides in the form of the command line: KEY=JSON, which is valid YAML."""
     import json
 
     return [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]

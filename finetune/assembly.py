@@ -1,6 +1,6 @@
-"""From a recipe to all that the training loop takes, piece by piece: inputs → data → model → batches, loss, optimizer.
+"""From a recipe to the arguments of the training loop, in steps: inputs → data → model → batches, loss, optimizer.
 
-A run measures, saves and speaks between the pieces (finetune/stages/); a benchmark that trains as a run takes them in one go.
+A run evaluates and saves between the steps (finetune/stages/); a benchmark calls `assemble`, which takes them all at once.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Inputs:
-    """What a recipe names, opened; nothing heavy is read. stream: the text, where that is streamed."""
+    """Model, tokenizer and config of a recipe, opened; no weights are read. stream: the text source, if text is streamed."""
 
     source: Source
     tokenizer: PreTrainedTokenizerBase
@@ -46,10 +46,12 @@ class Inputs:
 
 
 def open_inputs(recipe: Recipe, run_dir: Path, *, revision: str | None = None, progress: Shown | None = None) -> Inputs:
-    """Model, tokenizer and stream of a recipe. run_dir: has the tokenizer that its run trained. revision: of the stream.
+    """Open model, tokenizer and text stream of a recipe.
+
+    run_dir: where the run keeps a tokenizer that it trained. revision: commit of the stream's dataset.
 
     Raises:
-        UserError: one of them is not there, cannot be read, or cannot be had as the recipe wants it.
+        UserError: one of them is missing, unreadable, or does not support what the recipe asks for.
     """
     source = source_of(recipe.model)
     stream = open_stream(recipe, revision) if recipe.streams_text else None
@@ -60,10 +62,10 @@ def open_inputs(recipe: Recipe, run_dir: Path, *, revision: str | None = None, p
 
 
 def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> TaskData:
-    """The data of a recipe, read and looked at.
+    """Read and inspect the data of a recipe.
 
     Raises:
-        UserError: it cannot be read, fits no format, or the template refuses it.
+        UserError: it cannot be read, matches no format, or the template refuses it.
     """
     shown = None if progress is None else lambda done, total: progress(done, total, "rows")
     return build_data(
@@ -72,18 +74,20 @@ def open_data(recipe: Recipe, inputs: Inputs, progress: Shown | None = None) -> 
 
 
 def architecture(recipe: Recipe, inputs: Inputs) -> tuple[ArchitectureInfo, list[str]]:
-    """What the model is made of, and which of its modules get adapters.
+    """(the model's architecture, paths of the modules that get adapters).
 
     Raises:
-        UserError: it is no causal language model, or a target matches nothing.
+        UserError: it is not a causal language model, or a target matches no module.
     """
     info = architecture_of(inputs.source, inputs.config)
     return info, adapter_targets(recipe.adapter, info) if recipe.base_frozen else []
 
 
 def batching(recipe: Recipe, model: Any, data: TaskData) -> tuple[Train, bool]:
-    """(settings, packing) as `model` can take them: one that lets samples in a row see each other gets a single one at a time,
-    and as many more micro-batches to a step."""  # fmt: skip
+    """(training settings, packing) that suit `model`.
+
+    A model that mixes the samples of a sequence (a recurrent one) gets one sample at a time, and more micro-batches per step.
+    """
     from eval.perplexity import rows_stay_apart
 
     settings, packing = recipe.train, recipe.data.packing
@@ -93,23 +97,23 @@ def batching(recipe: Recipe, model: Any, data: TaskData) -> tuple[Train, bool]:
     with torch.no_grad():
         if rows_stay_apart(model, highest_id=data.highest_id()):
             return settings, packing
-    many = settings.accumulation * settings.micro_batch
-    return settings.model_copy(update={"micro_batch": 1, "accumulation": many}), False
+    accumulation = settings.accumulation * settings.micro_batch
+    return settings.model_copy(update={"micro_batch": 1, "accumulation": accumulation}), False
 
 
 def teacher_of(recipe: Recipe, model: Any, *, device: torch.device, dtype: torch.dtype, **options: Any) -> Distillation | None:
-    """The losses of `model` beside the recipe's teacher, or None. dtype: of the student's weights. options: as `build_teacher`.
+    """Distillation of the recipe's teacher into `model`, or None. dtype: of the student's weights; options: for `build_teacher`.
 
     Raises:
-        UserError: the teacher cannot be read, or does not fit the student.
+        UserError: the teacher cannot be read, or does not match the student.
     """
-    own = default_dtype(device.type) if recipe.model.dtype == "auto" else dtype
-    return distillation(recipe, build_teacher(recipe, device=device, dtype=own, **options), model)
+    teacher_dtype = default_dtype(device.type) if recipe.model.dtype == "auto" else dtype
+    return distillation(recipe, build_teacher(recipe, device=device, dtype=teacher_dtype, **options), model)
 
 
 @dataclass
 class TrainingSetup:
-    """What the loop takes, but for where it writes and whom it tells. limit: what decides `total_steps`; notes: for the user."""
+    """What the training loop needs besides its outputs. limit: the key that sets `total_steps`, in words; notes: for the user."""
 
     model: Any
     task: Task
@@ -124,7 +128,7 @@ class TrainingSetup:
     def loop(
         self, *, accelerator: Any, folder: RunDir, progress: Progress, total_steps: int | None = None, **hooks: Any
     ) -> Training:
-        """The training loop from `progress` on."""
+        """The training loop, starting at `progress`."""
         return Training(
             self.model,
             self.task,
@@ -150,17 +154,17 @@ def set_up_training(
     teacher: Distillation | None = None,
     changes: dict[str, Any] | None = None,
 ) -> TrainingSetup:
-    """Batches, loss and optimizer for a model that is built. changes: of the settings.
+    """Batches, loss and optimizer for a built model. changes: overrides of the training settings.
 
     Raises:
-        UserError: the optimizer cannot be had, or does not take these weights.
+        UserError: the optimizer is not available, or does not support these weights.
     """
     settings, packing = batching(recipe, built.model, data)
     notes = []
     if settings is not recipe.train:
         notes.append(
-            f"{built.architecture} lets samples in one row see each other: it gets one sample at a time, "
-            f"{settings.accumulation} to a step"
+            f"{built.architecture} mixes the samples of a packed or padded batch: training on one sample at a time, "
+            f"{settings.accumulation} per step"
         )
     settings = settings.model_copy(update=changes or {})
     task = data.task(settings, device, packing=packing, head=patches.head if patches is not None else None, teacher=teacher)
@@ -184,7 +188,7 @@ def set_up_training(
 
 @dataclass
 class Assembly:
-    """A recipe, ready to train."""
+    """All parts of a recipe, ready to train."""
 
     inputs: Inputs
     data: TaskData
@@ -194,7 +198,7 @@ class Assembly:
     setup: TrainingSetup
 
     def train(self, folder: RunDir, steps: int, **hooks: Any) -> dict[str, Any]:
-        """The loop from the first step on. hooks: more of its arguments."""
+        """Run the training loop for `steps` steps. hooks: further arguments of the loop."""
         from accelerate import Accelerator
 
         accelerator = Accelerator(cpu=torch.device(self.built.model.device).type == "cpu")
@@ -202,20 +206,20 @@ class Assembly:
 
 
 def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[str, Any] | None = None) -> Assembly:
-    """`recipe`, loaded and prepared on `device` as `finetune run` does it, with nothing said or measured.
+    """Load and prepare `recipe` on `device` as `finetune run` does, without output or evaluation.
 
-    run_dir: for layers that are offloaded to the disk. changes: of the settings, where they are used. Compiling is not asked
-    whether it pays.
+    run_dir: for layers offloaded to disk. changes: overrides of the training settings. With fast.compile: auto it compiles
+    however short the run is.
 
     Raises:
-        UserError: the recipe cannot be trained, or nothing of its data is.
+        UserError: the recipe cannot be trained, or its data has no supervised token.
     """
     from accelerate.utils import set_seed
 
     inputs = open_inputs(recipe, run_dir)
     data = open_data(recipe, inputs)
     if not data.preflight.supervised_tokens:
-        raise UserError("there is nothing to train on", where=data.source, got="no token is supervised")
+        raise UserError("no training data", where=data.source, got="no token is supervised")
     info, targets = architecture(recipe, inputs)
     offload.check(recipe.model.offload_layers, device)
     built = build_model(
@@ -225,7 +229,7 @@ def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[
         device=device,
         dtype=weights_dtype(recipe, device.type),
         targets=targets,
-        eos_token_ids=inputs.eos_token_ids | data.ends,
+        eos_token_ids=inputs.eos_token_ids | data.eos_token_ids,
         calibration=calibration_ids(data),
         scratch_dir=run_dir,
     )
@@ -237,5 +241,5 @@ def assemble(recipe: Recipe, device: torch.device, run_dir: Path, changes: dict[
 
 
 def calibration_ids(data: TaskData) -> list[torch.Tensor]:
-    """Input ids (1, T) of the first rows, by which the gains of sub-norms are measured."""
+    """Input ids (1, T) of the first rows, for calibrating the gains of sub-norms."""
     return [torch.tensor([ids]) for ids, _ in data.first_rows(8)]

@@ -1,4 +1,4 @@
-"""The command line. Its commands import what is heavy when they need it, so that --help is instant."""
+"""The command line. Commands import heavy libraries only when they run, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from finetune.commands.show import show
 from finetune.errors import Stop, UserError
 
 app = typer.Typer(
-    help="Fine-tune real models on one 12 GB card. Begin with: finetune run recipes/quickstart.yaml",
+    help="Fine-tune real models on one 12 GB card. To start: finetune run recipes/quickstart.yaml",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -45,23 +45,23 @@ for name, command in COMMANDS.items():
     app.command(name)(command)
 
 
-def _mistake_in(error: Exception) -> UserError | None:
-    """The user's mistake that an error of a library means, wherever it came from; None of a bug of ours."""
+def _as_user_error(error: Exception) -> UserError | None:
+    """The UserError for a library's error that the user can fix; None if it is a bug."""
     from finetune.files import disk_error
 
-    kind = type(error).__name__  # their modules are not loaded by --help
-    if kind == "BackendError" and isinstance(error, ValueError):  # of quant.backends
-        return UserError("this backend cannot be used", where="QUANT_BACKEND", got=str(error))
+    name = type(error).__name__  # --help must not import their modules
+    if name == "BackendError" and isinstance(error, ValueError):  # quant.backends
+        return UserError("this backend is not available", where="QUANT_BACKEND", got=str(error))
     if (refused := disk_error(error)) is not None:
         return refused
-    if kind == "SafetensorError":
-        hint = "fetch the model again, or take the checkpoint before"
-        return UserError("a file that should be safetensors cannot be read", got=str(error), hint=hint)
+    if name == "SafetensorError":
+        hint = "download the model again, or use the previous checkpoint"
+        return UserError("cannot read a safetensors file", got=str(error), hint=hint)
     return None
 
 
 def main() -> None:
-    """Run a command; exit 0 done, 2 the user's mistake, 3 a gate stopped it, 130 Ctrl-C, 1 a bug of ours (with traceback)."""
+    """Run a command. Exit codes: 0 done, 2 user error, 3 stopped by a gate, 130 Ctrl-C, 1 a bug (with traceback)."""
     try:
         app()
     except Stop as stop:
@@ -73,10 +73,10 @@ def main() -> None:
     except BrokenPipeError:
         sys.exit(0)
     except Exception as error:
-        if (mistake := _mistake_in(error)) is None:
+        if (user_error := _as_user_error(error)) is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(mistake.exit_code)
+        print(f"error: {user_error}", file=sys.stderr)
+        sys.exit(user_error.exit_code)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Errors that say what happened, where, what was found, and what to type next.
+"""Errors with a message, where it happened, the value that was met, and a hint.
 
-`UserError` is the user's (exit code 2), `GateError` a gate that refused (3), `Interruption` a signal (130, as shells have it).
-Everything else that escapes is a bug in finetune (1) and keeps its traceback.
+Exit codes: `UserError` 2, `GateError` 3 (a gate refused), `Interruption` 130 (a signal, as in shells). Any other exception is
+a bug in finetune: exit code 1, with its traceback.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 class Stop(Exception):
     """Ends the command with `exit_code` and one clear message, without a traceback.
 
-    message: one sentence; where: file:line, key or module path; got: the value that was met; hint: what to type or change next.
+    message: one sentence; where: file:line, key or module path; got: the actual value; hint: what to type or change next.
     """
 
     exit_code = 1
@@ -45,18 +45,18 @@ class UserErrors(UserError):
 
 
 class GateError(Stop):
-    """A check of the run's own promises that did not hold; the message carries the numbers."""
+    """A gate stopped the run or the export; the message carries the numbers."""
 
     exit_code = 3
 
 
 class Interruption(Stop):
-    """Ctrl-C or SIGTERM, after everything worth keeping was saved."""
+    """Ctrl-C or SIGTERM, raised after training was saved."""
 
     exit_code = 130
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was most likely meant to be, or None."""
-    found = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
-    return found[0] if found else None
+    """The known word closest to `word`, or None."""
+    matches = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return matches[0] if matches else None

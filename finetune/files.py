@@ -1,6 +1,6 @@
-"""Files that are complete or absent.
+"""Atomic writes of files and folders, checksums, disk space and disk errors.
 
-Everything is written beside its place, synced, and renamed: a kill at any moment leaves the old file or the new one.
+Everything is written under a temporary name, synced, and renamed: a kill at any moment leaves the old file or the new one.
 """
 
 from __future__ import annotations
@@ -21,63 +21,65 @@ from finetune.errors import Stop, UserError
 from finetune.units import human_bytes
 
 MARK = "run.json"
-TOKENIZER = "tokenizer"  # the folder in a run of one that it trained on its text
+TOKENIZER = "tokenizer"  # a run's folder for the tokenizer that it trained
 
 ROOM = "free some space there"
-# What a disk can refuse, as the user's mistake: (what, what to do).
+# errno → (message, hint)
 REFUSALS = {
     errno.ENOSPC: ("the disk is full", ROOM),
     errno.EDQUOT: ("the disk quota is used up", ROOM),
-    errno.EFBIG: ("this file is larger than its disk or the shell (ulimit -f) allows", "use another disk"),
+    errno.EFBIG: ("this file exceeds the limit of the file system or the shell (ulimit -f)", "use another disk"),
     errno.EROFS: ("this disk is read-only", "make it writable"),
-    errno.EACCES: ("there is no permission for this file", "give it"),
-    errno.EPERM: ("there is no permission for this file", "give it"),
-    errno.EIO: ("the disk fails", "look at it (dmesg)"),
+    errno.EACCES: ("no permission for this file", "change its permissions"),
+    errno.EPERM: ("no permission for this file", "change its permissions"),
+    errno.EIO: ("disk I/O error", "check the disk (dmesg)"),
 }
 
 
 class DiskError(UserError):
-    """A disk is full, closed or broken."""
+    """A disk is full, not writable or failing."""
 
 
 def disk_error(error: BaseException, path: Path | None = None) -> DiskError | None:
-    """The user's mistake where `error` means that a disk is full, closed or broken; None of any other error.
+    """The DiskError for `error` if it means that a disk is full, not writable or failing; None otherwise.
 
-    path: what was to be written, else the file that the error names.
+    path: what was being written, unless the error names a file.
     """
     number = error.errno if isinstance(error, OSError) else None
     if number is None and not isinstance(error, Stop):
-        if said := re.search(r"\(os error (\d+)\)", str(error)):  # libraries in Rust, such as safetensors and tokenizers
-            number = int(said[1])
+        if match := re.search(r"\(os error (\d+)\)", str(error)):  # Rust libraries, such as safetensors and tokenizers
+            number = int(match[1])
         elif isinstance(error, OSError) and re.match(r"\d+ requested and \d+ written|Not enough free space", str(error)):
-            # numpy's tofile, which writes a GGUF
+            # numpy's tofile, which writes GGUF files
             number = errno.ENOSPC
     if number not in REFUSALS:
         return None
-    what, hint = REFUSALS[number]
-    named = getattr(error, "filename", None)
-    if named is not None and ".finetune-" not in str(named):  # a name of `_beside` tells nobody anything
-        path = Path(os.fsdecode(named))
+    message, hint = REFUSALS[number]
+    file_name = getattr(error, "filename", None)
+    if file_name is not None and ".finetune-" not in str(file_name):  # a temporary name of `_beside` means nothing to the user
+        path = Path(os.fsdecode(file_name))
     got = os.strerror(number)
-    there = next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None) if path is not None else None
-    if there is not None and hint == ROOM:
-        got += f"; {human_bytes(shutil.disk_usage(there).free)} free"
-    return DiskError(what, where=None if path is None else str(path), got=got, hint=hint)
+    existing = (
+        next((folder for folder in (path, *path.absolute().parents) if folder.exists()), None) if path is not None else None
+    )
+    if existing is not None and hint == ROOM:
+        got += f"; {human_bytes(shutil.disk_usage(existing).free)} free"
+    return DiskError(message, where=None if path is None else str(path), got=got, hint=hint)
 
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Within it, what a disk refuses is the user's mistake."""
+    """Raise disk errors within the block as DiskError."""
     try:
         yield
     except Exception as error:
-        if (mistake := disk_error(error, path)) is not None:
-            raise mistake from error
+        if (refused := disk_error(error, path)) is not None:
+            raise refused from error
         raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable (a rename is not, until its folder is synced)."""
+    """Make renames in `folder` durable (they are not until the folder itself is synced)."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -91,13 +93,13 @@ def sync_file(path: Path) -> None:
 
 
 def _beside(path: Path, what: str) -> Path:
-    """A name of our own beside `path`; what a kill left under it is taken over by the next writer."""
+    """A temporary name beside `path`; the next writer replaces what a kill left there."""
     return path.parent / f".{path.name}.finetune-{what}"
 
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Yield a name beside `path`; the file written there becomes `path` if the block ends well and vanishes if it does not."""
+    """Yield a temporary name; the file written there is renamed to `path` if the block succeeds, else removed."""
     temporary = _beside(path, "new")
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -112,13 +114,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Replace `path` by `text`: a reader sees the old file or the new one, never a part."""
+    """Replace the content of `path` by `text` atomically."""
     with atomic_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def finite(value: Any) -> Any:
-    """`value` with NaN and infinities as strings: JSON knows neither."""
+    """`value` with NaN and infinities as strings, because JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -134,7 +136,7 @@ def write_json(path: Path, value: Any) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a fresh folder beside `path` that becomes `path` if the block ends well and vanishes if it does not.
+    """Yield a new folder with a temporary name; it is renamed to `path` if the block succeeds, else removed.
 
     Every file in it is synced before the rename. An existing `path` is replaced.
     """
@@ -150,7 +152,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             yield temporary
             for root, _, names in os.walk(temporary):
                 for name in names:
-                    os.chmod(os.path.join(root, name), 0o644)  # safetensors makes its files for their owner alone
+                    os.chmod(os.path.join(root, name), 0o644)  # safetensors makes files that only the owner may read
                     with open(os.path.join(root, name), "rb") as file:
                         os.fsync(file.fileno())
                 sync_folder(Path(root))
@@ -165,7 +167,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Remove a folder so that a kill on the way leaves all of it or nothing under its name."""
+    """Remove a folder atomically: a kill leaves all of it or nothing under its name."""
     gone = _beside(path, "old")
     shutil.rmtree(gone, ignore_errors=True)
     os.replace(path, gone)
@@ -178,19 +180,19 @@ def sha256(path: Path) -> str:
 
 
 def require_space(folder: Path, needed_bytes: int, what: str) -> None:
-    """Refuse now what would fail after hours.
+    """Check that `needed_bytes` can be written to `folder`, before a run that would fail after hours. what: names it in errors.
 
     Raises:
-        UserError: the disk that holds `folder` has less than `needed_bytes` free.
+        UserError: `folder` is not writable, or its disk has less than `needed_bytes` free.
     """
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    if not os.access(there, os.W_OK) or not shutil.disk_usage(there).total:
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not os.access(existing, os.W_OK) or not shutil.disk_usage(existing).total:
         raise UserError(
-            f"{what} cannot be written there", where=str(folder), got=f"{there} is not writable", hint="give another run.dir"
+            f"cannot write {what} there", where=str(folder), got=f"{existing} is not writable", hint="give another run.dir"
         )
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(existing).free
     if free < needed_bytes:
         raise UserError(
             f"not enough disk space: {what} will write about {human_bytes(needed_bytes)}",
@@ -201,5 +203,5 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
 
 
 def plain(name: str) -> bool:
-    """Whether `name` is that of a file or folder right where it is looked for, and does not lead elsewhere."""
+    """Whether `name` is a plain file name, without separators, "." or ".."."""
     return name not in ("", ".", "..") and not re.search(r"[/\\\0]", name)

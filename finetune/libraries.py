@@ -1,4 +1,4 @@
-"""The libraries that most commands need, loaded where the user sees it, and kept from speaking between our lines."""
+"""Loading transformers and peft with a visible phase, and silencing the libraries' warnings and progress bars."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ WARNING_MODULES = r"(torch\.(utils|jit|autograd|nn)|transformers|peft|bitsandbyt
 
 @contextlib.contextmanager
 def quiet_libraries(screen: Screen | None = None) -> Iterator[None]:
-    """Load transformers, with a screen peft too. Within the block their warnings and bars are off: errors are raised anyway.
+    """Load transformers (with a screen: peft too) and silence the libraries' warnings and progress bars within the block.
 
-    Afterwards logging and warnings are as they were, and no bar has left a thread.
+    Logging and warnings are restored afterwards, and no bar leaves a thread.
     """
     import logging
     import warnings
@@ -26,7 +26,7 @@ def quiet_libraries(screen: Screen | None = None) -> Iterator[None]:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     if screen is not None:
-        with screen.phase("libraries"):  # seconds, so they are spent where the user sees for what
+        with screen.phase("libraries"):  # takes seconds, so it is a phase of its own
             import peft  # noqa: F401
     import transformers
     from tqdm import tqdm
@@ -40,7 +40,7 @@ def quiet_libraries(screen: Screen | None = None) -> Iterator[None]:
     transformers.logging.disable_progress_bar()
     for logger in loggers.values():
         logger.setLevel(logging.ERROR)
-    loggers["datasets.utils.file_utils"].setLevel(logging.WARNING)  # that the network is gone, and is tried again
+    loggers["datasets.utils.file_utils"].setLevel(logging.WARNING)  # it reports network failures and retries
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=WARNING_MODULES)
         try:

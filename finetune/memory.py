@@ -1,4 +1,4 @@
-"""How much memory there is, how much this process has, and what it had at most."""
+"""Memory of the machine, the device and this process, and its peak."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # malloc.h
 
 
 def machine_bytes() -> int:
-    """Bytes of this machine's memory, or of the share of it that its container may take."""
+    """Bytes of this machine's memory, or of its container's limit."""
     import psutil
 
     total = psutil.virtual_memory().total
@@ -23,20 +23,20 @@ def machine_bytes() -> int:
         for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
             try:
                 total = min(total, int(Path(path).read_text(encoding="utf-8")))
-            except (OSError, ValueError):  # no such limit, or "max"
+            except (OSError, ValueError):  # no limit, or "max"
                 continue
     return total
 
 
 def resident_bytes() -> int:
-    """Bytes of the machine's memory that this process has (RSS)."""
+    """Resident set size (RSS) of this process, in bytes."""
     import psutil
 
     return psutil.Process().memory_info().rss
 
 
 def free_bytes(device: torch.device | str = "cpu") -> int:
-    """Bytes of the device's memory that nobody has: of a CUDA card, else of the machine."""
+    """Free bytes of the device's memory (the machine's, for a CPU)."""
     import psutil
 
     if str(device).startswith("cuda"):
@@ -47,7 +47,7 @@ def free_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def usable_bytes(device: torch.device) -> int:
-    """Bytes of the device's memory that this process can have: free ones, and those that it has."""
+    """Bytes of the device's memory that this process can use: free ones, and those that it already holds."""
     if device.type == "cuda":
         import torch
 
@@ -56,7 +56,7 @@ def usable_bytes(device: torch.device) -> int:
 
 
 class PeakMemory:
-    """Most memory since `reset`: of the allocator on CUDA, elsewhere of the process (RSS). kind: which of them, in words."""
+    """Peak memory since `reset`: of the CUDA allocator, or of the process (RSS) on a CPU. kind: which of them, in words."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
@@ -64,19 +64,19 @@ class PeakMemory:
         self.kind = "CUDA allocated" if self.cuda else "process RSS"
 
     def reset(self) -> None:
-        """Start measuring again; where a system cannot do that, `kind` says so."""
+        """Restart the measurement; on systems without support, `kind` says so."""
         if self.cuda:
             import torch
 
             torch.cuda.reset_peak_memory_stats(self.device)
             return
         try:
-            Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark begins again
+            Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the high-water mark
         except OSError:
             self.kind = "process RSS since its start"
 
     def peak(self) -> int:
-        """Bytes."""
+        """Peak memory in bytes."""
         if self.cuda:
             import torch
 
@@ -91,10 +91,10 @@ class PeakMemory:
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what is freed, as far as it can be told to: the next step needs it again, page by page from the system.
+    """Make glibc keep freed memory for the next step, which saves page faults.
 
-    Blocks of up to 32 MiB, the most that it takes for this, come from its heap, whose end is not given back. (Measured on the
-    quickstart, twice each: 1.33 and 1.43 instead of 1.65 million page faults; no other time than the machine's noise.)
+    Blocks of up to 32 MiB (glibc's maximum for this) come from the heap, which is not trimmed. Measured twice on the quickstart:
+    1.33 and 1.43 instead of 1.65 million page faults; no change of time beyond noise.
     """
     with suppress(OSError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
@@ -103,10 +103,10 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> bool:
-    """Give back to the system what was freed: glibc keeps it, and many freed weights lie between others that are not.
+    """Return freed memory to the system, which glibc would keep.
 
     Returns:
-        Whether this can be done: with glibc alone.
+        Whether this is possible (with glibc only).
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:

@@ -1,8 +1,8 @@
-"""The story of a run, top to bottom: check → preflight → plan → build → measure → train → measure → merge → export → report.
+"""A run, from top to bottom: check → preflight → plan → build → measure → train → measure → merge → export → report.
 
-A run is a list of stages, each of which is a whole run folder: the run itself, and what belongs to it (the float twin of a
-ternary run). Nothing is written before preflight and plan have passed. From then on everything lies in the run folder, complete
-or absent, and a resumed run goes on from the newest whole checkpoint to the same weights as if nothing had happened.
+A run is a list of stages, each with a run folder: the run itself, and runs inside it (the float twin of a ternary run). Nothing
+is written before preflight and plan have passed. After that every file in the run folder is complete or absent, and a resumed
+run continues from the newest complete checkpoint to bit-identical weights.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def run(
     screen: Screen | None = None,
     command: str = "finetune run",
 ) -> Done:
-    """Execute a recipe. `name` is what the run is called (the recipe's file name), `command` what was typed, for its record.
+    """Execute a recipe. name: of the run (the recipe's file name); command: as typed, for the record.
 
     Raises:
-        UserError: the user's; nothing was written. GateError: a gate refused (`force` overrides those before anything is loaded:
-            the preflight's and the plan's). Interruption: a signal; what was trained is saved.
+        UserError: the user can fix it; nothing was written. GateError: a gate refused (`force` overrides the gates of preflight
+            and plan). Interruption: a signal; training is saved.
     """
     screen, recipe = screen or Screen(), absolute(recipe)
     run_dir = RunDir(agreed_dir(recipe, name, resume))
@@ -53,35 +53,35 @@ def run(
                     stage.print_summary()
                 conclude(main, *stages[1:])
             except BaseException as error:
-                if (told := on_failure(stages, error)) is error:
+                if (reported := on_failure(stages, error)) is error:
                     raise
-                raise told from None
+                raise reported from None
     main.print_summary()
     assert main.record is not None
     return Done(main.path, main.record)
 
 
 def execute(run: RunContext) -> None:
-    """One run folder, from the checks to the exports."""
+    """Execute one stage in its run folder, from the checks to the exports."""
     from finetune.stages import build, evaluate, export, merge, planning, preflight, train
     from finetune.train import parallel
 
     # Before anything is written.
-    begun = run.run_dir.read() if run.run_dir.exists else None
-    checked = run.checked = preflight.preflight(run, begun)
-    planned = run.planned = planning.plan_run(run, checked, begun)
+    saved = run.run_dir.read() if run.run_dir.exists else None
+    checked = run.checked = preflight.preflight(run, saved)
+    planned = run.planned = planning.plan_run(run, checked, saved)
     run.recipe = planned.recipe
     require_space(run.path, bytes_to_write(run.recipe, checked.info, checked.trainable), "this run")
     preflight.describe(run, checked)
     if world_size() > 1:
-        preflight.agree(run.recipe, checked)  # and none is ahead of another that still looks at the folder
+        preflight.agree(run.recipe, checked)  # also a barrier: none writes while another still reads the folder
     run.run_dir.acquire()
     record = run.open_record(checked)
     planning.note(record, planned, checked.device)
     run.save()
     preflight.keep_tokenizer(run, checked)
 
-    # The model, measured as it came.
+    # The model, evaluated before training.
     built, record.model = build.build(run, checked, record)
     record.provenance.model = build.model_source(checked, built)
     run.save()
@@ -98,12 +98,12 @@ def execute(run: RunContext) -> None:
 
     # Training.
     setup, record.model.bytes = train.set_up(run, checked, built, patches)
-    progress = train.go_on(run, checked, setup) if run.resume else train.Progress()
+    progress = train.resume(run, checked, setup) if run.resume else train.Progress()
     trained = train.train(run, checked, setup, patches, progress)
     train.note(run, checked, record, trained)
     run.save()
 
-    # The trained model, measured, and what is left of it.
+    # The trained model: evaluated, merged, exported.
     if checked.held_out:
         record.eval.after = evaluate.measure("after", run, checked, built.model, patches)
         record.eval.difference, record.eval.difference_stderr = evaluate.difference(run.run_dir)
@@ -123,14 +123,14 @@ def execute(run: RunContext) -> None:
 
 
 def stages_within(main: RunContext) -> list[RunContext]:
-    """Run folders that a run makes within its own, once it has trained."""
+    """Stages in folders inside the run's own, executed after it has trained."""
     from finetune.stages import twin
 
     return [twin.begin(main)] if main.recipe.twin else []
 
 
 def conclude(run: RunContext, *within: RunContext) -> None:
-    """Compare a run with those within it; then it is done, and its report says so. Of several processes the first one does."""
+    """Compare a run with the runs inside it, mark it done and write its report. Only the main process does."""
     from finetune.report import write_report
     from finetune.stages import twin
 

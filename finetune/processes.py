@@ -1,8 +1,8 @@
-"""Which process of several this one is, and starting several: `finetune run … --processes N`.
+"""Rank and world size of this process, and starting several processes: `finetune run … --processes N`.
 
-torchrun and `accelerate launch` tell a process by its environment (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT);
-`spawn` sets the same, so that a run does not ask who started it. Nothing heavy is imported here; what processes say to each
-other is finetune/train/parallel.py.
+`spawn` sets the environment variables of torchrun and `accelerate launch` (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+MASTER_PORT), so a run need not know which launcher started it. Nothing heavy is imported here; collective communication is in
+finetune/train/parallel.py.
 """
 
 from __future__ import annotations
@@ -22,61 +22,61 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import IO
 
-INTERRUPTED = 130  # as shells have it, and as `finetune.errors.Interruption`
-VERDICTS = (2, 3)  # exit codes that say what is wrong: the user's mistake, a gate
-SETTLE_S = 1.0  # after a failure, before the others are ended: one that failed for a better reason may be about to say so
-ORDERLY_S = 600.0  # after one ended for a signal: another may still be writing a checkpoint
+INTERRUPTED = 130  # as in shells and `finetune.errors.Interruption`
+EXPLAINED = (2, 3)  # exit codes that come with an explanation: user error, gate
+SETTLE_S = 1.0  # wait after a failure before the others are ended: another may fail with the actual cause
+ORDERLY_S = 600.0  # wait after one process ended by a signal: another may still be writing a checkpoint
 GRACE_S = 10.0  # between SIGTERM and SIGKILL
-SHOWN = 20_000  # characters of what a failed process wrote to stderr
+SHOWN = 20_000  # last characters of a failed process's stderr to show
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def rank() -> int:
-    """This process's number, from 0."""
+    """Rank of this process, from 0."""
     return int(os.environ.get("RANK", "0"))
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of processes that train together."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
 
 
 def local_rank() -> int:
-    """This process's number on its machine, which is that of its GPU."""
+    """Rank of this process on its machine, which is the index of its GPU."""
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes and speaks."""
+    """Whether this process is the one that writes files and prints."""
     return rank() == 0
 
 
 def spawn(arguments: list[str], count: int) -> int:
-    """`finetune` with these arguments in `count` processes of this machine; returns the exit code.
+    """Run `finetune` with these arguments in `count` processes on this machine; returns the exit code.
 
-    The first process has this one's output. Of another, what it wrote to stderr is shown if it is the one that failed first; then
-    the rest is ended, and its exit code is returned (128 + N for signal N). Ctrl-C, SIGTERM and SIGHUP are handed on once: the
-    processes finish their step, save and exit with 130; a second one kills them. They do not outlive this process (on Linux, even
-    where it is killed). OMP_NUM_THREADS is their share of the cores, unless it is set; `run.threads` of the recipe is of each.
+    The first process inherits stdout and stderr. When a process fails, the others are ended, its stderr is shown and its exit
+    code returned (128 + N for signal N). Ctrl-C, SIGTERM and SIGHUP are forwarded once: the processes finish their step, save and
+    exit with 130; a second signal kills them. They do not outlive this process (on Linux, even if it is killed). OMP_NUM_THREADS
+    defaults to an equal share of the cores; `run.threads` applies to each process.
     """
     return start([sys.executable, "-m", "finetune.cli", *arguments], count)
 
 
 def start(command: list[str], count: int) -> int:
-    """`spawn` for any command."""
+    """`spawn` for an arbitrary command."""
     with contextlib.ExitStack() as stack:
-        together = _Together(command, [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)])
-        stack.callback(together.kill)
-        with _handling(together.interrupt):
-            return together.wait()
+        group = _ProcessGroup(command, [stack.enter_context(tempfile.TemporaryFile()) for _ in range(count)])
+        stack.callback(group.kill)
+        with _handling_signals(group.interrupt):
+            return group.wait()
 
 
-class _Together:
-    """Processes that are one run. errors: for each, where its stderr goes (not the first one's, which is seen)."""
+class _ProcessGroup:
+    """The processes of one run. errors: for each, the file for its stderr (unused for the first, whose stderr is inherited)."""
 
     def __init__(self, command: list[str], errors: list[IO[bytes]]) -> None:
         self.errors, self.interruptions = errors, 0
-        self.ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # numbers, in the order in which they end
+        self.ended: queue.SimpleQueue[int] = queue.SimpleQueue()  # ranks, in the order in which processes end
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         shared = {"OMP_NUM_THREADS": str(max(1, cores // len(errors)))} | os.environ
         shared |= {"WORLD_SIZE": str(len(errors)), "LOCAL_WORLD_SIZE": str(len(errors))}
@@ -91,8 +91,8 @@ class _Together:
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL if number else None,
                         stderr=file if number else None,
-                        process_group=0,  # Ctrl-C reaches this process alone, which hands it on once
-                        preexec_fn=_ending_with_parent(),
+                        process_group=0,  # Ctrl-C reaches only this process, which forwards it once
+                        preexec_fn=_die_with_parent(),
                     )
                 )
         except BaseException:
@@ -106,7 +106,7 @@ class _Together:
         self.ended.put(number)
 
     def interrupt(self, number: int) -> None:
-        """The first time: hand it on (SIGHUP as SIGTERM, after which a run saves). Then: kill."""
+        """Forward the first signal (SIGHUP as SIGTERM, on which a run saves); kill at the second."""
         self.interruptions += 1
         if self.interruptions > 1:
             self.kill()
@@ -114,7 +114,7 @@ class _Together:
             self.signal(signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
     def signal(self, number: int) -> None:
-        """Send it to every process that runs, not to those that they started: a process knows how to end its own."""
+        """Send a signal to every running process, but not to its children: it ends those itself."""
         for child in self.children:
             child.send_signal(number)
 
@@ -125,12 +125,12 @@ class _Together:
                     os.killpg(child.pid, signal.SIGKILL)
 
     def wait(self) -> int:
-        """Until all have ended. Returns 0, or the exit code that says why not."""
-        failures: list[tuple[int, int]] = []  # (exit code, number) of those that were not ended for another's sake
+        """Wait until all processes have ended; returns 0, or the exit code of the failure that explains most."""
+        failures: list[tuple[int, int]] = []  # (exit code, rank) of processes that were not ended by us
         deadline, ending = None, False
         for _ in self.children:
             number = self._next(deadline)
-            while number is None:  # the deadline: they are asked to end, then made to
+            while number is None:  # deadline passed: SIGTERM, then SIGKILL
                 if ending:
                     self.kill()
                 else:
@@ -141,7 +141,7 @@ class _Together:
             if code == 0 or ending:
                 continue
             if (self.interruptions and code in (-signal.SIGINT, -signal.SIGTERM)) or self.interruptions > 1:
-                code = INTERRUPTED  # before it could say so itself, or killed by the second signal
+                code = INTERRUPTED  # ended before it could handle the signal, or killed by the second one
             failures.append((128 - code if code < 0 else code, number))
             orderly = all(code == INTERRUPTED for code, _ in failures)
             if orderly and deadline is None:
@@ -150,27 +150,28 @@ class _Together:
                 deadline = time.monotonic() + SETTLE_S
         if not failures:
             return 0
-        # One that lost its connection to another which failed may be reaped before that; a signal's end is nobody's fault.
-        code, number = min(failures, key=lambda one: (0 if one[0] in VERDICTS else 2 if one[0] == INTERRUPTED else 1, one[1]))
+        # A process that lost its connection to a failed one may be reaped first; an interrupted process is not a cause at all.
+        code, number = min(failures, key=lambda one: (0 if one[0] in EXPLAINED else 2 if one[0] == INTERRUPTED else 1, one[1]))
         if code != INTERRUPTED:
-            self._tell(code, number)
+            self._report(code, number)
         return code
 
     def _next(self, deadline: float | None) -> int | None:
-        """The process that ends next, None where none has by the deadline."""
+        """The rank of the next process that ends, or None if none has ended by the deadline."""
         try:
             return self.ended.get(timeout=None if deadline is None else max(0.0, deadline - time.monotonic()))
         except queue.Empty:
             return None
 
-    def _tell(self, code: int, number: int) -> None:
+    def _report(self, code: int, number: int) -> None:
+        """Print why process `number` failed."""
         if code > 128:
             with contextlib.suppress(ValueError):
                 name = signal.Signals(code - 128).name
-                why = ": out of memory, perhaps" if name == "SIGKILL" else ""
-                print(f"process {number} of {len(self.children)} was ended by {name}{why}", file=sys.stderr)
+                why = ", possibly out of memory" if name == "SIGKILL" else ""
+                print(f"process {number} of {len(self.children)} was killed by {name}{why}", file=sys.stderr)
         if number == 0:
-            return  # it has said it itself
+            return  # its stderr was inherited
         file = self.errors[number]
         file.seek(0)
         text = file.read().decode(errors="replace")
@@ -178,8 +179,8 @@ class _Together:
 
 
 @contextlib.contextmanager
-def _handling(do: Callable[[int], None]) -> Iterator[None]:
-    """Within it the signals by which a run is stopped come to `do`."""
+def _handling_signals(do: Callable[[int], None]) -> Iterator[None]:
+    """Call `do` for SIGINT, SIGTERM and SIGHUP within the block."""
 
     def handler(number: int, frame: FrameType | None) -> None:
         do(number)
@@ -199,8 +200,8 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _ending_with_parent() -> Callable[[], None] | None:
-    """What a child does before anything else, so that the system kills it when this process is gone. On Linux."""
+def _die_with_parent() -> Callable[[], None] | None:
+    """A preexec function that makes the kernel kill the child when this process dies; None where that is not supported."""
     prctl = getattr(ctypes.CDLL(None), "prctl", None)
     parent = os.getpid()
     if prctl is None:
@@ -208,7 +209,7 @@ def _ending_with_parent() -> Callable[[], None] | None:
 
     def ask() -> None:
         prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # gone in the meantime
+        if os.getppid() != parent:  # the parent died before prctl
             os._exit(1)
 
     return ask

@@ -1,4 +1,4 @@
-"""Where a result comes from: versions, commit, device."""
+"""Provenance of a result: versions, commit, device."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ PACKAGES = (
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """{package: version} of those that are installed."""
-    found = {}
+    """{package: version} of the installed packages."""
+    installed = {}
     for package in packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def commit() -> str | None:
-    """The commit of this program, with + behind it where files were changed; None when it runs from a wheel."""
+    """The git commit of this program, with a trailing + if files were changed; None if it runs from a wheel."""
     top = Path(__file__).parent.parent
     if not (top / ".git").exists():
         return None

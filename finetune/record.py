@@ -1,9 +1,9 @@
-"""run.json: what a run has done so far, as typed parts. This module is its only writer and its only reader.
+"""run.json as a typed record: state, provenance and results of a run. This module is its only reader and writer.
 
-A part or a key is absent until the run has come that far, so what is written is what was set. Keys of later parts of a record
-(a section that a task adds) are kept as they are: `Record.model_extra`, read by the task through a type of its own.
+A part or key is absent until the run has reached it; only keys that were set are written. Unknown keys (a section of a task)
+are kept in `Record.model_extra`; the task reads them through its own type.
 
-`version` counts changes of the layout; `UPGRADES` turns older records into today's, and a newer one is refused.
+`version` counts changes of the layout; `UPGRADES` converts older records, and newer ones are refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ When = Literal["float", "before", "after"]
 
 
 class Part(BaseModel):
-    """A section of the record. Assignments are checked, and keys that it does not know are kept."""
+    """A section of the record. Assignments are validated, and unknown keys are kept."""
 
     model_config = ConfigDict(extra="allow", validate_assignment=True, populate_by_name=True, protected_namespaces=())
 
@@ -35,7 +35,7 @@ P = TypeVar("P", bound=Part)
 
 
 class Resumed(Part):
-    """The run went on at `time`, after the checkpoint named `from` (None: from the beginning)."""
+    """The run was resumed at `time` from the checkpoint named `from` (None: from the start)."""
 
     time: str
     checkpoint: str | None = Field(None, alias="from")
@@ -54,7 +54,7 @@ class ModelSource(Part):
 
 
 class Provenance(Part):
-    """Where the results come from. Times in ISO 8601; `seconds`: of all phases of all processes."""
+    """Provenance of the results. Times in ISO 8601; `seconds`: of all phases of all processes (of every resume)."""
 
     command: str
     commit: str | None = None
@@ -72,7 +72,7 @@ class Provenance(Part):
 
 
 class Phase(Part):
-    """What the screen named, and how long it took, in the process of that number."""
+    """A phase of the run as shown on the screen; `process`: process id."""
 
     name: str
     seconds: float
@@ -83,7 +83,7 @@ class Phase(Part):
 
 
 class PlannedPhase(Part):
-    """Bytes by term at the phase's peak; `host_bytes`: of the CPU's memory besides."""
+    """Bytes by term at the phase's peak; `host_bytes`: CPU memory in addition."""
 
     name: str
     peak_bytes: int
@@ -100,7 +100,7 @@ class FitChange(Part):
 
 
 class FitRecord(Part):
-    """What `fit: auto` changed of the recipe."""
+    """Changes that `fit: auto` made to the recipe."""
 
     keys: dict[str, Any]
     changes: list[FitChange]
@@ -123,7 +123,7 @@ class PlanRecord(Part):
 
 
 class Planned(Part):
-    """What the plan says of training, measured as training measures itself."""
+    """The plan's figures for training, in the terms in which training measures itself."""
 
     peak_bytes: int
     step_seconds: float
@@ -131,7 +131,7 @@ class Planned(Part):
 
 
 class DataRecord(Part):
-    """What was read. A task has a type with more of it beside its data (finetune/task_data.py)."""
+    """The data that was read. Each task extends this type (finetune/task_data.py)."""
 
     format: str
     format_reason: str
@@ -157,7 +157,7 @@ class Histogram(Part):
 
 
 class PreflightRecord(Part):
-    """`forced`: the reasons that --force overrode."""
+    """`forced`: the failed checks that --force overrode."""
 
     checks: list[CheckRecord]
     tokens: int
@@ -173,7 +173,7 @@ class PreflightRecord(Part):
 
 
 class SwapRecord(Part):
-    """`left`: module path → why it stays in floats. `share`: of the parameters."""
+    """`left`: {module path: why it stays in floats}; `share`: of the parameters."""
 
     scheme: str
     swapped: int
@@ -185,7 +185,7 @@ class SwapRecord(Part):
 
 
 class ModelRecord(Part):
-    """`bytes`: what training keeps, by kind, without activations. `fast`: what of the step was patched, in words."""
+    """`bytes`: memory of training without activations, by type; `fast`: applied patches, in words."""
 
     architecture: str
     parameters: int
@@ -203,7 +203,7 @@ class ModelRecord(Part):
 
 
 class LossRecord(Part):
-    """Nats a supervised token; None where a number is not finite, and of the error of a single row."""
+    """Loss in nats per supervised token; None for values that are not finite, and for the standard error of a single row."""
 
     loss: float | None
     stderr: float | None
@@ -213,7 +213,7 @@ class LossRecord(Part):
 
 
 class EvalRecord(Part):
-    """`tasks`: when → task → metric → value. `float`: of a pretrained model before it was made ternary."""
+    """`tasks`: {when: {task: {metric: value}}}; `float`: the loss of a pretrained model before it was made ternary."""
 
     float_model: LossRecord | None = Field(None, alias="float")
     before: LossRecord | None = None
@@ -224,7 +224,7 @@ class EvalRecord(Part):
 
 
 class Sample(Part):
-    """A question (messages, or the beginning of a text), and what the model answered; ended: with an end token."""
+    """A question (messages, or the start of a text) and the model's answers; `*_ended`: whether with an end token."""
 
     prompt: list[dict[str, Any]] | str
     reference: str | None = None
@@ -240,7 +240,7 @@ class Best(Part):
 
 
 class TrainRecord(Part):
-    """What the loop returns. `tokens_per_second`: of the last process's own steps."""
+    """Result of the training loop. `tokens_per_second`: of the steps since the last resume."""
 
     steps: int
     seconds: float
@@ -258,7 +258,7 @@ class TrainRecord(Part):
 
 
 class TernaryRecord(Part):
-    """The last look at the ternary codes: shares that flipped and are zero; `turnover`: flips of the whole run, a weight."""
+    """The last measurement of ternary codes: shares that flipped and that are zero; `turnover`: flips per weight in the run."""
 
     flips: float | None = None
     zeros: float | None = None
@@ -271,7 +271,7 @@ class TernaryRecord(Part):
 
 
 class Correct(Part):
-    """Relative difference of logits: what was written, run there, against a simulation of that program's arithmetic."""
+    """Relative difference of logits between the export in the other program and a simulation of its arithmetic."""
 
     error: float
     worst_row: float
@@ -280,7 +280,7 @@ class Correct(Part):
 
 
 class Good(Part):
-    """What is lost from the trained model to the export: nats a token (kl), and a supervised token (losses)."""
+    """What the export loses against the trained model: nats per token (kl) and per supervised token (losses)."""
 
     kl: float
     worst_token: float
@@ -305,7 +305,7 @@ class ExportGate(Part):
 
 
 class ExportRecord(Part):
-    """`path`: from the run's folder."""
+    """`path`: relative to the run folder."""
 
     format: str
     path: str
@@ -327,7 +327,7 @@ class MergeGate(Part):
 
 
 class Reternarized(Part):
-    """Losses (nats) of adapters on a ternary base, and of what they became when they were merged and rounded again."""
+    """Losses (nats) of adapters on a ternary base, before and after merging and rounding to ternary."""
 
     base_loss: float
     adapter_loss: float
@@ -346,7 +346,7 @@ class MergeRecord(Part):
 
 
 class TwinRecord(Part):
-    """`gap`: held-out loss of the ternary model less that of its float twin."""
+    """`gap`: held-out loss of the ternary model minus that of its float twin."""
 
     path: str
     lr: float
@@ -358,7 +358,7 @@ class TwinRecord(Part):
 
 
 class Record(Part):
-    """One run's run.json. `next`: commands to type."""
+    """run.json of a run. `next`: commands to type next."""
 
     version: int = VERSION
     name: str
@@ -384,7 +384,7 @@ class Record(Part):
     next: list[str] | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: what was set, by the names of run.json."""
+        """The keys that were set, by their names in run.json."""
         return self.model_dump(by_alias=True, exclude_unset=True)
 
 
@@ -395,7 +395,7 @@ RENAMED = {"stop_ids": "eos_token_ids"}  # of the part `model`
 
 
 def _from_1(saved: dict[str, Any]) -> dict[str, Any]:
-    """`format` became `version`, and the tokens at which a model stops are called as transformers calls them."""
+    """Version 1 → 2: `format` is now `version`, and `stop_ids` is `eos_token_ids`."""
     saved = {key: value for key, value in saved.items() if key != "format"} | {"version": 2}
     if isinstance(saved.get("eval"), dict):
         saved["eval"] = {key: value for key, value in saved["eval"].items() if key != "merged"}
@@ -408,55 +408,55 @@ UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
 
 
 def read_record(run_dir: Path) -> Record:
-    """The record of the run folder `run_dir`.
+    """Read the record of the run folder `run_dir`.
 
     Raises:
-        UserError: it is no run folder, or its record is damaged, incomplete, or of a newer version.
+        UserError: not a run folder, or its record is damaged, incomplete, or of a newer version.
     """
     path = run_dir / MARK
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(saved, dict):
-            raise ValueError(f"{type(saved).__name__}, no object")
+            raise ValueError(f"{type(saved).__name__} instead of an object")
         version = saved.get("version", saved.get("format", 1))
         if not isinstance(version, int) or not 1 <= version <= VERSION:
-            raise ValueError(f"version {str(version)[:80]}; this program reads 1 to {VERSION}")
+            raise ValueError(f"version {str(version)[:80]}; this program reads versions 1 to {VERSION}")
         while version in UPGRADES:
             saved = UPGRADES[version](saved)
             version = saved["version"]
         record = Record.model_validate(saved)
         if not plain(record.name):
-            raise ValueError(f"name: {record.name[:80]!r}, which is no plain name")
+            raise ValueError(f"name: {record.name[:80]!r} is not a plain file name")
     except FileNotFoundError:
         hint = "finetune show runs/NAME"
-        raise UserError("this is no run folder", where=str(run_dir), got=f"no {MARK} in it", hint=hint) from None
-    except (OSError, ValueError, RecursionError) as error:  # what is no JSON or no UTF-8, and a ValidationError, is a ValueError
+        raise UserError("not a run folder", where=str(run_dir), got=f"no {MARK} in it", hint=hint) from None
+    except (OSError, ValueError, RecursionError) as error:  # invalid JSON or UTF-8 and a ValidationError are ValueErrors
         got = _first_error(error) if isinstance(error, ValidationError) else str(error)
-        hint = "bring it back from a copy of the folder"
-        raise UserError("the run's record cannot be read", where=str(path), got=got, hint=hint) from None
+        hint = "restore it from a copy of the folder"
+        raise UserError("cannot read the run's record", where=str(path), got=got, hint=hint) from None
     return record
 
 
-def part_as(kind: type[P], part: Part, key: str) -> P:
-    """A part that a task has written, as that task's own type.
+def part_as(part_type: type[P], part: Part, key: str) -> P:
+    """Validate a part as the type of the task that wrote it.
 
     Raises:
-        UserError: it is none.
+        UserError: it does not validate.
     """
     try:
-        return kind.model_validate(part.model_dump(by_alias=True))
+        return part_type.model_validate(part.model_dump(by_alias=True))
     except ValidationError as error:
-        hint = "bring it back from a copy of the folder"
-        raise UserError("the run's record cannot be read", where=f"{MARK}, {key}", got=_first_error(error), hint=hint) from None
+        hint = "restore it from a copy of the folder"
+        raise UserError("cannot read the run's record", where=f"{MARK}, {key}", got=_first_error(error), hint=hint) from None
 
 
 def _first_error(error: ValidationError) -> str:
     first, *others = error.errors()
     key = ".".join(map(str, first["loc"]))
-    said = f"{key} is missing" if first["type"] == "missing" else f"{key}: {str(first['input'])[:80]!r} ({first['msg']})"
-    return said + (f", and {len(others)} more" if others else "")
+    text = f"{key} is missing" if first["type"] == "missing" else f"{key}: {str(first['input'])[:80]!r} ({first['msg']})"
+    return text + (f", and {len(others)} more" if others else "")
 
 
 def write_record(run_dir: Path, record: Record) -> None:
-    """Replace run.json by `record`: a reader sees the old one or the new one, never a part."""
+    """Replace run.json by `record` atomically."""
     write_json(run_dir / MARK, record.as_dict())

@@ -1,11 +1,11 @@
-"""The folder of a run: which one it is, who owns it, whether what lies there may go on, and room for what will be written.
+"""The run folder: choosing it, locking it, checking that a run in it can be resumed, and the disk space it needs.
 
-The run folder is a contract (scripts rely on it):
+The layout of the run folder is a contract (scripts rely on it):
 
-    recipe.yaml     the resolved recipe          adapter/   what PEFT loads
-    run.json        state, provenance, results   merged/    what plain transformers loads
-    metrics.jsonl   one line a step              export/    what other programs load
-    tokenizer/      one that the run trained     twin/      the run of the float twin
+    recipe.yaml     the resolved recipe              adapter/   for PEFT
+    run.json        state, provenance, results       merged/    for plain transformers
+    metrics.jsonl   one line per step                export/    for other programs
+    tokenizer/      if the run trained a tokenizer   twin/      run folder of the float twin
     eval/  samples/  checkpoints/step-000100/  report.html
 """
 
@@ -26,7 +26,7 @@ from finetune.record import Record, read_record, write_record
 if TYPE_CHECKING:
     from finetune.models.architecture import ArchitectureInfo
 
-# A resumed run may differ from what was begun in these alone: they do not touch the weights.
+# The only keys that may change when a run is resumed, because they do not affect the weights.
 SECTIONS = ("eval.", "run.", "plan.")
 
 MAY_CHANGE = (
@@ -42,16 +42,16 @@ MAY_CHANGE = (
 
 MUST_STAY = ("run.seed",)
 
-UNBEGUN = {
+STARTUP_FILES = {
     ".lock",
     "recipe.yaml",
     ".run.json.finetune-new",
     ".recipe.yaml.finetune-new",
-}  # all that a kill at the start can leave
+}  # what a kill during startup can leave behind
 
 
 class RunDir:
-    """One run's folder: who owns it, its state and its metrics. Of several processes the first one writes, others only read."""
+    """A run folder: its lock, record and metrics. Only the main process writes; others read."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -64,10 +64,10 @@ class RunDir:
         return (self.path / MARK).exists()
 
     def acquire(self) -> None:
-        """Take the folder for this process; the lock dies with its owner.
+        """Lock the folder for this process; the lock is released when its owner ends.
 
         Raises:
-            UserError: another process is running in the folder.
+            UserError: another process has locked the folder.
         """
         import fcntl
 
@@ -84,12 +84,12 @@ class RunDir:
                 owner = os.read(handle, 20).decode(errors="replace")
                 os.close(handle)
                 raise UserError(
-                    "another process is running in this folder",
+                    "another process is using this run folder",
                     where=str(self.path),
                     got=f"process {owner}" if owner else None,
                     hint="wait for it, or give run.dir=OTHER",
                 ) from None
-            # The owner before removes the file when it ends: what was locked here need not be what the next one will open.
+            # The previous owner removes the file when it ends, so the locked file may no longer be the one at this path.
             if file.exists() and os.path.samestat(os.fstat(handle), os.stat(file)):
                 with writing(self.path):
                     os.truncate(handle, 0)
@@ -105,10 +105,10 @@ class RunDir:
             self._lock = None
 
     def read(self) -> Record:
-        """run.json.
+        """Read run.json.
 
         Raises:
-            UserError: there is none, or it is damaged.
+            UserError: it is missing or damaged.
         """
         return read_record(self.path)
 
@@ -130,7 +130,11 @@ class RunDir:
         return self.metrics.stat().st_size if self.metrics.exists() else 0
 
     def cut_metrics(self, size: int, keep: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-        """Forget the metrics written after a checkpoint, which a resumed run writes again; returns lines with a key of `keep`."""
+        """Truncate the metrics to `size` bytes, because a resumed run writes later ones again.
+
+        Returns:
+            The removed lines that have a key of `keep`.
+        """
         if not self.writes or not self.metrics.exists():
             return []
         lines = self.metrics.read_bytes()[size:].decode("utf-8", "replace").splitlines() if keep else []
@@ -139,16 +143,16 @@ class RunDir:
 
 
 def choose_dir(recipe: Recipe, name: str, resume: bool) -> Path:
-    """Where the run lives.
+    """Choose the run folder.
 
     Raises:
-        UserError: the folder that the recipe names belongs to another run, or holds other files; nothing to resume.
+        UserError: the recipe's folder belongs to another run or contains other files, or there is nothing to resume.
     """
     if recipe.run.dir is not None:
         path = Path(recipe.run.dir)
         if path.exists() and not path.is_dir():
-            raise UserError("run.dir is a file", where="run.dir", got=str(path), hint="give a folder")
-        if not resume and path.is_dir() and any(entry.name not in UNBEGUN for entry in path.iterdir()):
+            raise UserError("run.dir is a file, not a folder", where="run.dir", got=str(path), hint="give a folder")
+        if not resume and path.is_dir() and any(entry.name not in STARTUP_FILES for entry in path.iterdir()):
             owner = "belongs to another run" if (path / "run.json").exists() else "is not empty"
             raise UserError(
                 f"the output folder {owner}",
@@ -158,14 +162,14 @@ def choose_dir(recipe: Recipe, name: str, resume: bool) -> Path:
             )
         return path
     if not plain(name):
-        raise UserError("no folder can be named after this recipe", where="runs/", got=repr(name), hint="give run.dir=FOLDER")
+        raise UserError("the recipe's name is not a valid folder name", where="runs/", got=repr(name), hint="give run.dir=FOLDER")
     own = re.compile(rf"{re.escape(name)}(-\d+)?")
     taken = sorted(
         (path for path in Path("runs").glob(f"{name}*") if own.fullmatch(path.name)), key=lambda path: _number(path, name)
     )
     if resume:
         if not taken:
-            raise UserError("there is no run to resume", where="runs/", got=f"no {name}", hint="leave out --resume")
+            raise UserError("no run to resume", where="runs/", got=f"no {name}", hint="leave out --resume")
         return taken[-1]
     return Path("runs", f"{name}-{_number(taken[-1], name) + 1}" if taken else name)
 
@@ -175,7 +179,7 @@ def _number(path: Path, name: str) -> int:
 
 
 def absolute(recipe: Recipe) -> Recipe:
-    """The recipe with its local paths absolute, so that its run can be resumed, merged and scored from anywhere."""
+    """The recipe with absolute local paths, so that its run can be resumed, merged and evaluated from any directory."""
 
     def full(text: str | None) -> str | None:
         return str(Path(text).expanduser().absolute()) if text is not None and Path(text).expanduser().exists() else text
@@ -194,43 +198,44 @@ def absolute(recipe: Recipe) -> Recipe:
 
 
 def check_resumable(folder: RunDir, recipe: Recipe) -> None:
+    """Raise UserError if there is no run in the folder, or its recipe differs in more than the keys that may change."""
     if not folder.exists:
-        raise UserError("there is no run to resume", where=str(folder.path), got="no run.json", hint="leave out --resume")
-    begun = read_resolved(folder.path / "recipe.yaml")
+        raise UserError("no run to resume", where=str(folder.path), got="no run.json", hint="leave out --resume")
+    started = read_resolved(folder.path / "recipe.yaml")
     changed = {
         key: values
-        for key, values in differences(begun, recipe).items()
+        for key, values in differences(started, recipe).items()
         if key in MUST_STAY or not (key.startswith(SECTIONS) or key in MAY_CHANGE)
     }
     if changed:
         shown = ", ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in changed.items())
         raise UserError(
-            "this folder belongs to a run with another recipe",
+            "this folder belongs to a run with a different recipe",
             where=str(folder.path / "recipe.yaml"),
             got=shown,
-            hint=f"finetune resume {folder.path}, or another run.dir for a new run",
+            hint=f"finetune resume {folder.path}; or give another run.dir for a new run",
         )
 
 
 def same_data(record: Record, digest: str, folder: Path) -> None:
-    """Raise UserError when a run's data is no longer what it was trained on: its split would be another one."""
+    """Raise UserError if the data has changed since the run started, because the split would change."""
     data = record.provenance.data
     if data is not None and data.sha256 != digest:
         raise UserError(
-            "the data has changed since this run began",
+            "the data has changed since this run started",
             where=f"{folder}: {data.source}",
-            got=f"SHA-256 {digest[:12]}…, it was {data.sha256[:12]}…",
-            hint="put the old file back, or begin a new run",
+            got=f"SHA-256 {digest[:12]}…, was {data.sha256[:12]}…",
+            hint="restore the old file, or start a new run",
         )
 
 
-def as_it_was_fitted(recipe: Recipe, record: Record) -> Recipe:
-    """The recipe with what fit: auto changed of it when its run began: it goes on as it began."""
+def with_fit_changes(recipe: Recipe, record: Record) -> Recipe:
+    """The recipe with the changes that fit: auto made when its run started; a resumed run keeps them."""
     fit = record.plan.fit if record.plan is not None and recipe.fit == "auto" else None
     if fit is None:
         return recipe
     values = recipe.model_dump()
-    for key, change in (item for made in fit.changes for item in made.keys.items()):
+    for key, change in (item for step in fit.changes for item in step.keys.items()):
         section, _, leaf = key.rpartition(".")
         if values[section][leaf] == change["old"]:
             values[section][leaf] = change["new"]
@@ -238,30 +243,30 @@ def as_it_was_fitted(recipe: Recipe, record: Record) -> Recipe:
 
 
 def with_checkpoint(error: DiskError, run_dir: Path) -> DiskError:
-    """What a disk refused, with the checkpoint of the run that stands, and what to type when the disk is mended."""
-    whole = [file.parent.name for file in run_dir.glob("checkpoints/step-*/manifest.json")]
-    last = max(whole, key=lambda name: (len(name), name), default=None)  # the longer number is the higher one
-    stands = f"the last whole checkpoint is {last}" if last else "no checkpoint was written yet"
+    """`error` with the run's last complete checkpoint, and the command to type when the disk is fixed."""
+    complete = [file.parent.name for file in run_dir.glob("checkpoints/step-*/manifest.json")]
+    last = max(complete, key=lambda name: (len(name), name), default=None)  # a longer number is a higher one
+    kept = f"the last complete checkpoint is {last}" if last else "no checkpoint was written yet"
     hint = f"{error.hint}, then: finetune resume {run_dir}"
-    return DiskError(error.message, where=error.where, got=f"{error.got}; {stands}", hint=hint)
+    return DiskError(error.message, where=error.where, got=f"{error.got}; {kept}", hint=hint)
 
 
 def bytes_to_write(recipe: Recipe, info: ArchitectureInfo, trainable: int) -> int:
-    """Upper bound of what the run needs of the disk: checkpoints (weights and two fp32 moments), adapter, merged model, and while
-    it runs the base, where that is streamed from there."""
-    stored = 4 if recipe.model.dtype == "fp32" or not recipe.base_frozen else 2
-    one = trainable * (4 + 8)
-    # The new one stands beside the kept ones for a moment.
-    total = one * (recipe.train.keep_checkpoints + recipe.train.save_best + 1)
+    """Upper bound of the run's disk space: checkpoints (weights and two fp32 moments), adapter, merged model, exports, and
+    the base while its layers are offloaded to disk."""
+    itemsize = 4 if recipe.model.dtype == "fp32" or not recipe.base_frozen else 2
+    checkpoint = trainable * (4 + 8)
+    # A new checkpoint briefly exists beside the kept ones.
+    total = checkpoint * (recipe.train.keep_checkpoints + recipe.train.save_best + 1)
     if recipe.writes_adapter:
         total += 4 * trainable
     if recipe.run.merge or not recipe.base_frozen:
-        total += info.parameters * stored * (1 + len(recipe.export.formats))
-    return total * (2 if recipe.twin else 1) + _bytes_streamed(recipe, info) + (16 << 20)
+        total += info.parameters * itemsize * (1 + len(recipe.export.formats))
+    return total * (2 if recipe.twin else 1) + _bytes_offloaded(recipe, info) + (16 << 20)
 
 
-def _bytes_streamed(recipe: Recipe, info: ArchitectureInfo) -> int:
-    """Upper bound of the base's bytes where it is streamed from the disk: codes with their scales, the rest as floats."""
+def _bytes_offloaded(recipe: Recipe, info: ArchitectureInfo) -> int:
+    """Upper bound of the base's bytes if it is offloaded to disk: codes with scales, the rest in floats."""
     if recipe.model.offload_layers != "disk":
         return 0
     from quant.swap import matches

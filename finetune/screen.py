@@ -1,6 +1,6 @@
-"""What the user sees while a run goes on: phases, progress with time left, checks, and what to type next.
+"""Output of a run: phases, progress with remaining time, checks.
 
-On a terminal a live bar; elsewhere (a log, a pipe) a line every few seconds with the same figures. Nothing here decides anything.
+On a terminal a live progress bar; otherwise (a log, a pipe) a line every few seconds with the same figures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Shown = Callable[[int, int, str], None]  # progress(done, total, note)
 
 @contextlib.contextmanager
 def relayed_bars(progress: Shown | None) -> Iterator[type | None]:
-    """Within it the bars of transformers (download, reading, conversion) go to `progress`; yields the tqdm class to pass on."""
+    """Redirect transformers' progress bars (download, loading, conversion) to `progress`; yields the tqdm class to pass on."""
     if progress is None:
         yield None
         return
@@ -51,13 +51,13 @@ def relayed_bars(progress: Shown | None) -> Iterator[type | None]:
 
 
 class Screen:
-    """Prints to `console`; remembers how long each phase took."""
+    """Prints to `console` and records the duration of each phase."""
 
     def __init__(self, console: Console | None = None) -> None:
-        # Of several processes the first one speaks.
+        # Only the main process prints.
         self.console = console or Console(highlight=False, soft_wrap=True, quiet=not is_main_process())
         self.phases: list[dict[str, Any]] = []
-        self.now = ""  # the phase that runs, or ran last
+        self.now = ""  # the current phase, or the last one
 
     def say(self, text: str | Text) -> None:
         self.console.print(text, markup=False)
@@ -67,7 +67,7 @@ class Screen:
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[Shown]:
-        """A named step of the run; yields `progress(done, total, note)`, which may be called or not."""
+        """A named phase of the run; yields an optional callback `progress(done, total, note)`."""
         started, self.now = time.monotonic(), name
         if self.console.is_terminal:
             columns = (
@@ -89,17 +89,17 @@ class Screen:
                 yield update
         else:
             self.say(f"{name} …")
-            spoke, first = started, (started, 0, 0)  # when, done, total: of the first word of the bar that runs
+            printed, first = started, (started, 0, 0)  # first: (time, done, total) at the current bar's first update
 
             def line(done: int, total: int, note: str = "") -> None:
-                nonlocal spoke, first
+                nonlocal printed, first
                 now = time.monotonic()
                 if total != first[2] or done < first[1]:
                     first = (now, done, total)
-                if now - spoke >= LINE_EVERY_S and done < total:
-                    spoke = now
+                if now - printed >= LINE_EVERY_S and done < total:
+                    printed = now
                     left = clock((now - first[0]) / (done - first[1]) * (total - done)) if done > first[1] else "?"
-                    self.say(f"  {name} {amount(done)}/{amount(total)}  {note}  {clock(now - started)} gone, {left} left")
+                    self.say(f"  {name} {amount(done)}/{amount(total)}  {note}  {clock(now - started)} elapsed, {left} left")
 
             yield line
         seconds = time.monotonic() - started
@@ -110,7 +110,7 @@ class Screen:
             self.say(f"  {name}: done in {clock(seconds)}")
 
     def preflight(self, checks: Iterable[Any], examples: list[list[dict[str, Any]]]) -> None:
-        """The checks (name, status, detail), and the examples with their trained text coloured."""
+        """Print the checks (name, status, detail) and the examples with their supervised text coloured."""
         marks = {"pass": ("✓", "green"), "warn": ("!", "yellow"), "fail": ("✗", "bold red")}
         for check in checks:
             mark, style = marks[check.status]
@@ -119,8 +119,8 @@ class Screen:
             text = Text(f"  example {number}: ", style="dim")
             for piece in example:
                 shown = piece["text"].replace("\n", "⏎")
-                # Without colours the brackets still tell what is trained.
+                # The brackets mark supervised text where there are no colours.
                 text.append(f"⟦{shown}⟧" if piece["supervised"] else shown, style="green" if piece["supervised"] else "dim")
             self.console.print(text)
         if examples:
-            self.console.print(Text("  green, in ⟦⟧: what is trained", style="dim"))
+            self.console.print(Text("  green, in ⟦⟧: supervised tokens", style="dim"))

@@ -1,4 +1,4 @@
-"""What a recipe names beyond its keys: files, folders, packages. Cheap, without the network."""
+"""Checking the files, folders and packages that a recipe names. Cheap, without network access."""
 
 from __future__ import annotations
 
@@ -14,57 +14,57 @@ from finetune.recipe import Recipe
 
 
 def check_sources(recipe: Recipe, name: str, where: Callable[[str], str]) -> None:
-    """Look for every local thing that the recipe names; `where` gives a key's file:line.
+    """Check every local file, folder and package that the recipe names. where: from a key to its file:line.
 
     Raises:
-        UserErrors: all that is missing, damaged, or leads elsewhere.
+        UserErrors: all that are missing, damaged, or outside their folder.
     """
-    mistakes: list[UserError] = []
+    errors: list[UserError] = []
 
     def look(check: Callable[[], object]) -> None:
         try:
             check()
-        except UserError as mistake:
-            mistakes.append(mistake)
+        except UserError as error:
+            errors.append(error)
 
-    def place(key: str) -> str:
-        found = where(key)
-        return found if found.endswith(key) else f"{found}, {key}"
+    def location(key: str) -> str:
+        line = where(key)
+        return line if line.endswith(key) else f"{line}, {key}"
 
     def data_file(key: str, path: Path) -> None:
         if recipe.streams_text:
             if not path.exists():
-                raise no_such_file(path, place(key))
-            return  # what is in it is looked at when it is opened
+                raise no_such_file(path, location(key))
+            return  # its content is checked when it is opened
         if not path.is_file():
-            raise no_such_file(path, place(key))
+            raise no_such_file(path, location(key))
         if path.suffix.lower() not in READABLE:
-            hint = "one of " + " ".join(READABLE)
-            raise UserError("this kind of data file is not read", where=place(key), got=str(path), hint=hint)
+            hint = "use one of " + " ".join(READABLE)
+            raise UserError("unsupported data file", where=location(key), got=str(path), hint=hint)
 
     def model_of(key: str, name: str, revision: str | None = None) -> None:
-        check_files(find_model(name, revision=revision, where=place(key)), place(key))
+        check_files(find_model(name, revision=revision, where=location(key)), location(key))
 
     data, model = recipe.data, recipe.model
     if data.path is not None:
         look(lambda: data_file("data.path", Path(str(data.path))))
     elif data.name is not None and data.name.startswith(PACKAGE):
-        look(lambda: package_files(str(data.name), place("data.name")))
-    look(lambda: check_patterns(data.files, place("data.files")))
+        look(lambda: package_files(str(data.name), location("data.name")))
+    look(lambda: check_patterns(data.files, location("data.files")))
     if data.heldout_path is not None:
         look(lambda: data_file("data.heldout_path", Path(str(data.heldout_path))))
     if model.config is not None:
-        look(lambda: new_config(dict(model.config or {}), where=place("model.config")))
+        look(lambda: new_config(dict(model.config or {}), where=location("model.config")))
     if model.name is not None:
         look(lambda: model_of("model.name", str(model.name), model.revision))
     if recipe.tokenizer.name is not None:
-        look(lambda: find_tokenizer(str(recipe.tokenizer.name), where=place("tokenizer.name")))
+        look(lambda: find_tokenizer(str(recipe.tokenizer.name), where=location("tokenizer.name")))
     if recipe.distill.teacher is not None:
         look(lambda: model_of("distill.teacher", str(recipe.distill.teacher)))
     tasks = recipe.eval.include_path
     if tasks is not None and not Path(tasks).is_dir():
-        mistakes.append(UserError("there is no such folder", where=place("eval.include_path"), got=tasks))
+        errors.append(UserError("no such folder", where=location("eval.include_path"), got=tasks))
     if recipe.run.dir is not None:
         look(lambda: require_space(Path(str(recipe.run.dir)), 1, "this run"))
-    if mistakes:
-        raise UserErrors(mistakes, f"{name}: {len(mistakes)} mistake{'s' if len(mistakes) != 1 else ''}")
+    if errors:
+        raise UserErrors(errors, f"{name}: {len(errors)} error{'s' if len(errors) != 1 else ''}")

@@ -1,7 +1,7 @@
-"""What a run learns from and is measured on, by its kind: conversations (sft), or a stream of text (pretrain).
+"""Training and held-out data of a task: conversations (sft), or a stream of text (pretrain).
 
-Both are gathered before any weight is loaded, and looked at: the preflight is of the user's own data. From then on the story
-asks each the same things: rows held out, questions to put to the model, and the loop's `Task`.
+Both are read and inspected before any weight is loaded, and have the same interface (`TaskData`): held-out rows, questions for
+the model, and the training loop's `Task`.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 Progress = Callable[[int, int], None]
 HeldOut = list[tuple[list[int], list[int]]]  # input ids, labels at their own positions
-BEGINNING = 48  # tokens of a held-out row from which the model goes on
+PROMPT_TOKENS = 48  # tokens of a held-out sequence that the model continues
 
 
 class ConversationsRecord(DataRecord):
-    """What was read of conversations. Rows: of the file; trained; duplicates that were left out."""
+    """Counts of conversations: rows read, rows trained, duplicates removed."""
 
     rows: int
     train_rows: int
@@ -42,17 +42,17 @@ class ConversationsRecord(DataRecord):
 
 
 class TextRecord(DataRecord):
-    """What was read of a stream: the commit of a hub dataset, and the tokenizer's size."""
+    """A stream of text. revision: commit of a hub dataset; vocabulary: size of the tokenizer."""
 
     revision: str | None = None
     vocabulary: int
 
 
 def data_record(record: Record) -> ConversationsRecord | TextRecord | None:
-    """What a run's record says of its data, as its kind of training has written it; None where it has not come so far.
+    """The data part of a run's record, as the type of its task; None if the run has not reached it.
 
     Raises:
-        UserError: it is not what such a run writes.
+        UserError: it does not match that type.
     """
     if record.data is None:
         return None
@@ -62,44 +62,44 @@ def data_record(record: Record) -> ConversationsRecord | TextRecord | None:
 
 
 class TaskData(Protocol):
-    """What the story asks. `source` and `digest` name the data; `ends`: end tokens that were met in it."""
+    """Data of a task. `source` and `digest` identify it; `eos_token_ids`: end tokens that occur in it."""
 
     source: str
     digest: str
     preflight: Preflight
-    ends: frozenset[int]
+    eos_token_ids: frozenset[int]
 
     def lines(self) -> list[str]:
-        """What was found, for the screen."""
+        """A description of the data, for the screen."""
 
     def warnings(self) -> list[str]:
-        """What the user should know of it."""
+        """Warnings for the user."""
 
     def record(self) -> DataRecord:
-        """The same for run.json."""
+        """The description for run.json."""
 
     def held_out(self) -> HeldOut:
-        """Rows that are never trained."""
+        """Held-out rows, which are never trained."""
 
     def questions(self) -> list[Sample]:
-        """What the model is asked before and after, without answers yet."""
+        """Questions for the model before and after training, without answers."""
 
     def first_rows(self, most: int) -> HeldOut:
-        """Some of the rows that are trained."""
+        """At most `most` training rows."""
 
     def highest_id(self) -> int:
-        """The highest token id in it."""
+        """The highest token id in the data."""
 
     def task(
         self, settings: Train, device: torch.device, *, packing: bool, head: LMHead | None, teacher: Distillation | None
     ) -> Task:
-        """Batches and a loss for the loop. head: of the model, where its loss is taken in chunks."""
+        """Batches and loss for the training loop. head: the model's, for a loss in chunks."""
 
     def steps(self, task: Task, settings: Train) -> tuple[int, str]:
-        """(optimizer steps, what decides that)."""
+        """(optimizer steps, the key that decides them, in words)."""
 
     def tokens(self, settings: Train) -> float:
-        """About how many tokens training reads."""
+        """Approximate number of tokens that training reads."""
 
 
 def build_data(
@@ -111,10 +111,10 @@ def build_data(
     source: Source | None = None,
     progress: Progress | None = None,
 ) -> TaskData:
-    """The material of a recipe. `source`: a stream that is open already.
+    """Read and inspect the data of a recipe. source: the stream, if it is already open.
 
     Raises:
-        UserError: the data cannot be read, fits no format, or the template refuses it.
+        UserError: the data cannot be read, matches no format, or the template refuses it.
     """
     if recipe.streams_text:
         return Text(recipe, tokenizer, source or open_stream(recipe), limits)
@@ -122,10 +122,10 @@ def build_data(
 
 
 def open_stream(recipe: Recipe, revision: str | None = None) -> Source:
-    """The text that a pretraining recipe names; nothing of it is read yet. `revision`: of a dataset on the hub, its commit.
+    """Open the text stream of a pretraining recipe without reading it. revision: commit of a hub dataset.
 
     Raises:
-        UserError: it is not there, or has no revisions.
+        UserError: it does not exist, or has no revisions.
     """
     from finetune.data.stream import open_source
 
@@ -145,7 +145,7 @@ def open_stream(recipe: Recipe, revision: str | None = None) -> Source:
 
 
 class Conversations:
-    """Rows of a file, a package or the hub, as samples with labels."""
+    """Conversations from a file, a package or the hub, as samples with labels."""
 
     def __init__(
         self,
@@ -187,9 +187,11 @@ class Conversations:
             self.rows.rows, apart, encoder, heldout=data.heldout, dedupe=data.dedupe, seed=recipe.run.seed, progress=progress
         )
         if not self.data.train_rows:
-            hint = f"take fewer of the {len(self.data.heldout_rows)}: data.heldout=0.1"
-            raise UserError("the held-out rows are all there are", where="data.heldout", got=f"{data.heldout}", hint=hint)
-        self.preflight, self.ends = inspect(self.data, encoder, limits), frozenset(encoder.ends)
+            hint = f"hold out fewer of the {len(self.data.heldout_rows)} rows: data.heldout=0.1"
+            raise UserError(
+                "all rows are held out, none are left to train on", where="data.heldout", got=f"{data.heldout}", hint=hint
+            )
+        self.preflight, self.eos_token_ids = inspect(self.data, encoder, limits), frozenset(encoder.ends)
         self.source, self.digest = self.rows.source, self.rows.sha256
 
     def lines(self) -> list[str]:
@@ -198,7 +200,7 @@ class Conversations:
 
     def warnings(self) -> list[str]:
         skipped = self.rows.skipped
-        return [f"{len(skipped)} rows fit no format and are skipped (data.bad_rows), such as {skipped[0]}"] if skipped else []
+        return [f"{len(skipped)} rows match no format and are skipped (data.bad_rows), such as {skipped[0]}"] if skipped else []
 
     def record(self) -> ConversationsRecord:
         return ConversationsRecord(
@@ -262,7 +264,7 @@ class Conversations:
 
         total = steps_in(task, epochs=settings.epochs, accumulation=settings.accumulation, max_steps=settings.max_steps)
         limit = "train.max_steps" if total == settings.max_steps else f"train.epochs={settings.epochs:g}"
-        return total, f"{limit}, {len(self.data.train)} samples in {task.length(0)} rows an epoch"
+        return total, f"{limit}, {len(self.data.train)} samples in {task.length(0)} sequences per epoch"
 
     def tokens(self, settings: Train) -> float:
         whole = sum(map(len, self.data.train))
@@ -275,7 +277,7 @@ class Conversations:
 
 
 class Text:
-    """A stream of documents, packed into rows of data.max_length tokens."""
+    """A stream of documents, packed into sequences of data.max_length tokens."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source, limits: Limits) -> None:
         from finetune.data.stream import Corpus, open_source
@@ -284,7 +286,7 @@ class Text:
         data = recipe.data
         if tokenizer.eos_token_id is None:
             raise UserError(
-                "this tokenizer has no end token to put between documents", where="tokenizer", got=tokenizer.name_or_path
+                "this tokenizer has no end token to separate documents", where="tokenizer", got=tokenizer.name_or_path
             )
         self.recipe, self.tokenizer = recipe, tokenizer
         self.source, self.digest = source.name, source.digest
@@ -302,9 +304,12 @@ class Text:
             if not self.rows_held_out:
                 hint = f"give at least {data.max_length} tokens, or a smaller data.max_length"
                 raise UserError(
-                    "this file is too short to hold out a row", where="data.heldout_path", got=data.heldout_path, hint=hint
+                    "this file is too short for one held-out sequence",
+                    where="data.heldout_path",
+                    got=data.heldout_path,
+                    hint=hint,
                 )
-        self.ends = frozenset({tokenizer.eos_token_id})
+        self.eos_token_ids = frozenset({tokenizer.eos_token_id})
         self.first = self._first_rows(64)
         self.preflight = self._inspect(limits)
 
@@ -322,45 +327,53 @@ class Text:
         tokens = sum(map(len, self.first))
         if not self.first:
             checks.append(
-                Check("something to learn", FAIL, f"the text gives no row of {data.max_length} tokens: data.max_length")
+                Check(
+                    "something to learn",
+                    FAIL,
+                    f"the text is shorter than one sequence of {data.max_length} tokens: lower data.max_length",
+                )
             )
         else:
             characters = sum(len(self.tokenizer.decode(row)) for row in self.first)
-            said = f"every token is trained; {characters / tokens:.2f} characters a token in the first {len(self.first)} rows"
-            checks.append(Check("something to learn", PASS, said))
+            detail = (
+                f"every token is trained; {characters / tokens:.2f} characters per token in the first {len(self.first)} sequences"
+            )
+            checks.append(Check("something to learn", PASS, detail))
             unknown = self.tokenizer.unk_token_id
             lost = sum(row.count(unknown) for row in self.first) if unknown is not None else 0
             if lost > 0.01 * tokens:
-                said = f"{lost} of {tokens} tokens are {self.tokenizer.unk_token}: this tokenizer does not know this text"
-                checks.append(Check("tokenizer", FAIL, said))
+                detail = f"{lost} of {tokens} tokens are {self.tokenizer.unk_token}: the tokenizer does not cover this text"
+                checks.append(Check("tokenizer", FAIL, detail))
         if limits.positions is not None and data.max_length > limits.positions:
-            said = f"rows of {data.max_length} tokens, the model has {limits.positions} positions: data.max_length"
-            checks.append(Check("the model's length", FAIL, said))
+            detail = (
+                f"sequences of {data.max_length} tokens, but the model has {limits.positions} positions: lower data.max_length"
+            )
+            checks.append(Check("the model's length", FAIL, detail))
         highest = max((max(row) for row in [*self.first, *self.rows_held_out]), default=0)
         if limits.vocabulary is not None and highest >= limits.vocabulary:
-            said = f"token id {highest} of the tokenizer, the model has {limits.vocabulary} embeddings"
-            checks.append(Check("the model's vocabulary", FAIL, said))
+            detail = f"the tokenizer has token id {highest}, but the model has {limits.vocabulary} embeddings"
+            checks.append(Check("the model's vocabulary", FAIL, detail))
         if self.rows_held_out:
-            said = f"{len(self.rows_held_out)} rows held out, from documents that are never trained"
-            checks.append(Check("train and held-out apart", PASS, said))
+            detail = f"{len(self.rows_held_out)} sequences held out, from documents that are never trained"
+            checks.append(Check("train and held-out apart", PASS, detail))
         examples = [[{"text": self.tokenizer.decode(row[:100]), "supervised": True}] for row in self.first[:3]]
         return Preflight(checks, tokens, tokens, 0, {"edges": [], "counts": []}, examples)
 
     def lines(self) -> list[str]:
         name = Path(self.tokenizer.name_or_path).name or "trained on this text"
-        rows = f"rows of {self.recipe.data.max_length} tokens"
-        return [f"{self.source}: text, in {rows}; tokenizer: {len(self.tokenizer)} tokens ({name})"]
+        sequences = f"sequences of {self.recipe.data.max_length} tokens"
+        return [f"{self.source}: text, in {sequences}; tokenizer: {len(self.tokenizer)} tokens ({name})"]
 
     def warnings(self) -> list[str]:
-        count, places = self.corpus.source.bad, self.corpus.source.skipped
-        return [f"{count} rows so far are no text and are skipped (data.bad_rows), such as {places[0]}"] if count else []
+        count, locations = self.corpus.source.bad, self.corpus.source.skipped
+        return [f"{count} rows so far are not text and are skipped (data.bad_rows), such as {locations[0]}"] if count else []
 
     def record(self) -> TextRecord:
         return TextRecord(
             format="text",
-            format_reason=f"packed into rows of {self.recipe.data.max_length} tokens",
+            format_reason=f"packed into sequences of {self.recipe.data.max_length} tokens",
             heldout_rows=len(self.rows_held_out),
-            rows_skipped=self.corpus.source.bad,  # so far: it grows while the stream is read
+            rows_skipped=self.corpus.source.bad,  # so far; grows while the stream is read
             revision=self.corpus.source.revision,
             vocabulary=len(self.tokenizer),
             template=None,
@@ -370,9 +383,9 @@ class Text:
         return [(row, [-100, *row[1:]]) for row in self.rows_held_out]
 
     def questions(self) -> list[Sample]:
-        """Beginnings of held-out rows, then the recipe's own; the model goes on from there."""
+        """Starts of held-out sequences, then the recipe's own prompts; the model continues them."""
         wanted, length = self.recipe.eval, self.recipe.data.max_length
-        begin = min(BEGINNING, length // 2)
+        begin = min(PROMPT_TOKENS, length // 2)
         asked = [
             Sample(
                 prompt=self.tokenizer.decode(row[:begin]),
@@ -403,8 +416,8 @@ class Text:
         return min(tokens, steps * settings.micro_batch * settings.accumulation * self.recipe.data.max_length)
 
     def steps(self, task: Task, settings: Train) -> tuple[int, str]:
-        each = settings.micro_batch * settings.accumulation * self.recipe.data.max_length
-        by_tokens = math.ceil(settings.max_tokens / each) if settings.max_tokens is not None else math.inf
+        step_tokens = settings.micro_batch * settings.accumulation * self.recipe.data.max_length
+        by_tokens = math.ceil(settings.max_tokens / step_tokens) if settings.max_tokens is not None else math.inf
         by_steps = settings.max_steps if settings.max_steps is not None else math.inf
         total = int(min(by_tokens, by_steps))
-        return total, f"{'train.max_steps' if by_steps <= by_tokens else 'train.max_tokens'}, {each} tokens a step"
+        return total, f"{'train.max_steps' if by_steps <= by_tokens else 'train.max_tokens'}, {step_tokens} tokens per step"

@@ -1,4 +1,4 @@
-"""Figures as text: bytes, counts, times and measured values, for the terminal and for the report. One formatter for each."""
+"""Formatters for bytes, counts, times and measured values, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def human_bytes(count: float) -> str:
 
 
 def size(value: Any) -> str:
-    """`human_bytes` of a recorded value; – where it is unknown."""
+    """`human_bytes` of a recorded value; – if unknown."""
     known = finite_number(value)
     return DASH if known is None else human_bytes(known)
 
@@ -33,7 +33,7 @@ def gib(count: float) -> str:
 
 
 def byte_scale(largest: float) -> tuple[int, str]:
-    """(bytes of the unit, its name) in which values up to `largest` are drawn: GiB, or MiB below one GiB."""
+    """(bytes of the unit, its name) for values up to `largest`: GiB, or MiB below one GiB."""
     return (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
 
 
@@ -47,7 +47,7 @@ def clock(seconds: float) -> str:
 
 
 def duration(value: Any) -> str:
-    """A measured time, to the second: 192 → '3 min 12 s'; – where it is unknown."""
+    """A measured time, to the second: 192 → '3 min 12 s'; – if unknown."""
     seconds = finite_number(value)
     if seconds is None:
         return DASH
@@ -61,7 +61,7 @@ def duration(value: Any) -> str:
 
 
 def rough_duration(seconds: float | None) -> str:
-    """An estimated time: 45 s · 12 min · 2 h 10 min · 3.5 days · 171 days; – where it is unknown."""
+    """An estimated time: 45 s · 12 min · 2 h 10 min · 3.5 days · 171 days; – if unknown."""
     if seconds is None:
         return DASH
     if seconds < 59.5:
@@ -91,13 +91,13 @@ def moment(value: Any) -> str | None:
 
 
 def count(value: Any) -> str:
-    """12345 → '12,345'; – where it is unknown."""
+    """12345 → '12,345'; – if unknown."""
     known = finite_number(value)
     return DASH if known is None else f"{known:,.0f}"
 
 
 def many(value: Any) -> str:
-    """134515008 → '134.5 M'; whole below ten thousand."""
+    """134515008 → '134.5 M'; below ten thousand the whole number."""
     known = finite_number(value)
     if known is None:
         return DASH
@@ -108,7 +108,7 @@ def many(value: Any) -> str:
 
 
 def amount(value: int) -> str:
-    """A count of a progress bar as it is; a download's bytes in GB."""
+    """A count in a progress bar; large ones (bytes of a download) in GB."""
     return str(value) if value < 10_000_000 else f"{value / 1e9:.2f}G"
 
 
@@ -121,19 +121,19 @@ def plural(value: Any, word: str) -> str:
 
 
 def finite_number(value: Any) -> float | None:
-    """A finite number, or None; "nan" and "inf" are how run folders write what is not finite."""
+    """`value` if it is a finite number, else None (run folders store NaN and infinities as strings)."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A figure of the terminal, NaN too; – where there is none (a standard error of one row)."""
+    """A value for the terminal, NaN included; – for None (the standard error of one row)."""
     return DASH if value is None else f"{value:.{digits}f}"
 
 
 def fixed(value: Any, digits: int, *, sign: bool = False) -> str:
-    """A recorded value as the report sets it, with separators and a minus sign; – where it is unknown or not finite."""
+    """A recorded value for the report, with separators and a minus sign; – if unknown or not finite."""
     known = finite_number(value)
     if known is None:
         return DASH
@@ -141,24 +141,24 @@ def fixed(value: Any, digits: int, *, sign: bool = False) -> str:
 
 
 def decimals(*errors: float | None) -> int:
-    """Digits behind the point that standard errors justify: 2 … 4."""
+    """Decimals that the standard errors justify: 2 to 4."""
     known = [error for error in errors if error]
     return min(4, max(2, -math.floor(math.log10(min(known))))) if known else 3
 
 
 def with_error(value: Any, error: Any, digits: int, *, sign: bool = False) -> str:
-    """'2.45 ± 0.06'; without ± where the error is unknown."""
+    """'2.45 ± 0.06'; without ± if the error is unknown."""
     spread = f"{TIGHT}±{TIGHT}{fixed(error, digits)}" if finite_number(error) is not None else ""
     return fixed(value, digits, sign=sign) + spread
 
 
 def digits_of(value: float | None) -> int:
-    """Digits behind the point that leave about three in all."""
+    """Decimals that leave about three significant digits."""
     return 0 if value is None or abs(value) >= 100 else 1 if abs(value) >= 10 else 2
 
 
 def short(value: Any) -> str:
-    """Three digits: 24.8 · 1,234 · 3.1e+09."""
+    """Three significant digits: 24.8 · 1,234 · 3.1e+09."""
     known = finite_number(value)
     if known is None:
         return DASH
@@ -168,7 +168,7 @@ def short(value: Any) -> str:
 
 
 def significant(value: float, digits: int) -> str:
-    """So many digits: '0.2956', '12.34' of four; whole from a thousand on: '1,928'."""
+    """`digits` significant digits: four give '0.2956', '12.34'; from a thousand on the whole number: '1,928'."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
 
 

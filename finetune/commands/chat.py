@@ -14,35 +14,40 @@ if TYPE_CHECKING:
 
 
 def chat(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL [MODEL]", help="One model, or two that answer the same.")],
+    models: Annotated[
+        list[str], typer.Argument(metavar="MODEL [MODEL]", help="One model, or two that answer the same questions.")
+    ],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 always takes the likeliest token.")] = 0.7,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.7,
     top_p: Annotated[
-        float, typer.Option(min=0.0, max=1.0, help="Sample among the likeliest tokens of this total probability.")
+        float,
+        typer.Option(min=0.0, max=1.0, help="Nucleus sampling: sample from the most likely tokens with this total probability."),
     ] = 0.9,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Talk to a model, streaming, with history. /new begins again, /quit leaves."""
+    """Chat with a model, with history. /new starts over, /quit leaves."""
     from finetune.libraries import quiet_libraries
     from finetune.screen import Screen
 
-    wanted, screen = dtype_name(dtype), Screen()
+    model_dtype, screen = dtype_name(dtype), Screen()
     if len(models) > 2:
-        raise UserError("chat takes one model, or two", got=str(len(models)))
+        raise UserError("chat takes one or two models", got=str(len(models)))
     with quiet_libraries(screen):
-        talks: list[tuple[LoadedModel, list[dict[str, str]]]] = [(open_model(name, wanted, screen), []) for name in models]
+        chats: list[tuple[LoadedModel, list[dict[str, str]]]] = [(open_model(name, model_dtype, screen), []) for name in models]
 
-        def begin_again() -> None:
-            for loaded, history in talks:
-                told = system or (loaded.recipe.data.system if loaded.recipe is not None else None)
-                history[:] = [{"role": "system", "content": told}] if told else []
+        def start_over() -> None:
+            for loaded, history in chats:
+                message = system or (loaded.recipe.data.system if loaded.recipe is not None else None)
+                history[:] = [{"role": "system", "content": message}] if message else []
 
-        begin_again()
-        for loaded, _ in talks:
+        start_over()
+        for loaded, _ in chats:
             if not loaded.tokenizer.chat_template:
-                screen.say(f"{loaded.what} was trained on plain text: it goes on with what you type, and remembers nothing")
-        screen.say("/new begins again, /quit leaves")
+                screen.say(f"{loaded.what} was trained on plain text: it continues what you type, without history")
+        screen.say("/new starts over, /quit leaves")
         sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p}
         while True:
             try:
@@ -52,10 +57,10 @@ def chat(
             if line in ("/quit", "/exit"):
                 return
             if line == "/new":
-                begin_again()
+                start_over()
             elif line:
-                for loaded, history in talks:
-                    _answer(loaded, history, line, sampling, named=len(talks) > 1)
+                for loaded, history in chats:
+                    _answer(loaded, history, line, sampling, named=len(chats) > 1)
 
 
 def _answer(loaded: LoadedModel, history: list[dict[str, str]], line: str, sampling: dict[str, Any], *, named: bool) -> None:
@@ -65,13 +70,13 @@ def _answer(loaded: LoadedModel, history: list[dict[str, str]], line: str, sampl
     if named:
         print(f"[{loaded.what}] ", end="", flush=True)
     answer = ""
-    prompt = history if loaded.tokenizer.chat_template else line  # a model of plain text goes on with the line
+    prompt = history if loaded.tokenizer.chat_template else line  # a model of plain text continues the line
     pieces: Any = stream(loaded.model, loaded.tokenizer, prompt, **sampling)
     try:
         for piece in pieces:
             answer += piece
             print(piece, end="", flush=True)
-    except KeyboardInterrupt:  # enough of this answer
+    except KeyboardInterrupt:  # stops this answer only
         pieces.close()
     print(flush=True)
     history.append({"role": "assistant", "content": answer})

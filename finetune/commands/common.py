@@ -1,4 +1,4 @@
-"""What several commands share: their arguments, the recipe once it is found good, a model ready to use, rows to measure on."""
+"""Shared by several commands: their arguments, checking a recipe, loading a model, held-out rows."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ if TYPE_CHECKING:
 
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Override keys, such as train.lr=1e-4.")
+    list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Overrides of keys, such as train.lr=1e-4.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Go on where the preflight or the plan refuses; the reason is recorded.")]
+Force = Annotated[bool, typer.Option("--force", help="Start even if preflight or plan refuse; the reason is recorded.")]
 Processes = Annotated[
-    int, typer.Option("--processes", metavar="N", min=1, help="Train with N processes of this machine, one GPU each.")
+    int, typer.Option("--processes", metavar="N", min=1, help="Train with N processes on this machine, one GPU each.")
 ]
 Dtype = Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.")]
 
-# What a merge is measured on where there is no held-out data: any text will do, since both sides read the same.
+# Text for comparing models without held-out data; any text will do, because both models read the same.
 PASSAGE = (
     "A river is born where water gathers faster than the ground can drink it. High in the hills a spring fills a hollow, spills "
     "over its edge, and finds the steepest way down. Other streams join it; each brings sand, leaves and the colour of its own "
@@ -40,10 +40,10 @@ PASSAGE = (
 
 
 def checked_recipe(name: str, overrides: list[str] | None = None) -> tuple[Path, Recipe]:
-    """The recipe, once its keys and what it names are found good.
+    """Read a recipe and check its keys and the files and packages that it names; returns (its path, the recipe).
 
     Raises:
-        UserErrors: everything that is wrong with it.
+        UserErrors: all errors in it.
     """
     from finetune.recipe import find_recipe, locator, read_recipe
 
@@ -56,17 +56,17 @@ def checked_recipe(name: str, overrides: list[str] | None = None) -> tuple[Path,
 
 
 def dtype_name(name: str) -> str:
-    """--dtype as recipes spell it.
+    """--dtype in the spelling of recipes.
 
     Raises:
-        UserError: there is no such dtype.
+        UserError: unknown dtype.
     """
     from finetune.recipe import canonical_value
 
-    known = canonical_value("model.dtype", name)
-    if known not in ("auto", "bf16", "fp16", "fp32"):
-        raise UserError("unknown dtype", where="--dtype", got=name, hint="auto, bf16, fp16 or fp32")
-    return str(known)
+    dtype = canonical_value("model.dtype", name)
+    if dtype not in ("auto", "bf16", "fp16", "fp32"):
+        raise UserError("unknown dtype", where="--dtype", got=name, hint="use auto, bf16, fp16 or fp32")
+    return str(dtype)
 
 
 def typed() -> str:
@@ -75,21 +75,21 @@ def typed() -> str:
 
 
 def spawned(count: int, arguments: list[str]) -> None:
-    """Run this command in `count` processes, and exit as they do."""
+    """Run this command in `count` processes, and exit with their exit code."""
     from finetune import processes
 
     if processes.world_size() > 1:
         raise UserError(
-            "this process is one of several already",
+            "this process was already started by a launcher",
             where="--processes",
-            got=f"{count}, under a launcher that started {processes.world_size()} (WORLD_SIZE)",
-            hint="leave --processes out; or start it without the launcher",
+            got=f"{count}, with WORLD_SIZE={processes.world_size()}",
+            hint="leave --processes out, or start without the launcher",
         )
     sys.exit(processes.spawn(arguments, count))
 
 
 def leave_processes() -> None:
-    """A run that went well has no more to say to the other processes."""
+    """Shut down the process group after a successful run."""
     from finetune import processes
 
     if processes.world_size() > 1:
@@ -99,7 +99,7 @@ def leave_processes() -> None:
 
 
 def open_model(name: str, dtype: str, screen: Screen, *, merged: bool = True) -> LoadedModel:
-    """`load_model`, with its progress and its note on the screen."""
+    """`load_model` with its progress and note on the screen."""
     from finetune.models.load import load_model
 
     with screen.phase(f"model {Path(name).name}") as progress:
@@ -110,10 +110,10 @@ def open_model(name: str, dtype: str, screen: Screen, *, merged: bool = True) ->
 
 
 def rows_of_run(loaded: LoadedModel) -> HeldOut:
-    """The held-out rows of the run that a model belongs to.
+    """The held-out rows of a model's run.
 
     Raises:
-        UserError: its data is gone, or is not what it was.
+        UserError: the run's data is missing or has changed.
     """
     from finetune.data.preflight import Limits
     from finetune.models.config import eos_token_ids
@@ -132,13 +132,13 @@ def rows_of_run(loaded: LoadedModel) -> HeldOut:
 
 
 def rows_to_compare_on(loaded: LoadedModel, screen: Screen, what: str) -> HeldOut:
-    """Held-out rows of the model's run where they can be had, else a passage of prose. what: reads them, for the note."""
+    """Held-out rows of the model's run if available, else a passage of prose. what: uses them, for the note."""
     from eval.perplexity import text_rows
 
     rows = None
     if loaded.recipe is not None:
         try:
             rows = rows_of_run(loaded)
-        except UserError as mistake:
-            screen.warn(f"the run's held-out rows cannot be had ({mistake.message}); {what} a passage of prose instead")
+        except UserError as error:
+            screen.warn(f"the run's held-out rows are not available ({error.message}); {what} a passage of prose instead")
     return rows or text_rows(loaded.tokenizer, PASSAGE, length=1024)

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from finetune.models.load import LoadedModel
     from finetune.screen import Screen
 
-WINDOW = 1024  # tokens of a window of plain text
-LONGEST = 4096  # tokens of a row
+WINDOW = 1024  # window length for plain text, in tokens
+LONGEST = 4096  # longest row, in tokens
 
 
 @dataclass
 class Scores:
-    """Of one model. loss: on the rows that `on` names, None where tasks alone were scored. tasks: {task: {metric: value}}."""
+    """Scores of one model. loss: on the data named by `on`, None if only tasks were scored; tasks: {task: {metric: value}}."""
 
     provenance: dict[str, Any]
     loss: LossResult | None = None
@@ -40,15 +40,15 @@ class Scores:
 def evaluate(
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Runs, adapters, checkpoints, model folders, hub ids.")],
     file: Annotated[
-        Path | None, typer.Option(help="Perplexity on a file: .txt as text, .json/.jsonl by the answers in it.")
+        Path | None, typer.Option(help="Perplexity on a file: the text of a .txt, the answers in a .json or .jsonl.")
     ] = None,
-    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, a,b,c.")] = None,
-    include_path: Annotated[Path | None, typer.Option(help="Folder with task files of your own.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task, or rows of the file.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="lm-evaluation-harness tasks, as a,b,c.")] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with your own task files.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents per task, or rows of the file.")] = None,
     dtype: Dtype = "auto",
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results there.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the results to this file.")] = None,
 ) -> None:
-    """Score models: perplexity on a file, harness tasks; a run without either by its own held-out rows."""
+    """Evaluate models: perplexity on a file, harness tasks; without either, a run's own held-out rows."""
     from finetune.files import write_json
     from finetune.screen import Screen
 
@@ -58,8 +58,8 @@ def evaluate(
     )
     _print_scores(scores, screen)
     if json_file is not None:
-        write_json(json_file, {name: of.as_dict() for name, of in scores.items()})
-        screen.say(f"written to {json_file}")
+        write_json(json_file, {name: score.as_dict() for name, score in scores.items()})
+        screen.say(f"wrote {json_file}")
 
 
 def evaluate_models(
@@ -73,16 +73,16 @@ def evaluate_models(
     dtype: str = "auto",
     command: str = "finetune eval",
 ) -> dict[str, Scores]:
-    """Score each model in turn. command: what was typed, for their provenance.
+    """Evaluate models one after another. command: what was typed, for their provenance.
 
     Raises:
-        UserError: nothing to score with, or a model, file or task that is not there.
+        UserError: nothing to evaluate on, or no such model, file or task.
     """
     from finetune.libraries import quiet_libraries
 
     dtype = dtype_name(dtype)
     if file is not None and not file.is_file():
-        raise UserError("there is no such file", where="--file", got=str(file))
+        raise UserError("no such file", where="--file", got=str(file))
     results: dict[str, Scores] = {}
     with quiet_libraries(screen):
         from finetune import provenance
@@ -91,12 +91,12 @@ def evaluate_models(
         for name in names:
             loaded = open_model(name, dtype, screen)
             device = next(loaded.model.parameters()).device
-            found = provenance.collect(device, 0, command) | {"dtype": str(loaded.model.dtype)}
-            scores = results[name] = Scores(found)
+            source = provenance.collect(device, 0, command) | {"dtype": str(loaded.model.dtype)}
+            scores = results[name] = Scores(source)
             if file is not None or not tasks:
                 if file is None and loaded.recipe is None:
                     raise UserError(
-                        "there is nothing to score this model on",
+                        "nothing to evaluate this model on",
                         where="MODEL",
                         got=name,
                         hint="add --file FILE or --tasks a,b",
@@ -110,7 +110,7 @@ def evaluate_models(
 
 
 def _loss(loaded: LoadedModel, file: Path | None, limit: int | None, screen: Screen) -> tuple[LossResult, str]:
-    """The loss on a file, or on the held-out rows of the model's run, and in words what that is."""
+    """(the loss on a file or on the held-out rows of the model's run, a description of that data)."""
     from eval.perplexity import evaluate_loss
 
     rows, on = (rows_of_run(loaded), "the run's held-out rows") if file is None else _rows_of_file(loaded, file)
@@ -138,10 +138,10 @@ def _rows_of_file(loaded: LoadedModel, file: Path) -> tuple[Any, str]:
     read = load_rows(name=None, path=str(file), format_="auto" if chats else "text", skip_bad=not chats)
     if read.skipped:
         raise UserError(
-            "this model goes on with text and has no chat template, and these rows are no text",
+            "this model has no chat template, and these rows are not plain text",
             where=str(file),
             got=f"{len(read.skipped)} of {len(read.rows) + len(read.skipped)} rows, the first {read.skipped[0]}",
-            hint='give a .txt, or rows with "text"',
+            hint='give a .txt file, or rows with a "text" key',
         )
     encoder = Encoder(tokenizer, max_length=LONGEST, eos_token_ids=frozenset(eos_token_ids(loaded.model, tokenizer)))
     rows = [(list(sample.input_ids), list(sample.labels)) for row in read.rows for sample in encoder.encode(row)]

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 def merge(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint or an adapter folder.")],
-    out: Annotated[Path, typer.Option("--out", help="The folder to make.")],
+    out: Annotated[Path, typer.Option("--out", help="The folder to create.")],
     dtype: Dtype = "auto",
 ) -> None:
-    """Merge an adapter into a model folder that plain transformers loads; measured before it is kept."""
+    """Merge an adapter into a model folder that plain transformers loads; kept only if its loss is the trained model's."""
     from finetune.screen import Screen
 
     screen = Screen()
@@ -29,10 +29,10 @@ def merge(
 
 
 def merge_model(name: str, out: Path, dtype: str, screen: Screen) -> MergeRecord:
-    """Merge an adapter (of a run, a checkpoint or a folder) into `out`, gated; on a ternary base it becomes ternary again.
+    """Merge an adapter (of a run, a checkpoint or a folder) into `out`, gated; a ternary base stays ternary.
 
     Raises:
-        UserError: nothing to merge, or `out` is in the way. GateError: the merged model is another.
+        UserError: nothing to merge, or `out` exists. GateError: the merged model differs from the trained one.
     """
     from finetune.libraries import quiet_libraries
 
@@ -45,19 +45,19 @@ def merge_model(name: str, out: Path, dtype: str, screen: Screen) -> MergeRecord
         from finetune.stages import merge as stage
         from quant import PackedBitLinear
 
-        # The trained model is opened as it was trained, and only what is written gets the dtype.
+        # The trained model is loaded as it was trained; only the merged one gets --dtype.
         loaded = open_model(name, "auto", screen, merged=False)
         if not hasattr(loaded.model, "merge_and_unload"):
             raise UserError(
-                "there is no adapter to merge",
+                "no adapter to merge",
                 where="MODEL",
                 got=loaded.what,
                 hint="give a run with an adapter, or an adapter folder",
             )
         ternary = any(isinstance(module, PackedBitLinear) for module in loaded.model.modules())
         if ternary and dtype != "auto":
-            got = f"{dtype}, and the base of {loaded.what} is ternary"
-            raise UserError("what is merged here stays ternary", where="--dtype", got=got, hint="leave it out")
+            got = f"{dtype}, but the base of {loaded.what} is ternary"
+            raise UserError("an adapter on a ternary base is merged to ternary", where="--dtype", got=got, hint="leave it out")
         settings = loaded.recipe.eval if loaded.recipe is not None else Eval()
         rows = rows_to_compare_on(loaded, screen, "the merge is measured on")[: max(1, settings.merge_rows)]
         device = next(loaded.model.parameters()).device

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 
 def plan_of(name: str, overrides: list[str], *, gpu: str | None, memory: str | None) -> Plan:
-    """The plan of a recipe. gpu: else its own, or the device that is here. memory: such as 12GB, else its own, or all.
+    """Plan a recipe. gpu: default the recipe's, or this machine's device. memory: such as 12GB; default the recipe's, or all.
 
     Raises:
-        UserError: of the recipe, or no such device. Untraceable: the model's step cannot be planned.
+        UserError: the recipe is wrong, or the device is unknown. Untraceable: the model's step cannot be traced.
     """
     from finetune.libraries import quiet_libraries
     from finetune.planning.command import budget_of, device_for
@@ -33,21 +33,27 @@ def plan_of(name: str, overrides: list[str], *, gpu: str | None, memory: str | N
 def plan(
     recipe: Annotated[str | None, typer.Argument(metavar="RECIPE", help="A recipe file, or the name of a shipped one.")] = None,
     overrides: Overrides = None,
-    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="Such as rtx-4070; else the device here.")] = None,
-    budget: Annotated[
-        str | None, typer.Option("--fit", metavar="MEMORY", help="Change the recipe until it fits, such as 12GB.")
+    gpu: Annotated[
+        str | None, typer.Option("--gpu", metavar="NAME", help="Device to plan for, such as rtx-4070; default: this machine's.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, and nothing else.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="With --fit: write the changed recipe there.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option("--fit", metavar="MEMORY", help="Change the recipe until it fits into this memory, such as 12GB."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print only the plan, as JSON.")] = False,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="With --fit: write the changed recipe to this file.")
+    ] = None,
     table: Annotated[bool, typer.Option("--table", help="All shipped recipes (or RECIPE) with 8, 12, 16 and 24 GB.")] = False,
 ) -> None:
-    """Say what a recipe will need, before anything is loaded: memory by phase and term, time, energy. Exit 3: it does not fit."""
+    """Plan a recipe without loading weights: memory by phase and term, time, energy. Exit code 3: it does not fit."""
     checked = checked_recipe(recipe, overrides) if recipe is not None else None
     if table and (budget is not None or out is not None):
-        given = "--fit" if budget is not None else "--out"
-        raise UserError("the table has its own budgets, and writes no recipe", where="--table", got=given, hint="leave it out")
+        option = "--fit" if budget is not None else "--out"
+        raise UserError("--table has fixed budgets and writes no recipe", where="--table", got=option, hint=f"leave out {option}")
     if not table and checked is None:
-        raise UserError("which recipe?", where="RECIPE", got="nothing", hint="finetune recipes lists what ships; or --table")
+        hint = "finetune recipes lists the shipped ones; or give --table"
+        raise UserError("no recipe given", where="RECIPE", hint=hint)
     from rich.console import Console
 
     from finetune.libraries import quiet_libraries

@@ -6,7 +6,7 @@ import typer
 
 
 def recipes() -> None:
-    """List the recipes that ship."""
+    """List the shipped recipes."""
     from finetune.recipe import read_recipe, shipped_recipes
 
     for path in shipped_recipes():

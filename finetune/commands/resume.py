@@ -6,7 +6,7 @@ from finetune.commands.common import Force, Processes, RunFolder, leave_processe
 
 
 def resume(run: RunFolder, force: Force = False, processes: Processes = 1) -> None:
-    """Go on with a run that was stopped, by its own resolved recipe."""
+    """Resume a stopped run with its own resolved recipe."""
     from finetune.recipe import read_resolved
     from finetune.record import read_record
 

@@ -12,11 +12,11 @@ from finetune.commands.common import Force, Overrides, Processes, RecipeName, ch
 def run(
     recipe: RecipeName,
     overrides: Overrides = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume from the newest checkpoint.")] = False,
     force: Force = False,
     processes: Processes = 1,
 ) -> None:
-    """Execute a recipe: check, preflight, plan, load, measure, train, measure, merge, export, report."""
+    """Run a recipe: check, preflight, plan, load, evaluate, train, evaluate, merge, export, report."""
     path, resolved = checked_recipe(recipe, overrides)
     if processes > 1:
         spawned(processes, ["run", recipe, *(overrides or []), *["--resume"] * resume, *["--force"] * force])

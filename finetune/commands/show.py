@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 def show(
     run: RunFolder,
-    as_json: Annotated[bool, typer.Option("--json", help="The whole record.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the whole record as JSON.")] = False,
 ) -> None:
-    """Show what a run has made: its state, losses before and after, speed, memory."""
+    """Show the results of a run: state, losses before and after, speed, memory."""
     import json
 
     from finetune.files import finite
@@ -35,11 +35,11 @@ def show(
 
 
 def show_run(record: Record, path: Path, screen: Screen) -> None:
-    """Print the run's state, what was measured, what it cost and what it left."""
+    """Print a run's state, losses, scores, cost and outputs."""
     from finetune.units import clock, human_bytes, number
 
-    came = record.provenance
-    screen.say(f"{record.name}: {record.state}  ({came.started}, {clock(came.seconds)}, {came.device})")
+    provenance = record.provenance
+    screen.say(f"{record.name}: {record.state}  ({provenance.started}, {clock(provenance.seconds)}, {provenance.device})")
     if record.error:
         screen.say(f"  {record.error}")
     if (table := _losses(record)).rows:
@@ -47,8 +47,8 @@ def show_run(record: Record, path: Path, screen: Screen) -> None:
     twin = record.twin
     if twin is not None and twin.gap is not None and record.train is not None:
         screen.say(
-            f"gap      {twin.gap:+.4f} ± {number(twin.gap_stderr)} nats, ternary less float twin, at "
-            f"{record.train.tokens} tokens each, seed {twin.seed}"
+            f"gap      {twin.gap:+.4f} ± {number(twin.gap_stderr)} nats, ternary minus float twin, at "
+            f"{record.train.tokens} tokens each (seed {twin.seed})"
         )
     for when, tasks in (record.eval.tasks or {}).items():
         for task, scores in tasks.items():
@@ -63,7 +63,7 @@ def show_run(record: Record, path: Path, screen: Screen) -> None:
     for export in (record.exports or {}).values():
         gate = export.gate
         screen.say(
-            f"export   {export.path}: {human_bytes(export.bytes)}, {export.bits_per_weight:.2f} bits a parameter; gate "
+            f"export   {export.path}: {human_bytes(export.bytes)}, {export.bits_per_weight:.2f} bits per parameter; gate "
             f"{gate.status}, KL {gate.good.kl:.1e} nats, loss {number(gate.good.export_loss)} in {gate.program}"
         )
     for line in record.next or []:
@@ -91,18 +91,19 @@ def _losses(record: Record) -> Table:
 
 
 def _ternary(record: Record, screen: Screen) -> None:
-    if (seen := record.ternary) is not None:
-        if seen.looks:
-            count = len(seen.alarms)
+    if (ternary := record.ternary) is not None:
+        if ternary.looks:
+            count = len(ternary.alarms)
             screen.say(
-                f"ternary  at the last of {seen.looks} looks {seen.flips:.2%} of the codes flipped, {seen.zeros:.1%} were 0; "
+                f"ternary  in the last of "
+                f"{ternary.looks} measurements {ternary.flips:.2%} of the codes flipped and {ternary.zeros:.1%} were 0; "
                 f"{count or 'no'} alarm{'' if count == 1 else 's'}"
             )
-        for alarm in seen.alarms:
+        for alarm in ternary.alarms:
             screen.say(f"alarm    {alarm}")
     merged = record.merge.reternarized if record.merge is not None else None
     if merged is not None:
         screen.say(
-            f"merged   ternary again: loss {merged.merged_loss:.4f}, with the adapter {merged.adapter_loss:.4f}, without "
-            f"it {merged.base_loss:.4f}; {merged.flips:.2%} of the codes changed"
+            f"merged   to ternary: loss {merged.merged_loss:.4f}, with the adapter {merged.adapter_loss:.4f}, base "
+            f"{merged.base_loss:.4f}; {merged.flips:.2%} of the codes changed"
         )

@@ -302,11 +302,11 @@ class Files(Source):
         """The text of one line; empty if it is not UTF-8 and is skipped."""
         try:
             return raw.decode("utf-8-sig" if not offset else "utf-8")
-        except UnicodeDecodeError as error:
+        except UnicodeDecodeError as invalid:
             error = UserError(
                 "the data file is not UTF-8",
                 where=f"{self.files[number][0]}:{line}",
-                got=f"byte {raw[error.start]:#04x} at column {error.start + 1}",
+                got=f"byte {raw[invalid.start]:#04x} at column {invalid.start + 1}",
                 hint="save it as UTF-8 (iconv -f latin1 -t utf-8), or skip such lines with data.bad_rows=skip",
             )
             self._skip(error, (number, line))

@@ -1,4 +1,4 @@
-"""What a configuration tells without weights: architecture, parameters, linear layers, and which of these get adapters."""
+"""A model's architecture without weights: parameters, linear layers, and which of them get adapters."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ArchitectureInfo:
-    """What a config tells. `linears`: path → (out, in) of every linear; `left`: path → why it gets neither codes nor adapters."""
+    """Architecture of a config. linears: {path: (out, in)}; left: {path: why it gets neither quantization nor adapters}."""
 
     architecture: str
     parameters: int
@@ -27,10 +27,10 @@ class ArchitectureInfo:
 
 
 def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInfo:
-    """The model without weights.
+    """Build the model on `meta` and describe it.
 
     Raises:
-        UserError: transformers knows no causal language model of this config.
+        UserError: transformers has no causal language model for this config.
     """
     from transformers import AutoModelForCausalLM
 
@@ -39,7 +39,7 @@ def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInf
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(
-            "this is no causal language model that transformers can build",
+            "not a causal language model that transformers supports",
             where="model.name",
             got=f"{source.name} ({config.model_type}): {str(error).splitlines()[0][:200]}",
         ) from None
@@ -57,7 +57,7 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
     """Full paths of the modules that get adapters.
 
     Raises:
-        UserError: a target matches no module, or only such as cannot carry an adapter; names those that exist.
+        UserError: a target matches no module, or one that cannot get an adapter; the hint names those that can.
     """
     able = [name for name in info.linears if name not in info.left]
     if adapter.targets == "all-linear":
@@ -70,13 +70,10 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
         near = nearest(target, leaves)
         if not matched or unable:
             raise UserError(
-                f"this adapter target cannot be wrapped: {info.left[unable]}"
-                if unable
-                else "this adapter target matches no module",
+                f"adapter target cannot be wrapped: {info.left[unable]}" if unable else "adapter target matches no module",
                 where="adapter.targets",
                 got=unable or target,
-                hint=(f"did you mean {near}? " if near and not unable else "")
-                + f"this {info.architecture} has: {', '.join(leaves)}",
+                hint=(f"did you mean {near}? " if near and not unable else "") + f"{info.architecture} has: {', '.join(leaves)}",
             )
         chosen |= matched
     return [name for name in able if name in chosen]
@@ -85,4 +82,4 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
 def adapter_parameters(adapter: Adapter, info: ArchitectureInfo, targets: list[str]) -> int:
     """Trainable parameters of the adapters: A (r, in), B (out, r), and DoRA's magnitude (out)."""
     shapes = [info.linears[target] for target in targets]
-    return sum(adapter.rank * (rows + columns) + (rows if adapter.dora else 0) for rows, columns in shapes)
+    return sum(adapter.rank * (out + inputs) + (out if adapter.dora else 0) for out, inputs in shapes)

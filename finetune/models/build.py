@@ -1,7 +1,7 @@
-"""THE assembly of a model: base → sub-norms → packed or fake-quantized linears → adapters → checkpointing, offload, shards.
+"""The assembly of a model: base → sub-norms → packed or fake-quantized linears → adapters → checkpointing, offload, sharding.
 
-A run, its plan (on `meta`, without weights), a benchmark that trains, and whatever opens a run's result build their model here,
-so that they cannot differ. The teacher of a distillation and the fast step's patches, which go on top, are here too.
+Runs, plans (on `meta`, without weights), benchmarks and commands that load a run all build their model here, so they cannot
+differ. The teacher of a distillation is built here too.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Phases = Callable[[str], AbstractContextManager[Shown]]
 
 @contextmanager
 def silently(name: str) -> Iterator[Shown]:
-    """Phases of who has no screen."""
+    """A phase without a screen."""
 
     def shown(done: int, total: int, note: str = "") -> None:
         return None
@@ -49,10 +49,10 @@ def silently(name: str) -> Iterator[Shown]:
 
 @dataclass
 class BuiltModel:
-    """A model ready to train or to answer, and what was done to it.
+    """A model ready for training or inference, and how it was built.
 
-    swap: what is packed or fake-quantized, None in floats. targets: modules with adapters. parameters: those that packed linears
-    stand for. offloaded: the frozen layers that lie elsewhere.
+    swap: the packed or fake-quantized linears, None if all are in floats; targets: modules with adapters; parameters: with those
+    that packed linears represent; offloaded: the frozen layers that are offloaded.
     """
 
     model: Any  # PreTrainedModel or PeftModel
@@ -82,12 +82,12 @@ def build_model(
     measure_float: Callable[[Any], None] | None = None,
     phase: Phases = silently,
 ) -> BuiltModel:
-    """The model of a recipe.
+    """Build the model of a recipe.
 
-    device: where it goes; on `meta` no weights are read. dtype: of the unquantized weights. targets: of the adapters, where they
-    are known already. calibration: input ids (1, T) by which gains of sub-norms are measured. training: with checkpointing,
-    offloaded layers and shards, as the recipe says. scratch_dir: for layers offloaded to the disk. adapter: a folder of trained
-    adapters, else fresh ones; compute_dtype: of the base under them. measure_float: gets a float model that becomes ternary.
+    device: on `meta` no weights are read. dtype: of the unquantized weights. targets: of the adapters, if known. calibration:
+    input ids (1, T) for the gains of sub-norms. training: apply the recipe's gradient checkpointing, offloading and sharding.
+    scratch_dir: for layers offloaded to disk. adapter: a folder of trained adapters, else new ones. compute_dtype: another dtype
+    for a base under a trained adapter. measure_float: called with a pretrained float model before it is made ternary.
 
     Raises:
         UserError: weights or adapters cannot be read, do not fit, or cannot be quantized as the recipe says.
@@ -150,7 +150,7 @@ def build_model(
 def _mover(
     recipe: Recipe, device: torch.device, disk: offload.Scratch | None, offloaded: list[offload.Streamed]
 ) -> Callable[[Any], None] | None:
-    """What brings a model to the device that cannot hold all of it; None where it can. offloaded: gets what lies elsewhere."""
+    """A function that offloads or shards a model larger than the device, or None. offloaded: receives the offloaded layers."""
     if recipe.model.offload_layers != "none":
         return lambda model: offloaded.append(offload.stream(model, device, disk))
     if world_size() > 1 and recipe.run.parallel == "fsdp":
@@ -159,18 +159,18 @@ def _mover(
 
 
 def _meta_base(recipe: Recipe, source: Source, config: Any, dtype: torch.dtype) -> PreTrainedModel:
-    """The base without weights, in the layout that it will have."""
+    """The base model on `meta`, in its final layout."""
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # packed as the recipe says, which `check_scheme` found to be the same
-    chosen = {} if recipe.model.attention == "auto" else {"attn_implementation": recipe.model.attention}
+        del config.quantization_config  # packed as the recipe says; `check_scheme` has verified that this is the same
+    attention = {} if recipe.model.attention == "auto" else {"attn_implementation": recipe.model.attention}
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code, **chosen)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=source.trust_remote_code, **attention)
         if recipe.quant.sub_norms:
-            model = AutoModelForCausalLM.from_config(converted_config(model), dtype=dtype, **chosen)
+            model = AutoModelForCausalLM.from_config(converted_config(model), dtype=dtype, **attention)
     return model.eval()
 
 
@@ -183,13 +183,12 @@ def build_teacher(
     vocabulary: dict[str, int] | None = None,
     phase: Phases = silently,
 ) -> Any:
-    """The float model that the recipe learns from, or None. On `meta` it has no weights.
+    """Load the float teacher of the recipe, or return None. On `meta` it has no weights.
 
-    dtype: where the recipe leaves it open. config: its own, read already, on `meta`. vocabulary: of the student, which must be
-    the same.
+    dtype: of its weights. config: its config, needed on `meta`. vocabulary: the student's, which must be equal.
 
     Raises:
-        UserError: it cannot be read, or has another vocabulary.
+        UserError: it cannot be read, or has a different vocabulary.
     """
     name = recipe.distill.teacher
     if name is None:
@@ -202,13 +201,13 @@ def build_teacher(
     source = find_model(name, where="distill.teacher")
     with phase("teacher") as progress:
         if vocabulary is not None and load_tokenizer(source).get_vocab() != vocabulary:
-            raise UserError("teacher and student read different tokens", where="distill.teacher", got=name)
+            raise UserError("teacher and student have different vocabularies", where="distill.teacher", got=name)
         teacher: Any = load_weights(source, load_config(source), dtype=dtype, attention=recipe.model.attention, progress=progress)
         return teacher.to(device)
 
 
 def distillation(recipe: Recipe, teacher: Any, student: Any) -> Distillation | None:
-    """The losses of `student` beside its teacher, attached; None without one."""
+    """The distillation losses of `student`, attached to it; None without a teacher."""
     from finetune.train.distill import Distillation
 
     if teacher is None:

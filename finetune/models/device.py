@@ -7,17 +7,17 @@ import torch
 from finetune.errors import UserError
 
 
-def pick_device(asked: str) -> torch.device:
-    """auto, cpu or cuda as a device.
+def pick_device(requested: str) -> torch.device:
+    """The device for auto, cpu or cuda.
 
     Raises:
-        UserError: cuda is asked for and torch sees none.
+        UserError: cuda is requested, but torch finds no CUDA device.
     """
-    if asked == "cuda" and not torch.cuda.is_available():
+    if requested == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "there is no CUDA device",
+            "no CUDA device",
             where="run.device",
-            got=f"torch {torch.__version__} sees none",
+            got=f"torch {torch.__version__} finds none",
             hint="run.device=auto; or update the driver (CUDA 13.0 needs 580 or newer), see nvidia-smi",
         )
-    return torch.device("cuda" if asked == "cuda" or (asked == "auto" and torch.cuda.is_available()) else "cpu")
+    return torch.device("cuda" if requested == "cuda" or (requested == "auto" and torch.cuda.is_available()) else "cpu")

@@ -1,4 +1,4 @@
-"""A trained thing, ready to use: run, adapter, checkpoint, model folder, package, .gguf or hub id → (model, tokenizer)."""
+"""Loading a model for inference: run, adapter, checkpoint, model folder, package, .gguf or hub id → (model, tokenizer)."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES.values()}
 
 @dataclass
 class LoadedModel:
-    """`what` says what was loaded; `recipe` and `run` (its folder) where it is of a run; `note` is for the user."""
+    """A loaded model. what: its name; recipe, run: recipe and folder of its run, if it has one; note: for the user."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
@@ -47,58 +47,58 @@ class LoadedModel:
 def load_model(
     name: str, *, dtype: str = "auto", device: str = "auto", merged: bool = True, progress: Shown | None = None
 ) -> LoadedModel:
-    """Load what `name` means. A run gives its merged model if it has one and `merged`, else its adapter or newest checkpoint.
+    """Load a model by name. Of a run the merged model (if `merged` and it exists), else the adapter or the newest checkpoint.
 
     Raises:
-        UserError: there is nothing to load.
+        UserError: nothing to load there.
     """
-    path, on = Path(name), pick_device(device)
+    path, target = Path(name), pick_device(device)
     if (path / MARK).is_file():
-        return _load_run(_OfRun(path, dtype, on, progress), merged)
+        return _load_run(_RunModels(path, dtype, target, progress), merged)
     parent = path.resolve().parent
     if path.name == "merged" and path.is_dir() and (parent / MARK).is_file():
-        return _load_run(_OfRun(parent, dtype, on, progress), True)
+        return _load_run(_RunModels(parent, dtype, target, progress), True)
     if (path / "adapter_config.json").is_file():
         if (parent / MARK).is_file():
-            return _OfRun(parent, dtype, on, progress).adapter(path)
-        return _load_adapter(path, dtype, on, progress)
+            return _RunModels(parent, dtype, target, progress).adapter(path)
+        return _load_adapter(path, dtype, target, progress)
     if (path / "state.json").is_file() and (parent.parent / MARK).is_file():
-        return _OfRun(parent.parent, dtype, on, progress).checkpoint(path)
-    return _load_source(find_model(name, where="MODEL"), dtype, on, progress)
+        return _RunModels(parent.parent, dtype, target, progress).checkpoint(path)
+    return _load_source(find_model(name, where="MODEL"), dtype, target, progress)
 
 
-class _OfRun:
-    """A run's folder, and its models as the run had them: in its dtype, quantized from that, with its template."""
+class _RunModels:
+    """Loads models of a run folder as the run had them: same dtype, quantization and chat template."""
 
     def __init__(self, path: Path, dtype: str, device: torch.device, progress: Shown | None) -> None:
-        self.path, self.asked, self.device, self.progress = path, dtype, device, progress
+        self.path, self.dtype, self.device, self.progress = path, dtype, device, progress
         self.recipe: Recipe = read_resolved(path / "recipe.yaml")
         self.record: Record = read_record(path)
 
     def adapter(self, folder: Path) -> LoadedModel:
         check_adapter(folder)
-        compute_dtype = None if self.asked == "auto" else DTYPES[self.asked]
+        compute_dtype = None if self.dtype == "auto" else DTYPES[self.dtype]
         built, tokenizer = self._build(adapter=folder, compute_dtype=compute_dtype)
         return LoadedModel(built.model, tokenizer, str(folder), self.recipe, self.path)
 
     def checkpoint(self, folder: Path) -> LoadedModel:
-        wrong = checkpoint.damage(folder)
-        if wrong is not None:
-            raise UserError("the checkpoint is damaged", where=str(folder), got=wrong)
-        # Gains of sub-norms are the checkpoint's: any ids do to make them.
+        damage = checkpoint.damage(folder)
+        if damage is not None:
+            raise UserError("the checkpoint is damaged", where=str(folder), got=damage)
+        # The checkpoint has the gains of sub-norms, so any ids do for calibration.
         built, tokenizer = self._build(calibration=[torch.arange(16)[None]])
         checkpoint.load_weights(folder, built.model)
-        model = built.model if self.asked == "auto" else cast(built.model, DTYPES[self.asked])
+        model = built.model if self.dtype == "auto" else cast(built.model, DTYPES[self.dtype])
         return LoadedModel(model.eval(), tokenizer, str(folder), self.recipe, self.path)
 
     def _build(self, **options: Any) -> tuple[BuiltModel, PreTrainedTokenizerBase]:
         recipe, source = self.recipe, source_of(self.recipe.model)
-        told = self.record.model
-        if told is None or told.dtype not in NAMES:
+        model_record = self.record.model
+        if model_record is None or model_record.dtype not in NAMES:
             raise UserError(
-                "the run's record does not say how it loaded its model",
+                "the run's record has no dtype of its model",
                 where=str(self.path / MARK),
-                got=f"model: {told.dtype if told is not None else None}",
+                got=f"model: {model_record.dtype if model_record is not None else None}",
                 hint=f"finetune resume {self.path}",
             )
         tokenizer = recipe_tokenizer(recipe, source, self.path)
@@ -107,8 +107,8 @@ class _OfRun:
             source,
             load_config(source, tokenizer),
             device=self.device,
-            dtype=NAMES[told.dtype],
-            eos_token_ids=told.eos_token_ids,
+            dtype=NAMES[model_record.dtype],
+            eos_token_ids=model_record.eos_token_ids,
             training=False,
             phase=self._phase,
             **options,
@@ -123,37 +123,37 @@ class _OfRun:
             yield self.progress if self.progress is not None and name == "weights" else quiet
 
 
-def _load_run(run: _OfRun, merged: bool) -> LoadedModel:
+def _load_run(run: _RunModels, merged: bool) -> LoadedModel:
     path, device, note = run.path, run.device, None
     folder, adapter = path / "merged", path / "adapter"
     if merged and folder.is_dir():
         size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         if device.type == "cpu" or not adapter.is_dir() or size < 0.9 * free_bytes(device):
             chats = not run.recipe.streams_text
-            loaded = _load_source(find_model(str(folder)), run.asked, device, run.progress, chats=chats)
+            loaded = _load_source(find_model(str(folder)), run.dtype, device, run.progress, chats=chats)
             loaded.recipe, loaded.run = run.recipe, path
             return loaded
-        note = "the merged model is larger than the card's free memory: the adapter on its quantized base it is"
+        note = "the merged model does not fit into free GPU memory: using the adapter on its quantized base"
     if adapter.is_dir():
         loaded = run.adapter(adapter)
         loaded.note = note
         return loaded
     newest, damaged = checkpoint.newest(path / "checkpoints")
     if newest is None and damaged:
-        hint = "bring one back from a copy, or train again"
+        hint = "restore one from a copy, or train again"
         raise UserError("every checkpoint of this run is damaged", where=str(path), got="; ".join(damaged), hint=hint)
     if newest is None:
-        raise UserError("this run has made nothing to load yet", where=str(path), hint=f"finetune resume {path}")
+        raise UserError("this run has no model to load yet", where=str(path), hint=f"finetune resume {path}")
     loaded = run.checkpoint(newest)
     if damaged:
-        loaded.note = f"damaged checkpoint {'; '.join(damaged)}; this is {newest.name}"
+        loaded.note = f"damaged checkpoint {'; '.join(damaged)}; using {newest.name}"
     return loaded
 
 
 def _load_source(source: Source, dtype: str, device: torch.device, progress: Shown | None, *, chats: bool = True) -> LoadedModel:
-    """Asked for auto, a model that was stored in fp32 stays so; another gets what the device is good at.
+    """Load a model that is not part of a run. dtype auto: fp32 if it is stored so, else the device's default.
 
-    chats: it gets a chat template if it has none; a model of plain text goes on with what it is given.
+    chats: set a chat template if it has none; False for a model of plain text.
     """
     config = load_config(source)
     stored = torch.float32 if getattr(config, "dtype", None) == torch.float32 else default_dtype(device.type)
@@ -161,16 +161,16 @@ def _load_source(source: Source, dtype: str, device: torch.device, progress: Sho
     tokenizer = load_tokenizer(source)
     note = None
     if chats and not tokenizer.chat_template:
-        note = f"{source.name} has no chat template of its own: {set_template(tokenizer, 'auto')}"
+        note = f"{source.name} has no chat template: using {set_template(tokenizer, 'auto')}"
     return LoadedModel(model.to(device), tokenizer, source.name, note=note)
 
 
 def _load_adapter(path: Path, dtype: str, device: torch.device, progress: Shown | None) -> LoadedModel:
-    """An adapter outside of a run, on the base that it names."""
+    """Load an adapter outside of a run, on the base that it names."""
     check_adapter(path)
     base = _load_source(find_model(adapter_base(path), where=str(path / "adapter_config.json")), dtype, device, progress)
     tokenizer = base.tokenizer
     if (path / "tokenizer_config.json").is_file():
         tokenizer = load_tokenizer(Source(str(path), str(path)))
-    note = "this adapter lies outside its run: its base is opened as it is stored, whatever it was quantized to in training"
+    note = "this adapter is outside its run folder: its base is loaded as stored, not quantized as in training"
     return LoadedModel(load_adapter(base.model, path).to(device).eval(), tokenizer, str(path), note=note)

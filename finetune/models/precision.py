@@ -1,4 +1,4 @@
-"""Which dtype weights are held in, and which one matrix products are computed in, by a recipe and a device."""
+"""dtypes of weights and of matrix products, from a recipe and a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def default_dtype(device_type: str) -> torch.dtype:
-    """bf16 where the device computes in it, else fp32."""
+    """bf16 if the device supports it, else fp32."""
     if device_type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     try:
@@ -23,9 +23,9 @@ def default_dtype(device_type: str) -> torch.dtype:
 
 
 def weights_dtype(recipe: Recipe, device_type: str, low: torch.dtype | None = None) -> torch.dtype:
-    """The dtype of the unquantized weights. auto is fp32 where all of them are trained: in bf16 small updates would vanish.
+    """dtype of the unquantized weights. auto: fp32 if all of them are trained, because bf16 would lose small updates.
 
-    low: the default dtype of a device that is not here.
+    low: the default dtype of a device that is not in this machine.
     """
     if recipe.train.precision == "fp32" or (recipe.model.dtype == "auto" and not recipe.base_frozen):
         return torch.float32
@@ -35,10 +35,10 @@ def weights_dtype(recipe: Recipe, device_type: str, low: torch.dtype | None = No
 def autocast_dtype(
     recipe: Recipe, weights_dtype: torch.dtype, device_type: str, low: torch.dtype | None = None
 ) -> torch.dtype | None:
-    """The dtype of the matrix products where it is not that of the weights, else None.
+    """dtype of matrix products if it differs from the weights' dtype, else None.
 
-    auto: bf16 over fp32 weights where all of them are trained and the device computes in bf16; products with a frozen base are
-    in its own dtype. low: the default dtype of a device that is not here.
+    auto: bf16 with fp32 weights if all of them are trained and the device supports bf16; a frozen base computes in its own dtype.
+    low: the default dtype of a device that is not in this machine.
     """
     precision = recipe.train.precision
     if weights_dtype != torch.float32 or precision == "fp32":

@@ -1,4 +1,4 @@
-"""What is put on a base model: packed or fake-quantized linears, adapters, the device, gradient checkpointing."""
+"""Preparing a base model: packed or fake-quantized linears, adapters, device, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Prepared:
-    """swap: what is packed or fake-quantized, None in floats. parameters: those that packed linears stand for."""
+    """A prepared model. swap: packed or fake-quantized linears, None in floats; parameters: with those in packed linears."""
 
     model: Any  # PreTrainedModel or PeftModel
     swap: SwapReport | None
@@ -46,11 +46,10 @@ def prepare(
     compute_dtype: torch.dtype | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Prepared:
-    """Pack what was not packed while it was read, move the model, attach adapters (or free all weights), set checkpointing.
+    """Quantize the linears, move the model to `device`, attach adapters (or unfreeze all weights), set up checkpointing.
 
-    Without adapters a scheme's linears train their master weights. `move` puts a model that `device` cannot hold there, in its
-    own way, when all is in place. trained: a folder of adapters, else they are fresh; compute_dtype: another dtype of the base
-    under them.
+    Without adapters a scheme's linears train their master weights. move: offloads or shards a model larger than the device, as
+    the last step. trained: a folder of adapters, else new ones; compute_dtype: another dtype for the base under them.
     """
     parameters = parameters_of(model)
     with torch.device("meta") if device.type == "meta" else nullcontext():
@@ -75,7 +74,7 @@ def prepare(
 
 
 def packed(model: Any, quant: Quant, progress: Callable[[int, int], None] | None = None) -> SwapReport | None:
-    """What was packed of the base, None where it is in floats; what was not packed while it was read is packed now.
+    """Pack the base unless it was packed while loading; returns what was packed, None if the base stays in floats.
 
     Raises:
         UserError: a keep pattern matches nothing, nothing can be packed, or weights are not finite.
@@ -92,19 +91,22 @@ def packed(model: Any, quant: Quant, progress: Callable[[int, int], None] | None
 
 
 def _trainable(model: Any, quant: Quant, progress: Callable[[int, int], None] | None = None) -> SwapReport | None:
-    """What of the model trains master weights in a scheme, None where all of it is in floats.
+    """Fake-quantize the linears; returns which, None if the model is trained in floats.
 
     Raises:
-        UserError: a keep pattern matches nothing, a shape does not fit the format, or weights are ternary already.
+        UserError: a keep pattern matches nothing, a shape does not fit the format, or weights are already ternary.
     """
     if quant.scheme == "none":
         return None
-    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # read from a checkpoint of master weights
+    if (quantizer := getattr(model, "hf_quantizer", None)) is not None:  # loaded from a checkpoint of master weights
         return quantizer.report
     if quant.rms_norm and any(name.endswith("_sub_norm") for name, _ in model.named_modules()):
-        got = f"rms_norm, and {type(model).__name__} has sub-norms of its own"
+        got = f"rms_norm, but {type(model).__name__} already has sub-norms"
         raise UserError(
-            "these are two layouts of one idea", where="quant.rms_norm", got=got, hint="model_type: llama, or rms_norm off"
+            "rms_norm and sub-norms exclude each other",
+            where="quant.rms_norm",
+            got=got,
+            hint="model_type: llama, or rms_norm off",
         )
     eps = getattr(model.config, "rms_norm_eps", 1e-6)
     options: dict[str, Any] = {"norm_eps": eps} if quant.rms_norm else {}
@@ -115,27 +117,27 @@ def _trainable(model: Any, quant: Quant, progress: Callable[[int, int], None] | 
 
 
 def fix_norms(model: Any) -> None:
-    """Fix the norms before linears that normalize by themselves at one, untrained: RMSNorm of RMSNorm(x) is RMSNorm(x) but for ε.
+    """Fix the gains of norms before linears with a norm inside at one: RMSNorm(RMSNorm(x)) is RMSNorm(x) but for ε.
 
-    So the layout of BitNet's training tips, which removes them, keeps the shape of the architecture that plain transformers
-    loads. The last norm, before the head, stays.
+    BitNet's training tips remove these norms; fixing them keeps an architecture that plain transformers loads. The last norm,
+    before the head, is still trained.
 
     Raises:
-        UserError: the blocks have other norms than Llama's two.
+        UserError: the blocks do not have exactly Llama's two norms.
     """
     layers: Any = next((m for m in model.get_decoder().children() if isinstance(m, torch.nn.ModuleList)), [])
     for layer in layers:
         norms: dict[str, Any] = {n: child for n, child in layer.named_children() if "norm" in type(child).__name__.lower()}
         if norms.keys() != {"input_layernorm", "post_attention_layernorm"}:
             got = f"{type(layer).__name__} with {', '.join(norms) or 'no norm'}"
-            raise UserError("it is not known which norms of these blocks stand before linears", where="quant.rms_norm", got=got)
+            raise UserError("unknown norms in these blocks: rms_norm supports Llama's two", where="quant.rms_norm", got=got)
         for norm in norms.values():
             torch.nn.init.ones_(norm.weight)
             norm.requires_grad_(False)
 
 
 def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source: Source, seed: int) -> Any:
-    """Fresh LoRA adapters on `targets`; those wrapped are those asked for."""
+    """Attach new LoRA adapters to exactly the modules in `targets`."""
     from peft import LoraConfig, get_peft_model
 
     from quant import assert_wrapped, register_peft
@@ -147,7 +149,7 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
-        target_modules=suffixes if named == set(targets) else targets,  # short in adapter_config.json where that says it all
+        target_modules=suffixes if named == set(targets) else targets,  # short form in adapter_config.json if it is unambiguous
         use_rslora=adapter.rslora,
         use_dora=adapter.dora,
     )
@@ -160,21 +162,21 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
 
 
 def check_adapter(folder: Path) -> None:
-    """Look at an adapter's weights, before its base is loaded.
+    """Check an adapter's weights before its base is loaded.
 
     Raises:
-        UserError: they are damaged, or no safetensors.
+        UserError: they are damaged, or not safetensors.
     """
     weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():  # peft would take adapter_model.bin, a pickle
+    if not weights.is_file():  # peft would load adapter_model.bin, a pickle
         got = ", ".join(sorted(file.name for file in folder.glob("adapter_model*"))) or "no weights"
-        hint = "save it as safetensors, which is what PEFT does by itself"
-        raise UserError("an adapter is read from adapter_model.safetensors alone", where=str(folder), got=got, hint=hint)
+        hint = "save it as safetensors, which is PEFT's default"
+        raise UserError("adapters are only read from adapter_model.safetensors", where=str(folder), got=got, hint=hint)
     shapes_in(weights, str(folder))
 
 
 def load_adapter(model: Any, folder: Path) -> Any:
-    """`model` with the trained adapters of PEFT's `folder`, which `check_adapter` found good.
+    """Attach the trained adapters in `folder` to `model`. Call `check_adapter` first.
 
     Raises:
         UserError: they cannot be read, or do not fit.
@@ -187,9 +189,9 @@ def load_adapter(model: Any, folder: Path) -> Any:
         config = PeftConfig.from_pretrained(str(folder))
     except (KeyError, TypeError, ValueError, OSError) as error:
         got = f"{type(error).__name__}: {error}"
-        hint = "fetch the adapter again, or update peft"
+        hint = "download the adapter again, or update peft"
         raise UserError(
-            "the adapter's config cannot be read", where=str(folder / "adapter_config.json"), got=got, hint=hint
+            "cannot read the adapter's config", where=str(folder / "adapter_config.json"), got=got, hint=hint
         ) from None
     register_peft(config)
     try:
@@ -199,7 +201,7 @@ def load_adapter(model: Any, folder: Path) -> Any:
 
 
 def save_adapter(model: Any, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """PEFT's own files; `folder` is complete or absent."""
+    """Save PEFT's adapter files and the tokenizer; `folder` is complete or absent."""
     with atomic_folder(folder) as temporary:
         model.save_pretrained(temporary, save_embedding_layers=False)
-        tokenizer.save_pretrained(temporary)  # with the template that it was trained with
+        tokenizer.save_pretrained(temporary)  # with the chat template of training

@@ -1,15 +1,15 @@
-"""From a pretrained Llama to the layout of BitNet b1.58 2B4T: the same weights, and two norms more in each block.
+"""Converting a pretrained Llama to the layout of BitNet b1.58 2B4T: the same weights, with two more norms in each block.
 
-BitNet normalizes what enters o_proj and down_proj, `attn_sub_norm` and `ffn_sub_norm`: there activations have outliers that
-int8 codes cannot hold (SubLN; BitDistill, arXiv 2510.13998, section 3.1, inserts them before it fine-tunes to 1.58 bit).
-A norm changes the function that was learnt; its gain can undo the change for the usual token, though not for each:
+BitNet normalizes the inputs of o_proj and down_proj (`attn_sub_norm`, `ffn_sub_norm`), because their outliers do not fit int8
+codes (SubLN; BitDistill, arXiv 2510.13998, section 3.1, inserts them before fine-tuning to 1.58 bit). A norm changes the trained
+function; a gain compensates for that on typical tokens, though not on all:
 
     x → g · x / rms(x)          g: the median of rms(x) over tokens of real text
 
-The median, since a few tokens (the first of a text) have activations 10 to 25 times as large as all others. SmolLM2-135M,
-loss on 3,072 tokens of WikiText-2, gains measured on 2,048 others, 2026-11-21: 3.63 nats without norms; with them 16.55 at
-g = 1, 5.34 at the mean, 4.65 at the geometric mean, 4.62 at the median. A gain by channel is no better: 5.62 by least squares,
-4.72 by mean logarithms, 4.62 when the linear's outputs are fitted; measured behind the norms already inserted it is 12.9.
+The median, because a few tokens (the first of a text) have activations 10 to 25 times as large as all others. SmolLM2-135M,
+loss on 3,072 tokens of WikiText-2, gains measured on 2,048 others, 2026-11-21: 3.63 nats without norms; with norms 16.55 for
+g = 1, 5.34 for the mean, 4.65 for the geometric mean, 4.62 for the median. Gains by channel are not better: 5.62 for least
+squares, 4.72 for mean logarithms, 4.62 for a fit of the linear's outputs; measured behind the norms already inserted, 12.9.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ from finetune.errors import UserError
 if TYPE_CHECKING:
     from transformers import BitNetForCausalLM
 
-FAMILIES = ("llama", "mistral")  # of transformers; SmolLM2 and TinyLlama are Llamas
+FAMILIES = ("llama", "mistral")  # model_type in transformers; SmolLM2 and TinyLlama are Llamas
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
-SUB_NORMS = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}  # linear: the norm before it, beside it
+SUB_NORMS = {"o_proj": "attn_sub_norm", "down_proj": "ffn_sub_norm"}  # {linear: the norm of its input}
 CARRIED = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "pad_token_id", "bos_token_id",
     "eos_token_id", "tie_word_embeddings", "attention_dropout", "rope_parameters",
 )  # fmt: skip
-"""What a BitNetConfig takes over from the config of a Llama."""
+"""Keys that a BitNetConfig takes from a Llama's config."""
 
 
 def insert_sub_norms(model: Any, batches: Iterable[Tensor]) -> BitNetForCausalLM:
-    """A pretrained Llama-like `model` as transformers' BitNetForCausalLM, with its own weights, head, rope and activation.
+    """Convert a pretrained Llama-like `model` to transformers' BitNetForCausalLM, with the same weights, rope and activation.
 
-    The weights are taken over: both models share them afterwards, so `model` is not to be used any more (a teacher has to be
-    loaded apart). batches: input ids (1, T) of text on the model's device, some thousand tokens, by which gains are measured.
+    Both models share the weights, so do not use `model` afterwards (load a teacher separately). batches: input ids (1, T) of text
+    on the model's device, a few thousand tokens, for measuring the gains.
 
     Raises:
-        UserError: the model is no Llama, or has what a BitNetForCausalLM cannot express; there is nothing to measure with.
+        UserError: the model is not a Llama, or has a feature that BitNetForCausalLM lacks; or there are no batches.
     """
     from transformers import BitNetForCausalLM
 
@@ -56,23 +56,25 @@ def insert_sub_norms(model: Any, batches: Iterable[Tensor]) -> BitNetForCausalLM
     norms = {name for name, _ in converted.named_parameters() if name.split(".")[-2] in SUB_NORMS.values()}
     expected = {name for name, _ in converted.named_parameters(remove_duplicate=False)} - norms
     if other := sorted(weights.keys() ^ expected):
-        raise _unfit(f"{len(other)} parameters that only one of the two layouts has, such as {other[0]}")
+        raise _unfit(f"{len(other)} parameters exist in only one of the two layouts, such as {other[0]}")
     for path, gain in _gains(model, batches).items():
         block, _, linear = path.rpartition(".")
-        like = weights[f"{path}.weight"]
-        features = torch.full((like.shape[1],), gain, dtype=like.dtype, device=like.device)
-        weights[f"{block}.{SUB_NORMS[linear]}.weight"] = nn.Parameter(features, requires_grad=like.requires_grad)
+        weight = weights[f"{path}.weight"]
+        gains = torch.full((weight.shape[1],), gain, dtype=weight.dtype, device=weight.device)
+        weights[f"{block}.{SUB_NORMS[linear]}.weight"] = nn.Parameter(gains, requires_grad=weight.requires_grad)
     for name, parameter in weights.items():
         owner, _, leaf = name.rpartition(".")
         setattr(converted.get_submodule(owner), leaf, parameter)
     inner: Any = converted.model
-    inner.rotary_emb = type(inner.rotary_emb)(config).to(weights["model.norm.weight"].device)  # was on meta: not in the weights
+    inner.rotary_emb = type(inner.rotary_emb)(config).to(
+        weights["model.norm.weight"].device
+    )  # was on meta, because it is not among the weights
     converted.generation_config = model.generation_config
     return converted.train(model.training)
 
 
 def converted_config(model: Any) -> Any:
-    """The BitNetConfig of the converted `model`, which may lie on `meta`.
+    """The BitNetConfig of the converted `model`, which may be on `meta`.
 
     Raises:
         UserError: as `insert_sub_norms`.
@@ -83,9 +85,9 @@ def converted_config(model: Any) -> Any:
     if config.model_type not in FAMILIES or type(model).__name__ not in ARCHITECTURES:
         raise _unfit(f"a {type(model).__name__} ({config.model_type})")
     if config.head_dim != config.hidden_size // config.num_attention_heads:
-        raise _unfit(f"heads of {config.head_dim}, and {config.hidden_size} / {config.num_attention_heads} is another size")
+        raise _unfit(f"head_dim {config.head_dim} is not {config.hidden_size} / {config.num_attention_heads}")
     if (window := getattr(config, "sliding_window", None)) is not None and window < config.max_position_embeddings:
-        raise _unfit(f"attention within a sliding window of {window} tokens")
+        raise _unfit(f"sliding-window attention of {window} tokens")
     if getattr(model, "hf_quantizer", None) is not None:
         raise _unfit("quantized weights")
     converted = BitNetConfig(**{name: getattr(config, name) for name in CARRIED})
@@ -93,17 +95,17 @@ def converted_config(model: Any) -> Any:
     return converted
 
 
-def _unfit(found: str) -> UserError:
+def _unfit(got: str) -> UserError:
     return UserError(
-        "sub-norms can only be inserted into a plain Llama: the result has to be a BitNetForCausalLM of transformers",
+        "sub-norms can only be inserted into a plain Llama, because the result must be a BitNetForCausalLM of transformers",
         where="model.name",
-        got=found,
-        hint="take a Llama, SmolLM2 or a Mistral without biases; or train without sub-norms",
+        got=got,
+        hint="use a Llama, SmolLM2, or a Mistral without biases; or train without sub-norms",
     )
 
 
 def _gains(model: Any, batches: Iterable[Tensor]) -> dict[str, float]:
-    """{path of a linear: median over tokens of the root mean square of what enters it}."""
+    """{path of a linear: median over tokens of the root mean square of its input}."""
     sizes: dict[str, list[Tensor]] = {}
 
     def listener(path: str) -> Any:
@@ -121,10 +123,10 @@ def _gains(model: Any, batches: Iterable[Tensor]) -> dict[str, float]:
     finally:
         for hook in hooks:
             hook.remove()
-    gains = {path: float(torch.cat(found).median()) for path, found in sizes.items()}
+    gains = {path: float(torch.cat(values).median()) for path, values in sizes.items()}
     if not gains or not all(0 < gain < math.inf for gain in gains.values()):
         raise UserError(
-            "the gain of the sub-norms cannot be measured",
+            "cannot measure the gains of the sub-norms",
             got="no text" if not gains else "activations that are zero or not finite",
         )
     return gains

@@ -1,4 +1,4 @@
-"""A model's weights, read into floats or packed while they are read, and in which dtype they then compute."""
+"""Loading a model's weights as floats or packed, and casting them."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def load_weights(
     put: Callable[[torch.Tensor], torch.Tensor] | None = None,
     progress: Shown | None = None,
 ) -> PreTrainedModel:
-    """The model on the CPU, in `dtype`, in eval mode. `progress` shows the download and the reading; `seed` is that of a model
-    from scratch; `frozen`: the base carries adapters, or nothing is trained.
+    """Load the model on the CPU, in `dtype`, in eval mode.
 
-    Linears are packed as `quant` says while they are read, so that a 7B never lies in memory in floats (a GGUF is packed
-    afterwards, by `build_model`), and with `put`, which takes each packed tensor elsewhere, not in codes either. A checkpoint
-    that is packed already, as bitsandbytes or bitnet, is read as it is.
+    Linears are packed as `quant` says while they are loaded, so that a 7B model is never in memory in floats (a GGUF is packed
+    afterwards, by `build_model`). A checkpoint that is already packed (bitsandbytes, bitnet) is loaded as it is.
+
+    frozen: adapters are trained on the base, or nothing is. seed: of a model from scratch. put: moves each packed tensor
+    elsewhere at once. progress: of download and loading.
 
     Raises:
-        UserError: the weights are missing, damaged, not all that the architecture needs, cannot be packed, or are packed
-            otherwise than `quant` says.
+        UserError: the weights are missing, incomplete or damaged, cannot be packed, or are packed in another format than `quant`.
     """
     from transformers import AutoModelForCausalLM
 
@@ -55,7 +55,7 @@ def load_weights(
     if source.gguf is not None:
         from transformers import GgufConfig
 
-        options["quantization_config"] = GgufConfig(dequantize=True)  # else the weights stay packed and cannot be saved
+        options["quantization_config"] = GgufConfig(dequantize=True)  # otherwise the weights stay packed and cannot be saved
     else:
         options |= {"config": config, "use_safetensors": True}
         if getattr(config, "quantization_config", None):
@@ -73,7 +73,7 @@ def load_weights(
         raise UserError("the base cannot be quantized", where="quant", got=str(error)) from None
     except FAULTS:
         raise
-    except Exception as error:  # transformers raises many kinds for one cause: this is no readable model
+    except Exception as error:  # transformers raises many exception types for an unreadable model
         raise _unreadable(source, config, attention, error) from None
     model, info = loaded
     missing = sorted(info["missing_keys"])
@@ -84,7 +84,7 @@ def load_weights(
 
 
 def _random_weights(config: PretrainedConfig, *, dtype: torch.dtype, seed: int, **chosen: str) -> PreTrainedModel:
-    """A model from scratch, once it has run."""
+    """A model from scratch, checked by one forward pass."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(seed)
@@ -95,26 +95,31 @@ def _random_weights(config: PretrainedConfig, *, dtype: torch.dtype, seed: int, 
         return model
     except RuntimeError as error:
         got = str(error).strip().splitlines()[0]
-        raise UserError("a model of this configuration cannot run", where="model.config", got=got) from None
+        raise UserError("a model with this config fails in its forward pass", where="model.config", got=got) from None
     except (ImportError, ValueError) as error:
         got = str(error).strip().splitlines()[0]
-        raise UserError("this model has no such attention", where="model.attention", got=got) from None
+        raise UserError("this model does not support this attention implementation", where="model.attention", got=got) from None
 
 
 def _unreadable(source: Source, config: PretrainedConfig, attention: str, error: Exception) -> UserError:
-    """What an error of from_pretrained means."""
+    """The UserError for an error of from_pretrained."""
     if isinstance(error, ImportError):
         got = str(error).strip().splitlines()[0]
         return UserError("a package for this model is missing", where="model.attention", got=got)
     if "attn_implementation" in str(error):
-        return UserError("this model has no such attention", where="model.attention", got=attention, hint="model.attention=auto")
+        return UserError(
+            "this model does not support this attention implementation",
+            where="model.attention",
+            got=attention,
+            hint="model.attention=auto",
+        )
     if "ignore_mismatched_sizes" in str(error) and (misfit := _misfit(source, config)) is not None:
-        return UserError("the weights are of another model", where=source.folder, got=misfit, hint=AGAIN)
+        return UserError("the weights do not match config.json", where=source.folder, got=misfit, hint=AGAIN)
     return unavailable(source, error)
 
 
 def _misfit(source: Source, config: PretrainedConfig) -> str | None:
-    """The first tensor in a local model's files that has not the shape which its config gives it."""
+    """The first tensor in a local model's files whose shape differs from its config's, in words."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -122,18 +127,18 @@ def _misfit(source: Source, config: PretrainedConfig) -> str | None:
     for path in sorted(Path(source.folder).glob("*.safetensors")):
         for name, shape in shapes_in(path).items():
             if name in wanted and shape != tuple(wanted[name].shape):
-                return f"{name} in {path.name} is {list(shape)}; config.json makes it {list(wanted[name].shape)}"
+                return f"{name} in {path.name} is {list(shape)}, but config.json needs {list(wanted[name].shape)}"
     return None
 
 
-def _incomplete(source: Source, found: str) -> UserError:
+def _incomplete(source: Source, missing: str) -> UserError:
     return UserError(
-        "weights are missing: these would stay random", where=source.folder, got=found, hint="fetch or save the model again"
+        "weights are missing, and would stay random", where=source.folder, got=missing, hint="download or save the model again"
     )
 
 
 def cast(model: Any, dtype: torch.dtype) -> Any:
-    """`model` with its float parameters in `dtype`. Buffers stay: rotary frequencies in bf16 would put tokens elsewhere."""
+    """Cast the float parameters of `model` to `dtype`, but not its buffers: rotary frequencies in bf16 would shift positions."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
@@ -144,6 +149,6 @@ def cast(model: Any, dtype: torch.dtype) -> Any:
 
 
 def parameters_of(model: Any) -> int:
-    """Parameters of the model that packed linears stand for."""
+    """Number of parameters, including those in packed linears."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, PackedLinear))
     return packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())

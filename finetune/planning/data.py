@@ -1,4 +1,4 @@
-"""What a recipe trains on, as far as a plan needs it: the largest micro-batch, tokens, steps, what is held out."""
+"""Facts about a recipe's data for its plan: the largest micro-batch, tokens, steps, held-out rows."""
 
 from __future__ import annotations
 
@@ -16,21 +16,22 @@ from finetune.models.source import Source
 from finetune.planning import hub_metadata
 from finetune.planning.step import MicroBatch
 from finetune.recipe import Recipe
-from finetune.task_data import BEGINNING, build_data
+from finetune.task_data import PROMPT_TOKENS, build_data
 
 if TYPE_CHECKING:
     from finetune.task_data import TaskData
 
-SAMPLE = 4000  # rows that are turned into tokens; of more rows the rest is taken to be like them
-CHARACTERS, TURN = 4, 8  # of a token; tokens that a template puts around a message
-PACKED = 0.97  # share of a packed row that is tokens, where samples are not known
+SAMPLE = 4000  # rows that are tokenized; further rows are assumed to be alike
+CHARACTERS, TURN = 4, 8  # characters per token; tokens that a template adds to a message
+PACKED = 0.97  # share of tokens in a packed sequence, if the samples are unknown
 
 
 @dataclass(frozen=True)
 class Facts:
-    """micro: the largest micro-batch. mean_tokens: of one. evaluate: the largest batch of held-out rows, None without any.
+    """Facts about the data.
 
-    prompt: tokens of a question that is answered before and after. answers: how many.
+    micro: the largest micro-batch; mean_tokens: of a micro-batch; evaluate: the largest batch of held-out rows, None without any;
+    prompt: tokens of a question; answers: number of questions.
     """
 
     micro: MicroBatch
@@ -44,15 +45,15 @@ class Facts:
     notes: list[str] = field(default_factory=list)
 
 
-def facts_of(recipe: Recipe, source: Source, material: TaskData | None = None) -> Facts:
-    """What is known of the data: from `material`, or from the data itself where that is on this machine, or by rule."""
+def facts_of(recipe: Recipe, source: Source, data: TaskData | None = None) -> Facts:
+    """Facts about the data: from `data`, else from the data on this machine, else by assumption."""
     if recipe.streams_text:
         return _text(recipe)
     notes: list[str] = []
-    found = (material, 1.0) if material is not None else _read(recipe, source, notes)
-    if found is None or isinstance(found, hub_metadata.Rows):
-        return _by_rule(recipe, found, notes)
-    return _conversations(recipe, found[0], found[1], notes)
+    known = (data, 1.0) if data is not None else _read(recipe, source, notes)
+    if known is None or isinstance(known, hub_metadata.Rows):
+        return _assumed(recipe, known, notes)
+    return _conversations(recipe, known[0], known[1], notes)
 
 
 def _answers(recipe: Recipe) -> int:
@@ -63,22 +64,22 @@ def _text(recipe: Recipe) -> Facts:
     settings, length = recipe.train, recipe.data.max_length
     shape = (settings.micro_batch, length)
     micro = MicroBatch(shape, tuple(range(0, shape[0] * length + 1, length)), shape[0] * (length - 1))
-    each = settings.micro_batch * settings.accumulation * length
+    step_tokens = settings.micro_batch * settings.accumulation * length
     steps = min(
-        math.ceil(settings.max_tokens / each) if settings.max_tokens is not None else math.inf,
+        math.ceil(settings.max_tokens / step_tokens) if settings.max_tokens is not None else math.inf,
         settings.max_steps if settings.max_steps is not None else math.inf,
     )
     rows = int(recipe.data.heldout)
     notes = []
     if recipe.data.heldout_path is not None:
-        rows, notes = 64, ["data.heldout_path: taken as 64 rows"]
+        rows, notes = 64, ["data.heldout_path: assumed to have 64 sequences"]
     evaluate = _evaluation(recipe, length, rows * length, length - 1)
-    prompt = min(BEGINNING, length // 2)
-    return Facts(micro, micro.tokens, int(steps), each, evaluate, rows * length, prompt, _answers(recipe), notes)
+    prompt = min(PROMPT_TOKENS, length // 2)
+    return Facts(micro, micro.tokens, int(steps), step_tokens, evaluate, rows * length, prompt, _answers(recipe), notes)
 
 
 def _evaluation(recipe: Recipe, longest: int, tokens: int, supervised: int) -> MicroBatch | None:
-    """The largest batch of held-out rows: as many as eval.batch_tokens takes, or one that is longer."""
+    """The largest batch of held-out rows: eval.batch_tokens, or one longer row."""
     if not tokens:
         return None
     size = min(max(longest, recipe.eval.batch_tokens), max(longest, tokens))
@@ -88,8 +89,8 @@ def _evaluation(recipe: Recipe, longest: int, tokens: int, supervised: int) -> M
 
 
 def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float] | hub_metadata.Rows | None:
-    """The recipe's rows as tokens (the first SAMPLE of them) and how many times as many there are; without the model's tokenizer
-    a guess of them; None if they are not on this machine."""
+    """(the data with at most SAMPLE rows, the factor to all rows); estimated counts without the model's tokenizer; None if the
+    data is not on this machine."""
     from finetune.data.rows import PACKAGE, load_rows
     from finetune.models.config import eos_token_ids, recipe_tokenizer
 
@@ -110,19 +111,19 @@ def _read(recipe: Recipe, source: Source, notes: list[str]) -> tuple[Any, float]
             )
             for row in rows
         ]
-        notes.append(f"tokens are guessed, as {CHARACTERS} characters each: the model's tokenizer is not here")
+        notes.append(f"tokens are estimated as {CHARACTERS} characters each: the model's tokenizer is not on this machine")
         return hub_metadata.Rows(len(rows), sum(lengths), max(lengths))
-    some = recipe
+    sampled = recipe
     if len(rows) > SAMPLE:
-        some = recipe.model_copy(update={"data": data.model_copy(update={"max_rows": SAMPLE})})
-        notes.append(f"tokens are counted in {SAMPLE} of {len(rows)} rows")
-    return build_data(some, tokenizer, eos_token_ids(source, tokenizer), limits=Limits()), max(1.0, len(rows) / SAMPLE)
+        sampled = recipe.model_copy(update={"data": data.model_copy(update={"max_rows": SAMPLE})})
+        notes.append(f"tokens were counted in {SAMPLE} of {len(rows)} rows")
+    return build_data(sampled, tokenizer, eos_token_ids(source, tokenizer), limits=Limits()), max(1.0, len(rows) / SAMPLE)
 
 
-def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]) -> Facts:
+def _conversations(recipe: Recipe, task_data: Any, scale: float, notes: list[str]) -> Facts:
     from finetune.data.packing import Batches
 
-    settings, data, samples = recipe.train, recipe.data, material.data.train
+    settings, data, samples = recipe.train, recipe.data, task_data.data.train
     options: dict[str, Any] = {"micro_batch": settings.micro_batch, "max_length": data.max_length, "packing": data.packing}
     epoch = Batches(samples, seed=recipe.run.seed, **options).epoch(0)
 
@@ -139,7 +140,7 @@ def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]
 
     bounds = max(map(bounds_of, epoch), key=lambda one: (one[-1], max(b - a for a, b in pairwise(one))))
     most = bounds[-1]
-    # The order changes with the epoch: a packed row can come out full, and single rows can all be long ones.
+    # The order changes with the epoch: a packed sequence may become full, and the longest samples may meet in one micro-batch.
     full = settings.micro_batch * data.max_length
     if data.packing and settings.epochs > 1:
         most = -(-min(full, sum(sorted(map(len, samples), reverse=True)[: 8 * full])) // MULTIPLE) * MULTIPLE
@@ -147,7 +148,7 @@ def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]
         longest = sorted(map(len, samples), reverse=True)[: settings.micro_batch]
         if scale > 1:
             longest = [data.max_length] * settings.micro_batch
-            notes.append("the longest rows are taken to be data.max_length")
+            notes.append("the longest rows are assumed to have data.max_length tokens")
         most = -(-sum(longest) // MULTIPLE) * MULTIPLE
     if most > bounds[-1]:
         bounds = (*bounds, most)
@@ -156,7 +157,7 @@ def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]
     total = math.ceil(rows * settings.epochs / settings.accumulation)
     steps = min(total, settings.max_steps) if settings.max_steps else total
     mean = sum(map(len, samples)) / len(epoch)
-    held = material.held_out()
+    held = task_data.held_out()
     longest_held = max((len(ids) for ids, _ in held), default=0)
     held_tokens = sum(len(ids) for ids, _ in held)
     of_one = max((sum(label != IGNORE for label in labels[1:]) for _, labels in held), default=0)
@@ -173,27 +174,27 @@ def _conversations(recipe: Recipe, material: Any, scale: float, notes: list[str]
     )
 
 
-def _by_rule(recipe: Recipe, of_set: hub_metadata.Rows | None, notes: list[str]) -> Facts:
-    """Rows that cannot be looked at, or only counted: packed ones are full, single ones as long as the longest."""
+def _assumed(recipe: Recipe, counts: hub_metadata.Rows | None, notes: list[str]) -> Facts:
+    """Facts without the rows: packed sequences are assumed full, single samples as long as the longest."""
     settings, data = recipe.train, recipe.data
     length = settings.micro_batch * data.max_length
     length += -length % MULTIPLE
-    held = int(data.heldout) if data.heldout >= 1 or of_set is None else int(of_set.rows * data.heldout)
-    if of_set is None:
+    held = int(data.heldout) if data.heldout >= 1 or counts is None else int(counts.rows * data.heldout)
+    if counts is None:
         if settings.max_steps is None:
-            notes.append("how many rows there are is not known before they are fetched: planned for 1,000 steps")
+            notes.append("the number of rows is unknown before download: planned for 1,000 steps")
         steps, mean, row = settings.max_steps or 1000, length * PACKED, data.max_length
     else:
-        tokens = of_set.tokens * (1 - held / of_set.rows)
-        row = min(data.max_length, of_set.longest)
-        mean = length * PACKED if data.packing else settings.micro_batch * tokens / of_set.rows
+        tokens = counts.tokens * (1 - held / counts.rows)
+        row = min(data.max_length, counts.longest)
+        mean = length * PACKED if data.packing else settings.micro_batch * tokens / counts.rows
         steps = math.ceil(tokens / mean * settings.epochs / settings.accumulation)
         steps = min(steps, settings.max_steps) if settings.max_steps else steps
         if not data.packing:
             length = -(-settings.micro_batch * row // MULTIPLE) * MULTIPLE
-        notes.append(f"{data.path or data.name} is taken as {of_set.rows:,} rows of {of_set.tokens:,} tokens in all")
+        notes.append(f"{data.path or data.name}: assumed to have {counts.rows:,} rows with {counts.tokens:,} tokens in total")
     bounds = (*range(0, length, data.max_length), length)
-    of_row = of_set.tokens // of_set.rows if of_set else row
+    of_row = counts.tokens // counts.rows if counts else row
     evaluate = _evaluation(recipe, row, held * of_row, row - 1) if held else None
     return Facts(
         MicroBatch((1, length), bounds, length - 1), mean, steps, round(mean * settings.accumulation), evaluate, held * of_row,

@@ -1,28 +1,28 @@
-"""The devices that a plan can be made for: a table of GPUs, and this machine as `finetune bench device` measured it.
+"""Devices to plan for: a table of GPUs, and this machine as measured by `finetune bench device`.
 
-The table says what a vendor says. What a product or a pass over memory takes is told by the measurement where there is one
-(`Calibration`), else by the table's rates and a share of them that is reached (`REACHED`); callers need only
-`gemm_seconds`, `memory_seconds` and a few more of the same kind, and `together` for all that a pass does.
+The table has the vendors' figures. Times of matrix products and memory traffic come from a measurement (`Calibration`) if there
+is one, else from the table's rates times the share that is usually reached (`REACHED`). Callers use `gemm_seconds`,
+`memory_seconds` and similar methods, and `together` for a whole pass.
 
-Rates are dense (no sparsity), with fp32 accumulation, which is what torch asks for. Of GeForce cards they are derived, from
-CUDA cores and boost clock, which is how the appendices of the whitepapers come to theirs (Ampere GA102, Ada, RTX Blackwell):
+Rates are dense (no sparsity), with fp32 accumulation as torch uses it. For GeForce cards they are derived from CUDA cores and
+boost clock, as in the appendices of the whitepapers (Ampere GA102, Ada, RTX Blackwell):
 
-    fp32          2 · cores · clock     one multiply-add a core and clock
+    fp32          2 · cores · clock     one multiply-add per core and clock
     bf16, fp16    2 · fp32              the tensor cores do 4 · fp32 with fp16 accumulation, and half of that with fp32: an
                                         RTX 4070 has 29.1, 58.3 (not 116.6) and, with int8, 233
     int8          8 · fp32
 
-and in data centre chips fp32 accumulation costs nothing. fp32 is without TF32, as torch multiplies by itself. A card of
-"12 GB" has 12 GiB; GB/s and TFLOP/s are powers of ten.
+and in data centre chips fp32 accumulation costs nothing. fp32 is without TF32, which is torch's default. A "12 GB" card has
+12 GiB; GB/s and TFLOP/s are powers of ten.
 
-A device of one's own is a line of ~/.config/finetune12g/devices.yaml (or below $XDG_CONFIG_HOME), rates in TFLOP/s, bandwidth
+Users can add a device as a line of ~/.config/finetune12g/devices.yaml (or under $XDG_CONFIG_HOME), rates in TFLOP/s, bandwidth
 in GB/s:
 
     my-card: {name: My Card, memory: 12GB, bandwidth: 504, bf16: 58.3, fp16: 58.3, fp32: 29.1, int8: 233, watts: 200,
               source: "https://…"}
 
-and one for everybody is a line of the table below. A measurement lies in ~/.cache/finetune12g/device-KEY.json (or below
-$XDG_CACHE_HOME); one that was made on another machine can be put there.
+The table below has the devices for everybody. Measurements are in ~/.cache/finetune12g/device-KEY.json (or under
+$XDG_CACHE_HOME); one from another machine can be copied there.
 """
 
 from __future__ import annotations
@@ -44,61 +44,61 @@ from finetune.files import write_json
 from finetune.memory import machine_bytes
 from finetune.units import GIB
 
-FORMAT = 2  # of the file of a measurement
+FORMAT = 2  # version of the measurement file
 
-# Share of a rate that a large product reaches where nothing was measured. bf16: 80 % (H100) to 87 % (A100) of it in the best
+# Share of a rate that a large product reaches, if nothing was measured. bf16: 80 % (H100) to 87 % (A100) of it in the best
 # shape (github.com/stas00/ml-engineering, compute/accelerator, MAMF), 77 to 99 % on an RTX 4090 from 1024 × 1024 to 10240 ×
-# 10240 (zzc0721/torch-performance-test-data#78), where fp32 reached 56 to 65 %; the shapes of a model are seldom the best ones.
+# 10240 (zzc0721/torch-performance-test-data#78), where fp32 reached 56 to 65 %; the shapes of a model are rarely the best ones.
 # int8: 200 and some of the 284 of an RTX 4070 SUPER (hibagus/CUDA_Bench#2).
 REACHED = {"bf16": 0.75, "fp16": 0.75, "fp32": 0.6, "int8": 0.6}
-BANDWIDTH_REACHED = 0.8  # by elementwise kernels of large tensors
+BANDWIDTH_REACHED = 0.8  # by elementwise kernels on large tensors
 ATTENTION_REACHED = (0.5, 0.45)  # of the rate, forward and both passes: 50 to 73 % on an A100 (arXiv 2307.08691), long samples
 SHORTEST_KERNEL_S = 2e-6
-# Host cost of one operator within a training step, with what Python and autograd do around it. A loop of nothing else takes 1 µs
-# where a step takes 38 (two cores of an EPYC 9005, 38 real steps: finetune/bench/MEASURED.md), since everything else has been in
-# the caches meanwhile; a desktop's core is taken to be twice as fast.
+# Host time per operator in a training step, with the overhead of Python and autograd. A loop of nothing else takes 1 µs per
+# operator, a real step 38 µs, because its caches are cold (two cores of an EPYC 9005, 38 real steps:
+# finetune/bench/MEASURED.md); a desktop core is assumed to be twice as fast.
 OPERATION_S = {"cuda": 1.5e-5, "mps": 3e-5, "cpu": 3.5e-5}
-BUSY = 1.2  # and what products and passes over memory take within a step of the CPU, against the same by themselves
+BUSY = 1.2  # time of products and memory traffic within a CPU step, relative to the same operations alone
 
-# What a CUDA process holds beside tensors: 300 to 430 MiB with lazily loaded modules (pytorch/pytorch#107667; 426 on Ada with
-# CUDA 13.0, unslothai/unsloth-zoo#1053). Of a card without ECC the driver keeps 0.24 GiB (11.76 of 12) to 0.36 (23.64 of 24)
-# for itself, which torch does not count as memory: the table, which counts the whole card, adds it.
+# Memory of a CUDA process besides tensors: 300 to 430 MiB with lazily loaded modules (pytorch/pytorch#107667; 426 on Ada with
+# CUDA 13.0, unslothai/unsloth-zoo#1053). On a card without ECC the driver keeps 0.24 GiB (11.76 of 12) to 0.36 (23.64 of 24)
+# for itself. torch does not count that as memory; the table counts the whole card, so it is added.
 CONTEXT = 430 << 20
 WITHHELD = 0.015
-LARGE = 32 << 20  # bytes from which on glibc takes a block from the system, and gives it back when it is freed
-CPU_CONTEXT = 520 << 20  # a process that has imported what a run imports: 516 MiB resident (torch 2.13, Linux)
+LARGE = 32 << 20  # bytes from which glibc maps a block from the system and returns it when freed
+CPU_CONTEXT = 520 << 20  # a process after the imports of a run: 516 MiB resident (torch 2.13, Linux)
 
-# Dtypes that are measured as themselves, and else taken as another: the product of a ternary layer is one of integers.
+# {dtype: its substitute if it was not measured}: the product of a ternary layer is an integer product.
 STANDS_FOR = {"ternary": "int8"}
 
 
 def _log_between(points: list[tuple[float, float]], at: float) -> float:
-    """The value at `at` of a curve through points (x, y), straight in logarithms of both; flat outside."""
-    where = bisect.bisect_left(points, (at, -math.inf))
-    if where in (0, len(points)):
-        return points[min(where, len(points) - 1)][1]
-    (x0, y0), (x1, y1) = points[where - 1 : where + 1]
+    """Log-log interpolation at `at` through points (x, y), constant outside."""
+    index = bisect.bisect_left(points, (at, -math.inf))
+    if index in (0, len(points)):
+        return points[min(index, len(points) - 1)][1]
+    (x0, y0), (x1, y1) = points[index - 1 : index + 1]
     share = math.log(at / x0) / math.log(x1 / x0)
     return math.exp((1 - share) * math.log(y0) + share * math.log(y1))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was measured of one device; medians, in seconds and the units that are said.
+    """Measurements of a device (medians).
 
-    gemm: {dtype, layout, m, n, k, flops_per_second} of (m, k) · (k, n), what calling it costs left out. layout: how the factors
-    lie, n row by row, t column by column: nt is a linear's forward pass, nn its input's gradient, tn its weight's gradient.
-    dtype: bf16, fp16, fp32, int8, or ternary: the whole product of a ternary layer with quantized rows.
-    bandwidth, read: bytes/s of a large copy (both ways counted), and of reading. fresh_seconds_per_byte: what a CPU's result of
-    over 32 MiB takes beside being written, for its pages are made anew.
-    elementwise: "add bf16" → [[bytes that one call moves, bytes/s], …] of an eager operator with what it allocates, smallest
-    first: the first are in the caches, the last are not.
-    launch_seconds: the host's part of one small operator in a loop. step: of real training steps, `busy`: what arithmetic takes
-    against the same by itself, `operation`: seconds of the host for each operator.
-    dequantize, quantize: weights/s by scheme, as the training step does it; "ternary rows": numbers of activations/s.
-    attention: {dtype, length, heads, kv_heads, width, forward, both}: FLOP/s of the packed attention as `attention_flops`
-    counts, of the forward pass and of both. optimizer: parameters/s by "adamw fp32" …; optimizer_tensor: seconds a tensor.
-    others: share of the machine that other programs took meanwhile.
+    gemm: {dtype, layout, m, n, k, flops_per_second} of (m, k) · (k, n), without call overhead. layout of the factors: n
+    row-major, t column-major; nt is a linear's forward pass, nn its input's gradient, tn its weight's gradient. dtype: bf16,
+    fp16, fp32, int8, or ternary: the whole product of a ternary layer with quantized activations.
+    bandwidth, read: bytes/s of a large copy (both directions counted), and of reading. fresh_seconds_per_byte: extra time for a
+    CPU result of over 32 MiB, whose pages are newly mapped.
+    elementwise: {"add bf16": [[bytes moved per call, bytes/s], …]} of an eager operator with its allocations, smallest first:
+    the first fit in the caches, the last do not.
+    launch_seconds: host time of a small operator in a loop. step: of real training steps; `busy`: time of arithmetic relative to
+    the same alone, `operation`: host seconds per operator.
+    dequantize, quantize: weights/s by scheme, as in the training step; "ternary rows": activations/s.
+    attention: {dtype, length, heads, kv_heads, width, forward, both}: FLOP/s of packed attention (counted by `attention_flops`),
+    of the forward pass and of both passes. optimizer: parameters/s by "adamw fp32" …; optimizer_tensor: seconds per tensor.
+    others: share of the machine used by other programs meanwhile.
     """
 
     device: str
@@ -128,46 +128,47 @@ class Calibration:
         return grids
 
     @functools.cached_property
-    def _found(self) -> dict[tuple[str, str, int, int, int], float]:
+    def _cached_seconds(self) -> dict[tuple[str, str, int, int, int], float]:
         return {}
 
     def rates(self) -> dict[str, float]:
-        """The highest rate that each dtype reached."""
-        found: dict[str, float] = {}
+        """{dtype: the highest measured rate}."""
+        highest: dict[str, float] = {}
         for point in self.gemm:
-            found[point["dtype"]] = max(found.get(point["dtype"], 0.0), point["flops_per_second"])
-        return found
+            highest[point["dtype"]] = max(highest.get(point["dtype"], 0.0), point["flops_per_second"])
+        return highest
 
     def measured(self, dtype: str) -> str | None:
-        """The name under which products of `dtype` were measured; None when they were not."""
+        """The name under which products of `dtype` were measured, or None."""
         known = {dtype for dtype, _ in self._grids}
         return next((name for name in (dtype, STANDS_FOR.get(dtype, dtype)) if name in known), None)
 
     def gemm_seconds(self, dtype: str, m: int, n: int, k: int, layout: str = "nt") -> float:
-        """(m, k) · (k, n), without what calling it costs: between the shapes that were measured by the logarithms of sizes and
-        rates, beyond them at the rate of the nearest. A layout that was not measured counts as nt.
+        """Seconds of (m, k) · (k, n) without call overhead: log-log interpolation between measured shapes, else the nearest rate.
+
+        A layout that was not measured counts as nt.
 
         Raises:
-            UserError: nothing of this dtype was measured.
+            UserError: this dtype was not measured.
         """
         name = self.measured(dtype)
         if name is None:
             known = sorted({dtype for dtype, _ in self._grids})
-            raise UserError(f"products in {dtype} were not measured on this device", where=self.device, got=", ".join(known),
+            raise UserError(f"matrix products in "
+                f"{dtype} were not measured on this device", where=self.device, got=", ".join(known),
                           hint="finetune bench device")  # fmt: skip
         if not m * n * k:
             return 0.0
         key = (name, layout if (name, layout) in self._grids else "nt", m, n, k)
-        if key not in self._found:
+        if key not in self._cached_seconds:
             size = m * n * (2 if name in ("bf16", "fp16", "ternary") else 4)
             fresh = self.fresh_seconds_per_byte * size if size >= LARGE else 0.0
-            self._found[key] = 2.0 * m * n * k / math.exp(self._log_rate(self._grids[key[0], key[1]], (m, n, k))) + fresh
-        return self._found[key]
+            self._cached_seconds[key] = 2.0 * m * n * k / math.exp(self._log_rate(self._grids[key[0], key[1]], (m, n, k))) + fresh
+        return self._cached_seconds[key]
 
     @staticmethod
     def _log_rate(grid: dict[tuple[int, int, int], float], shape: tuple[int, int, int]) -> float:
-        """Linear in the logarithms of the three sizes, within the cell of the grid; a corner that was not measured is taken
-        from the nearest shape that was."""
+        """Log-linear interpolation in the three sizes; missing grid points take the nearest measured shape."""
         corners: list[list[tuple[int, float]]] = []
         for axis, size in enumerate(shape):
             known = sorted({point[axis] for point in grid})
@@ -188,11 +189,11 @@ class Calibration:
         return total
 
     def bandwidth_seconds(self, count: float) -> float:
-        """A large copy that reads and writes `count` bytes in all."""
+        """Seconds of a large copy that reads and writes `count` bytes in total."""
         return count / self.bandwidth_bytes_per_second
 
     def elementwise_seconds(self, count: float, op: str = "add", dtype: str = "bf16") -> float:
-        """One eager operator that moves `count` bytes in all, without what calling it costs. What was not measured is as add."""
+        """Seconds of an eager operator that moves `count` bytes, without call overhead. Unmeasured operators count as add."""
         if count <= 0:
             return 0.0
         names = (f"{op} {dtype}", f"add {dtype}", "add bf16", next(iter(self.elementwise)))
@@ -200,28 +201,28 @@ class Calibration:
         return count / _log_between([(size, rate) for size, rate in points], count)
 
     def attention_seconds(self, dtype: str, length: int, heads: int, width: int, *, backward: bool = False) -> float | None:
-        """One sample of `length` tokens: forward, or with `backward` both passes. None where this dtype was not measured."""
+        """Seconds for one sample of `length` tokens: forward, or with `backward` both passes. None if not measured."""
         known = [point for point in self.attention if point["dtype"] == dtype]
         if not known:
             return None
         shapes = {(point["heads"], point["width"]) for point in known}
         shape = min(shapes, key=lambda one: abs(math.log(one[0] * one[1] / (heads * width))))
-        which = "both" if backward else "forward"
-        points = sorted((p["length"], p[which]) for p in known if (p["heads"], p["width"]) == shape)
+        direction = "both" if backward else "forward"
+        points = sorted((p["length"], p[direction]) for p in known if (p["heads"], p["width"]) == shape)
         return attention_flops(length, heads, width, backward=backward) / _log_between(points, length)
 
 
 def attention_flops(length: int, heads: int, width: int, *, backward: bool = False) -> float:
-    """Of causal attention of one sample: two products of which half is seen, 2 · length² · heads · width; and with the backward
-    pass, which has five products for these two, 3.5 times that (as arXiv 2307.08691 counts)."""
+    """FLOP of causal attention on one sample: two half-masked products, 2 · length² · heads · width; with the backward pass (five
+    products) 3.5 times that, as arXiv 2307.08691 counts."""
     return (7.0 if backward else 2.0) * length * length * heads * width
 
 
 @dataclass(frozen=True)
 class Device:
-    """One device. rates: FLOP/s by dtype, int8: integer operations/s; what is missing is not supported there.
+    """A device. rates: FLOP/s by dtype (int8: integer operations/s); missing dtypes are not supported.
 
-    watts: the board's limit (of a Mac the whole machine's highest). context_bytes: what driver and libraries take, typically.
+    watts: the board's limit (for a Mac the whole machine's maximum); context_bytes: typical memory of driver and libraries.
     """
 
     key: str
@@ -237,23 +238,23 @@ class Device:
     measured: Calibration | None = field(default=None, repr=False)
 
     def rate(self, dtype: str) -> float:
-        """FLOP/s as the table has it.
+        """FLOP/s from the table.
 
         Raises:
-            UserError: the device has none in this dtype.
+            UserError: the device does not support this dtype.
         """
         for name in (dtype, STANDS_FOR.get(dtype, dtype)):
             if name in self.rates:
                 return self.rates[name]
         hint = "model.dtype=fp16" if dtype == "bf16" and "fp16" in self.rates else f"one of {', '.join(self.rates)}"
-        raise UserError(f"{self.name} does not multiply in {dtype}", where=self.key, got=dtype, hint=hint)
+        raise UserError(f"{self.name} does not support {dtype}", where=self.key, got=dtype, hint=hint)
 
     def gemm_seconds(self, dtype: str, m: int, n: int, k: int, layout: str = "nt") -> float:
-        """(m, k) · (k, n), as `Calibration.gemm_seconds` where that was measured; else arithmetic or memory, whichever takes
-        longer, at the shares of the table's figures that are reached.
+        """Seconds of (m, k) · (k, n): as measured (`Calibration.gemm_seconds`), else the longer of arithmetic and memory traffic
+        at the usual share of the table's rates.
 
         Raises:
-            UserError: the device has nothing for this dtype.
+            UserError: the device does not support this dtype.
         """
         if self.measured is not None and self.measured.measured(dtype) is not None:
             return self.measured.gemm_seconds(dtype, m, n, k, layout)
@@ -263,7 +264,7 @@ class Device:
         return max(2.0 * m * n * k / rate, self._moving(moved)) if m * n * k else 0.0
 
     def memory_seconds(self, count: float, op: str = "add", dtype: str = "bf16") -> float:
-        """One eager elementwise operator (`Calibration.elementwise` has the names) that moves `count` bytes in all."""
+        """Seconds of an eager elementwise operator (names as in `Calibration.elementwise`) that moves `count` bytes."""
         if self.measured is not None:
             return self.measured.elementwise_seconds(count, op, dtype)
         return self._moving(count) if count > 0 else 0.0
@@ -274,41 +275,42 @@ class Device:
 
     @property
     def operation_seconds(self) -> float:
-        """What the host takes for one operator within a training step."""
+        """Host seconds per operator in a training step."""
         return self.measured.step["operation"] if self.measured is not None else OPERATION_S[self.type]
 
     def together(self, busy: float, operations: float) -> float:
-        """Seconds of a pass of `busy` seconds by itself, in so many operations. A card computes while the host calls."""
+        """Seconds of a pass with `busy` seconds of computing and so many operations. A GPU computes while the host launches."""
         factor = self.measured.step["busy"] if self.measured is not None else BUSY if self.type == "cpu" else 1.0
         host = operations * self.operation_seconds
         return busy * factor + host if self.type == "cpu" else max(busy * factor, host)
 
     def attention_seconds(self, dtype: str, length: int, heads: int, width: int, *, backward: bool = False) -> float:
-        """Causal attention of one sample of `length` tokens, forward, or both passes; samples of a packed row add up."""
+        """Seconds of causal attention on one sample of `length` tokens, forward or both passes; add up packed samples."""
         if self.measured is not None:
-            found = self.measured.attention_seconds(dtype, length, heads, width, backward=backward)
-            if found is not None:
-                return found
+            seconds = self.measured.attention_seconds(dtype, length, heads, width, backward=backward)
+            if seconds is not None:
+                return seconds
         return attention_flops(length, heads, width, backward=backward) / (self.rate(dtype) * ATTENTION_REACHED[backward])
 
     def dequantize_seconds(self, scheme: str, weights: int) -> float:
-        """Codes to bf16: as measured; else as long as moving codes (at most a byte) and floats takes."""
+        """Seconds of codes to bf16: as measured, else the time to move codes (at most a byte) and floats."""
         if self.measured is not None and scheme in self.measured.dequantize:
             return weights / self.measured.dequantize[scheme]
         return self._moving(2.5 * weights)
 
     def quantize_seconds(self, scheme: str, numbers: int) -> float:
-        """Floats to codes ("ternary", "nf4": weights; "ternary rows": activations); else as three passes over bf16."""
+        """Seconds of floats to codes ("ternary", "nf4": weights; "ternary rows": activations): as measured, else three passes
+        over bf16."""
         if self.measured is not None and scheme in self.measured.quantize:
             return numbers / self.measured.quantize[scheme]
         return self._moving(6.0 * numbers)
 
     def optimizer_seconds(self, name: str, parameters: int, tensors: int = 1, dtype: str = "fp32") -> float:
-        """One step of "adamw", "adamw_8bit", … over `parameters` in `tensors`; not measured: weight, gradient and two moments
-        read, weight and moments written."""
+        """Seconds of one step of "adamw", "adamw_8bit", … over `parameters` in `tensors`: as measured, else the time to read
+        weight, gradient and two moments, and to write weight and moments."""
         if self.measured is not None:
-            plain = name.removeprefix("paged_")
-            for key in (f"{plain} {dtype}", f"{plain} fp32"):
+            unpaged = name.removeprefix("paged_")
+            for key in (f"{unpaged} {dtype}", f"{unpaged} fp32"):
                 if key in self.measured.optimizer:
                     return parameters / self.measured.optimizer[key] + tensors * self.measured.optimizer_tensor.get(key, 0.0)
         size, moments = (2 if dtype in ("bf16", "fp16") else 4), (2 if "8bit" in name else 2 * 4)
@@ -320,14 +322,14 @@ class Device:
 _CARDS = "https://www.nvidia.com/en-us/geforce/graphics-cards/"
 _LAPTOPS = "https://www.nvidia.com/de-de/geforce/gaming-laptops/compare/"
 _CENTRE = "https://www.nvidia.com/en-us/data-center/"
-_MACS = "https://arxiv.org/abs/2502.05317"  # table 1; Apple gives no rates after the M2
+_MACS = "https://arxiv.org/abs/2502.05317"  # table 1; Apple publishes no rates after the M2
 
 
 def _cuda(
     key: str, name: str, gib: float, bandwidth: float, rates: dict[str, float], watts: float, capability: str, source: str
 ) -> Device:
     """gib: of the whole card; bandwidth: GB/s; rates: TFLOP/s."""
-    # ECC in GDDR6 takes its place from the memory, as gib says already; the driver's own part is in the context.
+    # gib is already without the memory that ECC takes on GDDR6; the driver's part is in the context.
     memory = round(gib * GIB)
     numbers = {dtype: rate * 1e12 for dtype, rate in rates.items()}
     return Device(
@@ -342,7 +344,7 @@ def geforce_rates(cores: int, clock: float) -> dict[str, float]:
 
 
 def _rtx(name: str, gib: int, bandwidth: float, cores: int, clock: float, watts: float, page: str) -> Device:
-    """A GeForce card; clock: boost, GHz. The key is the name, and the memory too where two cards share a name."""
+    """A GeForce card; clock: boost, GHz. The key is the name, with the memory if two cards share a name."""
     model, _, twin = name.partition(" / ")
     key = "-".join(f"rtx {model} {twin}".lower().split())
     capability = {"3": "8.6", "4": "8.9", "5": "12.0"}[name[0]]
@@ -354,16 +356,16 @@ def _rtx(name: str, gib: int, bandwidth: float, cores: int, clock: float, watts:
 def _centre(
     key: str, gib: float, bandwidth: float, tflops: tuple[float | None, float, float, float], watts: float, cap: str, page: str
 ) -> Device:
-    """A data centre card; tflops: bf16 (None: it has none), fp16, fp32, int8."""
+    """A data centre card; tflops: bf16 (None: not supported), fp16, fp32, int8."""
     rates = {dtype: rate for dtype, rate in zip(("bf16", "fp16", "fp32", "int8"), tflops, strict=True) if rate is not None}
     name = key.upper().replace("-", " ").replace("PCIE", "PCIe").replace("GB", " GB")
     return _cuda(key, f"NVIDIA {name}", gib, bandwidth, rates, watts, cap, f"{_CENTRE}{page}/")
 
 
 def _mac(key: str, gib: int, bandwidth: float, cores: int, gflops: float, watts: float, *, bf16: bool = True) -> Device:
-    """An Apple chip in its largest memory; gflops: fp32, of one core of its GPU. 16-bit floats are multiplied at that rate.
+    """An Apple chip with its largest memory; gflops: fp32, per GPU core. 16-bit floats have the same rate.
 
-    The GPU may take two thirds of a Mac's memory up to 36 GB, three quarters beyond, unless iogpu.wired_limit_mb says more.
+    The GPU may use two thirds of a Mac's memory up to 36 GB, three quarters beyond, unless iogpu.wired_limit_mb is raised.
     """
     rate = cores * gflops * 1e9
     rates = {"bf16": rate, "fp16": rate, "fp32": rate}
@@ -395,7 +397,7 @@ TABLE: tuple[Device, ...] = (
     _rtx("4080", 16, 717, 9728, 2.505, 320, "rtx-4080-family"),
     _rtx("4080 Super", 16, 736, 10240, 2.550, 320, "rtx-4080-family"),
     _rtx("4090", 24, 1008, 16384, 2.520, 450, "rtx-4090"),
-    # Laptops: clock and power at the upper end of the range; many have less of both.
+    # Laptops: clock and power at the upper end of the range; many have less.
     _rtx("4050 Laptop", 6, 192, 2560, 2.370, 115, "laptop"),
     _rtx("4060 Laptop", 8, 256, 3072, 2.370, 115, "laptop"),
     _rtx("4070 Laptop", 8, 256, 4608, 2.175, 115, "laptop"),
@@ -408,7 +410,7 @@ TABLE: tuple[Device, ...] = (
     _rtx("5070 Ti", 16, 896, 8960, 2.452, 300, "rtx-5070-family"),
     _rtx("5080", 16, 960, 10752, 2.617, 360, "rtx-5080"),
     _rtx("5090", 32, 1792, 21760, 2.407, 575, "rtx-5090"),
-    # Memory without what ECC takes: 15360, 23028 and 23034 MiB of nvidia-smi (modal-labs/modal-client#2797); H200: of torch.
+    # Memory without ECC's part: 15360, 23028 and 23034 MiB in nvidia-smi (modal-labs/modal-client#2797); H200: in torch.
     _centre("t4", 15.0, 320, (None, 65, 8.1, 130), 70, "7.5", "tesla-t4"),
     _centre("a10", 22.49, 600, (125, 125, 31.2, 250), 150, "8.6", "products/a10-gpu"),
     _centre("l4", 22.49, 300, (121, 121, 30.3, 242), 72, "8.9", "l4"),
@@ -417,7 +419,7 @@ TABLE: tuple[Device, ...] = (
     _centre("h100-pcie", 79.6, 2000, (756, 756, 51, 1513), 350, "9.0", "h100"),
     _centre("h100-sxm", 79.6, 3350, (989, 989, 67, 1979), 700, "9.0", "h100"),
     _centre("h200", 139.8, 4800, (989, 989, 67, 1979), 700, "9.0", "h200"),
-    # Watts: the highest of a Mac mini or Mac Studio (support.apple.com/103253 and 102027); an M3 Max is taken as an M2 Max.
+    # Watts: maximum of a Mac mini or Mac Studio (support.apple.com/103253 and 102027); for an M3 Max that of an M2 Max.
     _mac("m1", 16, 67, 8, 326, 39, bf16=False),  # bf16 came with the M2
     _mac("m1-max", 64, 400, 32, 326, 115, bf16=False),
     _mac("m2", 24, 100, 10, 357, 50),
@@ -436,15 +438,15 @@ def _base(variable: str, otherwise: str) -> Path:
 
 
 def own_path() -> Path:
+    """The file of the user's own devices."""
     return _base("XDG_CONFIG_HOME", ".config") / "devices.yaml"
 
 
 def devices() -> dict[str, Device]:
-    """Every device that has a name, by key; those of the user's own file last, in place of the table's where the keys are the
-    same.
+    """{key: device} of the table and the user's own file, which takes precedence.
 
     Raises:
-        UserError: that file cannot be understood.
+        UserError: that file is not valid.
     """
     return {one.key: one for one in TABLE} | _own(own_path())
 
@@ -460,27 +462,27 @@ def _own(path: Path) -> dict[str, Device]:
     try:
         lines = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
-        raise UserError("the file of your own devices is not YAML", where=str(path), got=str(error), hint=form) from None
+        raise UserError("the file of your own devices is not valid YAML", where=str(path), got=str(error), hint=form) from None
     if not isinstance(lines, dict):
-        raise UserError("the file of your own devices holds no devices", where=str(path), got=type(lines).__name__, hint=form)
-    found = {}
+        raise UserError("the file of your own devices is not a mapping", where=str(path), got=type(lines).__name__, hint=form)
+    own = {}
     for key, line in lines.items():
         try:
-            said = dict(line)
-            rates = {dtype: float(said.pop(dtype)) for dtype in REACHED if dtype in said}
-            memory = parse_bytes(str(said.pop("memory"))) / GIB
-            numbers = [float(said.pop(word)) for word in ("bandwidth", "watts")]
+            values = dict(line)
+            rates = {dtype: float(values.pop(dtype)) for dtype in REACHED if dtype in values}
+            memory = parse_bytes(str(values.pop("memory"))) / GIB
+            numbers = [float(values.pop(word)) for word in ("bandwidth", "watts")]
             if not rates or min(*numbers, *rates.values()) <= 0:
-                raise ValueError("rates, bandwidth and watts must be there, and positive")
-            name, source = str(said.pop("name", key)), str(said.pop("source", f"{path}"))
-            capability = str(said.pop("capability", "8.0"))
-            if said:
-                raise ValueError(f"unknown: {', '.join(map(str, said))}")
+                raise ValueError("rates, bandwidth and watts are required and must be positive")
+            name, source = str(values.pop("name", key)), str(values.pop("source", f"{path}"))
+            capability = str(values.pop("capability", "8.0"))
+            if values:
+                raise ValueError(f"unknown: {', '.join(map(str, values))}")
         except (KeyError, TypeError, ValueError) as error:
-            what = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
-            raise UserError("this device is not well described", where=f"{path}: {key}", got=what, hint=form) from None
-        found[str(key)] = _cuda(str(key), name, memory, numbers[0], rates, numbers[1], capability, source)
-    return found
+            got = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
+            raise UserError("invalid entry in the file of your own devices", where=f"{path}: {key}", got=got, hint=form) from None
+        own[str(key)] = _cuda(str(key), name, memory, numbers[0], rates, numbers[1], capability, source)
+    return own
 
 
 def _letters(text: str) -> str:
@@ -488,67 +490,66 @@ def _letters(text: str) -> str:
 
 
 def _chip(name: str) -> str:
-    """What of a name says which chip it is: no vendor, no memory, no kind of board."""
+    """The part of a name that identifies the chip: without vendor, memory and form factor."""
     text = re.sub(r"\b\d+\s*gb\b|hbm\d\w*|sxm\d?|pcie|nvidia|geforce|tesla|apple|rtx|\bgpu\b", " ", name.lower())
     return _letters(text)
 
 
 def device(name: str) -> Device:
-    """The device of that name, with its measurement where there is one: "rtx-4070", "RTX 4070", "4070", "4060 ti 16gb", "cpu".
+    """The device with this name, and its measurement if there is one: "rtx-4070", "RTX 4070", "4070", "4060 ti 16gb", "cpu".
 
     Raises:
-        UserError: there is none, or the name fits several.
+        UserError: no device has this name, or several do.
     """
-    asked = _letters(re.sub("nvidia|geforce|apple|rtx", "", name.lower()))
-    if asked == "cpu":
+    short = _letters(re.sub("nvidia|geforce|apple|rtx", "", name.lower()))
+    if short == "cpu":
         return present("cpu")
     known = devices()
     keys = {_letters(key): key for key in known}
-    exact = next((keys[word] for word in (_letters(name), asked, f"rtx{asked}") if word in keys), None)
+    exact = next((keys[word] for word in (_letters(name), short, f"rtx{short}") if word in keys), None)
     fits = [exact] if exact else [key for key, one in known.items() if _chip(one.name) == _chip(name)]
-    if len(fits) > 1 and (said := re.search(r"(\d+)\s*gb", name.lower())):
-        fits = [key for key in fits if round(known[key].memory_bytes / GIB) == int(said[1])] or fits
+    if len(fits) > 1 and (size := re.search(r"(\d+)\s*gb", name.lower())):
+        fits = [key for key in fits if round(known[key].memory_bytes / GIB) == int(size[1])] or fits
     if len(fits) == 1:
         return _with_measurement(known[fits[0]])
     listed = ", ".join(known)
     if fits:
-        raise UserError("several devices have this name", where="--gpu", got=name, hint=f"one of {', '.join(fits)}")
-    close = difflib.get_close_matches(f"rtx{asked}", keys, n=3) or difflib.get_close_matches(_letters(name), keys, n=3)
+        raise UserError("several devices match this name", where="--gpu", got=name, hint=f"use one of {', '.join(fits)}")
+    close = difflib.get_close_matches(f"rtx{short}", keys, n=3) or difflib.get_close_matches(_letters(name), keys, n=3)
     meant = f"did you mean {' or '.join(keys[word] for word in close)}? " if close else ""
-    raise UserError(
-        "this device is not known", where="--gpu", got=name, hint=f"{meant}there are cpu, {listed}; yours: {own_path()}"
-    )
+    raise UserError("unknown device", where="--gpu", got=name, hint=f"{meant}known: cpu, {listed}; add your own in {own_path()}")
 
 
 def present(torch_device: Any = None, *, measured: bool = True) -> Device:
-    """The device of this machine that `torch_device` names (None: a CUDA one if there is one, else the CPU, as a run takes
-    them): memory as the system reports it, the rest of the table, and its measurement where there is one and it is asked for.
+    """This machine's device (None: CUDA if available, else the CPU, as for a run), with the memory that the system reports.
+
+    measured: with its measurement, if there is one.
 
     Raises:
-        UserError: it is not there; or its measurement is damaged.
+        UserError: the device does not exist, or its measurement is damaged.
     """
     import torch
 
-    kind = torch.device(torch_device if torch_device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
-    if kind.type == "cuda" and torch.cuda.is_available():
-        found = _present_cuda(kind.index or 0)
-    elif kind.type == "cpu":
-        found = _present_cpu()
-    elif kind.type == "mps" and torch.backends.mps.is_available():
-        found = _present_mps()
+    chosen = torch.device(torch_device if torch_device is not None else ("cuda" if torch.cuda.is_available() else "cpu"))
+    if chosen.type == "cuda" and torch.cuda.is_available():
+        device_here = _present_cuda(chosen.index or 0)
+    elif chosen.type == "cpu":
+        device_here = _present_cpu()
+    elif chosen.type == "mps" and torch.backends.mps.is_available():
+        device_here = _present_mps()
     else:
-        hint = "cpu, or --gpu NAME"
-        raise UserError(f"there is no {kind.type} device", where="device", got=f"torch {torch.__version__}", hint=hint)
+        hint = "use the CPU, or --gpu NAME"
+        raise UserError(f"no {chosen.type} device", where="device", got=f"torch {torch.__version__}", hint=hint)
     if not measured:
-        return found
-    found = _with_measurement(found)
-    if found.type != "cpu" or found.measured is None:
-        return found
+        return device_here
+    device_here = _with_measurement(device_here)
+    if device_here.type != "cpu" or device_here.measured is None:
+        return device_here
     return replace(
-        found,
-        bandwidth=found.measured.bandwidth_bytes_per_second,
-        rates=found.rates | found.measured.rates(),
-        source=f"measured {found.measured.date}",
+        device_here,
+        bandwidth=device_here.measured.bandwidth_bytes_per_second,
+        rates=device_here.rates | device_here.measured.rates(),
+        source=f"measured {device_here.measured.date}",
     )
 
 
@@ -560,9 +561,11 @@ def _present_cuda(index: int) -> Device:
 
 
 def match(name: str, memory: int, processors: int, capability: tuple[int, int]) -> Device:
-    """The table's device that calls itself `name` and has about `memory` bytes, with that memory. One that the table has not is
-    made up of its multiprocessors, as if it were a GeForce card of 1.7 GHz, 250 W and, as an RTX 4070, 17 GB/s of bandwidth for
-    each TFLOP/s of fp32: `finetune bench device` says better."""
+    """The table's device called `name` with about `memory` bytes.
+
+    An unknown one is estimated from its multiprocessors as a GeForce card with 1.7 GHz, 250 W and, like an RTX 4070, 17 GB/s of
+    bandwidth per TFLOP/s of fp32; `finetune bench device` is more accurate.
+    """
 
     def differs(one: Device) -> tuple[bool, int]:
         return ("pcie" in one.name.lower()) != ("pcie" in name.lower()), abs(one.memory_bytes - memory)
@@ -574,8 +577,10 @@ def match(name: str, memory: int, processors: int, capability: tuple[int, int]) 
     if capability < (8, 0):
         del rates["bf16"]
     key, of = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-"), f"{capability[0]}.{capability[1]}"
-    made_up = _cuda(key, name, memory / GIB, rates["fp32"] * 17, rates, 250, of, "not in the table: from its multiprocessors")
-    return replace(made_up, memory_bytes=memory, context_bytes=CONTEXT)
+    estimated = _cuda(
+        key, name, memory / GIB, rates["fp32"] * 17, rates, 250, of, "not in the table: estimated from its multiprocessors"
+    )
+    return replace(estimated, memory_bytes=memory, context_bytes=CONTEXT)
 
 
 def _present_mps() -> Device:
@@ -583,16 +588,16 @@ def _present_mps() -> Device:
 
     import torch
 
-    asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
-    name = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+    name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     found = next((one for one in TABLE if one.type == "mps" and _chip(one.name) == _chip(name)), None)
     if found is None:
-        raise UserError("this chip is not in the table of devices", where="device", got=name, hint=f"describe it in {own_path()}")
+        raise UserError("this chip is not in the table of devices", where="device", got=name, hint=f"add it in {own_path()}")
     return replace(found, memory_bytes=torch.mps.recommended_max_memory())
 
 
 def _present_cpu() -> Device:
-    """The CPU with as many threads as torch has. Not measured, it is a guess from its instructions."""
+    """The CPU with torch's number of threads. Without a measurement its rates are estimated from its instruction set."""
     import psutil
     import torch
 
@@ -604,14 +609,14 @@ def _present_cpu() -> Device:
     flags = _cpu_flags()
     frequency = psutil.cpu_freq()
     clock = (frequency.max or frequency.current) * 1e6 if frequency else 3e9
-    # Multiply-adds of fp32 a cycle: two units of 512 or 256 bits, or of the 128 that every 64-bit core has.
+    # fp32 operations per cycle: two units of 512, 256 or (on any 64-bit core) 128 bits.
     fp32 = threads * clock * (64 if "avx512f" in flags else 32 if "avx2" in flags else 16)
     bf16 = 16 if "amx_bf16" in flags else 2 if flags & {"avx512_bf16", "bf16"} else 0.5
     int8 = 32 if "amx_int8" in flags else 4 if flags & {"avx512_vnni", "avx_vnni", "i8mm"} else 1
     rates = {"bf16": bf16 * fp32, "fp16": fp32 / 64, "fp32": fp32, "int8": int8 * fp32}
-    # Ten bytes a nanosecond and thread, and no more than two channels of DDR4-3200 have; watts: about a desktop's ten a core.
+    # 10 GB/s per thread, at most two channels of DDR4-3200; watts: about a desktop's ten per core.
     bandwidth, watts = min(10e9 * threads, 50e9), 10.0 * threads
-    source = "a guess from its instructions: finetune bench device measures it"
+    source = "estimated from its instruction set: finetune bench device measures it"
     return Device(key, name, "cpu", machine_bytes(), bandwidth, rates, watts, None, source, CPU_CONTEXT)
 
 
@@ -627,16 +632,15 @@ _UNITS = {"k": 10, "m": 20, "g": 30, "t": 40}
 
 
 def parse_bytes(text: str) -> int:
-    """"12GB", "11.5GiB", "8 gb" → bytes. GB is GiB here: the "12 GB" of a card are 12 · 2³⁰ bytes, and a budget of 12GB means
-    such a card.
+    """Parse an amount of memory: '12GB', '11.5GiB', '8 gb' → bytes. GB means GiB, as in the name of a "12 GB" card.
 
     Raises:
-        UserError: it is no amount of memory.
-    """  # fmt: skip
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])i?b?\s*", text, re.IGNORECASE)
-    count = round(float(found[1]) * (1 << _UNITS[found[2].lower()])) if found else 0
+        UserError: not an amount of memory.
+    """
+    match_ = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt])i?b?\s*", text, re.IGNORECASE)
+    count = round(float(match_[1]) * (1 << _UNITS[match_[2].lower()])) if match_ else 0
     if count <= 0:
-        raise UserError("this is no amount of memory", where="memory", got=repr(text), hint="a number and a unit: 12GB, 11.5GiB")
+        raise UserError("not an amount of memory", where="memory", got=repr(text), hint="write it as 12GB or 11.5GiB")
     return count
 
 
@@ -654,7 +658,7 @@ def save_calibration(key: str, measured: Calibration) -> Path:
 
 
 def load_calibration(key: str) -> Calibration | None:
-    """The measurement of a device; None when there is none, or one of another version of this program.
+    """The measurement of a device; None if there is none, or it is of another version of this program.
 
     Raises:
         UserError: the file is damaged.
@@ -669,8 +673,8 @@ def load_calibration(key: str) -> Calibration | None:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError) as error:
         got = f"missing: {error.args[0]}" if isinstance(error, KeyError) else str(error)
-        hint = f"finetune bench device writes a new one; or delete it: rm {path}"
-        raise UserError("the measurement of this device cannot be read", where=str(path), got=got, hint=hint) from None
+        hint = f"finetune bench device writes a new one, or delete it: rm {path}"
+        raise UserError("cannot read the measurement of this device", where=str(path), got=got, hint=hint) from None
 
 
 def _with_measurement(one: Device) -> Device:

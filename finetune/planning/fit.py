@@ -1,12 +1,12 @@
-"""A recipe and a budget of memory → a recipe that fits.
+"""Changing a recipe until its plan fits into a memory budget.
 
-What costs least is tried first: the loss in chunks, fewer rows at once (the same rows a step), activations computed again,
-states in 8 bits, weights without an fp32 copy, gradients of one layer at a time; then states, activations and layers that wait in
-the CPU's memory. Changes are added in that order until the plan fits; then each that turned out unnecessary goes, the costliest
-first. What is learnt from is never changed: a shorter data.max_length is proposed, and left to the user.
+Cheap changes are tried first: a chunked loss, smaller micro-batches (same batch per step), gradient checkpointing, 8-bit
+optimizer states, weights without an fp32 copy, the optimizer in the backward pass; then optimizer states, activations and layers
+in CPU memory. Changes are added in that order until the plan fits; then unnecessary ones are removed, the most expensive
+first. The data is never changed: a shorter data.max_length is only proposed to the user.
 
-A plan takes seconds. So of a ladder (8, 4, 2, 1 rows at once) the last rung is looked at first and the highest that fits is
-found by bisection, a change is tried only where it acts on the phase that is highest, and no recipe is planned twice.
+A plan takes seconds. Therefore a change with several values (micro-batches of 8, 4, 2, 1) is tried at its last value first and
+then bisected, a change is tried only if it affects the highest phase, and no recipe is planned twice.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from finetune.errors import UserError
 from finetune.planning.result import Plan
 from finetune.recipe import Recipe, Train, differences
 
-SHORTEST = 64  # tokens: no shorter data.max_length is proposed
-EIGHTHS = 8  # a proposed data.max_length is so many parts of the recipe's, or fewer
+SHORTEST = 64  # the shortest data.max_length to propose, in tokens
+EIGHTHS = 8  # proposed values of data.max_length are multiples of this fraction of the recipe's
 PlanOf = Callable[[Recipe], Plan]
 
 
 @dataclass(frozen=True)
 class Change:
-    """keys: what changed, with (old, new). peak_bytes, seconds (of the whole run): (before, after) it, the earlier ones done."""
+    """A change of a recipe. keys: {key: (old, new)}; peak_bytes, seconds of the run: (before, after), after earlier changes."""
 
     keys: dict[str, tuple[Any, Any]]
     why: str
@@ -38,11 +38,11 @@ class Change:
 
 @dataclass(frozen=True)
 class Fit:
-    """A recipe made to fit.
+    """Result of fitting a recipe.
 
-    recipe, plan: with all `steps` taken; where it does not fit, with every change that helps. before: the plan as it was.
-    smallest_bytes: where it does not fit, the least that any combination needs. proposal: a data.max_length (tokens) with which
-    it would then fit; None where none would. refused: changes that cannot be made here, with the reason.
+    recipe, plan: after all `steps`, which are all changes that help if it does not fit. before: the original plan.
+    smallest_bytes: the lowest peak that was reached, if it does not fit. proposal: a data.max_length (tokens) with which it would
+    fit, or None. refused: changes that are not possible here, with the reason.
     """
 
     recipe: Recipe
@@ -57,7 +57,7 @@ class Fit:
 
     @property
     def keys(self) -> dict[str, tuple[Any, Any]]:
-        """Every key that is another than it was, with (old, new)."""
+        """{key: (old, new)} of all changed keys."""
         changed: dict[str, tuple[Any, Any]] = {}
         for step in self.steps:
             for key, (old, new) in step.keys.items():
@@ -65,7 +65,7 @@ class Fit:
         return changed
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON. `changes` are the steps; `keys` what is to be written into the recipe."""
+        """For JSON. `changes`: the steps; `keys`: the values to write into the recipe."""
         changes = [
             {
                 "keys": {key: {"old": old, "new": new} for key, (old, new) in step.keys.items()},
@@ -92,11 +92,11 @@ class Fit:
 
 @dataclass(frozen=True)
 class Lever:
-    """Something that lowers memory.
+    """A change that lowers memory.
 
-    name: of levers with one name only one is pulled, a later one in place of an earlier. rungs: keys with their new values, from
-    the least change to the most. phases: where it acts; empty: everywhere. needs: keys that must be true beside it, and are made
-    so. instead_of: names of levers that cannot be pulled beside it.
+    name: of levers with the same name only one is active; a later one replaces an earlier. rungs: new values by key, from the
+    smallest change to the largest. phases: those it affects; empty: all. needs: keys that are set to true with it. instead_of:
+    names of levers that it excludes.
     """
 
     name: str
@@ -107,80 +107,82 @@ class Lever:
     instead_of: tuple[str, ...] = ()
 
 
-def levers(recipe: Recipe, kind: str) -> list[Lever]:
-    """What could be changed in `recipe` on such a device, the cheapest first. The schema still has its say on each."""
+def levers(recipe: Recipe, device_type: str) -> list[Lever]:
+    """Possible changes of `recipe` on such a device, the cheapest first. The schema may still refuse one."""
     train, batch = recipe.train, recipe.train.micro_batch
-    found: list[Lever] = []
+    possible: list[Lever] = []
     chunk = Train.model_fields["loss_chunk"].default
     if train.loss_chunk == 0 or train.loss_chunk > chunk:
-        why = f"logits of {chunk} tokens exist at once, not of all"
-        found.append(Lever("chunk", ({"train.loss_chunk": chunk},), why, ("train",)))
+        why = f"chunked loss: logits of only {chunk} tokens exist at a time"
+        possible.append(Lever("chunk", ({"train.loss_chunk": chunk},), why, ("train",)))
     smaller = [recipe.eval.batch_tokens >> n for n in range(1, 12)]
     rungs = tuple({"eval.batch_tokens": n} for n in smaller if n >= min(recipe.data.max_length, 256))
     if rungs:
-        found.append(Lever("evaluation", rungs, "evaluation reads fewer rows at once; what it measures stays", ("evaluate",)))
+        possible.append(Lever("evaluation", rungs, "smaller batches in evaluation; its results stay the same", ("evaluate",)))
     rungs = tuple(
         {"train.micro_batch": n, "train.accumulation": train.accumulation * batch // n}
         for n in range(batch - 1, 0, -1)
         if batch % n == 0
     )
     if rungs:
-        why = f"the same {batch * train.accumulation} rows a step, fewer of them at once"
-        found.append(Lever("rows", rungs, why, ("train",)))
+        why = f"smaller micro-batches; still {batch * train.accumulation} sequences per step"
+        possible.append(Lever("rows", rungs, why, ("train",)))
     if not train.checkpointing:
-        why = "activations are computed again in the backward pass"
-        found.append(Lever("checkpointing", ({"train.checkpointing": True},), why, ("train",)))
+        why = "activations are recomputed in the backward pass"
+        possible.append(Lever("checkpointing", ({"train.checkpointing": True},), why, ("train",)))
     if train.optimizer == "adamw":
-        why = "Adam's states take 2 bytes a parameter, not 8"
-        found.append(Lever("states", ({"train.optimizer": "adamw_8bit"},), why))
+        why = "Adam's states take 2 instead of 8 bytes per parameter"
+        possible.append(Lever("states", ({"train.optimizer": "adamw_8bit"},), why))
     if not recipe.base_frozen:
         if not train.stochastic_rounding:
-            # `auto` leaves the choice to us; a dtype that was asked for is kept.
+            # an explicit dtype is kept
             keys: dict[str, Any] = {"model.dtype": "bf16"} if recipe.model.dtype == "auto" else {}
-            why = "weights are bf16 without an fp32 copy, and updates rounded stochastically"
-            found.append(Lever("weights", (keys | {"train.stochastic_rounding": True},), why))
+            why = "bf16 weights without an fp32 copy, with stochastic rounding"
+            possible.append(Lever("weights", (keys | {"train.stochastic_rounding": True},), why))
         if not train.optimizer_in_backward:
-            why = "each gradient is used and freed at once"
-            keys = {"train.optimizer_in_backward": True}  # which cannot take a step back
+            why = "each gradient is applied and freed during the backward pass"
+            keys = {"train.optimizer_in_backward": True}  # cannot skip a bad step
             if train.on_bad_step == "skip":
                 keys |= {"train.on_bad_step": "rollback"}
-            found.append(Lever("gradients", (keys,), why, ("train",), instead_of=("rows",)))
-    if kind == "cuda" and train.optimizer != "paged_adamw_8bit":
-        why = "Adam's states take 2 bytes a parameter, and may wait in the CPU's memory"
-        found.append(Lever("states", ({"train.optimizer": "paged_adamw_8bit"},), why))
-    if kind == "cuda" and train.checkpointing != "offload":
-        why = "activations are computed again, and each layer's input waits in the CPU's memory"
-        found.append(Lever("checkpointing", ({"train.checkpointing": "offload"},), why, ("train",)))
+            possible.append(Lever("gradients", (keys,), why, ("train",), instead_of=("rows",)))
+    if device_type == "cuda" and train.optimizer != "paged_adamw_8bit":
+        why = "Adam's states take 2 bytes per parameter and may be paged out to CPU memory"
+        possible.append(Lever("states", ({"train.optimizer": "paged_adamw_8bit"},), why))
+    if device_type == "cuda" and train.checkpointing != "offload":
+        why = "activations are recomputed, and each layer's input is kept in CPU memory"
+        possible.append(Lever("checkpointing", ({"train.checkpointing": "offload"},), why, ("train",)))
     if recipe.base_frozen and recipe.model.offload_layers == "none":
-        place, where = ("memory", "in the CPU's memory") if kind == "cuda" else ("disk", "on the disk")
-        why = f"the frozen layers wait {where} and come one ahead"
-        found.append(Lever("layers", ({"model.offload_layers": place},), why, needs=("train.checkpointing",)))
-    return found
+        location, where = ("memory", "in CPU memory") if device_type == "cuda" else ("disk", "on disk")
+        why = f"frozen layers are kept {where} and loaded one ahead"
+        possible.append(Lever("layers", ({"model.offload_layers": location},), why, needs=("train.checkpointing",)))
+    return possible
 
 
 # ---------------------------------------------------------------------------------------------------------------- the search
 
-Pulled = dict[int, int]  # lever, by its place among all → rung
+Pulled = dict[int, int]  # {index of a lever: index of its rung}
 
 
 class _Search:
-    def __init__(self, recipe: Recipe, budget_bytes: int, plan_of: PlanOf, kind: str) -> None:
+    """The search for a combination of levers that fits; plans are cached by recipe."""
+
+    def __init__(self, recipe: Recipe, budget_bytes: int, plan_of: PlanOf, device_type: str) -> None:
         self.recipe, self.budget, self.plan_of = recipe, budget_bytes, plan_of
-        self.levers = levers(recipe, kind)
+        self.levers = levers(recipe, device_type)
         self.plans: dict[str, Plan | None] = {}
         self.refused: dict[str, str] = {}
-        self.first = plan_of(recipe)  # what is wrong with the recipe itself is told as it is
+        self.first = plan_of(recipe)  # errors of the recipe itself are raised here
         self.plans[recipe.model_dump_json()] = self.first
 
     def build(self, pulled: Pulled) -> Recipe | None:
-        """The recipe with these levers pulled; None where the schema refuses it."""
+        """The recipe with these levers applied; None if the schema refuses it."""
         content = self.recipe.model_dump()
-        for place in sorted(pulled):
-            lever = self.levers[place]
+        for index in sorted(pulled):
+            lever = self.levers[index]
             for key in lever.needs:
                 section, leaf = key.split(".")
                 content[section][leaf] = content[section][leaf] or True
-            for key, value in lever.rungs[pulled[place]].items():
+            for key, value in lever.rungs[pulled[index]].items():
                 section, leaf = key.split(".")
                 content[section][leaf] = value
         try:
@@ -189,17 +191,17 @@ class _Search:
             return None
 
     def planned(self, recipe: Recipe | None) -> Plan | None:
-        """Its plan; None where there is no such recipe, or it cannot be run on this device."""
+        """The recipe's plan; None if there is no recipe, or it cannot run on this device."""
         if recipe is None:
             return None
         key = recipe.model_dump_json()
         if key not in self.plans:
             try:
                 self.plans[key] = self.plan_of(recipe)
-            except UserError as mistake:
+            except UserError as error:
                 self.plans[key] = None
-                made = ", ".join(f"{name}={new}" for name, (_, new) in differences(self.recipe, recipe).items())
-                self.refused[mistake.message] = f"{made}: {mistake.message}"
+                changed = ", ".join(f"{name}={new}" for name, (_, new) in differences(self.recipe, recipe).items())
+                self.refused[error.message] = f"{changed}: {error.message}"
         return self.plans[key]
 
     def plan(self, pulled: Pulled) -> Plan | None:
@@ -209,7 +211,7 @@ class _Search:
         return plan is not None and plan.peak_bytes <= self.budget
 
     def least(self, recipes: Sequence[Recipe | None]) -> int:
-        """The place of the first that fits, of recipes that need ever less; the last one is known to fit."""
+        """The index of the first recipe that fits, by bisection; memory decreases along `recipes`, and the last one fits."""
         low, high = 0, len(recipes) - 1
         while low < high:
             middle = (low + high) // 2
@@ -220,14 +222,14 @@ class _Search:
         return high
 
     def add(self) -> Pulled:
-        """Pull one lever after the other until it fits, those that help; again where another phase has become the highest."""
+        """Apply levers that help, one after another, until the plan fits; start again when another phase becomes the highest."""
         pulled: Pulled = {}
         plan, moved = self.first, True
         while moved and not self.fits(plan):
             moved = False
-            for place, lever in enumerate(self.levers):
+            for index, lever in enumerate(self.levers):
                 same = [other for other in pulled if self.levers[other].name == lever.name]
-                if any(other >= place for other in same) or (lever.phases and plan.highest.name not in lever.phases):
+                if any(other >= index for other in same) or (lever.phases and plan.highest.name not in lever.phases):
                     continue
                 kept = {
                     other: rung
@@ -235,35 +237,35 @@ class _Search:
                     if other not in same and self.levers[other].name not in lever.instead_of
                 }
                 last = len(lever.rungs) - 1
-                tried = self.plan(kept | {place: last})
+                tried = self.plan(kept | {index: last})
                 if tried is None or _load(tried, self.budget) >= _load(plan, self.budget):
                     continue
                 if self.fits(tried):
-                    return kept | {place: self.least([self.build(kept | {place: rung}) for rung in range(last + 1)])}
-                pulled, plan, moved = kept | {place: last}, tried, True
+                    return kept | {index: self.least([self.build(kept | {index: rung}) for rung in range(last + 1)])}
+                pulled, plan, moved = kept | {index: last}, tried, True
         return pulled
 
     def remove(self, pulled: Pulled) -> Pulled:
-        """Of what fits, take back what is not needed, the costliest first: wholly, or as far as it can be."""
-        for place in sorted(pulled, reverse=True):
-            rest = {other: rung for other, rung in pulled.items() if other != place}
-            family = [(other, rung) for other in range(place + 1) if self.levers[other].name == self.levers[place].name
+        """Undo levers that are not needed, the most expensive first: completely, or as far as possible."""
+        for index in sorted(pulled, reverse=True):
+            rest = {other: rung for other, rung in pulled.items() if other != index}
+            family = [(other, rung) for other in range(index + 1) if self.levers[other].name == self.levers[index].name
                       for rung in range(len(self.levers[other].rungs))]  # fmt: skip
-            family = family[: family.index((place, pulled[place])) + 1]
+            family = family[: family.index((index, pulled[index])) + 1]
             ways = [rest | {other: rung} for other, rung in family]
-            if not any(key in self.levers[place].rungs[0] for other in rest for key in self.levers[other].needs):
+            if not any(key in self.levers[index].rungs[0] for other in rest for key in self.levers[other].needs):
                 ways.insert(0, rest)
             pulled = ways[self.least([self.build(way) for way in ways])]
         return pulled
 
     def steps(self, pulled: Pulled) -> list[Change]:
-        """The levers one after the other, each with what it saved and cost. Two that go together only are one step."""
+        """The changes one after another, with their savings and costs. Levers that only work together form one step."""
         changes: list[Change] = []
         done: Pulled = {}
         recipe, plan, why = self.recipe, self.first, ""
-        for place in sorted(pulled):
-            done = done | {place: pulled[place]}
-            why = f"{why}; {self.levers[place].why}" if why else self.levers[place].why
+        for index in sorted(pulled):
+            done = done | {index: pulled[index]}
+            why = f"{why}; {self.levers[index].why}" if why else self.levers[index].why
             changed = self.build(done)
             after = self.planned(changed)
             if changed is None or after is None:
@@ -287,20 +289,19 @@ class _Search:
 
 
 def _load(plan: Plan, budget_bytes: int) -> tuple[int, int]:
-    """What a change must lower to help: the peak; of equal ones, what all phases need above the budget."""
+    """What a change must lower to help: the peak, then the sum of all phases' excess over the budget."""
     return plan.peak_bytes, sum(max(0, phase.peak_bytes - budget_bytes) for phase in plan.phases)
 
 
-def fit(recipe: Recipe, budget_bytes: int, plan_of: PlanOf, *, kind: str) -> Fit:
+def fit(recipe: Recipe, budget_bytes: int, plan_of: PlanOf, *, device_type: str) -> Fit:
     """Change `recipe` until its plan fits into `budget_bytes`.
 
-    plan_of: recipe → plan, on the device that is planned for. kind: of that device (cuda, cpu, mps),
-    which decides what there is to change.
+    plan_of: plans a recipe on the target device. device_type: cuda, cpu or mps, which decides the possible changes.
 
     Raises:
-        UserError: of plan_of, for the recipe as it is.
+        UserError: from plan_of, for the unchanged recipe.
     """
-    search = _Search(recipe, budget_bytes, plan_of, kind)
+    search = _Search(recipe, budget_bytes, plan_of, device_type)
     if search.fits(search.first):
         return Fit(recipe, search.first, search.first, [], True, budget_bytes)
     pulled = search.add()

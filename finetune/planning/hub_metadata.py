@@ -1,7 +1,7 @@
-"""Models and data of the shipped recipes, so that these are planned without the hub.
+"""Configs and data sizes of the shipped recipes' hub models and datasets, for planning without the hub.
 
-Configurations are those of the models' own config.json. Of data sets: rows, and tokens as trained, counted with SmolLM2's
-tokenizer and the recipe's template; another tokenizer counts up to a quarter more or fewer.
+Configs are from the models' config.json. Datasets: rows, and tokens as trained, counted with SmolLM2's tokenizer and the recipe's
+template; another tokenizer gives up to a quarter more or fewer.
 """
 
 from __future__ import annotations
@@ -33,12 +33,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 class Rows(NamedTuple):
+    """Size of a dataset. tokens: in total; longest: tokens of the longest row."""
+
     rows: int
     tokens: int
     longest: int
 
 
 DATA = {
-    "tatsu-lab/alpaca": Rows(52_002, 4_560_000, 680),  # mean and longest of 5,000 of them
-    "databricks/databricks-dolly-15k": Rows(15_011, 2_640_000, 1024),  # of 3,000; cut at 1,024
+    "tatsu-lab/alpaca": Rows(52_002, 4_560_000, 680),  # mean and longest from 5,000 rows
+    "databricks/databricks-dolly-15k": Rows(15_011, 2_640_000, 1024),  # from 3,000 rows, cut at 1,024 tokens
 }

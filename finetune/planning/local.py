@@ -1,8 +1,8 @@
-"""What this machine's own runs have said about plans: each run adds how far its plan was off, and the next plan is corrected.
+"""Calibrating plans with this machine's own runs: each run notes the error of its plan, and later plans are corrected.
 
-~/.cache/finetune12g/errors.jsonl (or below $XDG_CACHE_HOME): a line a run, {device, kind, planned and actual peak, planned and
-actual seconds a step}. A plan's step time is multiplied by the median of actual/planned of the last runs of its kind on its
-device. Memory is not: where a plan is wrong there, that is a fault to be found; the report shows both.
+~/.cache/finetune12g/errors.jsonl (or under $XDG_CACHE_HOME): a line per run, {device, kind, planned and actual peak, planned and
+actual seconds per step}. A plan's step time is multiplied by the median of actual/planned over the last runs of its kind on its
+device. Memory is not corrected: an error there is a bug to be found; the report shows both.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Any
 from finetune.planning.result import Plan
 from finetune.recipe import Recipe
 
-LAST = 8  # runs that count
-FEWEST = 2  # before a correction is made
-ENOUGH = 20  # steps of a run, below which its speed is that of its beginning
+LAST = 8  # most runs to use
+FEWEST = 2  # fewest runs for a correction
+ENOUGH = 20  # fewest steps of a run; shorter ones measure only the start-up
 
 
 def folder() -> Path:
@@ -28,12 +28,12 @@ def folder() -> Path:
 
 
 def kind_of(recipe: Recipe) -> str:
-    """Runs of one kind are off in the same way: what is trained, in what form, whether compiled and recomputed."""
+    """The kind of a run, for grouping: runs of one kind have similar errors."""
     return f"{recipe.kind} {recipe.adapter.kind} {recipe.quant.scheme} {'recomputed' if recipe.train.checkpointing else 'kept'}"
 
 
 def note(plan: Plan, recipe: Recipe, *, steps: int, planned_bytes: int, peak_bytes: int, step_seconds: float) -> None:
-    """Add a run's error, both peaks as the run measures its own. A machine whose cache cannot be written to learns nothing."""
+    """Append a run's error, with both peaks as the run measures memory. Does nothing if the cache is not writable."""
     if steps < ENOUGH:
         return
     line = {
@@ -54,22 +54,22 @@ def note(plan: Plan, recipe: Recipe, *, steps: int, planned_bytes: int, peak_byt
 
 
 def errors() -> list[dict[str, Any]]:
-    """What runs have noted; a line that was cut off is left out."""
-    found = []
+    """The noted errors, without incomplete lines."""
+    noted = []
     try:
         lines = (folder() / "errors.jsonl").read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     for line in lines:
         try:
-            found.append(json.loads(line))
+            noted.append(json.loads(line))
         except json.JSONDecodeError:
             continue
-    return found
+    return noted
 
 
 def corrected(plan: Plan, recipe: Recipe) -> Plan:
-    """The plan with its times as this machine's own runs of the kind say."""
+    """The plan with step times corrected by this machine's runs of the same kind."""
     own = [e for e in errors() if e["device"] == plan.device and e["kind"] == kind_of(recipe) and e["planned_step"] > 0][-LAST:]
     if len(own) < FEWEST:
         return plan
@@ -78,8 +78,8 @@ def corrected(plan: Plan, recipe: Recipe) -> Plan:
         replace(phase, seconds=None if phase.seconds is None else phase.seconds * factor) if phase.name == "train" else phase
         for phase in plan.phases
     ]
-    said = f"step times are multiplied by {factor:.2f}, from {len(own)} runs of this kind on this device"
+    reason = f"step times are multiplied by {factor:.2f}, from {len(own)} runs of this kind on this device"
     return replace(
-        plan, phases=phases, step_seconds=plan.step_seconds * factor, notes=[*plan.notes, said],
+        plan, phases=phases, step_seconds=plan.step_seconds * factor, notes=[*plan.notes, reason],
         traced=plan.traced | {"uncorrected": plan.step_seconds},
     )  # fmt: skip

@@ -1,11 +1,11 @@
-"""The plan of a recipe on a device, as plain data: what `finetune plan` prints, `run.json` keeps and the report draws."""
+"""The plan of a recipe on a device as plain data, for `finetune plan`, `run.json` and the report."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-# The terms of memory, in the order in which they are drawn. Weights are named by their format: weights (nf4), weights (bf16), …
+# The terms of memory, in the order of display. Weights are named by their format: weights (nf4), weights (bf16), …
 TERMS = (
     "weights",
     "adapters",
@@ -13,9 +13,9 @@ TERMS = (
     "optimizer",
     "activations",  # kept by the forward pass for the backward pass
     "logits",
-    "workspace",  # what exists within a pass only
+    "workspace",  # temporary within a pass
     "cache",  # keys and values, while generating
-    "context",  # of the driver and the libraries; on the CPU of the process
+    "context",  # driver and libraries; on a CPU the process
     "fragmentation",
 )
 
@@ -24,8 +24,8 @@ TERMS = (
 class Phase:
     """One phase of a run: load, evaluate, generate, train, save, merge.
 
-    peak_bytes: on the device that trains. host_bytes: in the CPU's memory, where that is another. terms: what peak_bytes is of.
-    seconds: of the whole phase in the run; None where nothing is known to tell it by.
+    peak_bytes: on the training device; host_bytes: in CPU memory, if that is separate; terms: parts of peak_bytes; seconds: of
+    the whole phase, None if unknown.
     """
 
     name: str
@@ -39,10 +39,9 @@ class Phase:
 class Plan:
     """What a run of `recipe` needs on `device`.
 
-    budget_bytes: what may be used of the device. step_seconds: one optimizer step of `tokens_per_step` tokens. flops: of the
-    whole training, what is recomputed left out. watts: of the device at work. notes: assumptions and reasons, each one sentence.
-    traced: how it was found: layers traced, layers of the model, whether that was extrapolated, operations and seconds of
-    arithmetic of a step.
+    budget_bytes: usable memory of the device; step_seconds: one optimizer step of `tokens_per_step` tokens; flops: of the whole
+    training, without recomputation; watts: of the device under load; notes: assumptions and reasons, a sentence each; traced:
+    details of the trace: layers traced, layers of the model, whether they are alike, operations and compute seconds per step.
     """
 
     recipe: str
@@ -92,7 +91,7 @@ class Plan:
         return next(phase for phase in self.phases if phase.name == name)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the fields, and peak_bytes, fits, terms (of the highest phase), seconds, tokens, kwh, price."""
+        """The fields for JSON, with peak_bytes, fits, terms (of the highest phase), seconds, tokens, kwh and price."""
         return asdict(self) | {
             "peak_bytes": self.peak_bytes,
             "fits": self.fits,
@@ -106,7 +105,7 @@ class Plan:
 
     @staticmethod
     def of_dict(saved: dict[str, Any]) -> Plan:
-        """The way back."""
+        """The inverse of `as_dict`."""
         names = Plan.__dataclass_fields__
         phases = [Phase(**phase) for phase in saved["phases"]]
         return Plan(**{key: value for key, value in saved.items() if key in names} | {"phases": phases})

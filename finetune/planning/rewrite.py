@@ -1,4 +1,4 @@
-"""Changed keys in a recipe's text, so that everything else in it, comments too, stays as it was written."""
+"""Changing keys in a recipe's text without touching anything else, comments included."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def scalar(value: Any) -> str:
 
 
 def diff(keys: dict[str, tuple[Any, Any]]) -> list[str]:
-    """Lines of a unified diff of a recipe in which these keys (`section.key`) went from old to new; each under its section."""
+    """Lines of a unified diff for keys (`section.key`) that changed from old to new, grouped by section."""
     lines: list[str] = []
     section = None
     for key, (old, new) in sorted(keys.items(), key=lambda item: item[0].split(".")[:-1]):
@@ -28,16 +28,16 @@ def diff(keys: dict[str, tuple[Any, Any]]) -> list[str]:
 
 
 def rewrite(text: str, keys: dict[str, Any]) -> tuple[str, bool]:
-    """The YAML `text` with keys (`section.key`, or `key`) set, and whether its comments and layout could be kept."""
+    """(the YAML `text` with keys (`section.key` or `key`) set, whether its comments and layout were kept)."""
     content = yaml.safe_load(text)
     for key, value in keys.items():
         *sections, leaf = key.split(".")
-        there = content
+        node = content
         for section in sections:
-            if not isinstance(there.get(section), dict):
-                there[section] = {}
-            there = there[section]
-        there[leaf] = value
+            if not isinstance(node.get(section), dict):
+                node[section] = {}
+            node = node[section]
+        node[leaf] = value
     lines = text.splitlines()
     for key, value in keys.items():
         section, _, leaf = key.rpartition(".")
@@ -53,7 +53,7 @@ def rewrite(text: str, keys: dict[str, Any]) -> tuple[str, bool]:
 
 
 def _set(lines: list[str], section: str, leaf: str, value: Any) -> None:
-    """Put the key where a recipe written line by line has it; whether that came out right is for the caller to see."""
+    """Set the key in a recipe written line by line; the caller must check the result."""
     if not section:
         first, last, indent = 0, len(lines), ""
     else:
@@ -71,5 +71,5 @@ def _set(lines: list[str], section: str, leaf: str, value: Any) -> None:
             return
     end = last
     while end > first and (not lines[end - 1].strip() or lines[end - 1].lstrip().startswith("#")):
-        end -= 1  # behind the section's last key, before what stands above the next
+        end -= 1  # after the section's last key, before comments of the next section
     lines.insert(end, f"{indent}{leaf}: {scalar(value)}")

@@ -1,4 +1,4 @@
-"""The recipe's own step, built without weights and traced: train, evaluate, generate."""
+"""Building a recipe's model without weights and tracing its steps: training, evaluation, generation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from finetune.data.samples import IGNORE
 from finetune.models.build import BuiltModel, build_model, build_teacher, distillation
 from finetune.models.source import Source
 from finetune.planning.trace import (
-    Grouped,
+    GroupedProducts,
     Recorder,
     Trace,
     TraceContext,
@@ -37,12 +37,12 @@ from finetune.train.pretrain import Pretraining
 from finetune.train.sft import SupervisedFineTuning
 from quant.linear import PackedLinear
 
-SMALL, LARGE = 2, 4  # layers of the two traces from which more follow
+SMALL, LARGE = 2, 4  # numbers of layers of the two traces to extrapolate from
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """One micro-batch: rows (B, T), where samples lie in them flattened, and how many tokens are trained."""
+    """A micro-batch. shape: (B, T); bounds: of the samples in the flattened batch; supervised: tokens in the loss."""
 
     shape: tuple[int, int]
     bounds: tuple[int, ...]
@@ -55,7 +55,7 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class DeviceSpec:
-    """Where a step is traced for. type: cuda or cpu. dtype: of the unquantized weights. autocast: of the products, or None."""
+    """The device to trace for. type: cuda or cpu; dtype: of the unquantized weights; autocast: of matrix products, or None."""
 
     type: str
     dtype: torch.dtype
@@ -65,7 +65,7 @@ class DeviceSpec:
 
 @dataclass
 class Static:
-    """Bytes that are there all the time; by format, and of the layers alone. parameters: those that packed linears stand for."""
+    """Bytes that are always allocated, by format, and those of the layers alone. parameters: with those in packed linears."""
 
     weights: Counter[str]
     layers: Counter[str]
@@ -78,7 +78,7 @@ class Static:
 
 @dataclass
 class Traced:
-    """What the step of a whole model needs. moments: as of `Trace`. layers: (traced, of the model)."""
+    """The traces of a whole model. layers: (traced, of the model); uniform: whether all layers are alike."""
 
     static: Static
     train: Trace
@@ -90,7 +90,7 @@ class Traced:
 
 
 def uniform(config: Any) -> bool:
-    """Whether all decoder layers are of one kind: modules of the same classes and shapes, and no list in the config differs."""
+    """Whether all decoder layers are alike: the same module classes and shapes, and equal entries in the config's lists."""
     from transformers import AutoModelForCausalLM
 
     text = config.get_text_config()
@@ -111,7 +111,7 @@ def uniform(config: Any) -> bool:
 
 
 def with_layers(config: Any, layers: int) -> Any:
-    """The config of the same model with so many layers."""
+    """A copy of the config with `layers` layers."""
     fewer = copy.deepcopy(config)
     text = fewer.get_text_config()
     text.num_hidden_layers = layers
@@ -121,22 +121,23 @@ def with_layers(config: Any, layers: int) -> Any:
 
 
 def layers_in(config: Any) -> int:
+    """Number of decoder layers."""
     return int(config.get_text_config().num_hidden_layers)
 
 
-def without_weights(recipe: Recipe, source: Source, config: Any, spec: DeviceSpec) -> BuiltModel:
-    """The model as a run builds it, on `meta`."""
+def build_on_meta(recipe: Recipe, source: Source, config: Any, spec: DeviceSpec) -> BuiltModel:
+    """Build the model on `meta` as a run builds it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return build_model(recipe, source, config, device=torch.device("meta"), dtype=spec.dtype)
 
 
 def static_of(recipe: Recipe, model: Any, built: BuiltModel) -> Static:
-    """What the model keeps all the time, from its parameters' shapes."""
+    """The model's static memory, from the shapes of its parameters."""
     packed = {id(p): layer.quantized for layer in model.modules() if isinstance(layer, PackedLinear) for p in layer.parameters()}
     layers = offload.layers_of(model)
     in_layers = {id(p) for layer in layers for p in layer.parameters()}
-    weights, of_layers, adapters = Counter[str](), Counter[str](), 0
+    weights, layer_weights, adapters = Counter[str](), Counter[str](), 0
     for p in {id(p): p for p in [*model.parameters(), *model.buffers()]}.values():
         size = p.numel() * p.element_size()
         if recipe.base_frozen and p.requires_grad:
@@ -145,18 +146,18 @@ def static_of(recipe: Recipe, model: Any, built: BuiltModel) -> Static:
         name = packed.get(id(p)) or {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}.get(p.dtype, "other")
         weights[f"weights ({name})"] += size
         if id(p) in in_layers:
-            of_layers[f"weights ({name})"] += size
+            layer_weights[f"weights ({name})"] += size
     trained = list(checkpoint.trained(model).values())
     low = {"stochastic_rounding": recipe.train.stochastic_rounding, "in_backward": recipe.train.optimizer_in_backward}
     frozen = [sum(p.numel() * p.element_size() for p in layer.parameters() if not p.requires_grad) for layer in layers]
     return Static(
-        weights, of_layers, adapters, frozen, optim.memory_of(trained, name=recipe.train.optimizer, **low),
+        weights, layer_weights, adapters, frozen, optim.memory_of(trained, name=recipe.train.optimizer, **low),
         built.parameters, built.trainable,
     )  # fmt: skip
 
 
-def line(a: Any, b: Any, layers: int) -> Any:
-    """The static bytes of so many layers, from those of SMALL and LARGE."""
+def extrapolate_static(a: Any, b: Any, layers: int) -> Any:
+    """Static memory with `layers` layers, linear in those with SMALL (a) and LARGE (b) layers."""
 
     def at(x: float, y: float) -> int:
         return round(x + (y - x) * (layers - SMALL) / (LARGE - SMALL))
@@ -183,9 +184,9 @@ def trace(
     generate: int = 0,
     whole: bool = False,
 ) -> Traced:
-    """Trace the step of `config`'s model: with two and four layers where all are alike and there are more, else all of them.
+    """Trace the steps of a model: with two and four layers if there are more and all are alike, else with all.
 
-    generate: tokens of the longest prompt, 0 for none. teacher: (source, config) of a model to learn from.
+    generate: tokens of the longest prompt, 0 for none; teacher: (source, config) of a teacher; whole: trace all layers.
     """
     layers, same = layers_in(config), uniform(config)
     options: dict[str, Any] = {"evaluate": evaluate, "generate": generate}
@@ -198,7 +199,7 @@ def trace(
     )
     assert train is not None
     assert evaluated is not None
-    return Traced(line(a[0], b[0], layers), train, evaluated, generated, b[4], (LARGE, layers), True)
+    return Traced(extrapolate_static(a[0], b[0], layers), train, evaluated, generated, b[4], (LARGE, layers), True)
 
 
 def _trace(
@@ -212,7 +213,7 @@ def _trace(
     generate: int,
     teacher: Any = None,
 ) -> tuple[Static, Trace, Trace, Trace | None, list[str]]:
-    built = without_weights(recipe, source, config, spec)
+    built = build_on_meta(recipe, source, config, spec)
     model = built.model
     static = static_of(recipe, model, built)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -223,28 +224,28 @@ def _trace(
         was = kernels.switched_on()
         with (
             trace_context.use(TraceContext(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)),
-            Grouped(),
+            GroupedProducts(),
         ):
-            found = _speed_up(model, recipe, spec)
+            patches = _speed_up(model, recipe, spec)
         try:
             with trace_context.use(TraceContext(Recorder(vocabulary=0, supervised=1, cuda=False), micro.bounds, micro.shape)):
                 losses = _distillation(None if teacher is None else teacher[1], recipe, model, mode, spec)
-            train = _train(model, recipe, spec, micro, found, vocabulary, count, losses)
+            train = _train(model, recipe, spec, micro, patches, vocabulary, count, losses)
             generated = None
-            evaluated = _evaluate(model, recipe, spec, evaluate or micro, found, vocabulary, count)
+            evaluated = _evaluate(model, recipe, spec, evaluate or micro, patches, vocabulary, count)
             if generate:
-                with found.paused():
+                with patches.paused():
                     generated = _generate(model, spec, generate, vocabulary, count)
         finally:
-            found.remove()
+            patches.remove()
             kernels.switch(was)
-    return static, train, evaluated, generated, found.in_words()
+    return static, train, evaluated, generated, patches.in_words()
 
 
 def _speed_up(model: Any, recipe: Recipe, spec: DeviceSpec) -> FastStep:
-    """The fast step, its trials taken for granted; compiled as the run would."""
-    said = recipe.model_copy(update={"fast": recipe.fast.model_copy(update={"compile": spec.compiled})})
-    return patching.apply_patches(model, said, torch.device(spec.type))
+    """Patch the model as a run does, without its checks; compiled if the run would compile."""
+    adjusted = recipe.model_copy(update={"fast": recipe.fast.model_copy(update={"compile": spec.compiled})})
+    return patching.apply_patches(model, adjusted, torch.device(spec.type))
 
 
 @contextmanager
@@ -273,21 +274,24 @@ def _train(
     recipe: Recipe,
     spec: DeviceSpec,
     micro: MicroBatch,
-    found: FastStep,
+    patches: FastStep,
     vocabulary: int,
-    count: int,
+    layer_count: int,
     teacher: Any,
 ) -> Trace:
-    """One micro-batch forward and backward; a second one on top of its gradients, where gradients are accumulated."""
+    """Trace a micro-batch forward and backward; with accumulation also a second one on top of its gradients."""
     recorder = _recorder(vocabulary, micro, spec, model, *([] if teacher is None else [teacher.teacher]))
-    pieces = TraceContext(recorder, micro.bounds, micro.shape)
+    context = TraceContext(recorder, micro.bounds, micro.shape)
     settings = recipe.train
-    kind: Any
+    task: Any
     device = torch.device("cpu")
     if recipe.streams_text:
-        kind = Pretraining(None, device, micro_batch=micro.shape[0], head=found.head, chunk=settings.loss_chunk, teacher=teacher)  # type: ignore[arg-type]
+        no_text: Any = None
+        task = Pretraining(
+            no_text, device, micro_batch=micro.shape[0], head=patches.head, chunk=settings.loss_chunk, teacher=teacher
+        )
     else:
-        kind = SupervisedFineTuning(None, device, head=found.head, chunk=settings.loss_chunk)  # type: ignore[arg-type]
+        task = SupervisedFineTuning(None, device, head=patches.head, chunk=settings.loss_chunk)  # type: ignore[arg-type]
     model.train()
     layers = offload.layers_of(model)
     handles = watch_layers(layers, recorder)
@@ -300,11 +304,11 @@ def _train(
                 recorder.work = Counter()
             recorder.phase, recorder.at = "inputs", ("forward", -1)
             kept = _offloaded() if settings.checkpointing == "offload" else nullcontext()
-            with trace_context.use(pieces), recorder:
+            with trace_context.use(context), recorder:
                 batch = _batch(recipe, micro)
                 recorder.phase = "activations"
                 with torch.autocast("cpu", dtype=spec.autocast, enabled=spec.autocast is not None), kept:
-                    loss, _ = kind.loss(model, batch)
+                    loss, _ = task.loss(model, batch)
                 recorder.phase, recorder.at = "workspace", ("backward", -1)
                 recorder.look()
                 loss.backward()
@@ -314,11 +318,13 @@ def _train(
         for handle in handles:
             handle.remove()
     moments = {
-        layer_position(at, count): moment for at, moment in recorder.moments.items() if layer_position(at, count)[1] != "between"
+        layer_position(at, layer_count): moment
+        for at, moment in recorder.moments.items()
+        if layer_position(at, layer_count)[1] != "between"
     }
     for p in trained:
         p.grad = None
-    return Trace(count, moments, recorder.work)
+    return Trace(layer_count, moments, recorder.work)
 
 
 def _batch(recipe: Recipe, micro: MicroBatch) -> Any:
@@ -331,7 +337,7 @@ def _batch(recipe: Recipe, micro: MicroBatch) -> Any:
 
 
 def _offloaded() -> Any:
-    """What is kept for the backward pass is in the CPU's memory, and comes back when it is asked for."""
+    """Hooks that model offloaded activations: nothing stays on the device until the backward pass needs it."""
     return torch.autograd.graph.saved_tensors_hooks(
         lambda tensor: (tensor.shape, tensor.stride(), tensor.dtype),
         lambda kept: torch.empty_strided(kept[0], kept[1], dtype=kept[2]),
@@ -343,19 +349,19 @@ def _gradient(recorder: Recorder) -> Callable[[Tensor], None]:
 
 
 def _stepping(recorder: Recorder, settings: Train) -> Callable[[Tensor], None]:
-    """The optimizer's step inside the backward pass: a parameter is updated, and its gradient freed."""
+    """A hook that models the optimizer in the backward pass: its temporary memory, then the gradient is freed."""
 
     def hook(parameter: Tensor) -> None:
         low = {"stochastic_rounding": settings.stochastic_rounding, "in_backward": True}
         needed = optim.memory_of([parameter], name=settings.optimizer, **low)["temporary"]
-        recorder.look(max(0, needed - parameter.numel() * parameter.element_size()))  # the gradient is counted already
+        recorder.look(max(0, needed - parameter.numel() * parameter.element_size()))  # the gradient is already counted
         parameter.grad = None
 
     return hook
 
 
 def _evaluate(
-    model: Any, recipe: Recipe, spec: DeviceSpec, micro: MicroBatch, found: FastStep, vocabulary: int, count: int
+    model: Any, recipe: Recipe, spec: DeviceSpec, micro: MicroBatch, patches: FastStep, vocabulary: int, count: int
 ) -> Trace:
     recorder = _recorder(vocabulary, micro, spec, model)
     model.eval()
@@ -364,9 +370,9 @@ def _evaluate(
         ids, positions = torch.zeros(micro.shape, dtype=torch.int64), torch.zeros(micro.shape, dtype=torch.int64)
         targets = torch.zeros(micro.supervised, dtype=torch.int64)
         recorder.phase = "workspace"
-        if found.head is not None:
-            hidden = found.head.hidden(ids, positions).flatten(0, 1)[: micro.supervised]
-            chunked_loss.token_losses(hidden, found.head, targets, chunk=recipe.train.loss_chunk)
+        if patches.head is not None:
+            hidden = patches.head.hidden(ids, positions).flatten(0, 1)[: micro.supervised]
+            chunked_loss.token_losses(hidden, patches.head, targets, chunk=recipe.train.loss_chunk)
         else:
             logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits.flatten(0, 1)
             torch.nn.functional.cross_entropy(logits.float(), ids.flatten(), reduction="none")
@@ -374,7 +380,7 @@ def _evaluate(
 
 
 def _generate(model: Any, spec: DeviceSpec, tokens: int, vocabulary: int, count: int) -> Trace:
-    """The prompt's pass, with its keys and values kept; those of the answer are added by who knows their number."""
+    """Trace the prompt's forward pass with its key-value cache; the caller adds the cache of the answer."""
     micro = MicroBatch((1, tokens), (0, tokens), 1)
     recorder = _recorder(vocabulary, micro, spec, model)
     model.eval()

@@ -1,4 +1,4 @@
-"""The plan in words and tables, on a screen of 80 columns, and as Markdown for a page."""
+"""Plans in words and tables, for a screen of 80 columns and as Markdown."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ BAR = 24  # characters
 
 
 def of(peak_bytes: int, budget_bytes: int) -> str:
-    """Both in GiB, with as many digits as tell which is larger."""
+    """'6.9 of 12.0 GiB', with enough digits to tell which is larger."""
     if gib(peak_bytes) == gib(budget_bytes) and peak_bytes != budget_bytes:
         return f"{peak_bytes / GIB:.3f} of {budget_bytes / GIB:.3f} GiB"
     return f"{gib(peak_bytes)} of {gib(budget_bytes)} GiB"
 
 
 def energy(plan: Plan) -> str:
-    """1.2 kWh, 0.38 at 0.32/kWh; without a price where there is none."""
+    """'1.2 kWh, 0.38 at 0.32/kWh'; without a price if none is given."""
     used = f"{plan.kwh:,.0f} kWh" if plan.kwh >= 100 else f"{plan.kwh:.2g} kWh"
     if plan.price is None:
         return used
@@ -37,20 +37,20 @@ def energy(plan: Plan) -> str:
 
 def verdict(plan: Plan) -> str:
     """The plan in one line."""
-    said = "fits" if plan.fits else "does not fit"
-    taken = f"{rough_duration(plan.seconds)}, {energy(plan)}"
-    return f"{said}: {of(plan.peak_bytes, plan.budget_bytes)}, highest in {plan.highest.name}; {taken}"
+    word = "fits" if plan.fits else "does not fit"
+    cost = f"{rough_duration(plan.seconds)}, {energy(plan)}"
+    return f"{word}: {of(plan.peak_bytes, plan.budget_bytes)}, highest in {plan.highest.name}; {cost}"
 
 
 def work(plan: Plan) -> list[str]:
-    """What is trained, and how fast."""
+    """What is trained and how fast, in two lines."""
     speed = plan.tokens_per_step / plan.step_seconds if plan.step_seconds else 0.0
     training = plan.steps * plan.step_seconds
     rate = f", {plan.flops / training / 1e12:.3g} TFLOP/s" if training else ""
     return [
         f"{many(plan.parameters)} parameters, {many(plan.trainable)} trained; {plan.steps:,} steps of {plan.tokens_per_step:,} "
-        f"tokens, {many(plan.tokens)} in all",
-        f"{step_time(plan.step_seconds)} a step, {many(speed)} tokens/s; {plan.flops:.1e} FLOP{rate}",
+        f"tokens, {many(plan.tokens)} in total",
+        f"{step_time(plan.step_seconds)} per step, {many(speed)} tokens/s; {plan.flops:.1e} FLOP{rate}",
     ]
 
 
@@ -58,7 +58,7 @@ def work(plan: Plan) -> list[str]:
 
 
 def show(plan: Plan, screen: Screen) -> None:
-    """Verdict, memory by phase, terms of the highest phase, notes."""
+    """Print verdict, memory by phase, terms of the highest phase, and notes."""
     _say(screen, Text(verdict(plan), "bold green" if plan.fits else "bold red"))
     _say(screen, f"{plan.recipe} on {plan.device}: {work(plan)[0]}")
     _say(screen, work(plan)[1])
@@ -90,12 +90,12 @@ def show(plan: Plan, screen: Screen) -> None:
 
 
 def _say(screen: Screen, text: str | Text) -> None:
-    """A line that breaks between words, at the end of the screen."""
+    """Print a line, wrapped at words."""
     screen.console.print(text, markup=False, soft_wrap=False)
 
 
 def _table(*columns: str) -> Table:
-    """Columns; of figures, whose names begin with >, on the right."""
+    """A table; columns whose name starts with > are right-aligned."""
     table = Table(box=None, pad_edge=False)
     for name in columns:
         table.add_column(name.removeprefix(">"), justify="right" if name.startswith(">") else "left", overflow="fold")
@@ -103,7 +103,7 @@ def _table(*columns: str) -> Table:
 
 
 def _bar(value: float, most: float) -> str:
-    """A bar of at most BAR characters, in eighths of one."""
+    """A bar of at most BAR characters, in steps of 1/8 character."""
     eighths = round(8 * BAR * value / most) if most else 0
     return "█" * (eighths // 8) + ("▏▎▍▌▋▊▉"[eighths % 8 - 1] if eighths % 8 else "")
 
@@ -112,15 +112,15 @@ def _bar(value: float, most: float) -> str:
 
 
 def show_fit(fit: Fit, screen: Screen) -> None:
-    """What was changed, and what each change saves and costs; where nothing is enough, the smallest budget that would be."""
+    """Print the changes with their savings and costs; if they are not enough, the smallest budget that would be."""
     before = fit.before
     if not fit.steps and fit.fits:
-        _say(screen, f"fits as it is: {of(before.peak_bytes, fit.budget_bytes)}; nothing was changed")
+        _say(screen, f"fits unchanged: {of(before.peak_bytes, fit.budget_bytes)}")
         return
     if fit.fits:
-        said = f"fits, changed: {gib(before.peak_bytes)} → {of(fit.plan.peak_bytes, fit.budget_bytes)}; "
-        said += f"{rough_duration(before.seconds)} → {rough_duration(fit.plan.seconds)}"
-        _say(screen, Text(said, "bold green"))
+        text = f"fits with changes: {gib(before.peak_bytes)} → {of(fit.plan.peak_bytes, fit.budget_bytes)}; "
+        text += f"{rough_duration(before.seconds)} → {rough_duration(fit.plan.seconds)}"
+        _say(screen, Text(text, "bold green"))
     else:
         _say(screen, Text(cannot(fit), "bold red"))
     if fit.steps:
@@ -128,7 +128,7 @@ def show_fit(fit: Fit, screen: Screen) -> None:
         for line in diff(fit.keys):
             screen.say(Text(line, {"-": "red", "+": "green"}.get(line[0], "")))
         screen.say("")
-        table = _table(">saves GiB", ">peak then", ">time", "change")
+        table = _table(">saves GiB", ">new peak", ">time", "change")
         for step in fit.steps:
             table.add_row(_saved(step), gib(step.peak_bytes[1]), _longer(step), _change(step))
         screen.console.print(table, soft_wrap=False)
@@ -137,12 +137,12 @@ def show_fit(fit: Fit, screen: Screen) -> None:
 
 
 def cannot(fit: Fit) -> str:
-    """What a fit that failed comes to, in one line."""
-    said = f"cannot fit into {gib(fit.budget_bytes)} GiB: with every change that helps {gib(fit.smallest_bytes or 0)} GiB is the "
-    said += f"smallest that would do, highest in {fit.plan.highest.name}"
+    """Why a recipe could not be made to fit, in one line."""
+    text = f"cannot fit into {gib(fit.budget_bytes)} GiB: with all changes that help it still needs "
+    text += f"{gib(fit.smallest_bytes or 0)} GiB, highest in {fit.plan.highest.name}"
     if fit.proposal is not None:
-        said += f"; with data.max_length={fit.proposal} it would fit, and learn from shorter samples"
-    return said
+        text += f"; data.max_length={fit.proposal} would fit, but shortens the samples"
+    return text
 
 
 def _change(step: Change) -> str:
@@ -156,11 +156,11 @@ def _assignments(step: Change) -> dict[str, str]:
 
 def _saved(step: Change) -> str:
     before, after = step.peak_bytes
-    return gib(before - after) if before != after else "none alone"
+    return gib(before - after) if before != after else "none by itself"
 
 
 def _longer(step: Change) -> str:
-    """How much longer the whole run takes by it."""
+    """The change of the run's time, in words."""
     before, after = step.seconds
     if abs(after - before) < 0.005 * max(before, 1.0):
         return "the same"
@@ -173,12 +173,12 @@ def _longer(step: Change) -> str:
 
 
 def rows_budgets(rows: list[dict[str, Any]]) -> list[int]:
-    """All budgets (bytes) of the rows, ascending."""
+    """All budgets (bytes) of the table's lines, ascending."""
     return sorted({budget for row in rows for budget in row["plans"]})
 
 
 def card(budget_bytes: int) -> str:
-    """A card's memory as vendors count it: 12 GB are 12 · 1024³ bytes."""
+    """GPU memory as vendors write it: 12 GB are 12 · 1024³ bytes."""
     return f"{budget_bytes / GIB:g} GB"
 
 
@@ -193,7 +193,7 @@ def _cell(answer: Plan | Fit) -> tuple[str, str, str]:
 
 
 def footnotes(rows: list[dict[str, Any]]) -> list[str]:
-    """What had to be changed for each budget, and what could not be planned."""
+    """The changes for each budget, and recipes that could not be planned."""
     notes = []
     for row in rows:
         if row.get("error"):
@@ -203,17 +203,17 @@ def footnotes(rows: list[dict[str, Any]]) -> list[str]:
             if not isinstance(answer, Fit) or not (answer.steps or not answer.fits):
                 continue
             keys = " ".join(f"{key}={value}" for step in answer.steps for key, value in _assignments(step).items())
-            ends = (
+            outcome = (
                 ""
                 if answer.fits
-                else "; " + (f"with data.max_length={answer.proposal} it would fit" if answer.proposal else "and it does not fit")
+                else "; " + (f"data.max_length={answer.proposal} would fit" if answer.proposal else "does not fit")
             )
-            notes.append(f"{row['recipe']} on {card(budget)}: {keys or 'no change helps'}{ends}")
+            notes.append(f"{row['recipe']} on {card(budget)}: {keys or 'no change helps'}{outcome}")
     return notes
 
 
 def show_many(rows: list[dict[str, Any]], screen: Screen) -> None:
-    """Recipes × budgets. rows: {recipe, parameters, tokens, plans: {bytes: Plan or Fit}}, or {recipe, plans: {}, error}."""
+    """Print recipes × budgets. rows: {recipe, parameters, tokens, plans: {bytes: Plan or Fit}}, or {recipe, plans: {}, error}."""
     budgets = rows_budgets(rows)
     table = _table("recipe", ">parameters", ">tokens", *(f">{card(budget)}" for budget in budgets))
     colours = {"yes": "green", "changed": "yellow", "no": "red"}
@@ -233,7 +233,7 @@ def show_many(rows: list[dict[str, Any]], screen: Screen) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The same as a table of Markdown."""
+    """The table of recipes × budgets as Markdown."""
     budgets = rows_budgets(rows)
     head = ["recipe", "parameters", "tokens", *(card(budget) for budget in budgets)]
     lines = ["| " + " | ".join(head) + " |", "|---|--:|--:" + "|---" * len(budgets) + "|"]
@@ -252,11 +252,11 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def claim(flops: float, days: tuple[float, float], *, what: str, device: str, rate: float, dtype: str = "bf16") -> str:
-    """The arithmetic of a claim. flops: of the whole training. days: claimed, (least, most). rate: dense FLOP/s of the device."""
+    """The arithmetic of a claim, in words. flops: of the training; days: claimed (least, most); rate: dense FLOP/s."""
     least, most = sorted(days)
     needs = [flops / (day * 86400) / 1e12 for day in (most, least)]
-    span, wanted = (f"{a:,.0f}–{b:,.0f}" if round(a) != round(b) else f"{a:,.0f}" for a, b in ((least, most), needs))
-    said = f"{what} in {span} days on {device} would need {wanted} TFLOP/s; its dense {dtype} rate is {rate / 1e12:,.0f}"
+    span, needed = (f"{a:,.0f}–{b:,.0f}" if round(a) != round(b) else f"{a:,.0f}" for a, b in ((least, most), needs))
+    text = f"{what} in {span} days on {device} would need {needed} TFLOP/s; its dense {dtype} rate is {rate / 1e12:,.0f}"
     if needs[0] * 1e12 > rate:
-        said += f", with all of which it takes {flops / rate / 86400:,.0f} days"
-    return said
+        text += f", at which it takes {flops / rate / 86400:,.0f} days"
+    return text

@@ -1,17 +1,16 @@
-"""One training step on tensors without numbers: what lives when, and what is computed.
+"""Tracing a training step on fake tensors: which memory is live when, and what is computed.
 
-The model is built on `meta` and every tensor replaced by a fake one (torch's FakeTensor: shape, dtype, storage size and
-autograd's graph, no memory). The recipe's own step runs on these: swap, adapters, fast step, loss, backward pass. Below
-autograd a dispatch mode sees each operation: a storage begins to live when an operation first gives it, and ends when nobody
-holds it any more. That gives the peak, and what it consists of.
+The model is built on `meta`, and every tensor is replaced by a FakeTensor of torch (shape, dtype, storage size and autograd
+graph, without memory). The recipe's own step runs on these: swap, adapters, patches, loss, backward pass. A dispatch mode below
+autograd sees each operation: a storage is live from the operation that returns it first until nothing refers to it. That gives
+the peak and its parts.
 
-Three things are not operations of torch here. A kernel of ours that a compiler makes one of, and packed attention, are pieces
-(`TraceContext`): what they give and keep is counted tensor by tensor, what exists within them as their workspace. The quantized
-operators have fake implementations, and their workspace a formula (`quant_workspace`).
+Three things are not torch operations here. Compiled kernels and packed attention are fused (`TraceContext`): their outputs and
+saved tensors are counted one by one, their inner tensors as workspace. The quantized operators have fake implementations, and a
+formula for their workspace (`quant_operation`).
 
-A model whose layers are alike is traced with two and with four of them: each moment's memory is linear in their number, for
-each of the moments `MOMENTS`, so that any number follows. (FACTS: torch's own fake CUDA tensors need a CUDA build; these are
-fake CPU tensors, and what a card does otherwise, flash attention, is put in its place.)
+A model with equal layers is traced with two and with four layers, and each moment's memory is extrapolated linearly. (torch's
+fake CUDA tensors need a CUDA build, so these are fake CPU tensors; what a GPU does differently, flash attention, is modelled.)
 """
 
 from __future__ import annotations
@@ -37,13 +36,12 @@ from finetune.train.fast.segments import Segments
 R = TypeVar("R")
 Terms = dict[str, float]
 
-# Work: ("gemm", dtype, m, n, k, layout), ("attention" or "attention backward", dtype, length, heads, width): how often.
-# ("bytes", operation, dtype): how many in all, and ("calls", operation, dtype): in how many calls. ("dequantize", scheme),
-# ("quantize", scheme): how many numbers. ("operations",): how many. The words are those of
-# finetune/planning/devices.py, which knows what each takes.
+# Work: {key: count}. ("gemm", dtype, m, n, k, layout), ("attention" or "attention backward", dtype, length, heads, width): calls.
+# ("bytes", operation, dtype): bytes in total, and ("calls", operation, dtype): calls. ("dequantize", scheme),
+# ("quantize", scheme): elements. ("operations",): operations. Names as in finetune/planning/devices.py, which has their times.
 Work = Counter[tuple[Any, ...]]
 
-# Operations that move nothing.
+# Operations that move no data.
 VIEWS = {
     "view", "_unsafe_view", "t", "transpose", "permute", "expand", "slice", "select", "unsqueeze", "squeeze", "detach", "alias",
     "as_strided", "split", "split_with_sizes", "unbind", "_reshape_alias", "empty", "empty_like", "new_empty", "lift_fresh",
@@ -56,16 +54,16 @@ PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "baddbmm_", "addmm_"}
 
 @dataclass
 class Moment:
-    """The highest point between two marks. total and terms: bytes of what came to live since the trace began."""
+    """The memory peak between two marks. total, terms: bytes allocated since the trace began."""
 
     total: float = 0.0
     terms: Terms = field(default_factory=dict)
 
 
 class Recorder(TorchDispatchMode):
-    """What lives, and what is computed, below autograd. `phase` names what comes to live now; `at` names the moment.
+    """Records live memory and work below autograd. phase: the term of new tensors; at: the current moment.
 
-    vocabulary: an activation of so many columns is logits. supervised: how many places a `nonzero` finds.
+    vocabulary: activations with this many columns are logits; supervised: number of results of `nonzero`.
     """
 
     def __init__(self, *, vocabulary: int, supervised: int, cuda: bool) -> None:
@@ -76,16 +74,17 @@ class Recorder(TorchDispatchMode):
         self.terms: Counter[str] = Counter()
         self.moments: dict[tuple[str, int], Moment] = {}
         self.work: Work = Counter()
-        self.within: list[list[int]] = []  # [bytes that live, their peak] of the pieces that are being looked into
-        self.known: dict[Any, int] = {}  # workspace of a piece that was looked into
-        self.codes: set[int] = set()  # master weights whose codes exist
+        self.within: list[list[int]] = []  # [live bytes, their peak] of the fused kernels that are being traced
+        self.known: dict[Any, int] = {}  # workspace of fused kernels that were traced
+        self.codes: set[int] = set()  # ids of master weights whose codes exist
 
     # -- memory
 
     def _rounded(self, size: int) -> int:
-        return -(-size // 512) * 512 if self.cuda else size  # CUDA's allocator gives multiples of 512 bytes
+        return -(-size // 512) * 512 if self.cuda else size  # CUDA's allocator rounds up to 512 bytes
 
-    def begins(self, tensor: Tensor) -> None:
+    def allocated(self, tensor: Tensor) -> None:
+        """Count a tensor's storage from now until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self.live:
@@ -96,29 +95,30 @@ class Recorder(TorchDispatchMode):
             inner[0] += size
             inner[1] = max(inner)
             self.live[key] = size, ""
-            weakref.finalize(storage, self._ends_within, key, inner)
+            weakref.finalize(storage, self._freed_within, key, inner)
             return
         name = self.phase
         if name in ("activations", "workspace") and tensor.ndim > 1 and tensor.shape[-1] == self.vocabulary:
             name = "logits"
         self.live[key] = size, name
         self.terms[name] += size
-        weakref.finalize(storage, self._ends, key)
+        weakref.finalize(storage, self._freed, key)
         self.look()
 
     def ignore(self, *models: nn.Module) -> None:
-        """The parameters and buffers of models are there before, and are counted by who knows them."""
+        """Do not count parameters and buffers of models: they are static memory."""
         for tensor in (t for model in models for t in (*model.parameters(), *model.buffers())):
             self.live[tensor.untyped_storage()._cdata] = 0, ""
 
-    def _ends(self, key: int) -> None:
+    def _freed(self, key: int) -> None:
         size, name = self.live.pop(key)
         self.terms[name] -= size
 
-    def _ends_within(self, key: int, inner: list[int]) -> None:
+    def _freed_within(self, key: int, inner: list[int]) -> None:
         inner[0] -= self.live.pop(key)[0]
 
     def rename(self, tensor: Tensor, name: str) -> None:
+        """Move a live tensor to another term."""
         key = tensor.untyped_storage()._cdata
         if key in self.live:
             size, old = self.live[key]
@@ -127,7 +127,7 @@ class Recorder(TorchDispatchMode):
             self.terms[name] += size
 
     def look(self, extra: int = 0) -> None:
-        """Is this the highest point of the moment? extra: bytes of workspace that live now."""
+        """Update the moment's peak. extra: bytes of workspace that are live now."""
         if self.within:
             self.within[-1][1] = max(self.within[-1][1], self.within[-1][0] + extra)
             return
@@ -138,8 +138,8 @@ class Recorder(TorchDispatchMode):
             if extra:
                 moment.terms["workspace"] = moment.terms.get("workspace", 0) + extra
 
-    def piece(self, key: Any, run: Callable[[], object]) -> None:
-        """A kernel that runs now. `run` does on tensors what it does; the first of equal `key`s is looked into."""
+    def fused(self, key: Any, run: Callable[[], object]) -> None:
+        """Count the workspace of a fused kernel. `run` does its computation; only the first of equal `key`s is traced."""
         if key not in self.known:
             inner = [0, 0]
             self.within.append(inner)
@@ -167,13 +167,13 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.namespace == "prim":  # a question about a tensor
+        if func.namespace == "prim":  # a query, not an operation
             return func(*args, **kwargs)
         name = func._schema.name.partition("::")[2]
-        if name == "nonzero":  # how many it finds is data: trained tokens, or tokens of an expert
-            found = args[0]
-            out = found.new_empty((min(self.supervised, found.numel()), found.ndim), dtype=torch.int64)
-        elif name == "_local_scalar_dense":  # a number out of a tensor: any will do
+        if name == "nonzero":  # the size of its result depends on data: supervised tokens, or tokens of an expert
+            mask = args[0]
+            out = mask.new_empty((min(self.supervised, mask.numel()), mask.ndim), dtype=torch.int64)
+        elif name == "_local_scalar_dense":  # a tensor's value: any will do
             return 0.0 if args[0].is_floating_point() else 0
         elif name == "_grouped_mm":
             out = _grouped_mm(args, kwargs)
@@ -181,7 +181,7 @@ class Recorder(TorchDispatchMode):
             out = func(*args, **kwargs)
         results = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
         for tensor in results:
-            self.begins(tensor)
+            self.allocated(tensor)
         if name in PRODUCTS and not self.cuda:
             self.look(_copied(args))
         if func.namespace == "quant12g":
@@ -193,7 +193,9 @@ class Recorder(TorchDispatchMode):
     def _quantized(self, name: str, args: Any) -> None:
         scheme = args[0]
         bytes_, work = quant_operation(name, args, cuda=self.cuda)
-        if name == "linear" and args[4] is False and id(args[3][0]) not in self.codes:  # codes of a master weight, until the step
+        if (
+            name == "linear" and args[4] is False and id(args[3][0]) not in self.codes
+        ):  # codes of a master weight, kept until the step
             master = args[3][0]
             self.codes.add(id(master))
             self.terms["weights"] += self._rounded(master.numel() // 4)
@@ -210,14 +212,14 @@ class Recorder(TorchDispatchMode):
         if name in ("mm", "addmm", "bmm", "baddbmm", "addmm_", "_grouped_mm", "baddbmm_") and len(matrices) >= 2:
             a, b = matrices[-2:] if len(matrices) == 2 or name.startswith(("addmm", "baddbmm")) else matrices[:2]
             batch = a.shape[0] if a.ndim == 3 else 1
-            if name == "_grouped_mm":  # each row has one expert
+            if name == "_grouped_mm":  # each row goes to one expert
                 a, b = args[:2]
                 batch = 1
             self.work[("gemm", _name(a.dtype), a.shape[-2], b.shape[-1], a.shape[-1], _layout(a, b))] += batch
         elif "scaled_dot_product" in name:
             q = args[1] if "backward" in name else args[0]
-            kind = "attention backward" if "backward" in name else "attention"
-            self.work[(kind, _name(q.dtype), q.shape[2], q.shape[1], q.shape[3])] += q.shape[0]
+            operation = "attention backward" if "backward" in name else "attention"
+            self.work[(operation, _name(q.dtype), q.shape[2], q.shape[1], q.shape[3])] += q.shape[0]
         else:
             size = sum(t.numel() * t.element_size() for t in {id(t): t for t in [*tensors, *results]}.values())
             widest = max((t for t in results or tensors), key=lambda t: t.numel(), default=None)
@@ -226,9 +228,8 @@ class Recorder(TorchDispatchMode):
 
 
 def _copied(args: Any) -> int:
-    """Bytes that a product on the CPU copies while it runs: where oneDNN computes it, in low precision, it takes factors that
-    lie row by row or column by column without gaps, and others are made so (mkldnn_matmul, aten/src/ATen/native/mkldnn/
-    Matmul.cpp)."""
+    """Bytes that a matrix product on the CPU copies: in low precision oneDNN copies factors that are neither contiguous nor
+    transposed contiguous (mkldnn_matmul, aten/src/ATen/native/mkldnn/Matmul.cpp)."""
     a, b = [leaf for leaf in args if isinstance(leaf, Tensor) and leaf.ndim >= 2][-2:]
     setting: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     low = a.dtype in (torch.bfloat16, torch.float16) or (a.dtype == torch.float32 and setting.fp32_precision == "bf16")
@@ -238,15 +239,15 @@ def _copied(args: Any) -> int:
 
 
 def _grouped_mm(args: Any, kwargs: Any) -> Tensor:
-    """Room for the product of each expert's rows; torch's shapes for it know bf16 alone, its CPU kernel floats too."""
+    """The result of a grouped product, per expert; torch's fake implementation supports bf16 only, its CPU kernel floats too."""
     a, b = args[:2]
     groups = (args[2] if len(args) > 2 else kwargs["offs"]).shape[0]
     shape = (groups, a.shape[-2], b.shape[-1]) if a.ndim == b.ndim == 2 else (a.shape[-2], b.shape[-1])
     return a.new_empty(shape)
 
 
-class Grouped(TorchDispatchMode):
-    """Within it, where nothing is recorded, fake tensors have that product too."""
+class GroupedProducts(TorchDispatchMode):
+    """Supports grouped products on fake tensors where nothing is recorded."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         grouped = func is torch.ops.aten._grouped_mm.default
@@ -254,7 +255,7 @@ class Grouped(TorchDispatchMode):
 
 
 def _layout(a: Tensor, b: Tensor) -> str:
-    """How the factors lie: nt a linear's forward pass, nn its input's gradient, tn its weight's gradient."""
+    """Layout of the factors: nt a linear's forward pass, nn its input's gradient, tn its weight's gradient."""
     if a.shape[-2] > 1 and a.stride(-2) == 1:
         return "tn"
     return "nt" if b.shape[-1] > 1 and b.stride(-2) == 1 else "nn"
@@ -266,7 +267,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def quant_operation(name: str, args: Any, *, cuda: bool) -> tuple[int, Work]:
-    """(bytes within it, work) of an operator of quant/ops.py."""
+    """(bytes of workspace, work) of an operator of quant/ops.py."""
     from quant.ops import SLICE_BYTES, SLICE_FROM
 
     scheme, work = args[0], Counter[tuple[Any, ...]]()
@@ -288,13 +289,13 @@ def quant_operation(name: str, args: Any, *, cuda: bool) -> tuple[int, Work]:
         out, inner, dtype, m = args[3], args[4], args[5], 0
     weight = out * inner * dtype.itemsize
     integer = scheme == "ternary"
-    kind = "ternary" if integer and name in ("linear", "linear_onto") else _name(dtype)
+    product = "ternary" if integer and name in ("linear", "linear_onto") else _name(dtype)
     if name in ("linear", "linear_onto"):
-        work[("gemm", kind, m, out, inner, "nt")] += 1
+        work[("gemm", product, m, out, inner, "nt")] += 1
     elif name in ("grad_input", "grad_onto"):
-        work[("gemm", kind, m, inner, out, "nn")] += 1
+        work[("gemm", product, m, inner, out, "nn")] += 1
     elif name == "grad_weight":
-        work[("gemm", kind, out, inner, m, "tn")] += 1
+        work[("gemm", product, out, inner, m, "tn")] += 1
     if name == "grad_weight":
         return m * inner * (dtype.itemsize + 4) if integer else 0, work
     if integer and name in ("linear", "linear_onto"):
@@ -309,11 +310,11 @@ def quant_operation(name: str, args: Any, *, cuda: bool) -> tuple[int, Work]:
     return SLICE_BYTES + out * inner // 64 * 4 + SLICE_BYTES // 2, work
 
 
-# ------------------------------------------------------------------------------------------------------------------ pieces
+# ----------------------------------------------------------------------------------------------------------- fused kernels
 
 
 class TraceContext:
-    """What the fast step asks while it is traced. segments: of the rows of a batch; another shape is one sample a row."""
+    """Used by patched code while it is traced. segments: samples of the batch; other shapes have one sample per row."""
 
     def __init__(self, recorder: Recorder, bounds: tuple[int, ...], shape: tuple[int, int]) -> None:
         self.recorder, self.shape = recorder, shape
@@ -337,7 +338,7 @@ class TraceContext:
 
 
 def _apart(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """What `function` gives; what it makes on the way is within one kernel, which has no room of its own."""
+    """The outputs of `function` as one kernel; its intermediate tensors take no memory."""
     inner = [0, 0]
     recorder.within.append(inner)
     try:
@@ -354,11 +355,11 @@ def _apart(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: 
 
 
 def _needed(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs: Any) -> list[Tensor]:
-    """The inputs that a compiled kernel keeps for its backward pass: those that the plain function would keep, or all where it
-    keeps something that is made of them, which is made again."""
+    """The inputs that a compiled kernel saves for its backward pass: those that the plain function saves, or all if it saves
+    intermediate tensors, which are recomputed."""
     kept: set[int] = set()
 
-    def keep(tensor: Tensor) -> None:  # nothing is kept: a result that its own node keeps would be a circle, and never go
+    def keep(tensor: Tensor) -> None:  # saves nothing: a result saved by its own node would be a reference cycle
         kept.add(tensor.untyped_storage()._cdata)
 
     recorder.within.append([0, 0])
@@ -373,7 +374,7 @@ def _needed(recorder: Recorder, function: Callable[..., Any], args: Any, kwargs:
 
 
 class _Fused(torch.autograd.Function):
-    """A compiled kernel: of its inputs it makes its output, and its gradients of the same inputs."""
+    """A compiled kernel: outputs and gradients are computed from the inputs alone."""
 
     @staticmethod
     def forward(ctx: Any, recorder: Recorder, function: Callable[..., Any], kwargs: Any, *args: Any) -> Any:
@@ -396,7 +397,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _lengths(options: Any) -> list[int]:
-    """Of the samples; with a window, of one that has as many scores as can be seen."""
+    """Lengths of the samples; with a window, lengths with the same number of attention scores."""
     lengths = [end - begin for begin, end in pairwise(options.segments.bounds)]
     window = options.window or math.inf
     return [n if n <= window else round(math.sqrt(window * (2 * n - window))) for n in lengths]
@@ -414,13 +415,15 @@ class _Attention(torch.autograd.Function):
         else:
             ctx.save_for_backward(q, k, v)
             for heads, _ in attention.head_shares(q, k):
-                options.segments.plan(heads.stop - heads.start, options.window)  # its tiles' biases stay as long as the batch
+                options.segments.plan(
+                    heads.stop - heads.start, options.window
+                )  # the biases of its tiles live as long as the batch
 
             def run() -> None:
                 for heads, kv in attention.head_shares(q, k):
                     attention.forward_heads(q[:, heads], k[:, kv], v[:, kv], out.transpose(1, 2)[:, heads], options)
 
-            recorder.piece(("attention", q.shape, k.shape, options.window, q.dtype, id(options.segments)), run)
+            recorder.fused(("attention", q.shape, k.shape, options.window, q.dtype, id(options.segments)), run)
         for length in _lengths(options):
             recorder.work[("attention", _name(q.dtype), length, q.shape[1], q.shape[3])] += 1
         recorder.work[("operations",)] += 1
@@ -432,7 +435,7 @@ class _Attention(torch.autograd.Function):
         recorder, options = ctx.recorder, ctx.options
         dq, dk, dv = (attention.room_like(x) for x in (q, k, v))
         if recorder.cuda:
-            # mha_varlen_bwd of FlashAttention 2: dq in fp32, a number a row, and the gradients of k and v for each query head.
+            # mha_varlen_bwd of FlashAttention 2: dq in fp32, one number per row, and gradients of k and v per query head.
             tokens, heads, width = q.shape[0] * q.shape[2], q.shape[1], -(-q.shape[3] // 32) * 32
             samples = len(options.segments.bounds) - 1
             size = 4 * (tokens + 128 * samples) * heads * (width + 1)
@@ -447,7 +450,7 @@ class _Attention(torch.autograd.Function):
                     parts = q[:, heads], k[:, kv], v[:, kv], grad[:, heads]
                     attention.backward_heads(*parts, dq[:, heads], dk[:, kv], dv[:, kv], options)
 
-            recorder.piece(("backward", q.shape, k.shape, options.window, q.dtype, id(options.segments)), run)
+            recorder.fused(("backward", q.shape, k.shape, options.window, q.dtype, id(options.segments)), run)
         for length in _lengths(options):
             recorder.work[("attention backward", _name(q.dtype), length, q.shape[1], q.shape[3])] += 1
         recorder.work[("operations",)] += 1
@@ -458,28 +461,25 @@ class _Attention(torch.autograd.Function):
 
 
 def fake_tensors(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Replace every parameter and buffer of `model`, on `meta`, by a fake one on the CPU; shared ones stay shared."""
-    seen: dict[Tensor, Tensor] = {}
+    """Replace every parameter and buffer of `model` (on `meta`) by a fake one on the CPU; shared ones stay shared."""
+    fakes: dict[Tensor, Tensor] = {}
     with mode:
         for module in model.modules():
-            for held in (module._parameters, module._buffers):
-                for name, tensor in held.items():
+            for tensors in (module._parameters, module._buffers):
+                for name, tensor in tensors.items():
                     if tensor is None:
                         continue
-                    if tensor not in seen:
+                    if tensor not in fakes:
                         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
                         if isinstance(tensor, nn.Parameter):
                             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
-                        seen[tensor] = fake
-                    held[name] = seen[tensor]  # type: ignore[assignment]
+                        fakes[tensor] = fake
+                    tensors[name] = fakes[tensor]  # type: ignore[assignment]
 
 
 @dataclass
 class Trace:
-    """What one model, of `layers` layers, showed. moments: (name, layer's place) → its highest point.
-
-    work: of one micro-batch. kept: bytes of activations that live when the forward pass is done.
-    """
+    """The trace of a model with `layers` layers. moments: {(name, layer position): peak}; work: of one micro-batch."""
 
     layers: int
     moments: dict[tuple[str, str], Moment]
@@ -487,7 +487,7 @@ class Trace:
 
 
 def watch_layers(layers: list[nn.Module], recorder: Recorder) -> list[Any]:
-    """Marks: a layer's forward pass begins (again, where activations are recomputed), its backward pass begins."""
+    """Register hooks that mark the start of each layer's forward pass (recomputation too) and backward pass."""
     handles: list[Any] = []
 
     def begin(number: int) -> Callable[..., None]:
@@ -517,7 +517,7 @@ def watch_layers(layers: list[nn.Module], recorder: Recorder) -> list[Any]:
 
 
 def layer_position(at: tuple[str, int], layers: int) -> tuple[str, str]:
-    """A moment by its place among the layers: first, last, between, or none."""
+    """(name of the moment, position among the layers: first, last, between, or "")."""
     name, number = at
     if number < 0:
         return name, ""
@@ -525,7 +525,7 @@ def layer_position(at: tuple[str, int], layers: int) -> tuple[str, str]:
 
 
 def extrapolate(small: Trace, large: Trace, layers: int) -> Trace:
-    """The trace of so many layers, from two of models that differ in nothing else. What is between first and last is between."""
+    """The trace of a model with `layers` layers, linear in two traces of models that differ only in their number of layers."""
 
     def line(a: float, b: float) -> float:
         return a + (b - a) * (layers - small.layers) / (large.layers - small.layers)
@@ -536,6 +536,6 @@ def extrapolate(small: Trace, large: Trace, layers: int) -> Trace:
         terms = {name: line(a.terms.get(name, 0), b.terms.get(name, 0)) for name in a.terms | b.terms}
         moments[key] = Moment(line(a.total, b.total), terms)
     work: Work = Counter()
-    for kind in small.work.keys() | large.work.keys():
-        work[kind] = line(small.work[kind], large.work[kind])  # type: ignore[assignment]
+    for key in small.work.keys() | large.work.keys():
+        work[key] = line(small.work[key], large.work[key])  # type: ignore[assignment]
     return Trace(layers, moments, work)

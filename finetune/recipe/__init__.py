@@ -1,4 +1,4 @@
-"""The recipe: one schema, read at the door. Unknown keys are errors, and all errors are told at once, each with file:line."""
+"""The recipe: its schema, its rules, and reading it. Unknown keys are errors; all errors are reported at once, with file:line."""
 
 from finetune.recipe.elsewhere import ELSEWHERE_CALLED, NEAR_VALUES, SAME_VALUES, canonical_value
 from finetune.recipe.read import (

@@ -1,4 +1,4 @@
-"""What other programs call our keys and their values."""
+"""Names of recipe keys and values in other programs."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ ELSEWHERE_CALLED = {
     "lambda": "quant.warmup",
 }
 
-# Our key → their value → ours, where both mean the same: accepted.
+# Our key → their value → ours, where both mean the same. These are accepted.
 SAME_VALUES = {
     "model.dtype": {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"},
     "train.precision": {"bfloat16": "bf16", "float32": "fp32"},
     "train.optimizer": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw", "adamw_bnb_8bit": "adamw_8bit"},
 }
 
-# Our key → their value → what comes nearest here. It may not mean the same, so it is a hint.
+# Our key → their value → the nearest value here. It may not mean the same, so it is only a hint.
 NEAR_VALUES = {
     "adapter.kind": {
         "qlora": "lora, with quant.scheme: nf4",
@@ -71,5 +71,5 @@ NEAR_VALUES = {
 
 
 def canonical_value(key: str, value: Any) -> Any:
-    """`value` of the dotted key `key` as it is called here; what is not another program's spelling comes back as it is."""
+    """`value` of the dotted key `key` in our spelling; returned unchanged unless another program's spelling is known."""
     return SAME_VALUES.get(key, {}).get(value, value) if isinstance(value, str) else value

@@ -1,4 +1,4 @@
-"""Reading a recipe: YAML with the line of each key, overrides, and everything that is wrong told at once, in words."""
+"""Reading a recipe: YAML with the line of each key, overrides, and all errors at once, in plain words."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from finetune.recipe.elsewhere import ELSEWHERE_CALLED, NEAR_VALUES
 from finetune.recipe.schema import Recipe, known_keys
 from finetune.recipe.translate import called_now, translate
 
-MAX_NODES = 10_000  # a recipe has some dozens; aliases that unfold into more are a YAML bomb
+MAX_NODES = 10_000  # a recipe has a few dozen; aliases that expand into more are a YAML bomb
 RECIPES_IN_WHEEL = Path(__file__).parent.parent / "shipped_recipes"
 RECIPES_IN_CHECKOUT = Path(__file__).parent.parent.parent / "recipes"
 
 
 class _Source:
-    """YAML as plain values, and the line on which each key stands."""
+    """YAML as plain values, with the line number of each key."""
 
     def __init__(self, text: str, name: str) -> None:
         self.name = name
@@ -43,20 +43,23 @@ class _Source:
                 "the recipe is not valid YAML",
                 where=f"{name}:{mark.line + 1}" if mark else name,
                 got=error.problem or str(error),
-                hint="mend that line; keys are indented by spaces and end with a colon",
+                hint="fix that line; indent keys with spaces and end them with a colon",
             ) from None
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            hint = "a recipe is a few dozen plain keys: finetune schema"
+            hint = "finetune schema shows the keys of a recipe"
             raise UserError("the recipe is not valid YAML", where=name, got=str(error).splitlines()[0], hint=hint) from None
         if not isinstance(self.value, dict):
             raise UserError(
-                "a recipe is a mapping of sections", where=name, got=type(self.value).__name__, hint="finetune recipes"
+                "a recipe must be a mapping of sections",
+                where=name,
+                got=type(self.value).__name__,
+                hint="finetune recipes lists examples",
             )
 
     def _build(self, loader: yaml.SafeLoader, node: yaml.Node, path: tuple[str | int, ...]) -> Any:
         self._nodes += 1 + (len(node.value) // 1000 if isinstance(node, yaml.ScalarNode) else 0)
         if self._nodes > MAX_NODES:
-            raise ValueError(f"unfolds into more than {MAX_NODES} values")
+            raise ValueError(f"expands to more than {MAX_NODES} values")
         self.lines.setdefault(path, node.start_mark.line + 1)
         if isinstance(node, yaml.SequenceNode):
             return [self._build(loader, item, (*path, index)) for index, item in enumerate(node.value)]
@@ -67,7 +70,7 @@ class _Source:
                 if key in result:
                     self.errors.append(
                         UserError(
-                            f"the key {dotted((*path, key))} stands twice",
+                            f"duplicate key {dotted((*path, key))}",
                             where=f"{self.name}:{key_node.start_mark.line + 1}",
                             hint="keep one of them",
                         )
@@ -78,9 +81,9 @@ class _Source:
         return loader.construct_object(node)
 
     def where(self, path: tuple[str | int, ...], overridden: set[str]) -> str:
-        for given in (dotted(path[:n]) for n in range(1, len(path) + 1)):
-            if given in overridden:
-                return f"command line, {given}"
+        for key in (dotted(path[:n]) for n in range(1, len(path) + 1)):
+            if key in overridden:
+                return f"command line, {key}"
         while path and path not in self.lines:
             path = path[:-1]
         return f"{self.name}:{self.lines.get(path, 1)}"
@@ -91,7 +94,7 @@ def dotted(path: tuple[str | int, ...]) -> str:
 
 
 def allowed(annotation: Any) -> str:
-    """A type, in words."""
+    """A type annotation, in words."""
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is Literal:
         return " | ".join(map(str, arguments))
@@ -108,34 +111,34 @@ def allowed(annotation: Any) -> str:
 
 
 def _apply_overrides(value: dict[str, Any], overrides: list[str]) -> set[str]:
-    """Put each `section.key=value` into `value`; the right side is YAML. Returns the keys."""
+    """Set each `section.key=value` in `value`; the right-hand side is YAML. Returns the keys."""
     keys = set()
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not re.fullmatch(r"\w+(\.\w+)*", key):
             raise UserError(
-                "an override has the form section.key=value",
+                "an override must have the form section.key=value",
                 where="command line",
                 got=override,
-                hint="such as train.lr=1e-4",
+                hint="for example train.lr=1e-4",
             )
         try:
             parsed = yaml.safe_load(text) if text else None
-        except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError: what looks like a date, and is none
+        except (yaml.YAMLError, ValueError, RecursionError):  # a ValueError: an invalid date
             parsed = text
         *sections, last = key.split(".")
-        there = value
+        section_keys = value
         for section in sections:
-            there = there.setdefault(section, {})
-            if not isinstance(there, dict):
-                raise UserError(f"{key} names a key inside something that is not a section", where="command line", got=override)
-        there[last] = parsed
+            section_keys = section_keys.setdefault(section, {})
+            if not isinstance(section_keys, dict):
+                raise UserError(f"{key}: {section} is not a section", where="command line", got=override)
+        section_keys[last] = parsed
         keys.add(key)
     return keys
 
 
 def _mistake(error: Any, source: _Source, overridden: set[str]) -> UserError:
-    """One pydantic error, in the words of the recipe."""
+    """A pydantic error as a UserError about the recipe."""
     known = known_keys()
     path = tuple(part for part in error["loc"])
     while path and dotted(path) not in known and error["type"] != "extra_forbidden":
@@ -146,11 +149,11 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> UserError:
         siblings = [k for k in known if k.rpartition(".")[0] == section]
         word = str(path[-1])
         leaf = nearest(word, [k.rpartition(".")[2] for k in siblings])
-        elsewhere = [k for k in known if k.rpartition(".")[2] == word]  # right name, wrong section
+        same_name = [k for k in known if k.rpartition(".")[2] == word]  # right name, wrong section
         near = (
             called_now(key, error["input"])
             or ELSEWHERE_CALLED.get(word)
-            or (elsewhere[0] if elsewhere else None)
+            or (same_name[0] if same_name else None)
             or (f"{section}.{leaf}".lstrip(".") if leaf else None)
         )
         names = ", ".join(k.rpartition(".")[2] for k in siblings)
@@ -158,7 +161,7 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> UserError:
         return UserError(f"unknown key {key}", where=where, got=repr(error["input"]), hint=hint)
     if error["type"] == "missing" and key == dotted(tuple(error["loc"])):
         field = known[key]
-        return UserError(f"the key {key} is missing", where=where, hint=f"add {key}: {field.description}")
+        return UserError(f"missing key {key}", where=where, hint=f"add {key}: {field.description}")
     if error["type"] == "rule":
         return UserError(error["msg"], where=where)
     if error["type"] == "value_error":
@@ -176,7 +179,7 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> UserError:
     near = called_now(key, error["input"]) or NEAR_VALUES.get(key, {}).get(str(error["input"]))
     near = near or (nearest(str(error["input"]), words) if len(words) > 1 else None)
     return UserError(
-        f"{key} does not take this value",
+        f"invalid value for {key}",
         where=where,
         got=got if len(got) < 200 else got[:200] + "…",
         hint=f"allowed: {expected}{' ' + bounds if bounds else ''}" + (f"; did you mean {near}?" if near else ""),
@@ -184,10 +187,10 @@ def _mistake(error: Any, source: _Source, overridden: set[str]) -> UserError:
 
 
 def find_recipe(name: str) -> Path:
-    """A path, or the name of a shipped recipe (`quickstart`, `recipes/quickstart.yaml`).
+    """Resolve a path or the name of a shipped recipe (`quickstart`, `recipes/quickstart.yaml`).
 
     Raises:
-        UserError: neither; names the nearest shipped one.
+        UserError: neither exists; the hint names the nearest shipped recipe.
     """
     path = Path(name)
     if path.is_file():
@@ -197,30 +200,30 @@ def find_recipe(name: str) -> Path:
         return shipped[path.stem]
     near = nearest(path.stem, shipped)
     raise UserError(
-        "there is no such recipe",
+        "no such recipe",
         got=name,
-        hint=f"did you mean {near}?" if near else "finetune recipes lists what ships",
+        hint=f"did you mean {near}?" if near else "finetune recipes lists the shipped ones",
     )
 
 
 def shipped_recipes() -> list[Path]:
-    """All recipes that came with this installation."""
+    """All recipes of this installation."""
     folder = RECIPES_IN_WHEEL if RECIPES_IN_WHEEL.is_dir() else RECIPES_IN_CHECKOUT
     return sorted(folder.rglob("*.yaml"))
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in `path` with `overrides` (`section.key=value`) applied.
+    """Read the recipe in `path` and apply `overrides` (`section.key=value`).
 
     Raises:
-        UserErrors: everything that is wrong with it, at once, each with file:line.
-        UserError: the file cannot be read as YAML at all.
+        UserErrors: all errors in it, each with file:line.
+        UserError: the file is not valid YAML.
     """
     return _validated(_source(path), overrides or [])
 
 
 def read_resolved(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The resolved recipe of a run folder, of this version or an older one, with `overrides` as they are called now.
+    """Read the resolved recipe of a run folder, of this version or an older one. `overrides` use today's names.
 
     Raises: as read_recipe.
     """
@@ -233,43 +236,43 @@ def _source(path: Path) -> _Source:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError("the recipe cannot be read", where=str(path), got=str(error)) from None
+        raise UserError("cannot read the recipe", where=str(path), got=str(error)) from None
     return _Source(text, str(path))
 
 
 def _validated(source: _Source, overrides: list[str]) -> Recipe:
     overridden = _apply_overrides(source.value, overrides)
-    mistakes = source.errors
+    errors = source.errors
     recipe = None
     try:
         recipe = Recipe.model_validate(source.value)
     except ValidationError as error:
-        # A union reports every branch that failed: one line a key is enough.
-        seen: dict[tuple[str, str], UserError] = {}
+        # pydantic reports every failed branch of a union; one error per key is enough.
+        distinct: dict[tuple[str, str], UserError] = {}
         for item in error.errors():
-            mistake = _mistake(item, source, overridden)
-            seen.setdefault((mistake.message, mistake.where or ""), mistake)
-        mistakes = mistakes + list(seen.values())
-    if mistakes or recipe is None:
-        count = len(mistakes)
-        raise UserErrors(mistakes, f"{source.name}: {count} mistake{'s' if count != 1 else ''}")
+            user_error = _mistake(item, source, overridden)
+            distinct.setdefault((user_error.message, user_error.where or ""), user_error)
+        errors = errors + list(distinct.values())
+    if errors or recipe is None:
+        count = len(errors)
+        raise UserErrors(errors, f"{source.name}: {count} error{'s' if count != 1 else ''}")
     return recipe
 
 
 def locator(path: Path, overrides: list[str] | None = None) -> Callable[[str], str]:
-    """Where a key of a good recipe was given: key → file:line, or the command line."""
+    """A function from a key of a valid recipe to where it was set: file:line, or the command line."""
     source = _Source(path.read_text(encoding="utf-8"), str(path))
     overridden = _apply_overrides(source.value, overrides or [])
     return lambda key: source.where(tuple(key.split(".")), overridden)
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe: every key, as YAML."""
+    """The resolved recipe with every key, as YAML."""
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)
 
 
 def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ, with (old, new)."""
+    """{key: (old value, new value)} of keys whose values differ."""
     result: dict[str, tuple[Any, Any]] = {}
     for key, field in known_keys().items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):

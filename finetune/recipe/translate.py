@@ -1,4 +1,4 @@
-"""Older names of keys and values: resolved recipes of older run folders are read, recipes written by hand get a hint."""
+"""Old names of keys and values: resolved recipes of older run folders are translated, recipes written by hand get a hint."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 
 # Old dotted key → its new dotted key; or, where values have changed too, old value → {new dotted key: new value}:
 #     "train.old": "train.new"
-#     "train.on_fire": {"run": {"train.on_fire": "leave"}}           one value has another name, the others keep theirs
-#     "train.both": {"yes": {"train.one": True, "train.two": True}}  one key has become two
+#     "train.on_fire": {"run": {"train.on_fire": "leave"}}           one value was renamed, the others keep their names
+#     "train.both": {"yes": {"train.one": True, "train.two": True}}  one key was split into two
 RENAMED: dict[str, str | Mapping[Any, Mapping[str, Any]]] = {
     "model.stream": "model.offload_layers",
     "data.learn": {"answers": {"data.loss_on": "answers"}, "everything": {"data.loss_on": "all"}},
@@ -29,7 +29,7 @@ OF_FIRST_VERSION = ("data.learn", "data.too_long", "model.stream", "train.best",
 
 
 def translate(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys and values of a resolved recipe as they are called now. `resolved` stays as it is."""
+    """A copy of a resolved recipe with today's names of keys and values."""
     result = copy.deepcopy(dict(resolved))
     if any(key in RENAMED and _value(result, key) is not None for key in OF_FIRST_VERSION):
         _keep_precision(result)
@@ -61,7 +61,7 @@ def _keep_precision(first: dict[str, Any]) -> None:
 
 
 def called_now(key: str, value: Any) -> str | None:
-    """What an old key, or the old value of a key, is called now, in words; None where neither has another name."""
+    """Today's name of an old key, or of the old value of a key, in words; None if neither was renamed."""
     new = RENAMED.get(key)
     if new is None or isinstance(new, str):
         return new
@@ -76,12 +76,12 @@ def _of_value(new: Mapping[Any, Mapping[str, Any]], value: Any) -> Mapping[str, 
 
 
 def _section(recipe: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
-    """The mapping that would hold a dotted key, None where there is none, and the key's last part."""
+    """(the mapping that contains a dotted key or None, the key's last part)."""
     *parents, leaf = key.split(".")
-    there: Any = recipe
+    node: Any = recipe
     for parent in parents:
-        there = there.get(parent) if isinstance(there, dict) else None
-    return (there if isinstance(there, dict) else None), leaf
+        node = node.get(parent) if isinstance(node, dict) else None
+    return (node if isinstance(node, dict) else None), leaf
 
 
 def _value(recipe: dict[str, Any], key: str) -> Any:
@@ -91,10 +91,10 @@ def _value(recipe: dict[str, Any], key: str) -> Any:
 
 
 def _put(recipe: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key, unless it is there already."""
+    """Set a dotted key, unless it is already set."""
     *parents, leaf = key.split(".")
     for parent in parents:
         recipe = recipe.setdefault(parent, {})
         if not isinstance(recipe, dict):
-            return  # whoever reads it says what is wrong
+            return  # validation reports it
     recipe.setdefault(leaf, value)

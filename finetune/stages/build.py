@@ -1,4 +1,4 @@
-"""The run's model: built by models/build.py, patched for a fast step, and told."""
+"""Building a run's model with models/build.py, patching it for speed, and reporting both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from quant import backends
 
 
 def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel, ModelRecord]:
-    """The model of a run. A pretrained float model is measured before it is made ternary, once: what it was is the baseline.
+    """Build the model of a run. A pretrained float model is evaluated once before it is made ternary, as the baseline.
 
     Raises:
         UserError: weights are missing or damaged, or cannot be quantized as the recipe says.
@@ -33,9 +33,9 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
             record.eval.float_model = measure("float", run, checked, model, None)
             run.save()
 
-    if recipe.model.offload_layers == "disk" and (kind := offload.is_memory(run_dir)):
-        screen.warn(f"model.offload_layers: {run_dir} lies on {kind}, which is memory and no disk; give another run.dir")
-    inputs, eos_token_ids = checked.inputs, checked.inputs.eos_token_ids | checked.data.ends
+    if recipe.model.offload_layers == "disk" and (file_system := offload.is_memory(run_dir)):
+        screen.warn(f"model.offload_layers: {run_dir} is on {file_system}, which is in memory, not on disk; give another run.dir")
+    inputs, eos_token_ids = checked.inputs, checked.inputs.eos_token_ids | checked.data.eos_token_ids
     built = build_model(
         recipe,
         inputs.source,
@@ -59,8 +59,8 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
     figures = built.offloaded.figures() if built.offloaded is not None else None
     if figures is not None:
         screen.say(
-            f"  {figures['layers']} layers stream from {figures['from']}: {human_bytes(figures['bytes'])} in all, "
-            f"{human_bytes(figures['largest_layer_bytes'])} the largest"
+            f"  {figures['layers']} layers offloaded to {figures['from']}: {human_bytes(figures['bytes'])} in total, "
+            f"the largest {human_bytes(figures['largest_layer_bytes'])}"
         )
     return built, ModelRecord(
         architecture=checked.info.architecture,
@@ -93,7 +93,7 @@ def model_source(checked: Checked, built: BuiltModel) -> ModelSource:
 
 
 def patch(run: RunContext, checked: Checked, built: BuiltModel) -> FastStep:
-    """Put in place of the model's pieces what computes the same faster. FastStep.in_words() says what, and what not."""
+    """Patch the model with faster implementations of the same computation, and print which were applied or skipped."""
     with run.screen.phase("fast step"):
         work = built.parameters * checked.data.tokens(run.recipe.train)
         patches = apply_patches(built.model, run.recipe, checked.device, work=work)

@@ -1,4 +1,4 @@
-"""One run folder while it is made: its recipe, its record, and what the screen is told at its end. Imports nothing heavy."""
+"""Context of one run: recipe, run folder, record, and the summary at its end. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from finetune.files import write_atomic
 from finetune.processes import is_main_process, world_size
 from finetune.recipe import Recipe, dump_recipe
 from finetune.record import DataSource, EvalRecord, Phase, PreflightRecord, Provenance, Record, Resumed
-from finetune.run_dir import RunDir, as_it_was_fitted, check_resumable, choose_dir, same_data
+from finetune.run_dir import RunDir, check_resumable, choose_dir, same_data, with_fit_changes
 from finetune.screen import Screen
 from finetune.units import clock, number
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 @dataclass
 class RunContext:
-    """A run folder that is being made. fresh: it was not there before.
+    """State of one run. fresh: its folder did not exist before.
 
-    record, checked and planned are there as soon as the run has come that far.
+    record, checked and planned are set as soon as the run has reached them.
     """
 
     name: str
@@ -53,25 +53,25 @@ class RunContext:
     def begin(
         cls, name: str, recipe: Recipe, run_dir: RunDir, screen: Screen, command: str, *, resume: bool, force: bool
     ) -> RunContext:
-        """The context of a run that begins or goes on. command: what was typed.
+        """The context of a new or resumed run. command: as typed.
 
         Raises:
-            UserError: it is to go on, and cannot.
+            UserError: the run cannot be resumed.
         """
         context = cls(name, recipe, run_dir, screen, command, resume, force, fresh=not run_dir.path.exists())
         if resume:
-            context.recipe = as_it_was_fitted(recipe, run_dir.read()) if run_dir.exists else recipe
+            context.recipe = with_fit_changes(recipe, run_dir.read()) if run_dir.exists else recipe
             check_resumable(run_dir, context.recipe)
         return context
 
     def is_done(self) -> bool:
-        """Whether it goes on and has nothing left to do; then its report is there, and said so."""
+        """Whether a resumed run has nothing left to do; if so, it says that and makes sure that the report exists."""
         if not self.resume or (record := self.run_dir.read()).state != "done":
             return False
         self.record = record
         self.run_dir.acquire()
-        self.run_dir.release()  # of one that was killed after its last word, the lock would stay
-        self.screen.say(f"{self.path} is done already")
+        self.run_dir.release()  # removes the lock file of a process that was killed at its very end
+        self.screen.say(f"{self.path} is already done")
         if not (self.path / "report.html").exists():
             from finetune.report import write_report
 
@@ -79,17 +79,17 @@ class RunContext:
         return True
 
     def open_record(self, checked: Checked) -> Record:
-        """The record, read again now that the folder is ours, or a new one with the resolved recipe beside it.
+        """Read the record again now that the folder is locked, or create it, with the resolved recipe.
 
         Raises:
-            UserError: the data of a run that goes on is not what it was.
+            UserError: the data of a resumed run has changed.
         """
         from finetune import provenance
 
         recipe, run_dir = self.recipe, self.run_dir
         if self.resume:
             record = run_dir.read()
-            same_data(record, checked.data.digest, run_dir.path)  # before the record is ours: a refusal leaves it as it was
+            same_data(record, checked.data.digest, run_dir.path)  # before self.record is set: an error leaves run.json unchanged
             record.state, record.error = "running", None
         else:
             collected = provenance.collect(checked.device, recipe.run.seed, self.command)
@@ -109,7 +109,7 @@ class RunContext:
                 write_atomic(run_dir.path / "recipe.yaml", dump_recipe(recipe))
         record.data = data = checked.data.record()
         record.preflight = PreflightRecord(**checked.data.preflight.as_dict(), forced=checked.forced)
-        rows = getattr(data, "rows", None)  # of a stream nobody knows
+        rows = getattr(data, "rows", None)  # unknown for a stream
         record.provenance.data = DataSource(source=checked.data.source, sha256=checked.data.digest, rows=rows)
         if recipe.run.trackers and record.tracker_id is None:
             record.tracker_id = secrets.token_hex(4)
@@ -118,7 +118,7 @@ class RunContext:
         return record
 
     def save(self, *, finished: bool = False) -> None:
-        """Write the record, with the phases of this process so far."""
+        """Write the record with this process's phases so far. finished: set the time at which the run finished."""
         record = self.record
         assert record is not None
         if finished:
@@ -129,7 +129,7 @@ class RunContext:
         self.run_dir.write(record)
 
     def note_resume(self, checkpoint: Path | None) -> None:
-        """Write down at once that the run goes on, and from where."""
+        """Record immediately that the run was resumed, and from which checkpoint."""
         assert self.record is not None
         name = checkpoint.name if checkpoint is not None else None
         resumed = Resumed(time=now(), checkpoint=name)
@@ -139,7 +139,7 @@ class RunContext:
         self.save()
 
     def print_summary(self) -> None:
-        """The result, and what to type next. Of several processes the first one knows."""
+        """Print the result and the next commands, in the main process."""
         record, screen, run_dir = self.record, self.screen, self.path
         if record is None or not self.run_dir.writes:
             return
@@ -148,14 +148,14 @@ class RunContext:
             screen.say(
                 f"\nheld-out loss {number(before.loss, 3)} → {number(after.loss, 3)} nats ({record.eval.difference:+.3f} ± "
                 f"{number(record.eval.difference_stderr, 3)}), perplexity {number(before.perplexity, 2)} → "
-                f"{number(after.perplexity, 2)}; {clock(record.provenance.seconds)} in all"
+                f"{number(after.perplexity, 2)}; {clock(record.provenance.seconds)} in total"
             )
         screen.say(f"\nreport   {run_dir / 'report.html'}")
         for line in record.next or []:
             screen.say(f"next     {line}")
 
     def next_commands(self) -> list[str]:
-        """What to type after a run that went well."""
+        """Commands to type after a successful run."""
         recipe, run_dir = self.recipe, self.path
         commands = [f"finetune chat {run_dir}{f' {run_dir}/twin' if recipe.twin else ''}", f"finetune show {run_dir}"]
         if recipe.mergeable and not recipe.run.merge:
@@ -164,14 +164,14 @@ class RunContext:
 
 
 class Done(NamedTuple):
-    """A run that has ended well: its folder and its run.json."""
+    """A successful run: its folder and run.json."""
 
     path: Path
     record: Record
 
 
 def release(stages: Iterable[RunContext]) -> None:
-    """Give run folders up."""
+    """Unlock the run folders."""
     for stage in stages:
         stage.run_dir.release()
 
@@ -181,7 +181,7 @@ def now() -> str:
 
 
 def agreed_dir(recipe: Recipe, name: str, resume: bool) -> Path:
-    """Where the run lives; of several processes the first one chooses."""
+    """The run folder, chosen by the main process and broadcast to the others."""
     if world_size() == 1:
         return choose_dir(recipe, name, resume)
     from finetune.models.device import pick_device
@@ -193,7 +193,7 @@ def agreed_dir(recipe: Recipe, name: str, resume: bool) -> Path:
 
 @contextlib.contextmanager
 def recipe_threads(recipe: Recipe) -> Iterator[None]:
-    """Within it torch computes with the threads that the recipe wants."""
+    """Set torch's number of threads to `run.threads` within the block."""
     import torch
 
     before = torch.get_num_threads()
@@ -207,7 +207,7 @@ def recipe_threads(recipe: Recipe) -> Iterator[None]:
 
 @contextlib.contextmanager
 def signals_as_ctrl_c() -> Iterator[None]:
-    """Within it SIGTERM and SIGHUP do as Ctrl-C does: what is half-done is cleared away, and the record says how it ended."""
+    """Handle SIGTERM and SIGHUP like Ctrl-C within the block: partial files are removed, and the end of the run is recorded."""
     before = {}
     for which in (signal.SIGTERM, signal.SIGHUP):
         if threading.current_thread() is threading.main_thread() and signal.getsignal(which) is signal.SIG_DFL:

@@ -1,4 +1,4 @@
-"""What is measured before and after training: the held-out loss, answers to questions, tasks of the harness."""
+"""Evaluation before and after training: held-out loss, answers to questions, harness tasks."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ if TYPE_CHECKING:
 def held_out_loss(
     recipe: Recipe, model: Any, rows: HeldOut, patches: FastStep | None, progress: Callable[[int, int], None] | None = None
 ) -> LossResult:
-    """The loss on held-out rows, which several processes share."""
+    """The loss on held-out rows, split across processes."""
     head = patches.head if patches is not None else None
     of_tokens = chunked_loss.evaluator(head, recipe.train.loss_chunk) if head is not None else None
     shares = [rows[number :: world_size()] for number in range(world_size())]
-    learnt = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
-    # Sharded layers run in all processes alike: then each measures all rows.
-    own = shares[rank()] if all(learnt) and not parallel.is_sharded(model) else rows
+    supervised = [any(label != IGNORED for _, labels in share for label in labels[1:]) for share in shares]
+    # Sharded layers must run in all processes together, so each evaluates all rows.
+    own = shares[rank()] if all(supervised) and not parallel.is_sharded(model) else rows
     result = evaluate_loss(
         model,
         own,
@@ -50,7 +50,7 @@ def held_out_loss(
     )
     if world_size() == 1:
         return result
-    if len(own) == len(rows):  # of one mind to the last bit: what is best is decided by it
+    if len(own) == len(rows):  # all processes need the same bits, because save_best compares this loss
         return loss_of(*parallel.broadcast_object([result.row_loss_sums, result.row_tokens]))
     parts = parallel.all_gather_object([result.row_loss_sums, result.row_tokens])
     sums, tokens = ([parts[at % world_size()][which][at // world_size()] for at in range(len(rows))] for which in (0, 1))
@@ -58,7 +58,7 @@ def held_out_loss(
 
 
 def measure(when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None) -> LossRecord:
-    """The held-out loss, said, and written to eval/WHEN.json row by row."""
+    """Measure the held-out loss, print it, and write it to eval/WHEN.json with losses by row."""
     name = "evaluate the float model" if when == "float" else f"evaluate {when}"
     with run.screen.phase(name) as progress:
         result = held_out_loss(
@@ -73,21 +73,21 @@ def measure(when: When, run: RunContext, checked: Checked, model: Any, patches: 
 
 
 def saved_result(run_dir: RunDir, when: When) -> LossResult:
-    """What `measure` has written."""
+    """Read the result that `measure` has written."""
     saved = json.loads((run_dir.path / "eval" / f"{when}.json").read_text(encoding="utf-8"))
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
     return LossResult(**values)
 
 
 def difference(run_dir: RunDir) -> tuple[float | None, float | None]:
-    """(after − before, its standard error), paired by row; None where there is none, and of processes that write nothing."""
+    """(after − before, its standard error), paired by row; (None, None) in processes that do not write."""
     if not run_dir.writes:
         return None, None
     return paired(saved_result(run_dir, "before"), saved_result(run_dir, "after"))
 
 
 def paired(before: LossResult, after: LossResult) -> tuple[float, float | None]:
-    """(after − before, its standard error where there is one), paired by row."""
+    """(after − before, its standard error or None), paired by row."""
     value, error = paired_difference(before, after)
     return value, error if math.isfinite(error) else None
 
@@ -95,11 +95,11 @@ def paired(before: LossResult, after: LossResult) -> tuple[float, float | None]:
 def answers(
     when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None, questions: list[Sample]
 ) -> list[Sample]:
-    """The questions with the model's answers `when`, which samples/samples.json gets too."""
+    """Generate the model's answers to the questions, and write them to samples/samples.json too."""
     if not questions:
         return []
-    with run.screen.phase(f"answers {when}") as progress, as_it_came(patches):
-        given = generate(
+    with run.screen.phase(f"answers {when}") as progress, without_patches(patches):
+        generated = generate(
             model,
             checked.inputs.tokenizer,
             [question.prompt for question in questions],
@@ -109,25 +109,25 @@ def answers(
         )
     samples = [
         question.model_copy(update={when: answer.text, f"{when}_ended": answer.ended})
-        for question, answer in zip(questions, given, strict=True)
+        for question, answer in zip(questions, generated, strict=True)
     ]
     run.run_dir.write_json("samples/samples.json", [sample.model_dump(exclude_unset=True) for sample in samples])
     return samples
 
 
 def score(when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None, record: Record) -> None:
-    """The recipe's tasks, unless they were scored `when` already."""
-    wanted = run.recipe.eval
-    if not wanted.tasks or when in (record.eval.tasks or {}):
+    """Score the recipe's harness tasks, unless the record has scores for `when`."""
+    settings = run.recipe.eval
+    if not settings.tasks or when in (record.eval.tasks or {}):
         return
-    with as_it_came(patches):
+    with without_patches(patches):
         scores = score_tasks(
             model,
             checked.inputs.tokenizer,
-            wanted.tasks,
+            settings.tasks,
             run.screen,
-            include_path=wanted.include_path,
-            limit=wanted.limit,
+            include_path=settings.include_path,
+            limit=settings.limit,
             name=f"tasks {when}",
         )
     record.eval.tasks = (record.eval.tasks or {}) | {when: scores}
@@ -135,8 +135,8 @@ def score(when: When, run: RunContext, checked: Checked, model: Any, patches: Fa
     run.save()
 
 
-def as_it_came(patches: FastStep | None) -> AbstractContextManager[None]:
-    """Within it the model computes without the fast step, for generation."""
+def without_patches(patches: FastStep | None) -> AbstractContextManager[None]:
+    """Disable the patches within the block, for generation."""
     return patches.paused() if patches is not None else nullcontext()
 
 
@@ -150,15 +150,15 @@ def score_tasks(
     limit: int | None,
     name: str = "tasks",
 ) -> dict[str, Any]:
-    """lm-evaluation-harness, with progress on the screen: {task: {metric: value}}.
+    """Run lm-evaluation-harness with progress on the screen; returns {task: {metric: value}}.
 
     Raises:
-        UserError: it is not installed, or a task is unknown.
+        UserError: the harness is not installed, or a task is unknown.
     """
     from eval.harness import UnknownTask, run_tasks
 
     if include_path is not None and not Path(include_path).is_dir():
-        raise UserError("there is no such folder of tasks", where="include_path", got=include_path)
+        raise UserError("no such task folder", where="include_path", got=include_path)
     with screen.phase(name) as progress:
         try:
             return run_tasks(

@@ -1,4 +1,4 @@
-"""The trained model for other programs, each compared with it by the equivalence gate."""
+"""Exporting the trained model for other programs; the equivalence gate compares each export with it."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 
 def export_all(run: RunContext, checked: Checked, built: BuiltModel, model: Any) -> dict[str, ExportRecord]:
-    """What the recipe's `export.formats` ask for, by format. model: the trained one, where that was not merged away.
+    """Export the model in each of the recipe's `export.formats`; returns {format: record}. model: unused if it was merged.
 
     Raises:
-        GateError: what runs elsewhere is another model.
+        GateError: an exported model differs from the trained one.
     """
     recipe, run_dir = run.recipe, run.path
     if not recipe.export.formats:
         return {}
-    if recipe.quant.scheme != "ternary":  # the trained model was merged away: what was written, and gated, is it
+    if recipe.quant.scheme != "ternary":  # the trained model was consumed by the merge: read the merged folder
         merged = find_model(str(run_dir / "merged"))
         model = load_weights(merged, load_config(merged), dtype=built.dtype, attention="auto")
     records: dict[str, ExportRecord] = {}
-    for wanted in recipe.export.formats:
-        suffix = FORMATS[wanted].suffix
-        file = f"{run.name}-{wanted.removeprefix('gguf-').upper()}{suffix}" if suffix else wanted
-        records[wanted] = export_one(
-            wanted,
+    for name in recipe.export.formats:
+        suffix = FORMATS[name].suffix
+        file = f"{run.name}-{name.removeprefix('gguf-').upper()}{suffix}" if suffix else name
+        records[name] = export_one(
+            name,
             model,
             checked.inputs.tokenizer,
             run_dir / "export" / file,
@@ -54,7 +54,7 @@ def export_all(run: RunContext, checked: Checked, built: BuiltModel, model: Any)
 
 
 def export_one(
-    wanted: str,
+    name: str,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     out: Path,
@@ -65,17 +65,17 @@ def export_one(
     screen: Screen,
     run_dir: Path | None = None,
 ) -> ExportRecord:
-    """`model` in the format `wanted`. run_dir: the path in the record is told from there.
+    """Export `model` in the format `name`. run_dir: base of the path in the record.
 
     Raises:
-        GateError: what runs elsewhere is another model; nothing is kept.
+        GateError: the exported model differs; nothing is kept.
     """
-    with screen.phase(f"export {wanted}") as progress:
+    with screen.phase(f"export {name}") as progress:
         figures = export(
             model,
             tokenizer,
             out,
-            format=wanted,
+            format=name,
             rows=rows,
             device=device,
             gate_tokens=gate_tokens,

@@ -1,4 +1,4 @@
-"""How a run ends that does not end well: nothing half-written, the reason in its record, and an error that says what to type."""
+"""Handling a failed or stopped run: no partial files, the reason in its record, and an error that says what to type."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from finetune.stages.context import RunContext
 
 
 def on_failure(contexts: Sequence[RunContext], error: BaseException) -> BaseException:
-    """Write down in each run folder how it ended, and return what to raise.
+    """Record in each run folder how it ended, and return the error to raise.
 
-    contexts: the run, and the stages that were begun within it; the error came from the last one.
+    contexts: the run and the stages that were started in it; the error came from the last one.
     """
     if not contexts:
         return error
@@ -31,7 +31,7 @@ def on_failure(contexts: Sequence[RunContext], error: BaseException) -> BaseExce
     if isinstance(error, KeyboardInterrupt) and run.record is not None and run.run_dir.exists:
         return Interruption("stopped", hint=f"finetune resume {run.run_dir.path}")
     if isinstance(error, Interruption):
-        return Interruption(error.message, hint=f"finetune resume {run.run_dir.path}")  # not of the stage within it
+        return Interruption(error.message, hint=f"finetune resume {run.run_dir.path}")  # the run, not the stage inside it
     return error
 
 
@@ -40,7 +40,7 @@ def _has_trained(context: RunContext) -> bool:
 
 
 def _record(context: RunContext, error: BaseException) -> None:
-    """A run that trained nothing vanishes, another says why it ended."""
+    """Remove the folder of a run that has not trained; otherwise record why the run ended."""
     path, record = context.run_dir.path, context.record
     if record is None or record.state == "done" or not context.run_dir.writes:
         return
@@ -60,7 +60,7 @@ def _record(context: RunContext, error: BaseException) -> None:
 
 
 def _out_of_memory(context: RunContext, error: Exception) -> GateError | None:
-    """What to say where memory has run out, and nothing is left to halve; None of any other error."""
+    """The GateError for running out of memory when the batch cannot be halved further; None for any other error."""
     from eval.model_state import forget, out_of_memory
     from finetune.stages.planning import with_what_would_fit
     from finetune.train.loop import NoMemory
@@ -70,8 +70,8 @@ def _out_of_memory(context: RunContext, error: Exception) -> GateError | None:
     elif out_of_memory(error):
         path = context.run_dir.path
         trained = context.record is not None and (path / "checkpoints").is_dir()
-        hint = f"with less beside it, finetune resume {path} goes on from the last checkpoint" if trained else None
-        stop = GateError(f"out of memory in the phase {context.screen.now!r}", where=str(path), got=forget(error), hint=hint)
+        hint = f"free some memory; finetune resume {path} continues from the last checkpoint" if trained else None
+        stop = GateError(f"out of memory in phase {context.screen.now!r}", where=str(path), got=forget(error), hint=hint)
     else:
         return None
     if context.planned is None or context.checked is None:

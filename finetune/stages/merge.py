@@ -1,4 +1,4 @@
-"""What is left of the trained weights: adapter files, and a model folder for plain transformers, measured before it is kept."""
+"""Saving the trained weights: adapter files, and a merged model folder for plain transformers, gated by its loss."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Merged:
-    """What was made of the trained weights. model: what other exports are made of."""
+    """Result of saving the trained weights. model: the source of further exports."""
 
     model: Any
     record: MergeRecord | None
@@ -34,12 +34,12 @@ class Merged:
 
 
 def finish(run: RunContext, checked: Checked, built: BuiltModel, after: LossRecord | None) -> Merged:
-    """Adapter and merged model of a run, as its recipe wants them.
+    """Save adapter and merged model of a run, as its recipe says.
 
-    after: the trained model's held-out loss in its own arithmetic.
+    after: the trained model's held-out loss, in the arithmetic of training.
 
     Raises:
-        GateError: the merged model is not the trained one.
+        GateError: the merged model differs from the trained one.
     """
     recipe, run_dir, screen = run.recipe, run.path, run.screen
     model, tokenizer, data = built.model, checked.inputs.tokenizer, checked.data
@@ -108,17 +108,17 @@ def merge(
     name: str = "merge",
     own: LossRecord | None = None,
 ) -> MergeRecord:
-    """The trained model (consumed) as a plain one in the folder `out`, compared with it on `rows`; without rows it is not.
+    """Write the trained model (consumed) as a plain model to the folder `out`, gated by its loss on `rows` if there are any.
 
-    own: its loss as it was measured after training.
+    own: the trained model's loss as measured after training.
 
     Raises:
-        GateError: it is another model; `out` is not made.
+        GateError: the written model differs; `out` is not created.
     """
     if not rows:
         with screen.phase("save model"), atomic_folder(out) as temporary:
             merging.write_folder(merging.into_float(model, dtype), tokenizer, temporary)
-        screen.warn("the merged model was not compared with the trained one: there are no held-out rows, or eval.merge_rows is 0")
+        screen.warn("the merged model was not compared with the trained one: no held-out rows, or eval.merge_rows is 0")
         return MergeRecord(path=out.name, gate=None)
     with screen.phase(name) as progress:
         figures = merging.write_gated(
@@ -134,13 +134,14 @@ def merge(
         )
     gate = MergeGate.model_validate(figures)
     screen.say(
-        f"  merged into {out}: {human_bytes(figures['bytes'])}; loss {gate.merged_loss:.4f} against {gate.adapter_loss:.4f} of "
-        f"the trained model on {gate.rows} rows, both in {gate.arithmetic} (the gate allows {gate.limit} nats)"
+        f"  merged into {out}: {human_bytes(figures['bytes'])}; loss {gate.merged_loss:.4f} against the trained model's "
+        f"{gate.adapter_loss:.4f} on {gate.rows} rows, both in {gate.arithmetic} (the gate allows {gate.limit} nats)"
     )
     if own is not None and own.loss is not None and gate.rows == own.rows and abs(own.loss - gate.adapter_loss) > gate.limit:
         screen.warn(
-            f"rounding weighs in this model: its loss is {gate.adapter_loss:.3f} in {gate.arithmetic} and {own.loss:.3f} in "
-            f"{str(dtype).removeprefix('torch.')}, in which it was trained and measured"
+            f"this model is sensitive to rounding: its loss is "
+            f"{gate.adapter_loss:.3f} in {gate.arithmetic} and {own.loss:.3f} in "
+            f"{str(dtype).removeprefix('torch.')}, in which it was trained and evaluated"
         )
     return MergeRecord(path=out.name, gate=gate, bytes=figures["bytes"])
 
@@ -157,12 +158,12 @@ def merge_ternary(
     trained: Path | str,
     screen: Screen,
 ) -> tuple[Any, MergeRecord]:
-    """Adapters into ternary weights again; what that costs is measured and told, and the adapter stays.
+    """Merge adapters into ternary weights, and print what that costs in loss; the adapter is kept.
 
-    trained: where the adapter lies, which on its base is the trained model.
+    trained: where the adapter is; on its base it is the trained model.
 
     Raises:
-        GateError: plain transformers computes something else from what was written.
+        GateError: plain transformers computes other logits from the written folder.
     """
     with screen.phase("merge") as progress:
         model, figures = merging.write_ternary(
@@ -171,8 +172,8 @@ def merge_ternary(
     screen.say(f"  {out}: {merging.ternary_in_words(figures)}")
     if abs(figures["merged_loss"] - figures["adapter_loss"]) > limit:
         screen.warn(
-            "the merged model is not the trained one: rounding back to ternary lost most of the adapter's update. "
-            f"{trained} on its base is the trained model"
+            "the merged model differs from the trained one: rounding back to ternary lost most of the adapter's update. "
+            f"Use {trained} on its base instead"
         )
     record = MergeRecord(path=out.name, gate=None, bytes=figures["bytes"], reternarized=Reternarized.model_validate(figures))
     return model, record

@@ -1,4 +1,4 @@
-"""Everything that can fail cheaply, before anything is loaded or written: device, model, data, labels, targets, disk."""
+"""Cheap checks before anything is loaded or written: device, model, data, labels, adapter targets."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from finetune.train import offload, optim, parallel
 
 @dataclass
 class Checked:
-    """What a run is made of, once its checks have passed. trainable: parameters. forced: the reasons that --force overrode."""
+    """Result of the checks. trainable: number of parameters; forced: the failed checks that --force overrode."""
 
     device: torch.device
     inputs: Inputs
@@ -45,16 +45,17 @@ class Checked:
 
 
 def preflight(run: RunContext, record: Record | None) -> Checked:
-    """Check what a recipe asks for and what it will learn from. record: of a run that goes on.
+    """Check the device, model and data of a run. record: of a resumed run.
 
     Raises:
-        UserError: something that it names is missing, damaged or impossible. GateError: labels are wrong, and nobody forces.
+        UserError: something that the recipe names is missing, damaged or unsupported. GateError: labels are wrong, without
+            --force.
     """
     recipe, screen = run.recipe, run.screen
     device = _device(recipe, screen)
     with screen.phase("tokenizer") as progress:
-        begun = data_record(record) if record is not None else None
-        revision = begun.revision if isinstance(begun, TextRecord) else None
+        saved = data_record(record) if record is not None else None
+        revision = saved.revision if isinstance(saved, TextRecord) else None
         inputs = open_inputs(recipe, run.path, revision=revision, progress=progress)
         _check_exports(recipe, inputs)
     with screen.phase("data") as progress:
@@ -73,7 +74,7 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
 
 
 def _device(recipe: Recipe, screen: Screen) -> torch.device:
-    """The device of this process, once it is known that it can do what the recipe asks of it."""
+    """Choose the device of this process and check that it supports what the recipe asks for."""
     require_trackers(recipe.run.trackers)
     device = parallel.init_distributed(pick_device(recipe.run.device).type)
     offload.check(recipe.model.offload_layers, device)
@@ -82,13 +83,13 @@ def _device(recipe: Recipe, screen: Screen) -> torch.device:
     check_processes(recipe, world_size())
     if recipe.train.checkpointing == "offload" and device.type == "cpu":
         raise UserError(
-            "on the CPU activations are in its memory already",
+            "checkpointing: offload needs a GPU: on a CPU, activations are already in its memory",
             where="train.checkpointing",
             got="offload",
             hint="train.checkpointing=true",
         )
     if device.type == "cpu" and recipe.run.device == "auto" and Path("/proc/driver/nvidia").exists():
-        screen.warn(f"there is an NVIDIA driver, but torch {torch.__version__} cannot use it (CUDA 13.0 needs 580 or newer)")
+        screen.warn(f"torch {torch.__version__} cannot use the installed NVIDIA driver (CUDA 13.0 needs 580 or newer)")
     return device
 
 
@@ -100,7 +101,7 @@ def require_trackers(names: Iterable[str]) -> None:
 
 
 def check_processes(recipe: Recipe, processes: int) -> None:
-    """Raise UserError for what several processes cannot do, before anything is loaded."""
+    """Raise UserError for settings that several processes do not support, before anything is loaded."""
     train, run = recipe.train, recipe.run
     if processes == 1:
         return
@@ -114,14 +115,14 @@ def check_processes(recipe: Recipe, processes: int) -> None:
         raise refused.error()
     if recipe.fit == "auto":
         raise UserError(
-            "this is for one process: each would change the recipe for itself",
+            "fit: auto works with one process only",
             where="fit",
             got=f"{processes} processes",
-            hint="fit=none; finetune plan --fit says",
+            hint="fit=none; finetune plan --fit shows the changes to make",
         )
     if train.micro_batch * train.accumulation < processes:
         raise UserError(
-            "there are more processes than rows in a step",
+            "more processes than sequences in a step",
             where="train.accumulation",
             got=f"micro_batch {train.micro_batch} × accumulation {train.accumulation}, {processes} processes",
             hint=f"train.accumulation={-(-processes // train.micro_batch)}; micro-batches are split across processes, the global "
@@ -130,7 +131,7 @@ def check_processes(recipe: Recipe, processes: int) -> None:
 
 
 def _check_exports(recipe: Recipe, inputs: Inputs) -> None:
-    """What the trained model could not be written to is refused before it is trained."""
+    """Raise UserError for an export format that the trained model will not fit, before it is trained."""
     from transformers import AutoModelForCausalLM
 
     config, ternary = inputs.config, recipe.quant.scheme == "ternary"
@@ -149,10 +150,10 @@ def _check_exports(recipe: Recipe, inputs: Inputs) -> None:
 
 
 def _gate(data: TaskData, screen: Screen, *, force: bool) -> str | None:
-    """The reasons that --force overrode, or None.
+    """Stop on failed checks; returns the reasons that --force overrode, or None.
 
     Raises:
-        GateError: a check failed and nobody forces.
+        GateError: a check failed, without --force.
     """
     failed = data.preflight.failed
     if not failed:
@@ -164,15 +165,15 @@ def _gate(data: TaskData, screen: Screen, *, force: bool) -> str | None:
         screen.warn(f"--force: {reasons}")
         return reasons
     raise (UserError if nothing else GateError)(
-        "there is nothing to train on" if nothing else "the preflight of labels refuses this data",
+        "no training data" if nothing else "the preflight checks refuse this data",
         where=data.source,
         got=reasons,
-        hint="fix the data or the template" + ("" if hopeless else "; --force trains anyway and records why it should not have"),
+        hint="fix the data or the template" + ("" if hopeless else "; --force trains anyway and records the failed checks"),
     )
 
 
 def describe(run: RunContext, checked: Checked) -> None:
-    """Say where the run goes, and what is trained."""
+    """Print the run folder and what is trained."""
     info = checked.info
     run.screen.say(f"  into {run.path}")
     run.screen.say(
@@ -182,8 +183,7 @@ def describe(run: RunContext, checked: Checked) -> None:
 
 
 def keep_tokenizer(run: RunContext, checked: Checked) -> None:
-    """A tokenizer that was trained on the run's text goes into its folder, and is read again from there, as a run that goes on
-    has it."""  # fmt: skip
+    """Save a tokenizer that the run trained to its folder, and load it from there, as a resumed run does."""
     if run.recipe.model.config is None or run.recipe.tokenizer.name is not None:
         return
     folder = run.path / TOKENIZER
@@ -195,11 +195,11 @@ def keep_tokenizer(run: RunContext, checked: Checked) -> None:
 
 
 def agree(recipe: Recipe, checked: Checked) -> None:
-    """Raise GateError where processes have read other data, or other tokens: what they train together would be neither."""
+    """Raise GateError if the processes have read different data, tokenizers or recipes."""
     vocabulary = json.dumps(checked.inputs.tokenizer.get_vocab(), sort_keys=True)
     digests = [hashlib.sha256(text.encode()).hexdigest() for text in (vocabulary, dump_recipe(recipe))]
-    everyones: list[list[Any]] = parallel.all_gather_object([checked.data.digest, *digests])
-    for what, values in zip(("data", "tokenizer", "recipe"), zip(*everyones, strict=True), strict=True):
+    gathered: list[list[Any]] = parallel.all_gather_object([checked.data.digest, *digests])
+    for what, values in zip(("data", "tokenizer", "recipe"), zip(*gathered, strict=True), strict=True):
         if len(set(values)) > 1:
             got = ", ".join(f"process {number}: {value[:12]}…" for number, value in enumerate(values))
-            raise GateError(f"the processes do not have the same {what}", where=checked.data.source, got=got)
+            raise GateError(f"the processes have different versions of the {what}", where=checked.data.source, got=got)

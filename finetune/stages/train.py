@@ -1,4 +1,4 @@
-"""Training: what the loop takes, from where it goes on, and what came of it."""
+"""Training: setting up the loop, resuming it, running it, and recording its result."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from quant import prove_used
 
 
 def set_up(run: RunContext, checked: Checked, built: BuiltModel, patches: FastStep) -> tuple[TrainingSetup, dict[str, int]]:
-    """What the loop takes, proven on one micro-batch; and the bytes that training keeps, by kind, without activations.
+    """Set up the loop and check it on one micro-batch; returns it with the bytes of training by type, without activations.
 
     Raises:
-        GateError: quantized linears take no part in the forward pass. UserError: teacher or optimizer cannot be had.
+        GateError: quantized linears are bypassed in the forward pass. UserError: teacher or optimizer is not available.
     """
     recipe, screen = run.recipe, run.screen
     teacher = teacher_of(
@@ -54,25 +54,25 @@ def set_up(run: RunContext, checked: Checked, built: BuiltModel, patches: FastSt
         stochastic_rounding=settings.stochastic_rounding,
         in_backward=settings.optimizer_in_backward,
     )
-    screen.say("  trained, without activations: " + ", ".join(f"{k} {human_bytes(v)}" for k, v in sizes.items() if v))
+    screen.say("  training memory without activations: " + ", ".join(f"{k} {human_bytes(v)}" for k, v in sizes.items() if v))
     for note in setup.notes:
         screen.warn(note)
     _prove_swap(setup, built)
-    set_seed(recipe.run.seed + rank())  # of python, numpy and torch; each process drops out by its own chance
+    set_seed(recipe.run.seed + rank())  # python, numpy and torch; a different dropout in each process
     return setup, sizes
 
 
 def _prove_swap(setup: TrainingSetup, built: BuiltModel) -> None:
-    """After one forward, each swapped module has run: a bypassed one would train something else than it evaluates."""
+    """Raise GateError if a swapped module does not run in a forward pass: the model would not use the weights it trains."""
     if built.swap is None:
         return
     model, task = built.model, setup.task
-    model.eval()  # dropout would draw random numbers, which a resumed run must not draw twice
+    model.eval()  # dropout would draw random numbers, which would change a resumed run
     try:
         with torch.no_grad(), prove_used(model, built.swap):
-            keys = task.sampler(0, 0, None)
-            task.loss(model, task.batch(next(keys)))
-            if (close := getattr(keys, "close", None)) is not None:
+            sampler = task.sampler(0, 0, None)
+            task.loss(model, task.batch(next(sampler)))
+            if (close := getattr(sampler, "close", None)) is not None:
                 close()
     except RuntimeError as error:
         if "took no part" not in str(error):
@@ -80,36 +80,36 @@ def _prove_swap(setup: TrainingSetup, built: BuiltModel) -> None:
         raise GateError("packed linears are bypassed", where="quant", got=str(error), hint="add them to quant.keep") from None
 
 
-def go_on(run: RunContext, checked: Checked, setup: TrainingSetup) -> Progress:
-    """Model, optimizer, random numbers and metrics as they were at the newest whole checkpoint; that it goes on is written down.
+def resume(run: RunContext, checked: Checked, setup: TrainingSetup) -> Progress:
+    """Restore model, optimizer, random state and metrics from the newest complete checkpoint, and record the resume.
 
     Raises:
-        UserError: there are checkpoints, and all are damaged.
+        UserError: all checkpoints are damaged.
     """
     folder, screen = run.path / "checkpoints", run.screen
     checkpoint.sweep(folder)
     with screen.phase("checkpoint"):
         path, notes = checkpoint.newest(folder)
     for damaged in notes:
-        screen.warn(f"damaged checkpoint {damaged}; using the one before")
+        screen.warn(f"damaged checkpoint {damaged}; using the previous one")
     if path is None and notes:
-        hint = f"bring one back from a copy; to begin again: rm -r {folder}, then finetune resume {run.path}"
+        hint = f"restore one from a copy; to start over: rm -r {folder}, then finetune resume {run.path}"
         raise UserError("every checkpoint of this run is damaged", where=str(folder), got="; ".join(notes), hint=hint)
     run.note_resume(path)
     if path is None:
-        screen.say("  no checkpoint yet: beginning again")
+        screen.say("  no checkpoint yet: starting from the beginning")
         run.run_dir.cut_metrics(0)
         return Progress()
     progress, size = checkpoint.load(path, setup.model, setup.optimizer)
     if run.recipe.train.optimizer.startswith("paged") and checked.device.type == "cuda":
-        screen.warn("the optimizer's states are restored to the card; they are paged again only in a new run")
+        screen.warn("the optimizer states are restored to GPU memory; they are paged again only in a new run")
     run.run_dir.cut_metrics(size)
-    screen.say(f"  going on after step {progress.step}")
+    screen.say(f"  resuming after step {progress.step}")
     return progress
 
 
 def _accelerator(run: RunContext, device: torch.device, progress: Progress) -> Any:
-    """accelerate's, with the trackers: a run that goes on is the same run there, without what came after its checkpoint."""
+    """An Accelerator with the recipe's trackers; a resumed run continues in the same tracker run from its checkpoint on."""
     recipe, record = run.recipe, run.record
     assert record is not None
     accelerator = Accelerator(cpu=device.type == "cpu", log_with=list(recipe.run.trackers) or None, project_dir=str(run.path))
@@ -139,17 +139,17 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, str | int | floa
 
 @dataclass
 class Trained:
-    """What training came to; ternary: where ternary weights were trained."""
+    """Result of training. ternary: of the ternary weights, if they were trained."""
 
     figures: TrainRecord
     ternary: TernaryRecord | None
 
 
 def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: FastStep, progress: Progress) -> Trained:
-    """The loop, with an evaluation and a look at ternary codes as often as the recipe says; the weights that it ends with.
+    """Run the training loop, with evaluations and measurements of ternary codes as the recipe says.
 
     Raises:
-        Interruption: a signal came; the step is finished and saved. What the loop raises.
+        Interruption: a signal; the step was finished and saved. Also what the loop raises.
     """
     recipe, run_dir, screen = run.recipe, run.run_dir, run.screen
     accelerator = _accelerator(run, checked.device, progress)
@@ -184,35 +184,35 @@ def train(run: RunContext, checked: Checked, setup: TrainingSetup, patches: Fast
         trained.processes, trained.parallel = world_size(), recipe.run.parallel
     if setup.settings.load_best_at_end and trained.best is not None:
         _take_best(trained.best, trained.steps, setup.model, run_dir.path, screen.say, screen.warn)
-    for tracker in accelerator.trackers:  # its end_training would leave the other processes, too
+    for tracker in accelerator.trackers:  # end_training would also shut down the process group
         tracker.finish()
     if watch is not None:
         watch.end()
     if setup.teacher is not None:
-        setup.teacher.detach()  # else its hooks on the model would keep it
+        setup.teacher.detach()  # its hooks on the model would keep it alive
     return Trained(trained, TernaryRecord.model_validate(watch.summary()) if watch is not None else None)
 
 
 def _take_best(best: Best, last: int, model: Any, run_dir: Path, say: Callable[[str], None], warn: Callable[[str], None]) -> None:
-    """The weights with the lowest held-out loss, from their checkpoint."""
+    """Load the weights with the lowest held-out loss from their checkpoint."""
     path = run_dir / "checkpoints" / f"{checkpoint.PREFIX}{best.step:06d}"
     if best.step != last and (wrong := checkpoint.damage(path)) is not None:
-        warn(f"the best checkpoint, {path.name}, is damaged ({wrong}): the last weights are used")
+        warn(f"the best checkpoint, {path.name}, is damaged ({wrong}): using the last weights")
         return
     if best.step != last:
         checkpoint.load_weights(path, model)
-    say(f"  the best held-out loss was {best.loss:.4f} after step {best.step} of {last}: these weights are used")
+    say(f"  best held-out loss {best.loss:.4f} after step {best.step} of {last}: using these weights")
 
 
 def note(run: RunContext, checked: Checked, record: Record, trained: Trained) -> None:
-    """Write down, and say, what training came to; and tell later plans on this machine how far this one was off."""
+    """Record and print the result of training, and calibrate later plans on this machine with it."""
     screen, figures, plan = run.screen, trained.figures, run.planned.plan if run.planned is not None else None
-    record.data = checked.data.record()  # a stream knows only now what it skipped
+    record.data = checked.data.record()  # the number of skipped rows of a stream is known only now
     for line in checked.data.warnings():
         screen.warn(line)
     if trained.ternary is not None:
         record.ternary = trained.ternary
-    # A resumed process knows the speed of its own steps only; one that found training finished knows none.
+    # A resumed process measures only its own steps; one that resumes after the last step measures none.
     if figures.tokens_per_second or record.train is None:
         record.train = figures
     planned = f", planned {human_bytes(record.planned.peak_bytes)}" if plan is not None and record.planned is not None else ""
@@ -236,7 +236,7 @@ def note(run: RunContext, checked: Checked, record: Record, trained: Trained) ->
 
 
 def unshard(built: BuiltModel, device: torch.device) -> None:
-    """Bring a sharded model together again, in the first process, which finishes the weights."""
+    """Gather a sharded model in the main process, which saves the weights."""
     if parallel.is_sharded(built.model):
         parallel.restore(built.model)
         if is_main_process():

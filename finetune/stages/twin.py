@@ -1,4 +1,4 @@
-"""The same recipe in floats, in a run folder of its own: the baseline by which a ternary model is judged."""
+"""The float twin of a ternary run: the same recipe in floats, in a run folder of its own, as the baseline."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def twin_rate(recipe: Recipe) -> float:
 
 
 def begin(run: RunContext) -> RunContext:
-    """The float twin of a run that has trained, in a folder within its own; it goes on where it was begun."""
+    """Start or resume the float twin of a trained run, in a folder inside the run folder."""
     assert run.record is not None
     gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     recipe = twin_recipe(run.recipe, run.name, run.run_dir, run.record)
-    run.screen.say(f"\nthe twin: the same in floats, at a peak learning rate of {recipe.train.lr:g}")
+    run.screen.say(f"\nfloat twin: the same recipe in floats, with a peak learning rate of {recipe.train.lr:g}")
     run_dir = RunDir(run.path / FOLDER)
     force = run.force or (run.checked is not None and run.checked.forced is not None)
     screen = Screen(run.screen.console)
@@ -42,7 +42,7 @@ def begin(run: RunContext) -> RunContext:
 
 
 def twin_recipe(recipe: Recipe, name: str, run_dir: RunDir, record: Record) -> Recipe:
-    """The same start, the same tokens in the same order, in floats."""
+    """The recipe in floats: the same initialization and the same tokens in the same order."""
     train = recipe.train.model_copy(
         update={"lr": twin_rate(recipe), "twin_lr": None, "health_steps": Train().health_steps},
     )
@@ -63,30 +63,32 @@ def twin_recipe(recipe: Recipe, name: str, run_dir: RunDir, record: Record) -> R
 
 
 def compare(run: RunContext, other: RunContext) -> TwinRecord:
-    """The gap between a ternary run and its float twin.
+    """Compute the gap between a ternary run and its float twin.
 
     Raises:
-        GateError: the twin has read something else.
+        GateError: the twin was trained on different data.
     """
     recipe, record, twin = run.recipe, run.record, other.record
     assert record is not None
     assert twin is not None
-    ours, its = record.provenance.data, twin.provenance.data
+    ours, theirs = record.provenance.data, twin.provenance.data
     assert ours is not None
-    assert its is not None
-    if its.sha256 != ours.sha256:
-        got = f"{ours.source} has changed since this run began"
-        raise GateError("the twin has not read the same text, so there is no gap to tell", where=str(other.path), got=got)
+    assert theirs is not None
+    if theirs.sha256 != ours.sha256:
+        got = f"{ours.source} has changed since this run started"
+        raise GateError("the float twin was trained on different data, so the gap is undefined", where=str(other.path), got=got)
     assert record.train is not None
     assert twin.train is not None
-    told = TwinRecord(path=FOLDER, lr=twin_rate(recipe), seed=recipe.run.seed, loss=None, gap=None)
+    comparison = TwinRecord(path=FOLDER, lr=twin_rate(recipe), seed=recipe.run.seed, loss=None, gap=None)
     if record.eval.after is not None:
-        own_result, its_result = saved_result(run.run_dir, "after"), saved_result(other.run_dir, "after")
-        told.loss = its_result.loss
-        told.gap, told.gap_stderr = paired(its_result, own_result)
+        own_result, twin_result = saved_result(run.run_dir, "after"), saved_result(other.run_dir, "after")
+        comparison.loss = twin_result.loss
+        comparison.gap, comparison.gap_stderr = paired(twin_result, own_result)
         run.screen.say(
-            f"\nternary {own_result.loss:.4f}, float twin {told.loss:.4f}: a gap of {told.gap:+.4f} ± {number(told.gap_stderr)} "
-            f"nats at {record.train.tokens} tokens each, seed {told.seed}"
+            f"\nternary "
+            f"{own_result.loss:.4f}, float twin "
+            f"{comparison.loss:.4f}: gap {comparison.gap:+.4f} ± {number(comparison.gap_stderr)} "
+            f"nats at {record.train.tokens} tokens each (seed {comparison.seed})"
         )
-    told.tokens_per_second = twin.train.tokens_per_second
-    return told
+    comparison.tokens_per_second = twin.train.tokens_per_second
+    return comparison

@@ -108,7 +108,7 @@ def test_mistral_is_one_without_its_window() -> None:
     (ids, _) = _batches()
     model = MistralForCausalLM(MistralConfig(**SIZES, sliding_window=None))
     assert type(insert_sub_norms(model, [ids])).__name__ == "BitNetForCausalLM"
-    with pytest.raises(UserError, match="sliding window of 8 tokens"):
+    with pytest.raises(UserError, match="sliding-window attention of 8 tokens"):
         insert_sub_norms(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)), [ids])
 
 
@@ -122,7 +122,7 @@ def test_what_it_is_not_for() -> None:
         insert_sub_norms(_llama(attention_bias=True), [ids])
     with pytest.raises(UserError, match=r"down_proj\.bias"):
         insert_sub_norms(_llama(mlp_bias=True), [ids])
-    with pytest.raises(UserError, match="heads of 16"):
+    with pytest.raises(UserError, match="head_dim 16"):
         insert_sub_norms(_llama(head_dim=16), [ids])
     with pytest.raises(UserError, match="Qwen2ForCausalLM"):
         insert_sub_norms(Qwen2ForCausalLM(Qwen2Config(**SIZES)), [ids])

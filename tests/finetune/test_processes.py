@@ -177,6 +177,6 @@ def test_more_processes_than_rows_are_refused(work: Path) -> None:
     process = start(work, "run", "lora.yaml", "train.micro_batch=1", "train.accumulation=1", "run.dir=few", "--processes", "2")
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2
-    assert "more processes than rows" in err
+    assert "more processes than sequences" in err
     assert err.count("error:") == 1
     assert not (work / "few").exists()

@@ -117,7 +117,7 @@ def test_another_version_is_refused(run: Path, version: Any) -> None:
     change(run, "version", version)
     with pytest.raises(UserError) as raised:
         read_record(run)
-    assert f"version {version}; this program reads 1 to {VERSION}" in str(raised.value)
+    assert f"version {version}; this program reads versions 1 to {VERSION}" in str(raised.value)
 
 
 def test_numbers_that_are_none_come_back(run: Path) -> None:
@@ -216,7 +216,7 @@ def test_commands_refuse_an_odd_record_in_a_sentence(finetune: Terminal, run: Pa
     before = (run / "run.json").read_bytes()
     code, out, err = finetune(*words.split())
     assert code == 2, err
-    assert "the run's record cannot be read" in err
+    assert "cannot read the run's record" in err
     assert f"{key} is missing" in err if ODD[key] is REMOVED else f"{key}: " in err
     assert "Traceback" not in out + err
     assert len(err.splitlines()) <= 6
@@ -227,7 +227,7 @@ def test_commands_refuse_an_odd_record_in_a_sentence(finetune: Terminal, run: Pa
 def test_the_report_refuses_an_odd_record(run: Path, key: str) -> None:
     odd = ODD.get(key, REMOVED)
     change(run, key, odd, remove=odd is REMOVED)
-    with pytest.raises(UserError, match="the run's record cannot be read") as raised:
+    with pytest.raises(UserError, match="cannot read the run's record") as raised:
         report(run)
     assert key.removeprefix("data.") in str(raised.value)
     assert not (run / "report.html").exists()
@@ -241,19 +241,19 @@ def cut(text: str) -> str:
 def test_what_is_no_record_is_refused(run: Path, damage: Callable[[str], str]) -> None:
     file = run / "run.json"
     file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
-    with pytest.raises(UserError, match="the run's record cannot be read"):
+    with pytest.raises(UserError, match="cannot read the run's record"):
         read_record(run)
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", ""])
 def test_a_name_that_leads_elsewhere_is_refused(run: Path, name: str) -> None:
     change(run, "name", name)
-    with pytest.raises(UserError, match="no plain name"):
+    with pytest.raises(UserError, match="not a plain file name"):
         read_record(run)
 
 
 def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="this is no run folder"):
+    with pytest.raises(UserError, match="not a run folder"):
         read_record(tmp_path)
 
 

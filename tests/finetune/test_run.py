@@ -135,7 +135,7 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     assert "finetune merge runs/tiny-2" in out
     code, out, _ = finetune("resume", str(run))
     assert code == 0
-    assert "done already" in out
+    assert "is already done" in out
 
 
 def test_full_fine_tuning_without_held_out_rows(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert (tmp_path / "cut" / "report.html").exists()
     code, out, err = finetune("run", str(recipe), *options, "run.dir=cut", "--resume")
     assert code == 0, err
-    assert "going on after step 3" in out
+    assert "resuming after step 3" in out
     for file in (
         "adapter/adapter_model.safetensors",
         "merged/model.safetensors",
@@ -327,10 +327,10 @@ def test_bad_recipes(finetune: Terminal, recipe: Path) -> None:
     assert "did you mean train.max_steps" in bad(finetune, recipe, "train.max_setps=3")
     assert "allowed: a whole number" in bad(finetune, recipe, "train.max_steps=many")
     assert finetune("check", str(recipe), "data.packin=1")[0] == 2
-    assert finetune("check", str(recipe))[:2] == (0, f"{recipe}: good\n")
+    assert finetune("check", str(recipe))[:2] == (0, f"{recipe}: no errors\n")
     code, _, err = finetune("check", str(recipe), "data.path=nowhere.jsonl", "model.name=./nothing")
     assert code == 2
-    assert "2 mistakes" in err
+    assert "2 errors" in err
     assert "command line, data.path" in err
     recipe.write_text(recipe.read_text().replace("rows.jsonl", "rosw.jsonl"))
     code, _, err = finetune("check", str(recipe))
@@ -346,11 +346,11 @@ def test_bad_sources(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_mode
     assert "model folder" in bad(finetune, recipe, "model.name=./nothing/here")
     assert "unknown model, or the hub" in bad(finetune, recipe, "model.name=nobody/nothing")
     assert "not installed" in bad(finetune, recipe, "model.name=package:nothing")
-    assert "is for models of the hub" in bad(finetune, recipe, "model.revision=v2")
+    assert "is only for hub models" in bad(finetune, recipe, "model.revision=v2")
     (tmp_path / "empty").mkdir()
     assert "config.json" in bad(finetune, recipe, "model.name=empty")
     (tmp_path / "a.gguf").write_bytes(b"not a gguf")
-    assert "no GGUF" in bad(finetune, recipe, "model.name=a.gguf")
+    assert "not a GGUF file" in bad(finetune, recipe, "model.name=a.gguf")
     if not torch.cuda.is_available():
         assert "no CUDA device" in bad(finetune, recipe, "run.device=cuda")
 
@@ -467,7 +467,7 @@ def test_gates(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
 
 def test_forcing_does_not_train_on_nothing(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "questions.jsonl", [{"messages": [{"role": "user", "content": f"q {n}"}]} for n in range(20)])
-    assert "nothing to train on" in bad(finetune, recipe, "data.path=questions.jsonl", "--force")
+    assert "no training data" in bad(finetune, recipe, "data.path=questions.jsonl", "--force")
 
 
 def test_bad_targets_and_patterns(finetune: Terminal, recipe: Path) -> None:
@@ -532,7 +532,7 @@ def test_show_of_what_is_no_run(finetune: Terminal, tmp_path: Path, tiny_model: 
     (tmp_path / "a.txt").write_text("x")
     code, _, err = finetune("chat", "a.txt")
     assert code == 2
-    assert "a file, and no model" in err
+    assert "not a model: this is a single file" in err
     (tmp_path / "runs" / "quick").mkdir(parents=True)
     (tmp_path / "runs" / "quick" / "run.json").write_text("{}")
     code, _, err = finetune("chat", "runs/quikc")
@@ -630,7 +630,7 @@ def test_a_run_that_would_not_fit_does_not_begin(finetune: Terminal, recipe: Pat
     assert not (tmp_path / "small").exists()
     code, out, err = finetune("run", str(recipe), "plan.memory=300MB", "run.dir=small", "--force", "run.merge=false")
     assert code == 0, err
-    assert "--force: by the plan it does not fit" in out + err
+    assert "--force: starting although the plan does not fit" in out + err
 
 
 @pytest.mark.planned
@@ -706,7 +706,7 @@ def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, r
     record = json.loads((tmp_path / "best" / "run.json").read_text())
     best = record["train"]["best"]
     assert best["step"] == 2
-    assert f"after step {best['step']} of 6: these weights are used" in out
+    assert f"after step {best['step']} of 6: using these weights" in out
     assert record["eval"]["after"]["loss"] == pytest.approx(best["loss"], abs=1e-6)
     folders = sorted(path.name for path in (tmp_path / "best" / "checkpoints").iterdir())
     assert folders == [f"step-{best['step']:06d}", "step-000006"]

@@ -64,7 +64,7 @@ def test_adapters_become_ternary_again(finetune: Terminal, recipe: Path, tmp_pat
     assert (code, "stays ternary" in err) == (2, True)
     code, out, err = finetune("merge", "adapted", "--out", "again")
     assert code == 0, err
-    assert "merged and ternary again: loss" in out
+    assert "merged to ternary: loss" in out
     assert "of the codes changed" in out
     config = json.loads((tmp_path / "again" / "config.json").read_text())
     assert config["quantization_config"]["quantization_mode"] == "offline"

@@ -83,7 +83,7 @@ def test_run_plan_and_bench_build_the_same_model(recipe: Recipe, tmp_path: Path,
     assert (made.setup.teacher is not None) == seen["teacher"] == (recipe.distill.teacher is not None)
 
     place = step.DeviceSpec("cpu", weights_dtype(recipe, "cpu"), None, compiled=False)
-    planned = step.without_weights(recipe, made.inputs.source, made.inputs.config, place)
+    planned = step.build_on_meta(recipe, made.inputs.source, made.inputs.config, place)
     assert described(planned.model) | {"left": planned.swap.left, "targets": planned.targets} == seen["run"]
     micro = step.MicroBatch((1, 32), (0, 32), 31)
     teacher = (None, made.inputs.config) if recipe.distill.teacher is not None else None

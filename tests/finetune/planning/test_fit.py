@@ -20,7 +20,7 @@ FULL = {"adapter": {"kind": "none"}, "train": {"save_steps": 100}}
 
 def fitted(before: Recipe, gib: float, kind: Any = "cuda") -> Any:
     planner = Planner(int(gib * GIB))
-    made = fit(before, planner.budget, planner, kind=kind)
+    made = fit(before, planner.budget, planner, device_type=kind)
     dumped = [asked.model_dump_json() for asked in planner.asked]
     assert len(dumped) == len(set(dumped)), "a recipe was planned twice"
     return made, planner
@@ -139,7 +139,7 @@ def test_layers_are_streamed_where_the_weights_alone_are_too_much() -> None:
         plan = made_up(recipe, GIB)
         return replace(plan, phases=[plan.phase("load")])
 
-    made = fit(recipe(), GIB, plan_of, kind="cuda")
+    made = fit(recipe(), GIB, plan_of, device_type="cuda")
     assert made.fits
     assert made.keys == {"model.offload_layers": ("none", "memory"), "train.checkpointing": (False, True)}
     assert len(made.steps) == 1
@@ -262,8 +262,8 @@ def test_with_a_teacher_only_what_the_schema_takes() -> None:
 
 
 def test_what_cannot_run_here_is_skipped_and_said() -> None:
-    planner = Planner(int(1.5 * GIB), model__stream="memory")
-    made = fit(recipe(), planner.budget, planner, kind="cuda")
+    planner = Planner(int(1.5 * GIB), model__offload_layers="memory")
+    made = fit(recipe(), planner.budget, planner, device_type="cuda")
     assert not made.fits
     assert made.recipe.model.offload_layers == "none"
     assert any("no offload_layers: memory here" in reason for reason in made.refused)
@@ -271,7 +271,7 @@ def test_what_cannot_run_here_is_skipped_and_said() -> None:
 
 def test_a_mistake_in_the_recipe_itself_is_told() -> None:
     with pytest.raises(UserError, match="no optimizer"):
-        fit(recipe(), GIB, Planner(GIB, train__optimizer="adamw"), kind="cuda")
+        fit(recipe(), GIB, Planner(GIB, train__optimizer="adamw"), device_type="cuda")
 
 
 def test_as_json() -> None:

@@ -83,9 +83,9 @@ def test_host_memory_is_shown_where_it_is_used() -> None:
 def test_a_fit_as_a_diff_with_what_each_change_saves_and_costs() -> None:
     before = recipe(train={"micro_batch": 8, "loss_chunk": 0})
     planner = Planner(int(2.5 * GIB))
-    made = fit(before, planner.budget, planner, kind="cuda")
+    made = fit(before, planner.budget, planner, device_type="cuda")
     lines = shown(table.show_fit, made)
-    assert lines[0].startswith(f"fits, changed: {before_peak(before)} → ")
+    assert lines[0].startswith(f"fits with changes: {before_peak(before)} → ")
     assert lines[2:11] == [
         " train:", "-  loss_chunk: 0", "+  loss_chunk: 256", "-  micro_batch: 8", "+  micro_batch: 2", "-  accumulation: 1",
         "+  accumulation: 4", "-  checkpointing: false", "+  checkpointing: true",
@@ -103,17 +103,17 @@ def before_peak(before: Any) -> str:
 
 def test_a_fit_of_what_fits_changes_nothing() -> None:
     planner = Planner(24 * GIB)
-    lines = shown(table.show_fit, fit(recipe(), planner.budget, planner, kind="cuda"))
-    assert lines == [f"fits as it is: {before_peak(recipe())} of 24.0 GiB; nothing was changed"]
+    lines = shown(table.show_fit, fit(recipe(), planner.budget, planner, device_type="cuda"))
+    assert lines == [f"fits unchanged: {before_peak(recipe())} of 24.0 GiB"]
 
 
 def test_what_cannot_fit_says_what_would() -> None:
     planner = Planner(int(0.7 * GIB))
-    made = fit(recipe(data={"max_length": 8192}), planner.budget, planner, kind="cuda")
+    made = fit(recipe(data={"max_length": 8192}), planner.budget, planner, device_type="cuda")
     said = " ".join(shown(table.show_fit, made))
     assert made.proposal
-    assert f"cannot fit into 0.70 GiB: with every change that helps {gib(made.plan.peak_bytes)} GiB is the smallest" in said
-    assert f"with data.max_length={made.proposal} it would fit" in said
+    assert f"cannot fit into 0.70 GiB: with all changes that help it still needs {gib(made.plan.peak_bytes)} GiB" in said
+    assert f"data.max_length={made.proposal} would fit" in said
     assert "max_length:" not in said  # no line of the diff
 
 
@@ -123,8 +123,8 @@ def test_what_cannot_fit_says_what_would() -> None:
 def rows() -> list[dict[str, Any]]:
     big = recipe(adapter={"kind": "none"}, train={"save_steps": 5, "micro_batch": 4}, model={"dtype": "fp32"})
     return [
-        row(recipe(train={"micro_batch": 8}), "llama7b-qlora-alpaca", Planner, kind="cuda"),
-        row(big, "smollm2-360m-full-dolly", Planner, kind="cuda"),
+        row(recipe(train={"micro_batch": 8}), "llama7b-qlora-alpaca", Planner, device_type="cuda"),
+        row(big, "smollm2-360m-full-dolly", Planner, device_type="cuda"),
         {"recipe": "gone", "parameters": None, "tokens": None, "plans": {}, "error": "the hub cannot be reached"},
     ]
 
@@ -152,7 +152,7 @@ def test_many_recipes_on_many_budgets() -> None:
 def test_a_recipe_that_fits_nowhere_says_what_it_needs() -> None:
     huge = recipe(adapter={"kind": "none"}, model={"dtype": "fp32"},
                   train={"save_steps": 5, "optimizer_in_backward": True, "max_grad_norm": 0, "micro_batch": 512})  # fmt: skip
-    made = [row(huge, "huge", Planner, kind="cuda")]
+    made = [row(huge, "huge", Planner, device_type="cuda")]
     answer = made[0]["plans"][8 * GIB]
     assert not answer.fits
     line = table.markdown(made).splitlines()[2]
@@ -162,7 +162,7 @@ def test_a_recipe_that_fits_nowhere_says_what_it_needs() -> None:
 def test_the_arithmetic_of_a_claim() -> None:
     said = table.claim(4.32e20, (45, 35), what="d32", device="a 4070", rate=58e12)
     assert said == (
-        "d32 in 35–45 days on a 4070 would need 111–143 TFLOP/s; its dense bf16 rate is 58, with all of which it takes 86 days"
+        "d32 in 35–45 days on a 4070 would need 111–143 TFLOP/s; its dense bf16 rate is 58, at which it takes 86 days"
     )
     possible = table.claim(2e18, (2, 2), what="x", device="y", rate=58e12)
     assert possible == "x in 2 days on y would need 12 TFLOP/s; its dense bf16 rate is 58"
