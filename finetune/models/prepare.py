@@ -56,7 +56,7 @@ def prepare(
         report = packed(model, quant, progress) if adapter.base_frozen else _trainable(model, quant, progress)
         if move is None:
             model.to(device)
-        model.config.use_cache = False
+        model.config.use_cache = trained is not None  # a model in training keeps no keys and values
         wrapped = model
         if trained is not None:
             wrapped = load_adapter(model if compute_dtype is None else cast(model, compute_dtype), trained).to(device).eval()
