@@ -495,7 +495,7 @@ def test_a_ternary_step_is_timed_against_each(side: str) -> None:
 def test_all_sides_begin_with_the_same_weights_and_train_them() -> None:
     shape = TINY_BITNET.cpu
     ids = bitnet.batch(shape, "cpu")
-    models = {side: bitnet.made(shape, "cpu", side) for side in ("ours", "bf16", "AutoBitLinear", "formula")}
+    models = {side: bitnet.build_model(shape, "cpu", side) for side in ("ours", "bf16", "AutoBitLinear", "formula")}
     states = {side: {k: v.clone() for k, v in model.state_dict().items()} for side, model in models.items()}
     with torch.compiler.set_stance("force_eager"):
         for side, model in models.items():
@@ -580,7 +580,7 @@ def test_each_side_is_asked_once_for_its_peak(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.alone
 def test_the_peak_holds_what_a_step_needs() -> None:
     sizes = dataclasses.replace(TINY_BITNET, cpu=TINY_BITNET.cpu._replace(hidden=512, intermediate=1024))
-    parameters = sum(p.numel() for p in bitnet.made(sizes.cpu, "cpu", "bf16").parameters())
+    parameters = sum(p.numel() for p in bitnet.build_model(sizes.cpu, "cpu", "bf16").parameters())
     assert 12 * parameters < bitnet.peak("cpu", sizes, "bf16") < 40 * parameters  # fp32 weights, gradients, two moments; and more
 
 
