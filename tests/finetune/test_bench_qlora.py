@@ -85,7 +85,7 @@ def test_what_it_cannot_compare_is_the_users_mistake(
 def test_other_benchmarks_take_no_recipe(finetune: Terminal, more: list[str]) -> None:
     code, _, err = finetune("bench", "quant", *more)
     assert code == 2
-    assert "this benchmark takes no recipe" in err
+    assert "this benchmark does not accept a recipe" in err
     assert more[-1] in err
 
 
