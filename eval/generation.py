@@ -85,7 +85,7 @@ def _options(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature:
 
 
 def _seed(seed: int | None) -> None:
-    """Seed torch; without a seed a new one is drawn, since the restored state would repeat the samples. Call in randomness_kept."""
+    """Seed torch; without a seed draw a new one, since the restored state would repeat samples. Call in randomness_kept."""
     if seed is None:
         torch.seed()
     else:
@@ -93,7 +93,7 @@ def _seed(seed: int | None) -> None:
 
 
 def _complete_answer(model: Any, prompt: torch.Tensor, options: dict[str, Any], *, retry: bool = True) -> torch.Tensor:
-    """Prompt and answer (1, T). If memory runs out, retry with the prompt in chunks, and on a GPU with the cache in CPU memory."""
+    """Prompt and answer (1, T). If memory runs out, retry with the prompt in chunks, on a GPU with the cache in CPU memory."""
     try:
         return model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
     except Exception as error:

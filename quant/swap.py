@@ -122,9 +122,7 @@ def swap(
     groups = _paths_by_module(model, [path for path in multiplying(model) if path not in left])
     if not groups and isinstance(model, nn.Linear | nn.Conv2d):
         constructor = f"{linear_class.__name__}.from_linear" if isinstance(model, nn.Linear) else "BitConv2d.from_conv"
-        raise ValueError(
-            f"the model is a single {type(model).__name__}, and swap replaces modules inside a model: use {constructor}"
-        )
+        raise ValueError(f"the model itself is a {type(model).__name__}, and swap replaces modules inside it: use {constructor}")
     if not groups:
         reasons = (
             "; ".join(f"{name or type(model).__name__}: {reason}" for name, reason in left.items())

@@ -1,10 +1,10 @@
-"""`finetune bench NAME`: this suite against the plain stack, both sides on the same work in one run, on the user's own machine.
+"""`finetune bench NAME`: compares this suite with other libraries on the same work, on the user's own machine.
 
-Each device is measured in a process of its own (child.py), which on the CPU has one thread on one core, so that what the
-command itself does is no part of a time. What is measured stands in a module named after the benchmark (quant.py), how in
-measure.py, the opponents in baselines.py; the table and the file are made here. `qlora` trains whole models, and has a process
-for each side, with all cores (qlora.py, side.py). `device` has no opponents, and calibrates the plan (device.py); `plan`
-compares that with real steps (plan.py).
+Each device is measured in a process of its own (child.py), which on the CPU has one thread on one core, so that the work of
+the command itself is not timed. The cases are in a module named after the benchmark (quant.py), the method in
+measure.py, the other libraries in baselines.py; the table and the file are written here. `qlora` trains whole models, with a
+process for each side and all cores (qlora.py, side.py). `device` has no baseline, and calibrates the plan (device.py); `plan`
+compares the plan with real steps (plan.py).
 """
 
 from __future__ import annotations
@@ -36,32 +36,32 @@ NAMES = {
     "quant": "the quantized linears against bf16 linears, bitsandbytes, llama.cpp and others",
     "qlora": "LoRA training of a recipe against TRL, PEFT and bitsandbytes: speed, memory, loss curves",
     "bitnet": "ternary training against bf16, transformers and the plain formula; the exports against 16 bits",
-    "device": "this machine's products, memory and calls, which finetune plan counts with",
-    "plan": "what finetune plan says of memory and time, against real steps",
+    "device": "speed of matrix products, memory and calls on this machine, used by finetune plan",
+    "plan": "memory and time of finetune plan against real steps",
 }
 TAKES_RECIPE = "qlora"
-TARGETS = "targets: goals of this project; missing one is no failure of your machine"
+TARGETS = "targets: goals of this project; a missed one does not mean that your machine is at fault"
 
 
 def bench_command(
     name: str | None, json_file: Path | None, *, recipe: str | None = None, overrides: list[str] | None = None
 ) -> None:
-    """Measure, show the table, and write `json_file` when all is there. recipe, overrides: for `qlora` alone.
+    """Measure, show the table, and write `json_file` at the end. recipe, overrides: for `qlora` only.
 
     Raises:
-        UserError: there is no such benchmark, it takes no recipe or not this one, or the file cannot be written.
+        UserError: unknown benchmark, unsuitable or superfluous recipe, or the file cannot be written.
     """
     if name is None:
-        there = "; ".join(f"finetune bench {known}: {about}" for known, about in NAMES.items())
-        raise UserError("which benchmark?", where="NAME", got="nothing", hint=there)
+        hint = "; ".join(f"finetune bench {known}: {about}" for known, about in NAMES.items())
+        raise UserError("which benchmark?", where="NAME", got="nothing", hint=hint)
     if name not in NAMES:
         close = nearest(name, NAMES)
         meant = f"did you mean {close}? " if close else ""
-        raise UserError("there is no such benchmark", where="NAME", got=name, hint=f"{meant}there are: {', '.join(NAMES)}")
+        raise UserError("unknown benchmark", where="NAME", got=name, hint=f"{meant}available: {', '.join(NAMES)}")
     if name != TAKES_RECIPE and (recipe is not None or overrides):
         given = f"--recipe {recipe}" if recipe is not None else " ".join(overrides or [])
-        hint = f"leave it out; finetune bench {TAKES_RECIPE} takes one"
-        raise UserError("this benchmark takes no recipe", where=f"bench {name}", got=given, hint=hint)
+        hint = f"remove it; finetune bench {TAKES_RECIPE} accepts a recipe"
+        raise UserError("this benchmark does not accept a recipe", where=f"bench {name}", got=given, hint=hint)
     if json_file is not None:
         _require_writable(json_file)
     screen = Screen()
@@ -85,25 +85,25 @@ def bench_command(
         from quant import backends
 
         for scheme in backends.TABLE:
-            backends.describe("cpu", scheme=scheme)  # a QUANT_BACKEND that cannot be used is told here, not by the child
+            backends.describe("cpu", scheme=scheme)  # an unusable QUANT_BACKEND raises here, not in the child
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     rows: list[Row] = []
-    places: dict[str, Any] = {}
+    environments: dict[str, Any] = {}
     for device in devices:
         with screen.phase(f"{name} on {device}") as progress:
-            found, places[device] = _measured(name, device, progress)
-            rows += found
+            device_rows, environments[device] = _measured(name, device, progress)
+            rows += device_rows
     _show(rows, screen)
-    _tell_places(places, screen)
+    _show_environments(environments, screen)
     if json_file is not None:
         collected = provenance.collect(torch.device(devices[-1]), 0, " ".join(sys.argv))
-        where = {"device": "; ".join(place["device"] for place in places.values()), "devices": places}
+        where = {"device": "; ".join(environment["device"] for environment in environments.values()), "devices": environments}
         write_json(json_file, {"name": name, "rows": rows, "provenance": collected | where})
         screen.say(f"written to {json_file}")
 
 
 def _train_in_turn(name: str, recipe: str | None, overrides: list[str], json_file: Path | None, screen: Screen) -> None:
-    """The benchmark of whole training steps, on the device that the recipe takes."""
+    """The benchmark of whole training steps, on the recipe's device."""
     with screen.phase("libraries"):
         from finetune import provenance
         from finetune.bench import qlora
@@ -111,7 +111,7 @@ def _train_in_turn(name: str, recipe: str | None, overrides: list[str], json_fil
 
         modes = qlora.recipes(recipe, overrides)
     device = pick_device(modes["unpacked"].run.device)
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: folders and processes end with it
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: removes folders and ends processes
     try:
         with screen.phase(f"{name} on {device.type}") as progress:
             result = qlora.bench(modes, qlora.SIZES, device.type, progress, large=recipe is None)
@@ -120,51 +120,49 @@ def _train_in_turn(name: str, recipe: str | None, overrides: list[str], json_fil
     _show(result.rows, screen)
     screen.say("")
     qlora.show_curves(result.curves["unpacked"], screen)
-    _tell_places({device.type: result.place}, screen)
+    _show_environments({device.type: result.place}, screen)
     if busy := [f"{share:.0%} ({contest})" for contest, share in result.others.items() if share > qlora.BUSY]:
-        screen.warn(f"other programs took {', '.join(busy)} of this machine's cores meanwhile: on an idle one figures are others")
+        screen.warn(f"other programs used {', '.join(busy)} of this machine's cores: measure again on an idle machine")
     if json_file is not None:
         seed = modes["unpacked"].run.seed
         collected = provenance.collect(device, seed, " ".join(sys.argv)) | {"devices": {device.type: result.place}}
         recipes = {mode: one.model_dump(mode="json") for mode, one in modes.items()}
-        found = {"rows": result.rows, "curves": result.curves, "contests": result.contests, "recipes": recipes}
-        write_json(json_file, {"name": name, **found, "provenance": collected})
+        results = {"rows": result.rows, "curves": result.curves, "contests": result.contests, "recipes": recipes}
+        write_json(json_file, {"name": name, **results, "provenance": collected})
         screen.say(f"written to {json_file}")
 
 
-def _tell_places(places: dict[str, Any], screen: Screen) -> None:
+def _show_environments(environments: dict[str, Any], screen: Screen) -> None:
     screen.say(TARGETS)
-    for place in places.values():
-        screen.say(place["method"])
-        for what, backend in place["backends"].items():
-            screen.say(f"  {what}: {backend}")
+    for environment in environments.values():
+        screen.say(environment["method"])
+        for scheme, backend in environment["backends"].items():
+            screen.say(f"  {scheme}: {backend}")
 
 
 def _require_writable(path: Path) -> None:
-    """Say now what would otherwise be said when all has been measured."""
-    what, where, folder = "the results cannot be written there", f"--json {path}", path.absolute().parent
+    """Raise now the error that would otherwise come after all measurements."""
+    message, where, folder = "cannot write the results there", f"--json {path}", path.absolute().parent
     if path.exists() and not path.is_file():
-        got = "a folder" if path.is_dir() else "no ordinary file"
-        raise UserError(what, where=where, got=got, hint="give the name of a file")
+        got = "a folder" if path.is_dir() else "not a regular file"
+        raise UserError(message, where=where, got=got, hint="use the name of a file")
     if not folder.is_dir():
         if folder.exists():
-            raise UserError(what, where=where, got=f"{folder} is no folder", hint="give the name of a file in a folder")
-        raise UserError(
-            what, where=where, got=f"no folder {folder}", hint=f"make the folder: mkdir -p {shlex.quote(str(folder))}"
-        )
-    try:  # permissions do not tell: root has all of them, and still cannot write everywhere
+            raise UserError(message, where=where, got=f"{folder} is not a folder", hint="give the name of a file in a folder")
+        raise UserError(message, where=where, got=f"no folder {folder}", hint=f"create it: mkdir -p {shlex.quote(str(folder))}")
+    try:  # permissions are not enough: root has all of them, and still cannot write everywhere
         with tempfile.NamedTemporaryFile(prefix=f".{path.name}.", suffix=".finetune-try", dir=folder):
             pass
     except OSError as error:
-        got = f"{folder} takes no file: {error.strerror or error}"
-        raise UserError(what, where=where, got=got, hint="give the name of a file in a folder that can be written to") from None
+        got = f"cannot create a file in {folder}: {error.strerror or error}"
+        raise UserError(message, where=where, got=got, hint="give the name of a file in a writable folder") from None
 
 
 def _measured(name: str, device: str, progress: Callable[[int, int, str], None]) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of `device`, and what a reader of them must know about it."""
+    """The rows of `device`, and a description of the environment."""
     sizes = asdict(importlib.import_module(f"finetune.bench.{name}").SIZES)
     rows: list[Row] = []
-    place: dict[str, Any] = {}
+    environment: dict[str, Any] = {}
     with closing(_child(name, device, sizes)) as messages:
         for message in messages:
             if "progress" in message:
@@ -173,25 +171,25 @@ def _measured(name: str, device: str, progress: Callable[[int, int, str], None])
             elif "row" in message:
                 rows.append(message["row"])
             else:
-                place = message["place"]
-    return rows, place
+                environment = message["place"]
+    return rows, environment
 
 
 def _child(name: str, device: str, sizes: dict[str, Any]) -> Generator[dict[str, Any], None, None]:
-    """The messages of a process that measures. It ends with this one, however this one ends.
+    """Yield the messages of a measuring process, which ends with this one, however this one ends.
 
     Raises:
-        RuntimeError: it failed; with the end of what it said.
+        RuntimeError: it failed; with the end of its output.
     """
-    # -P: what lies in the user's folder is not imported
+    # -P: modules in the user's folder are not imported
     command = [sys.executable, "-P", "-m", "finetune.bench.child", name, device, json.dumps(sizes)]
     environment = os.environ | ({"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"} if device == "cpu" else {})
     with (
         tempfile.TemporaryDirectory(prefix="finetune-bench-", ignore_cleanup_errors=True) as folder,
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log,
     ):
-        environment["TMPDIR"] = folder  # what it and the compilers write ends with it, also when it is stopped
-        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8", env=environment)
+        environment["TMPDIR"] = folder  # files of it and of compilers are removed with it, also if it is stopped
+        child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8", env=environment)
         assert child.stdout is not None
         try:
             for line in child.stdout:
@@ -202,12 +200,12 @@ def _child(name: str, device: str, sizes: dict[str, Any]) -> Generator[dict[str,
             child.wait()
             child.stdout.close()
         if code:
-            said.seek(0)
-            raise RuntimeError(f"measuring on {device} failed (exit code {code}):\n{said.read()[-4000:]}")
+            log.seek(0)
+            raise RuntimeError(f"measuring on {device} failed (exit code {code}):\n{log.read()[-4000:]}")
 
 
 def verdict(row: Row) -> str:
-    """What of the target, in words; the other lines of the table say why."""
+    """Whether the target was met, for the table."""
     if row["ratio"] is None:
         return "skipped"
     if row["target"] is None:
@@ -219,7 +217,7 @@ def verdict(row: Row) -> str:
 
 
 def _show(rows: list[Row], screen: Screen) -> None:
-    """The table, two lines a row, in 80 columns; below it, by the rows' numbers, what was measured, and what else needs said."""
+    """Print the table in 80 columns, two lines per row, and below it notes by row number."""
     from rich.table import Table
     from rich.text import Text
 
@@ -245,4 +243,4 @@ def _show(rows: list[Row], screen: Screen) -> None:
     for note, numbers in notes.items():
         screen.say(f"{', '.join(numbers)}: {note}")
     if any(verdict(row).endswith("unsure") for row in rows):
-        screen.say("unsure: the target lies within the interval")
+        screen.say("unsure: the target is within the interval")

@@ -1,6 +1,6 @@
-"""The others: programs that do the same work, called as their own users call them. Imported when a case wants one.
+"""Other libraries that do the same work, called as their users call them. Imported when a case needs one.
 
-Each function raises Skip where the program is not installed, or is not the version that is known here.
+Each function raises Skip if the library is not installed, or has an unsupported version.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ def _bitsandbytes() -> ModuleType:
         import bitsandbytes
         from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary, lib
     except ImportError as error:
-        raise Skip(f"bitsandbytes is not importable ({error}), pip install bitsandbytes") from error
+        raise Skip(f"cannot import bitsandbytes ({error}), pip install bitsandbytes") from error
     if isinstance(lib, ErrorHandlerMockBNBNativeLibrary):
         raise Skip("bitsandbytes is installed, but its native library did not load")
     return bitsandbytes
 
 
 def bitsandbytes_functional(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """x → F.linear(x, dequantize_4bit(…)), the gradient dequantizing again: what its Linear4bit does, as a plain function.
+    """x → F.linear(x, dequantize_4bit(…)), dequantizing again in the backward pass: as its Linear4bit, but a plain function.
 
     NF4 with double quantization. Its Linear4bit itself repacks its weight on some CPUs, after which gradients are wrong.
     """
@@ -77,19 +77,19 @@ def onebitllms_linear(weight: Tensor) -> nn.Module:
     try:
         from onebitllms import BitNetLinear
     except ImportError as error:
-        raise Skip(f"onebitllms is not importable ({error}), pip install onebitllms") from error
+        raise Skip(f"cannot import onebitllms ({error}), pip install onebitllms") from error
     linear = BitNetLinear(weight.shape[1], weight.shape[0])
     linear.weight = nn.Parameter(weight.clone())
     return linear
 
 
 def torchao_linear(weight: Tensor) -> nn.Module:
-    """torchao's BitNet training (int8 tensor cores) with `weight` as its master, compiled, as it is meant to be. For CUDA."""
+    """torchao's BitNet training (int8 tensor cores) with `weight` as its master, compiled as recommended. For CUDA."""
     try:
         from torchao import quantize_
         from torchao.prototype.quantized_training import bitnet_training
     except ImportError as error:
-        raise Skip(f"torchao's BitNet is not importable ({error}), pip install torchao") from error
+        raise Skip(f"cannot import torchao's BitNet ({error}), pip install torchao") from error
     layer = nn.Sequential(float_linear(weight.clone(), trained=True))
     quantize_(layer, bitnet_training())
     layer.compile()
@@ -100,19 +100,19 @@ def torchao_linear(weight: Tensor) -> nn.Module:
 
 
 class StraightThrough(nn.Linear):
-    """BitNet b1.58 as its definition reads: y = (x + sg(q(x) − x)) · (W + sg(q(W) − W))ᵀ, sg without a gradient.
+    """BitNet b1.58 by its definition: y = (x + sg(q(x) − x)) · (W + sg(q(W) − W))ᵀ, where sg stops the gradient.
 
     The formula of onebitllms' layer and of "Training Tips, Code and FAQ" of BitNet b1.58, in plain torch; q in fp32 (theirs is a
     Triton kernel, which computes in fp32 too).
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + (_rows_as_int8(x) - x).detach()
+        x = x + (_quantized_activations(x) - x).detach()
         weight = self.weight + (_ternary(self.weight) - self.weight).detach()
         return F.linear(x, weight, self.bias)
 
 
-def _rows_as_int8(x: Tensor) -> Tensor:
+def _quantized_activations(x: Tensor) -> Tensor:
     scale = 127 / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
     return ((x.float() * scale).round().clamp(-128, 127) / scale).to(x.dtype)
 
@@ -123,7 +123,7 @@ def _ternary(weight: Tensor) -> Tensor:
 
 
 def straight_through(model: nn.Module) -> None:
-    """Make the linears of a transformers model, all but its head, `StraightThrough`."""
+    """Replace the linears of a transformers model, except its head, by `StraightThrough`."""
     for name, linear in _body(model).items():
         layer = StraightThrough(linear.in_features, linear.out_features, bias=False, device="meta")
         layer.weight = linear.weight
@@ -131,13 +131,13 @@ def straight_through(model: nn.Module) -> None:
 
 
 def onebitllms_model(model: nn.Module) -> None:
-    """Make the linears of a transformers model, all but its head, those of onebitllms. For CUDA."""
+    """Replace the linears of a transformers model, except its head, by those of onebitllms. For CUDA."""
     for name, linear in _body(model).items():
         model.set_submodule(name, onebitllms_linear(linear.weight.detach()))
 
 
 def auto_bitlinear(model: nn.Module) -> None:
-    """Make the linears of a transformers model, all but its head, transformers' AutoBitLinear, which quantizes online."""
+    """Replace the linears of a transformers model, except its head, by transformers' AutoBitLinear, which quantizes online."""
     from transformers import BitNetQuantConfig
     from transformers.integrations.bitnet import replace_with_bitnet_linear
 
@@ -155,27 +155,27 @@ def _body(model: nn.Module) -> dict[str, nn.Linear]:
 
 @functools.cache
 def compiles(device: str) -> bool:
-    """Whether torch.compile compiles here: it needs a compiler for C++ on the CPU, Triton on CUDA, and can be switched off."""
+    """Whether torch.compile works here: it needs a C++ compiler on the CPU, Triton on CUDA, and can be switched off."""
 
     def probe(x: Tensor) -> Tensor:
         return x.exp() + (1.0 if torch.compiler.is_compiling() else 0.0)
 
     try:
         return bool((torch.compile(probe)(torch.zeros(64, device=device)) == 2).all())
-    except Exception:  # whatever a compiler says
+    except Exception:  # any error of a compiler
         return False
 
 
 def as_compiled(device: str) -> AbstractContextManager[object]:
-    """Within it what asks for torch.compile is compiled where that works, and eager elsewhere."""
+    """Run code that uses torch.compile inside the block, eagerly if compilation does not work."""
     return nullcontext() if compiles(device) else torch.compiler.set_stance("force_eager")
 
 
 # ----------------------------------------------------------------------------------------- QLoRA by TRL, PEFT and bitsandbytes
 
-# What makes glibc's allocator fastest for it: large blocks are kept and used again, where by default each is mapped afresh and
-# every page of it faults. (Pages of 2 MiB, GLIBC_TUNABLES=glibc.malloc.hugetlb=1, added nothing to that, and took 450 MiB more.)
-# On CUDA: torch's own, without fragments.
+# The fastest settings of glibc's allocator for it: large blocks are kept and reused, while by default each is mapped again and
+# every page of it faults. (Pages of 2 MiB, GLIBC_TUNABLES=glibc.malloc.hugetlb=1, did not help further, and took 450 MiB more.)
+# On CUDA: torch's own, without fragmentation.
 TUNED_ALLOCATOR = {
     "MALLOC_MMAP_THRESHOLD_": str(4 << 30),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 30),
@@ -186,14 +186,14 @@ OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_bnb_8bit", "pag
 
 
 def missing_for_qlora(quantized: bool) -> str | None:
-    """What is not installed, and what to type; None when all is there."""
+    """The missing packages with the command to install them; None if all are installed."""
     names = ["trl", *(["bitsandbytes"] if quantized else [])]
     missing = [name for name in names if importlib.util.find_spec(name) is None]
     return f"{' and '.join(missing)} not installed, pip install {' '.join(missing)}" if missing else None
 
 
 def sft_trainer(
-    said: dict[str, Any],
+    spec: dict[str, Any],
     rows: Path,
     adapter: Path,
     folder: Path,
@@ -204,16 +204,16 @@ def sft_trainer(
     stop: Callable[[], None],
     tell: Callable[[float, int, int], None],
 ) -> Any:
-    """TRL's SFTTrainer for QLoRA, as the documentation of TRL and PEFT shows it, on rows that are tokens already.
+    """TRL's SFTTrainer for QLoRA, as in the documentation of TRL and PEFT, on tokenized rows.
 
-    said, rows, adapter: what finetune/bench/side.py shares: settings, rows in their order, the adapters' first weights. folder:
-    where it may write. as_ours: recomputation of activations and the adapters' dtype as ours; else TRL's own: it recomputes, and
-    makes adapters of a quantized base bf16 (arXiv 2305.14314, section 3).
+    spec, rows, adapter: shared by finetune/bench/side.py: settings, rows in order, initial weights of the adapters. folder:
+    for its output. as_ours: activation checkpointing and dtype of the adapters as ours; else TRL's defaults: it recomputes, and
+    casts adapters of a quantized base to bf16 (arXiv 2305.14314, section 3).
 
-    It calls `wait` before each step, `stop` when one is over, and `tell(loss, tokens, trained tokens)`; a step's batch is
+    It calls `wait` before each step, `stop` after it, and `tell(loss, tokens, trained tokens)`; a step's batch is
     fetched, its loss summed and its gradient clipped between `wait` and `stop`.
     """
-    if why := missing_for_qlora(said["nf4"]):
+    if why := missing_for_qlora(spec["nf4"]):
         raise Skip(why)
     import numpy as np
     import pyarrow
@@ -223,15 +223,15 @@ def sft_trainer(
     from transformers import BitsAndBytesConfig, TrainerCallback
     from trl import SFTConfig, SFTTrainer
 
-    if said["nf4"]:
+    if spec["nf4"]:
         _bitsandbytes()
-    settings, lora, dtype = said["train"], said["adapter"], getattr(torch, said["dtype"])
+    settings, lora, dtype = spec["train"], spec["adapter"], getattr(torch, spec["dtype"])
     with np.load(rows) as saved:
         ends = np.concatenate([[0], saved["ends"]]).astype(np.int32)
         columns = {name: pyarrow.ListArray.from_arrays(ends, saved[name]) for name in ("input_ids", "labels")}
     options: dict[str, Any] = {"gradient_checkpointing": bool(settings["checkpointing"])} if as_ours else {}
-    if not said["packing"]:
-        options["dataset_kwargs"] = {"skip_prepare_dataset": True}  # nothing to cut, and no row to drop
+    if not spec["packing"]:
+        options["dataset_kwargs"] = {"skip_prepare_dataset": True}  # no row to cut or drop
     arguments = SFTConfig(
         output_dir=str(folder),
         per_device_train_batch_size=settings["micro_batch"],
@@ -245,65 +245,65 @@ def sft_trainer(
         weight_decay=settings["weight_decay"],
         max_grad_norm=settings["max_grad_norm"],
         bf16=dtype == torch.bfloat16 or settings["precision"] == "bf16",
-        max_length=said["max_length"],
-        packing=said["packing"],
-        shuffle_dataset=said["packing"],  # it packs the longest rows first
+        max_length=spec["max_length"],
+        packing=spec["packing"],
+        shuffle_dataset=spec["packing"],  # it packs the longest rows first
         train_sampling_strategy="sequential",
         max_steps=1 << 30,
         logging_strategy="no",
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        seed=said["seed"],
+        seed=spec["seed"],
         use_cpu=device.type == "cpu",
-        model_init_kwargs={"dtype": dtype, "revision": said["revision"] or "main"}
-        | ({} if said["attention"] == "auto" else {"attn_implementation": said["attention"]}),
-        trust_remote_code=said["trust_remote_code"],
+        model_init_kwargs={"dtype": dtype, "revision": spec["revision"] or "main"}
+        | ({} if spec["attention"] == "auto" else {"attn_implementation": spec["attention"]}),
+        trust_remote_code=spec["trust_remote_code"],
         **options,
     )
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=said["double"],
+        bnb_4bit_use_double_quant=spec["double"],
         bnb_4bit_compute_dtype=dtype,
-        llm_int8_skip_modules=["lm_head", *said["kept"]] if said["kept"] else None,
+        llm_int8_skip_modules=["lm_head", *spec["kept"]] if spec["kept"] else None,
     )
 
     class Counted(SFTTrainer):
-        """Adds up what goes through a step."""
+        """Collects losses and inputs of a step."""
 
-        seen: list[tuple[Tensor, dict[str, Any]]]
+        batches: list[tuple[Tensor, dict[str, Any]]]
 
         def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
             loss = super().training_step(model, inputs, num_items_in_batch)
-            self.seen.append((loss, inputs))
+            self.batches.append((loss, inputs))
             return loss
 
     class Steered(TrainerCallback):
         def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-            trainer.seen = []
+            trainer.batches = []
             wait()
 
         def on_step_end(self, *args: Any, **kwargs: Any) -> None:
             stop()
-            loss = float(sum(loss for loss, _ in trainer.seen))
-            masks = [inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) for _, inputs in trainer.seen]
-            trained = sum(int((inputs["labels"][:, 1:] != -100).sum()) for _, inputs in trainer.seen)
-            trainer.seen = []
+            loss = float(sum(loss for loss, _ in trainer.batches))
+            masks = [inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])) for _, inputs in trainer.batches]
+            trained = sum(int((inputs["labels"][:, 1:] != -100).sum()) for _, inputs in trainer.batches)
+            trainer.batches = []
             tell(loss, sum(int(mask.sum()) for mask in masks), trained)
             wait()
 
     trainer: Any = Counted(
-        model=said["model"],
+        model=spec["model"],
         args=arguments,
         train_dataset=Dataset(pyarrow.table(columns)),
-        quantization_config=nf4 if said["nf4"] else None,
+        quantization_config=nf4 if spec["nf4"] else None,
         peft_config=LoraConfig(
             task_type="CAUSAL_LM",
             r=lora["rank"],
             lora_alpha=lora["alpha"],
             lora_dropout=lora["dropout"],
-            target_modules=said["targets"],
+            target_modules=spec["targets"],
             use_rslora=lora["rslora"],
             use_dora=lora["dora"],
         ),
@@ -312,26 +312,26 @@ def sft_trainer(
     if as_ours:
         for parameter in trainer.model.parameters():
             if parameter.requires_grad:
-                parameter.data = parameter.data.to(getattr(torch, said["adapter_dtype"]))
+                parameter.data = parameter.data.to(getattr(torch, spec["adapter_dtype"]))
     state = load_file(adapter)
     if state.keys() != get_peft_model_state_dict(trainer.model).keys():
-        raise RuntimeError(f"the two sides have adapters in different places: {len(state)} tensors of ours")
+        raise RuntimeError(f"the two sides have adapters on different modules: {len(state)} tensors of ours")
     set_peft_model_state_dict(trainer.model, state)
     return trainer
 
 
 @contextmanager
 def arithmetic_of_training(model: nn.Module) -> Iterator[None]:
-    """Within it bitsandbytes' layers stay in training mode whatever the model is told.
+    """Keep bitsandbytes' layers in training mode inside the block, whatever mode the model is set to.
 
-    On CPUs with AVX512-BF16 the first forward in evaluation mode packs their weights anew, for another kernel.
+    On CPUs with AVX512-BF16 the first forward in evaluation mode repacks their weights for another kernel.
     """
     layers: list[Any] = []
     if importlib.util.find_spec("bitsandbytes") is not None:
-        kind = _bitsandbytes().nn.Linear4bit
-        layers = [module for module in model.modules() if isinstance(module, kind)]
+        layer_class = _bitsandbytes().nn.Linear4bit
+        layers = [module for module in model.modules() if isinstance(module, layer_class)]
     for layer in layers:
-        layer.train = lambda mode=True, layer=layer: layer  # an attribute of its own hides the method
+        layer.train = lambda mode=True, layer=layer: layer  # an instance attribute hides the method
     try:
         yield
     finally:
@@ -397,7 +397,7 @@ class GGMLMatrix:
     """A weight (out, k) in TQ2_0, k a multiple of 256, and llama.cpp's own product with a vector, on one thread.
 
     weight: t / s in floats, so that the largest magnitude of every block of 256 is the scale. The product is a graph of one
-    `ggml_mul_mat`, as llama.cpp runs it, which quantizes the vector to int8 (Q8_K) first. Copies nothing out: the result is
+    `ggml_mul_mat`, as llama.cpp runs it, which quantizes the vector to int8 (Q8_K) first. The result is not copied: it is
     the graph's own memory, overwritten by the next product.
     """
 

@@ -1,16 +1,16 @@
-"""`finetune bench bitnet`: training a ternary model, and what is exported of it, against what else there is.
+"""`finetune bench bitnet`: training of a ternary model and its exports, against other implementations.
 
-step        forward, loss, backward and AdamW of a whole model, tokens a second, against
+step        forward, loss, backward and AdamW of a whole model, tokens per second, against
                 bf16             the same model without quantization, its float twin
-                AutoBitLinear    transformers' layers, quantizing online; compiled where there is a compiler
+                AutoBitLinear    transformers' layers, quantizing online; compiled if there is a compiler
                 formula          the straight-through definition in plain torch, what onebitllms trains (its own kernels on CUDA)
 memory      the peak of such steps, each side in a process of its own
 size        bytes on disk: the packed folder against bf16 safetensors, GGUF TQ2_0 and TQ1_0 against F16
 generation  the TQ2_0 file against the F16 file of the same model, both run by llama.cpp
 
-All sides of a step begin with the same fp32 master weights and get the same batches, under bf16 autocast where the device
-computes in bf16. Before they are timed, those that are ternary must have the same loss and gradients in fp32. How far a ternary
-model is behind its float twin is a matter of recipes (`twin: true`), and not of this.
+All sides of a step start from the same fp32 master weights and get the same batches, under bf16 autocast if the device
+computes in bf16. Before they are timed, ternary sides must have the same loss and gradients in fp32. The gap of a ternary
+model to its float twin is measured by recipes (`twin: true`), not here.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ from quant import backends, swap
 
 SAME_LOSS = 2e-4
 SAME_GRADIENTS = 4e-3
-"""Relative differences in fp32 beyond which two sides are not the same model; the gradients' of one layer, since an activation
-that is rounded the other way moves those behind it. Measured: 6e-5 and 9e-4; 1.7e-2 without int8 activations."""
+"""Relative differences in fp32 above which two sides are different models; gradients are compared on one layer, since one
+activation that is rounded differently changes all later ones. Measured: 6e-5 and 9e-4; 1.7e-2 without int8 activations."""
 GET_LLAMA = "pip install 'finetune12g[export]'"
 
 
 class Shape(NamedTuple):
-    """Of a BitNetForCausalLM with SiLU, which llama.cpp can run, its head tied; and of a batch."""
+    """Sizes of a BitNetForCausalLM with SiLU, which llama.cpp can run, and a tied head; and of a batch."""
 
     hidden: int
     intermediate: int
@@ -70,7 +70,7 @@ CUDA = Shape(768, 2048, 12, 12, 49152, 4, 1024)
 
 @dataclass(frozen=True)
 class Sizes:
-    """cpu: 21.5 million parameters; cuda: 125 million with the vocabulary of SmolLM2. generated: tokens at a time."""
+    """cpu: 21.5 million parameters; cuda: 125 million with the vocabulary of SmolLM2. generated: tokens per measurement."""
 
     cpu: Shape = CPU
     cuda: Shape = CUDA
@@ -86,7 +86,7 @@ SIZES = Sizes()
 
 
 def backends_here(device: str) -> dict[str, str]:
-    """Who computes our side on `device`, and why when it is not the best there is."""
+    """The backend of our side on `device`, and why if it is not the preferred one."""
     return {"ternary": backends.describe(device, scheme="ternary")}
 
 
@@ -104,11 +104,11 @@ SIDES: dict[str, Callable[[Any], None]] = {
     "formula": baselines.straight_through,
     "onebitllms": baselines.onebitllms_model,
 }
-"""What makes a side of the float model, in place."""
+"""Functions that convert the float model to a side, in place."""
 
 
-def made(shape: Shape, device: str, side: str) -> Any:
-    """The model of `side`, on `device`: fp32, and the same weights for every side."""
+def build_model(shape: Shape, device: str, side: str) -> Any:
+    """The model of `side` on `device`, in fp32, with the same weights for every side."""
     from transformers import BitNetConfig, BitNetForCausalLM
 
     config = BitNetConfig(
@@ -130,7 +130,7 @@ def batch(shape: Shape, device: str) -> Tensor:
 
 
 def autocast_dtype(device: str) -> torch.dtype | None:
-    """What products are computed in; None where that is fp32, as the masters are."""
+    """The dtype of products; None if that is fp32, like the master weights."""
     from finetune.models.precision import default_dtype
 
     return None if (dtype := default_dtype(device)) == torch.float32 else dtype
@@ -144,7 +144,7 @@ def loss_of(model: Any, ids: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 class Steps:
-    """ids → the loss of one training step of `model`, which is taken."""
+    """Takes training steps of `model`: ids → loss."""
 
     def __init__(self, model: Any, dtype: torch.dtype | None) -> None:
         self.model, self.dtype = model, dtype
@@ -159,40 +159,44 @@ class Steps:
 
 
 def require_same(ours: Any, theirs: Any, ids: Tensor, same_gradients: float) -> None:
-    """Raise RuntimeError unless both have the same loss and gradients of `ids` in fp32, up to rounding."""
-    found: list[tuple[float, Tensor]] = []
+    """Raise RuntimeError unless both have the same loss and gradients on `ids` in fp32, up to rounding."""
+    results: list[tuple[float, Tensor]] = []
     for model in (ours, theirs):
         loss = loss_of(model, ids, None)
         gradients = torch.autograd.grad(loss, list(model.parameters()))
-        found.append((float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])))
-    (mine, gradient), (other, their_gradient) = found
-    apart = float((gradient - their_gradient).norm() / their_gradient.norm())
-    for what, difference, bound in (("loss", abs(mine - other) / abs(other), SAME_LOSS), ("gradients", apart, same_gradients)):
+        results.append((float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])))
+    (mine, gradient), (other, their_gradient) = results
+    gradient_difference = float((gradient - their_gradient).norm() / their_gradient.norm())
+    loss_difference = abs(mine - other) / abs(other)
+    for name, difference, bound in (
+        ("loss", loss_difference, SAME_LOSS),
+        ("gradients", gradient_difference, same_gradients),
+    ):
         if not difference < bound:
-            raise RuntimeError(f"the two sides do not train the same model: the {what} differ by {difference:.3g} in fp32")
+            raise RuntimeError(f"the two sides train different models: the {name} differ by {difference:.3g} in fp32")
 
 
 def _around(device: str, side: str) -> tuple[Callable[[], AbstractContextManager[object]], str]:
-    """What the steps of `side` run in, and what has to be said of it."""
+    """The context of the steps of `side`, and a note on it."""
     if side != "AutoBitLinear":
         return nullcontext, ""
-    note = "" if baselines.compiles(device) else "torch.compile does not work here: theirs is eager"
+    note = "" if baselines.compiles(device) else "torch.compile does not work here: theirs runs eagerly"
     return functools.partial(baselines.as_compiled, device), note
 
 
 def _step(device: str, sizes: Sizes, side: str) -> Pairing:
     shape, dtype = sizes.shape(device), autocast_dtype(device)
-    mine, other = (made(shape, device, name) for name in ("ours", side))
+    mine, other = (build_model(shape, device, name) for name in ("ours", side))
     within, note = _around(device, side)
     if side != "bf16":
         shallow, ids = shape._replace(layers=1), batch(shape, device)
         with within():
-            theirs_shallow = made(shallow, device, side)
+            theirs_shallow = build_model(shallow, device, side)
             try:
                 loss_of(theirs_shallow, ids, None).backward()
             except Exception as error:
                 raise Skip(f"the other side failed with {type(error).__name__}: {error}") from error
-            require_same(made(shallow, device, "ours"), theirs_shallow, ids, SAME_GRADIENTS)
+            require_same(build_model(shallow, device, "ours"), theirs_shallow, ids, SAME_GRADIENTS)
             require_same(mine, other, ids, math.inf)
     ours, theirs = (_side(Steps(model, dtype)) for model in (mine, other))
     by = backends.describe(device, scheme="ternary")
@@ -207,20 +211,19 @@ def _side(steps: Steps) -> Side:
 
 
 def peak(device: str, sizes: Sizes, side: str) -> int:
-    """Bytes that steps of `side` take at their peak: what this process then has more than after such steps have ended.
+    """Peak bytes of steps of `side`: the memory of this process beyond what it has after such steps have ended.
 
-    So libraries and compiled code do not count, and model, gradients and optimizer states do. To be asked in a process of its
-    own (child.py).
+    So libraries and compiled code do not count; model, gradients and optimizer states do. Run it in a fresh process (child.py).
     """
     shape, dtype = sizes.shape(device), autocast_dtype(device)
 
     def run() -> None:
         with _around(device, side)[0]():
-            steps = Steps(made(shape, device, side), dtype)
-            for _ in range(2):  # from the second on there are optimizer states
+            steps = Steps(build_model(shape, device, side), dtype)
+            for _ in range(2):  # optimizer states exist from the second one on
                 steps(batch(shape, device))
 
-    before = threading.Thread(target=run)  # what is kept for a thread ends with it
+    before = threading.Thread(target=run)  # its thread-local caches end with it
     before.start()
     before.join()
     gc.collect()
@@ -234,7 +237,7 @@ def peak(device: str, sizes: Sizes, side: str) -> int:
 
 
 class Peaks:
-    """The peak of each side on `device`, asked for once."""
+    """The peak of each side on `device`, measured once."""
 
     def __init__(self, device: str, sizes: Sizes) -> None:
         self.device, self.sizes = device, sizes
@@ -256,7 +259,7 @@ def in_a_child(device: str, sizes: Sizes, side: str) -> int:
     """`peak` in a process of its own, which ends with this one.
 
     Raises:
-        Skip: it failed; what it said is on standard error.
+        Skip: it failed; its output is on standard error.
     """
     if device == "cpu" and not Path("/proc/self/clear_refs").exists():
         raise Skip("peak memory is measured on Linux only")
@@ -266,22 +269,22 @@ def in_a_child(device: str, sizes: Sizes, side: str) -> int:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         try:
             assert child.stdout is not None
-            said = child.stdout.read()
+            reply = child.stdout.read()
             code = child.wait()
         finally:
             child.kill()
     if code:
         raise Skip(f"the steps of {side} failed in a process of their own (exit code {code})")
-    return int(json.loads(said)["peak"])
+    return int(json.loads(reply)["peak"])
 
 
 # ----------------------------------------------------------------------------------------------------------------- exports
 
 
 class Exports:
-    """The ternary model of `shape` in each format, and the float one, in a temporary folder; each is written when asked for.
+    """The ternary model of `shape` in each format, and the float one, in a temporary folder; each is written on first use.
 
-    Weights that are not ternary are bf16, or what the format makes of that. Each export passes its gate.
+    Weights that are not ternary are bf16, or the format's equivalent. Each export passes its gate.
     """
 
     def __init__(self, shape: Shape) -> None:
@@ -312,7 +315,7 @@ class Exports:
     def _model(self, side: str) -> Any:
         from finetune.models.weights import cast
 
-        return cast(made(self.shape, "cpu", side), torch.bfloat16).eval()
+        return cast(build_model(self.shape, "cpu", side), torch.bfloat16).eval()
 
     def _exported(self, format: str) -> int:  # noqa: A002
         from finetune.data.tokenizer import SMALLEST, train_tokenizer
@@ -320,16 +323,16 @@ class Exports:
 
         if format.startswith("gguf"):
             require_llama_cpp()
-        words = train_tokenizer([__doc__ or ""], SMALLEST)
+        tokenizer = train_tokenizer([__doc__ or ""], SMALLEST)
         ids = batch(self.shape, "cpu")[0].tolist()
         try:
-            return int(export(self._model("ours"), words, self.path(format), format=format, rows=[(ids, ids)])["bytes"])
-        except UserError as mistake:
-            raise Skip(str(mistake)) from mistake
+            return int(export(self._model("ours"), tokenizer, self.path(format), format=format, rows=[(ids, ids)])["bytes"])
+        except UserError as error:
+            raise Skip(str(error)) from error
 
 
 def require_llama_cpp() -> None:
-    """Raise Skip where what writes or runs GGUF files is not installed."""
+    """Raise Skip if the packages that write and run GGUF files are not installed."""
     for package in ("gguf", "xllamacpp"):
         if importlib.util.find_spec(package) is None:
             raise Skip(f"{package} is not installed, {GET_LLAMA}")
@@ -362,14 +365,14 @@ def cases(device: str, sizes: Sizes) -> list[Case]:
     opponents = {
         "bf16": "the same model without quantization",
         "AutoBitLinear": "transformers' layer, quantizing online",
-        "formula": "what onebitllms trains, in plain torch" + ("" if device == "cuda" else ", for its own kernels are for CUDA"),
+        "formula": "what onebitllms trains, in plain torch" + ("" if device == "cuda" else ", because its own kernels need CUDA"),
     } | ({"onebitllms": "its own layer"} if device == "cuda" else {})
-    goals = {"bf16": 0.83, "AutoBitLinear": 1.0, "formula": 1.0, "onebitllms": 1.0}  # onebitllms says 20 % over plain training
+    goals = {"bf16": 0.83, "AutoBitLinear": 1.0, "formula": 1.0, "onebitllms": 1.0}  # onebitllms claims 20 % over plain training
     step = (
         f"steps of a BitNetForCausalLM, {what}: forward, loss, backward, fused AdamW; {products}; weights are quantized in "
         f"every step; {'; '.join(f'{side}: {about}' for side, about in opponents.items())}"
     )
-    memory = "the peak of such steps, in a process of its own: model, gradients, AdamW states and activations, without libraries"
+    memory = "peak of such steps in a separate process: model, gradients, AdamW states and activations, without libraries"
     found = [
         Case(
             f"{prefix}ternary step", side, "tokens/s", goals[side], functools.partial(_step, device, sizes, side), 30, step,
@@ -385,10 +388,10 @@ def cases(device: str, sizes: Sizes) -> list[Case]:
     body = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
 
     def share(bits: float) -> float:
-        """Of the bytes in 16 bits, with 2 % for names, norms and tokens."""
+        """Share of the bytes in 16 bits, with 2 % for names, norms and tokens."""
         return 1.02 * (body * bits + table * 16) / ((body + table) * 16)
 
-    disk = f"{(body + table) / 1e6:.1f} million weights, of which {table / 1e6:.1f} million, the embedding, stay in 16 bits"
+    disk = f"{(body + table) / 1e6:.1f} million weights, of which {table / 1e6:.1f} million (the embedding) stay in 16 bits"
     return [
         *found,
         Case("bitnet folder", "bf16 safetensors", "MiB", share(2), lambda: _size(exports, "bitnet", "bf16"), 5, disk),
@@ -396,7 +399,7 @@ def cases(device: str, sizes: Sizes) -> list[Case]:
         Case("GGUF TQ1_0", "GGUF F16", "MiB", share(1.6875), lambda: _size(exports, "gguf-tq1_0", "gguf-f16"), 3, disk),
         Case(
             "TQ2_0 generation", "GGUF F16", "tokens/s", None, lambda: _generation(exports, sizes), 8,
-            f"llama.cpp on both sides, one thread, the ternary model of {disk}; {sizes.generated} tokens at a time, wall time, "
-            f"medians of {sizes.generations} in turns",
+            f"llama.cpp on both sides, one thread, the ternary model of {disk}; {sizes.generated} tokens per measurement, "
+            f"wall time, medians of {sizes.generations} interleaved measurements",
         ),
     ]  # fmt: skip

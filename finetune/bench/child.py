@@ -1,13 +1,13 @@
-"""The process that measures: `python -m finetune.bench.child NAME DEVICE SIZES`, started by finetune/bench/__init__.py.
+"""The measuring process: `python -m finetune.bench.child NAME DEVICE SIZES`, started by finetune/bench/__init__.py.
 
-On the CPU it has one thread, and keeps to one core. It speaks JSON lines on its standard output, which is no one else's: what
-libraries print goes to standard error.
+On the CPU it has one thread on one core. It writes JSON lines to its standard output; output of libraries goes to standard
+error.
 
-    {"place": …}   what a reader of the figures must know: cores, caches, flags, backends, versions
+    {"place": …}   the environment: cores, caches, flags, backends, versions
     {"progress": [percent, note]}          {"row": …}   one for each case
 
-A benchmark can ask it for the peak memory of one of its sides, of which another process would keep traces: a fourth argument
-names the side, the only message is {"peak": bytes}, and the process ends when its standard input does.
+It can also measure the peak memory of one side, which needs a fresh process: a fourth argument
+names the side, the only message is {"peak": bytes}, and the process exits when its standard input is closed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ import torch
 from finetune import provenance
 from finetune.bench.measure import COLD, Clock, CPUClock, CUDAClock, cache_bytes, measure, pin
 
-PACKAGES = ("numba", "llvmlite", "libggml-python", "triton", "onebitllms", "torchao")  # beside those of provenance
+PACKAGES = ("numba", "llvmlite", "libggml-python", "triton", "onebitllms", "torchao")  # in addition to those of provenance
 FLAGS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
     "asimddp", "i8mm", "bf16", "sve", "rvv",
 )  # fmt: skip
 EVERY_S = 0.2
-NOISE = "medians; [95 %] is the noise within this run: another run, or a busy machine, can lie outside it"
+NOISE = "medians; [95 %] is the noise within this run: another run, or a busy machine, can be outside it"
 
 
 def flags() -> list[str]:
-    """What of the CPU's instructions makes a difference here; empty where the system does not say."""
+    """The CPU flags that matter here; empty if the system does not report them."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -49,7 +49,7 @@ def flags() -> list[str]:
 
 
 def place(device: str) -> tuple[Clock, dict[str, Any]]:
-    """The clock for `device`, once this process is settled there, and where it is."""
+    """Set this process up for `device`; returns its clock and a description of the environment."""
     about: dict[str, Any] = {
         "device": "", "threads": 1, "versions": provenance.versions((*provenance.PACKAGES, *PACKAGES)),
         "python": platform.python_version(),
@@ -76,9 +76,9 @@ def place(device: str) -> tuple[Clock, dict[str, Any]]:
 
 
 class Progress:
-    """How much of the time is over, by what the cases took; their shares stand for those that are still to come.
+    """Estimates the elapsed fraction of time from the cases that ran, and the shares of those to come.
 
-    So a case that is slower here than its share says moves the figure back once, instead of holding it where it is.
+    A case that is slower here than its share moves the percentage back once, instead of stalling it.
     """
 
     def __init__(self, shares: list[float], now: Callable[[], float] = time.monotonic) -> None:
@@ -87,17 +87,17 @@ class Progress:
 
     def begin(self, share: float) -> None:
         self._share, self._began = share, self._now()
-        self._first: tuple[float, float] | None = None  # when, and the part: building before it is no measure of pairs
+        self._first: tuple[float, float] | None = None  # (time, fraction) of the first tick: building does not count
         self._ahead -= share
 
     def end(self, ran: bool) -> None:
-        """ran: not skipped; what was skipped says nothing about the others."""
+        """ran: not skipped; a skipped case does not count."""
         if ran:
             self._seconds += self._now() - self._began
             self._shares += self._share
 
     def percent(self, part: float) -> int:
-        """With `part` (0 to 1) of the case done; 0 as long as nothing can be said."""
+        """The percentage with `part` (0 to 1) of the current case done; 0 while unknown."""
         now = self._now()
         here = now - self._began
         if self._first and part > self._first[1]:
@@ -146,7 +146,7 @@ def main(out: int, name: str, device: str, sizes: str) -> None:
 
 
 def follow() -> None:
-    """End this process when its standard input ends: when nobody is there any more who waits for it."""
+    """Exit when standard input is closed, which means that the parent has gone."""
 
     def wait() -> None:
         sys.stdin.read()

@@ -1,10 +1,10 @@
-"""`finetune bench device`: what this machine's products, passes over memory and small operators take, for the plan.
+"""`finetune bench device`: measures products, memory passes and small operators on this machine, for the plan.
 
-Measured is the device that a run takes: a CUDA one, by events, with the queue filled ahead so that no launch is timed; else the
-CPU, by the wall's clock and with as many threads as a run has. What calls cost is measured by itself, and taken off the rest.
-Weights are other ones at each call, as many as fill the last cache twice, as in a model of more than one layer; activations are
-not, which in a model too have just been written. All products come once, then all of them again, as long as there is time: a
-burst of other work then meets a call of each shape, not all calls of one.
+It measures the device that a run uses: CUDA with events, and the queue filled ahead so that launches are not timed; else the
+CPU with wall time and as many threads as a run has. The overhead of a call is measured separately and subtracted.
+Weights differ in each call and fill the last cache twice, as in a model of more than one layer; activations are reused,
+because in a model too they have just been written. All products run once, then all of them again, while time is left: so a
+burst of other work affects one call of each shape, not all calls of one.
 """
 
 from __future__ import annotations
@@ -38,20 +38,20 @@ from quant import nf4, ops, ternary
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 PACKAGES = ("torch", "bitsandbytes", "llvmlite", "triton")
-BUSY = 0.05  # share of the machine that others may take before it is said
-TOGETHER_S = 1e-4  # shorter calls are timed several at a time
-ENOUGH_S = 0.25  # no call is repeated for longer
+BUSY = 0.05  # share of the machine that other programs may use without a warning
+TOGETHER_S = 1e-4  # shorter calls are timed in batches
+ENOUGH_S = 0.25  # limit of repeating a call
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """gemm: sizes of m, n and k, all with all; up to `gemm_flops` a product. coarse: of int8, fp16 and ternary products.
-    call_seconds: what a call may take, by what a smaller one took; gemm_seconds: after which no further round begins.
-    results: bytes of what one elementwise call gives, on both sides of 32 MiB: glibc gives larger blocks back at once, so that
-    their pages are made anew each time. The largest is at least `beyond` last caches.
-    weights: (out, in) of what is quantized and dequantized. lengths, heads: of attention, (heads, kv heads, width), in rows of
-    `tokens`. parameters: of the optimizer's step. repeats: of everything but products.
-    too_busy: share of the machine that others may take; beyond it what was measured is not kept. (A third taken on two cores
+    """gemm: sizes of m, n and k, in all combinations up to `gemm_flops` per product. coarse: for int8, fp16 and ternary products.
+    call_seconds: limit of a call, predicted from a smaller one; gemm_seconds: after which no further round begins.
+    results: bytes of the result of an elementwise call, on both sides of 32 MiB: glibc returns larger blocks at once, so that
+    their pages are mapped again each time. The largest is at least `beyond` times the last cache.
+    weights: (out, in) of quantized and dequantized weights. lengths, heads: of attention, (heads, kv heads, width), in sequences
+    of `tokens`. parameters: of the optimizer's step. repeats: of everything except products.
+    too_busy: share of the machine used by other programs above which the measurement is discarded. (A third of two cores
     made attention up to twenty times slower: its threads wait for each other at the end of each small loop.)
     """
 
@@ -81,26 +81,26 @@ Product = tuple[str, str, tuple[int, int, int], Callable[[], object]]  # dtype, 
 
 
 def quiet(times: list[float]) -> float:
-    """The lower quartile: what others take of a machine only ever lengthens a time. On an idle one it is nearly the median."""
+    """The lower quartile: other programs only lengthen times. On an idle machine it is nearly the median."""
     return sorted(times)[(len(times) - 1) // 4]
 
 
 class Watch:
-    """Seconds of calls on one device."""
+    """Times calls on one device, in seconds."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.cuda = device, device.type == "cuda"
-        self.launch = 0.0  # what calling costs on the CPU; on CUDA it is no part of a time
+        self.launch = 0.0  # overhead of a call on the CPU; on CUDA it is not timed
 
     def together(self, call: Callable[[], object], count: int) -> float:
-        """Seconds of one of `count` calls, one behind the other."""
+        """Seconds per call of `count` consecutive calls."""
         if not self.cuda:
             start = time.perf_counter()
             for _ in range(count):
                 call()
             return (time.perf_counter() - start) / count
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        torch.cuda._sleep(20_000 * min(count, 200))  # clocks: some 10 µs a call, in which the host gets ahead
+        torch.cuda._sleep(20_000 * min(count, 200))  # clock cycles: some 10 µs per call, for the host to get ahead
         begin.record()
         for _ in range(count):
             call()
@@ -109,14 +109,14 @@ class Watch:
         return begin.elapsed_time(end) / 1e3 / count
 
     def one(self, call: Callable[[], object]) -> float:
-        """Seconds of a call that has run before, without what calling costs: of several where it is short."""
+        """Seconds of a call that has run before, without the overhead; short calls are timed in batches."""
         seconds = self.together(call, 1)
         if seconds < TOGETHER_S:
             seconds = self.together(call, min(100, math.ceil(TOGETHER_S / max(seconds, 1e-6))))
         return max(seconds - self.launch, seconds / 10)
 
     def typical(self, call: Callable[[], object], repeats: int) -> float:
-        """Seconds of a call: of as many as `repeats`, or as there is time for."""
+        """Typical seconds of a call, from `repeats` calls or as many as time allows."""
         call()  # compiles, allocates, loads libraries
         self.wait()
         began = time.monotonic()
@@ -131,7 +131,7 @@ class Watch:
 
 
 class Pool:
-    """Random numbers of one dtype, from which matrices are taken that were not used lately."""
+    """Random numbers of one dtype, as a source of matrices that were not used recently."""
 
     def __init__(self, dtype: torch.dtype, count: int, device: torch.device) -> None:
         if dtype == torch.int8:
@@ -141,10 +141,10 @@ class Pool:
         self.at = 0
 
     def take(self, rows: int, columns: int) -> Tensor:
-        """(rows, columns), another one at each call as far as there are."""
+        """A matrix (rows, columns), a different one at each call while there are any."""
         size = rows * columns
         start = self.at if self.at + size <= self.numbers.numel() else 0
-        self.at = start + -(-size // 64) * 64  # where cache lines begin
+        self.at = start + -(-size // 64) * 64  # aligned to cache lines
         return self.numbers[start : start + size].view(rows, columns)
 
 
@@ -156,7 +156,7 @@ def last_cache(device: torch.device) -> int:
 
 
 def _factors(a: Tensor, pool: Pool, layout: str, shape: tuple[int, int, int]) -> Callable[[], tuple[Tensor, Tensor]]:
-    """Gives (m, k) and (k, n) that lie as `layout` says."""
+    """A function that returns (m, k) and (k, n) in the memory layout `layout`."""
     m, n, k = shape
     left = a[: m * k].view(m, k) if layout[0] == "n" else a[: m * k].view(k, m).t()
     return lambda: (left, pool.take(k, n) if layout[1] == "n" else pool.take(n, k).t())
@@ -169,16 +169,16 @@ def _multiplication(multiply: Callable[..., Tensor], factors: Callable[[], tuple
 def _gemms(watch: Watch, sizes: Sizes, tick: Callable[[float], None]) -> list[dict[str, Any]]:
     cache = min(2 * last_cache(watch.device), 256 * MIB)
     cases: list[Product] = []
-    for dtype, (axis, layouts) in _what(watch, sizes).items():
-        kind, largest = DTYPES[dtype], max(axis) ** 2
-        a = Pool(kind, largest, watch.device).numbers
-        pool = Pool(kind, max(largest, cache // kind.itemsize), watch.device)
+    for dtype, (axis, layouts) in _axes(watch, sizes).items():
+        torch_dtype, largest = DTYPES[dtype], max(axis) ** 2
+        a = Pool(torch_dtype, largest, watch.device).numbers
+        pool = Pool(torch_dtype, max(largest, cache // torch_dtype.itemsize), watch.device)
         multiply: Callable[..., Tensor] = torch._int_mm if dtype == "int8" else torch.mm
         shapes = [shape for shape in product(axis, axis, axis) if 2.0 * math.prod(shape) <= sizes.gemm_flops]
-        if not watch.cuda:  # what their pages take is counted by itself
-            shapes = [(m, n, k) for m, n, k in shapes if m * n * (2 if kind.itemsize == 2 else 4) < LARGE]
+        if not watch.cuda:  # the cost of new pages is measured separately
+            shapes = [(m, n, k) for m, n, k in shapes if m * n * (2 if torch_dtype.itemsize == 2 else 4) < LARGE]
         for shape, layout in product(shapes, layouts):
-            # Of products of one row only the forward pass exists, which is generation; n and k are widths.
+            # With one row there is only the forward pass, in generation; n and k are widths.
             if min(shape[1:]) > 1 and (shape[0] > 1 or layout == "nt"):
                 cases.append((dtype, layout, shape, _multiplication(multiply, _factors(a, pool, layout, shape))))
     cases += _ternary_products(watch, sizes)
@@ -186,28 +186,28 @@ def _gemms(watch: Watch, sizes: Sizes, tick: Callable[[float], None]) -> list[di
     return _rounds(watch, sizes, cases, tick)
 
 
-def _what(watch: Watch, sizes: Sizes) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
-    """dtype → sizes and layouts; of dtypes that the device multiplies."""
+def _axes(watch: Watch, sizes: Sizes) -> dict[str, tuple[tuple[int, ...], tuple[str, ...]]]:
+    """dtype → sizes and layouts, for the dtypes that the device can multiply."""
     all_layouts = ("nt", "nn", "tn")
-    found = {"fp32": (sizes.gemm, all_layouts), "bf16": (sizes.gemm, all_layouts), "int8": (sizes.coarse, ("nt",))}
-    found["fp16"] = (sizes.gemm if watch.cuda else sizes.coarse, all_layouts if watch.cuda else ("nt",))
+    axes = {"fp32": (sizes.gemm, all_layouts), "bf16": (sizes.gemm, all_layouts), "int8": (sizes.coarse, ("nt",))}
+    axes["fp16"] = (sizes.gemm if watch.cuda else sizes.coarse, all_layouts if watch.cuda else ("nt",))
     if watch.cuda and torch.cuda.get_device_capability(watch.device) < (8, 0):
-        del found["bf16"]
-    return found
+        del axes["bf16"]
+    return axes
 
 
 def _ternary_products(watch: Watch, sizes: Sizes) -> list[Product]:
-    """Frozen ternary layers whole, on rows that are quantized already."""
+    """Products of frozen ternary layers, on quantized activations."""
     low = _low(watch)
     cases: list[Product] = []
     for n, k in product(sizes.coarse, repeat=2):
         weight = ternary.quantize(torch.randn(n, k, device=watch.device)).parts()
         for m in sizes.coarse:
             if 2.0 * m * n * k <= sizes.gemm_flops:
-                rows = list(torch.ops.quant12g.activations("ternary", torch.randn(m, k, device=watch.device).to(low)))
+                inputs = list(torch.ops.quant12g.activations("ternary", torch.randn(m, k, device=watch.device).to(low)))
 
-                def call(rows: list[Tensor] = rows, weight: list[Tensor] = weight, n: int = n, k: int = k) -> object:
-                    return torch.ops.quant12g.linear("ternary", rows, None, weight, True, n, k, low)
+                def call(inputs: list[Tensor] = inputs, weight: list[Tensor] = weight, n: int = n, k: int = k) -> object:
+                    return torch.ops.quant12g.linear("ternary", inputs, None, weight, True, n, k, low)
 
                 cases.append(("ternary", "nt", (m, n, k), call))
     return cases
@@ -222,44 +222,44 @@ def _rounds(
     watch: Watch, sizes: Sizes, cases: list[Product],
     tick: Callable[[float], None],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Rates of what could be measured; cases: from the least work to the most."""
+    """Rates of the products that fit the time; cases: sorted by work."""
     began = time.monotonic()
     times: dict[int, list[float]] = {}
-    last: dict[tuple[str, str], float] = {}  # what the last one of this kind reached, FLOP/s
+    last: dict[tuple[str, str], float] = {}  # FLOP/s of the last product of that dtype and layout
     for turn in range(sizes.rounds):
         for index, (dtype, layout, shape, call) in enumerate(cases):
-            flops, kind = 2.0 * math.prod(shape), (dtype, layout)
+            flops, key = 2.0 * math.prod(shape), (dtype, layout)
             if turn == 0:
-                late = time.monotonic() - began > sizes.gemm_seconds / 2  # on a slow machine: no more large ones
-                if flops / last.get(kind, math.inf) > sizes.call_seconds * (0.05 if late else 1.0):
+                late = time.monotonic() - began > sizes.gemm_seconds / 2  # on a slow machine: skip large ones
+                if flops / last.get(key, math.inf) > sizes.call_seconds * (0.05 if late else 1.0):
                     continue
                 call()
                 watch.wait()
             elif index not in times:
                 continue
             times.setdefault(index, []).append(watch.one(call))
-            last[kind] = flops / times[index][-1]
+            last[key] = flops / times[index][-1]
             tick(min((time.monotonic() - began) / sizes.gemm_seconds, 1.0))
             if turn and time.monotonic() - began > sizes.gemm_seconds:
                 break
         if time.monotonic() - began > sizes.gemm_seconds:
             break
-    found = []
+    rates = []
     for index, seconds in sorted(times.items()):
         dtype, layout, (m, n, k), _ = cases[index]
         rate = 2.0 * m * n * k / quiet(seconds)
-        found.append({"dtype": dtype, "layout": layout, "m": m, "n": n, "k": k, "flops_per_second": rate})
-    return found
+        rates.append({"dtype": dtype, "layout": layout, "m": m, "n": n, "k": k, "flops_per_second": rate})
+    return rates
 
 
 # --------------------------------------------------------------------------------------------------------- memory and calls
 
 
 def _elementwise(watch: Watch, sizes: Sizes, tick: Callable[[float], None]) -> dict[str, list[list[float]]]:
-    """Each operator at each size; what it reads is in the caches as far as they hold it, what it gives is allocated anew."""
+    """Each operator at each size; inputs are in the caches as far as they fit, results are newly allocated."""
     low, results = _low(watch), (*sizes.results[:-1], _beyond(watch, sizes))
     name = "bf16" if low == torch.bfloat16 else "fp16"
-    # operator → dtype, bytes moved an element, x → call; a result of the mean is counted as large as what it reads
+    # operator → dtype, bytes moved per element, x → call; the mean's result is counted like its input
     operators: dict[str, tuple[torch.dtype, int, Callable[[Tensor], Callable[[], object]]]] = {
         f"add {name}": (low, 6, lambda x: partial(torch.add, x, x.clone())),
         "add fp32": (torch.float32, 12, lambda x: partial(torch.add, x, x.clone())),
@@ -275,17 +275,17 @@ def _elementwise(watch: Watch, sizes: Sizes, tick: Callable[[float], None]) -> d
         "softmax fp32": (torch.float32, 8, lambda x: partial(torch.softmax, x, -1)),
     }
     columns = 1024
-    found: dict[str, list[list[float]]] = {}
+    curves: dict[str, list[list[float]]] = {}
     for number, (op, (dtype, per, make)) in enumerate(operators.items()):
-        found[op] = []
-        gives = 4 if op.startswith("to_fp32") else 2 if op.startswith("to_") else dtype.itemsize
+        curves[op] = []
+        itemsize = 4 if op.startswith("to_fp32") else 2 if op.startswith("to_") else dtype.itemsize
         for result in results:
-            rows = max(1, result // gives // columns)
+            rows = max(1, result // itemsize // columns)
             call = make(torch.full((rows, columns), 0.7, dtype=dtype, device=watch.device))
             size = float(rows * columns * per)
-            found[op].append([size, size / watch.typical(call, sizes.repeats)])
+            curves[op].append([size, size / watch.typical(call, sizes.repeats)])
         tick((number + 1) / len(operators))
-    return found
+    return curves
 
 
 def _beyond(watch: Watch, sizes: Sizes) -> int:
@@ -293,14 +293,14 @@ def _beyond(watch: Watch, sizes: Sizes) -> int:
 
 
 def _bandwidth(watch: Watch, sizes: Sizes) -> tuple[float, float]:
-    """bytes/s of a copy into memory that is there, both ways counted, and of reading."""
+    """bytes/s of a copy into allocated memory, reads and writes counted, and of reading."""
     size = _beyond(watch, sizes)
     a, b = torch.ones(size // 4, device=watch.device), torch.zeros(size // 4, device=watch.device)
     return 2 * size / watch.typical(lambda: b.copy_(a), sizes.repeats), size / watch.typical(a.sum, sizes.repeats)
 
 
 def _fresh(watch: Watch, sizes: Sizes) -> float:
-    """Seconds a byte that a result of over 32 MiB takes beside what it costs to write it; nothing on CUDA."""
+    """Extra seconds per byte of a result over 32 MiB, for new pages; 0 on CUDA."""
     if watch.cuda:
         return 0.0
     count = (LARGE + 8 * MIB) // 4
@@ -310,10 +310,10 @@ def _fresh(watch: Watch, sizes: Sizes) -> float:
 
 
 def _launch(watch: Watch, repeats: int) -> float:
-    """Seconds of the host for one operator on 64 numbers."""
+    """Host seconds of one operator on 64 numbers."""
     x, y = torch.ones(64, device=watch.device), torch.ones(64, device=watch.device)
 
-    def once(count: int = 500) -> float:  # CUDA holds a thousand launches before the host has to wait
+    def once(count: int = 500) -> float:  # CUDA queues a thousand launches before the host has to wait
         watch.wait()
         start = time.perf_counter()
         for _ in range(count):
@@ -324,11 +324,11 @@ def _launch(watch: Watch, repeats: int) -> float:
     return quiet([once() for _ in range(3 * repeats)])
 
 
-# -------------------------------------------------------------------------------------------------------- what training calls
+# -------------------------------------------------------------------------------------------------------- functions of training
 
 
 def _quantized(watch: Watch, sizes: Sizes) -> tuple[dict[str, float], dict[str, float]]:
-    """weights/s of the schemes, from codes and to them."""
+    """weights/s of the schemes, for dequantizing and quantizing."""
     out, inner = sizes.weights
     low, count = _low(watch), out * inner
     weight = (torch.randn(out, inner, device=watch.device) * 0.02).to(low)
@@ -383,14 +383,14 @@ def _attention(watch: Watch, sizes: Sizes) -> Iterator[dict[str, Any]]:
 
 
 def _optimizers(watch: Watch, sizes: Sizes) -> tuple[dict[str, float], dict[str, float]]:
-    """parameters/s of a large matrix, and seconds a tensor of small ones beyond that."""
+    """parameters/s for a large matrix, and the extra seconds per tensor for small ones."""
     rates: dict[str, float] = {}
     tensors: dict[str, float] = {}
     low = _low(watch)
-    kinds = [("fp32", torch.float32, False)] + (
+    variants = [("fp32", torch.float32, False)] + (
         [("bf16", low, False), ("bf16 rounded", low, True)] if low is torch.bfloat16 else []
     )
-    for name, (label, dtype, rounded) in product(("adamw", "adamw_8bit"), kinds):
+    for name, (label, dtype, rounded) in product(("adamw", "adamw_8bit"), variants):
         if name == "adamw_8bit" and not _has_bitsandbytes():
             continue
 
@@ -422,15 +422,15 @@ def _has_bitsandbytes() -> bool:
 
 
 def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -> Calibration:
-    """All of it, of `device`."""
+    """Measure `device` completely."""
     from finetune.bench.qlora import Bystanders
 
     if device.type == "cpu":
-        keep_freed_memory()  # as a run does
+        keep_freed_memory()  # as in a run
     watch, bystanders = Watch(device), Bystanders([])
 
     def tick(start: float, share: float, note: str) -> Callable[[float], None]:
-        """Shares of the whole, of 100, as they are on two cores of an EPYC 9005."""
+        """A progress callback for a share of the whole (100), as measured on two cores of an EPYC 9005."""
 
         def tell(part: float) -> None:
             if progress is not None:
@@ -452,10 +452,10 @@ def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -
         tick(80, 5, "codes")
         from_codes, to_codes = _quantized(watch, sizes)
     tick(85, 8, "attention")
-    attended = list(_attention(watch, sizes))
+    attention_points = list(_attention(watch, sizes))
     tick(93, 7, "optimizers")
     rates, tensors = _optimizers(watch, sizes)
-    by_itself = Calibration(
+    isolated = Calibration(
         device=provenance.device_name(device),
         date=datetime.now(UTC).isoformat(timespec="seconds"),
         versions=provenance.versions(PACKAGES),
@@ -469,27 +469,27 @@ def measure(device: torch.device, sizes: Sizes, progress: Shown | None = None) -
         step={"busy": 1.0, "operation": launch},
         dequantize=from_codes,
         quantize=to_codes,
-        attention=attended,
+        attention=attention_points,
         optimizer=rates,
         optimizer_tensor=tensors,
         others=bystanders.share(),
     )
-    step = _in_steps(device, by_itself, sizes, tick(100, 0, "real steps"))
-    return replace(by_itself, step=step)
+    step = _in_steps(device, isolated, sizes, tick(100, 0, "real steps"))
+    return replace(isolated, step=step)
 
 
-def _in_steps(device: torch.device, by_itself: Calibration, sizes: Sizes, tell: Callable[[float], None]) -> dict[str, float]:
-    """What operators and arithmetic take within real training steps (cases of `finetune bench plan`): caches have held everything
-    else meanwhile, and Python and autograd stand around each call. Of as many steps as are measured, the factors that put their
-    plans relatively nearest: seconds = busy · arithmetic by itself + operation · operators (on a card the larger of the two)."""
+def _in_steps(device: torch.device, isolated: Calibration, sizes: Sizes, tell: Callable[[float], None]) -> dict[str, float]:
+    """Cost of operators and arithmetic inside real training steps (cases of `finetune bench plan`), where caches hold other data,
+    and Python and autograd surround each call. Fits factors to the measured steps with the smallest relative error:
+    seconds = busy · isolated arithmetic + operation · operators (on a GPU the larger of the two)."""
     import numpy as np
 
     from finetune.bench import plan as grid
     from finetune.planning.estimate import fresh_plan
 
     if not sizes.steps:
-        return by_itself.step
-    here = replace(present(device, measured=False), measured=by_itself)
+        return isolated.step
+    here = replace(present(device, measured=False), measured=isolated)
     lines = []
     with tempfile.TemporaryDirectory(prefix="finetune-bench-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
@@ -499,26 +499,26 @@ def _in_steps(device: torch.device, by_itself: Calibration, sizes: Sizes, tell: 
             recipe = grid.recipe_of(case, folder, device.type)
             done = grid.in_a_child(case, folder, device.type, grid.Steps(1, 2, 7), lambda part: None, cache=folder)
             seconds = done["seconds"]
-            told = fresh_plan(recipe, case.name, here).traced
-            took = statistics.median(seconds) - told["update_seconds"]
-            lines.append((told["busy_seconds"], told["operations"], max(took, told["update_seconds"] / 10)))
+            traced = fresh_plan(recipe, case.name, here).traced
+            took = statistics.median(seconds) - traced["update_seconds"]
+            lines.append((traced["busy_seconds"], traced["operations"], max(took, traced["update_seconds"] / 10)))
             tell((number + 1) / len(sizes.steps))
     busy, operations, seconds_ = np.array(lines, dtype=float).T
     if device.type == "cpu":
         factors, *_ = np.linalg.lstsq(np.stack([busy, operations], 1) / seconds_[:, None], np.ones(len(lines)), rcond=None)
         factor, operation = float(factors[0]), float(factors[1])
-        if operation < by_itself.launch_seconds:  # all of it is arithmetic
-            factor, operation = float(np.median(seconds_ / busy)), by_itself.launch_seconds
+        if operation < isolated.launch_seconds:  # all time is arithmetic
+            factor, operation = float(np.median(seconds_ / busy)), isolated.launch_seconds
         elif factor < 1:
             factor, operation = 1.0, float(np.median(np.maximum(seconds_ - busy, 0) / operations))
-    else:  # the host's part shows in the step that has least arithmetic
+    else:  # the host's part is visible in the step with the least arithmetic
         factor, operation = 1.0, float(np.min(seconds_ / operations))
     return {"busy": factor, "operation": operation}
 
 
 def rows(measured: Calibration, table: Device) -> list[Row]:
-    """What was measured beside what the table of devices says, which is None where it says nothing."""
-    known = table.type != "cpu"  # what the table has of a CPU is a guess
+    """Measured values beside those of the table of devices (None if it has none)."""
+    known = table.type != "cpu"  # the table's values for a CPU are a guess
 
     def row(case: str, ours: float, theirs: float | None, unit: str, note: str = "") -> Row:
         better = "lower" if unit in ("µs", "ms", "×") else "higher"
@@ -544,7 +544,7 @@ def rows(measured: Calibration, table: Device) -> list[Row]:
         found.append(row("memory, new pages", 1e-9 / measured.fresh_seconds_per_byte, None, "GB/s", "results over 32 MiB"))
     found.append(row("call of an operator", measured.launch_seconds * 1e6, None, "µs"))
     found.append(row("an operator in a step", measured.step["operation"] * 1e6, None, "µs"))
-    found.append(row("arithmetic in a step", measured.step["busy"], None, "×", "the same by itself"))
+    found.append(row("arithmetic in a step", measured.step["busy"], None, "×", "relative to isolated calls"))
     for verb, speeds in (("dequantize", measured.dequantize), ("quantize", measured.quantize)):
         found += [row(f"{verb} {scheme}", speed / 1e6, None, "M/s") for scheme, speed in speeds.items()]
     for point in measured.attention:
@@ -556,13 +556,14 @@ def rows(measured: Calibration, table: Device) -> list[Row]:
 
 
 def show(found: list[Row], table: Device, screen: Screen) -> None:
+    """Print the rows as a table."""
     from rich.table import Table
 
     known = any(row["baseline"] is not None for row in found)
-    columns = ["what", "measured", *([f"table: {table.key}", "share"] if known else []), ""]
+    columns = ["quantity", "measured", *([f"table: {table.key}", "share"] if known else []), ""]
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
-        shown.add_column(column, justify="right" if column not in ("what", "") else "left")
+        shown.add_column(column, justify="right" if column not in ("quantity", "") else "left")
     for row in found:
         assert row["ours"] is not None
         beside = []
@@ -574,31 +575,31 @@ def show(found: list[Row], table: Device, screen: Screen) -> None:
 
 
 def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES) -> None:
-    """Measure the device that a run takes, keep it for the plan, show it, and write `json_file`.
+    """Measure the device that a run uses, save the result for the plan, show it, and write `json_file`.
 
     Raises:
-        UserError: other programs took so much of the machine that it is not kept.
+        UserError: other programs used too much of the machine; the result is not saved.
     """
     import sys
 
-    table = present(measured=False)  # an old measurement, damaged even, does not matter
-    place = torch.device(table.type)
+    table = present(measured=False)  # ignores an old, possibly damaged measurement
+    torch_device = torch.device(table.type)
     with screen.phase(f"device {table.key}") as progress:
-        measured = measure(place, sizes, progress)
+        measured = measure(torch_device, sizes, progress)
     found = rows(measured, table)
     show(found, table, screen)
     if measured.others > sizes.too_busy:
         raise UserError(
-            "this machine was too busy: what was measured is not kept",
+            "this machine was too busy; the measurement was not saved",
             where=table.name,
-            got=f"other programs took {measured.others:.0%} of it",
-            hint="finetune bench device when nothing else runs",
+            got=f"other programs used {measured.others:.0%} of it",
+            hint="run finetune bench device when nothing else is running",
         )
     path = save_calibration(table.key, measured)
-    screen.say(f"{table.name}: kept for finetune plan in {path}")
+    screen.say(f"{table.name}: saved for finetune plan in {path}")
     if measured.others > BUSY:
-        screen.warn(f"other programs took {measured.others:.0%} of this machine meanwhile: on an idle one figures are others")
+        screen.warn(f"other programs used {measured.others:.0%} of this machine: measure again on an idle one")
     if json_file is not None:
-        collected = provenance.collect(place, 0, " ".join(sys.argv))
+        collected = provenance.collect(torch_device, 0, " ".join(sys.argv))
         write_json(json_file, {"name": "device", "rows": found, "calibration": str(path), "provenance": collected})
         screen.say(f"written to {json_file}")

@@ -1,18 +1,18 @@
-"""How two sides are compared: the same work in turn, caches cold, and the median of the ratios of pairs.
+"""Compares two sides: the same work in turn, with cold caches, and the median of the ratios of pairs.
 
-One machine is not equally fast for long: clocks change, neighbours come and go. So a ratio is taken within a pair, of two calls
-that lie milliseconds apart, on the same fresh inputs; which side goes first alternates; and of all pairs the median is
-given, with the interval that holds it in 95 % of resamples (bootstrap: Efron, Annals of Statistics 7, 1979). The first pairs,
-in which things are compiled and allocators grow, do not count, and in the first of them both sides must give the same result.
+A machine's speed varies: clocks change, other programs come and go. So a ratio is taken within a pair of two calls
+milliseconds apart, on the same fresh inputs; the order of the sides alternates; and the median of all pairs is
+reported, with the interval that holds it in 95 % of resamples (bootstrap: Efron, Annals of Statistics 7, 1979). The first pairs,
+in which code is compiled and allocators grow, do not count, and in the first one both sides must give the same result.
 
-Before each call the last-level cache (the L2 of a GPU) is filled with something else, so that weights and inputs come from
-memory, as they do in a model with more than one layer. It is filled by reading: what was written would have to go back to
-memory while the clock runs. A product of a millisecond is then preceded by the same product with other weights and inputs,
-untimed, as in that model: what is in the caches then is the program itself, which would be half the time.
+Before each call the last-level cache (the L2 of a GPU) is filled with other data, so that weights and inputs come from
+memory, as they do in a model with more than one layer. It is filled by reading, because written data would be flushed
+to memory while the clock runs. A product of a millisecond is preceded by the same product with other weights and inputs,
+untimed, as in a model, so that its code is in the caches: loading it would be half the time.
 
-On the CPU there is one thread on one core, and time is the processor's, kernel included: on an idle machine it is the wall's,
-on a busy one it leaves out what other processes took of the core. Nothing is set in the environment for either side:
-allocators and libraries are as they come.
+On the CPU there is one thread on one core, and time is CPU time, kernel included: on an idle machine it equals wall time,
+on a busy one it excludes other processes. No environment variables are set for either side:
+allocators and libraries have their defaults.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ from torch import Tensor
 
 WARM_UP = 3  # pairs that do not count
 RESAMPLES = 4000
-COLD = 2  # so many times the size of the cache is read
-ASSUMED_CACHE = 64 << 20  # bytes, where the system does not say
-ALIKE = 0.1  # relative difference of two results beyond which they are not the same work
+COLD = 2  # how many times the cache's size is read to evict it
+ASSUMED_CACHE = 64 << 20  # bytes, if the system does not report it
+ALIKE = 0.1  # relative difference above which two results are not the same work
 
 Timed = Callable[[], object]
-Side = Callable[..., Timed]  # fresh inputs → what is timed
+Side = Callable[..., Timed]  # fresh inputs → the timed call
 
 
 class Skip(Exception):
-    """This case cannot be measured here; the text says why, and what to type."""
+    """This case cannot be measured here; the message says why, and what to install."""
 
 
 class Row(TypedDict):
-    """One line of the result; None where there is nothing, as in a case that was skipped."""
+    """One line of the result; None for missing values, as in a skipped case."""
 
     case: str
     ours: float | None  # in `unit`: the median of a side, or an amount
@@ -60,15 +60,15 @@ class Row(TypedDict):
     pairs: int
     met: bool | None
     against: str
-    backend: str | None  # who computed our side
+    backend: str | None  # backend of our side
     note: str
 
 
 @dataclass(frozen=True)
 class Pairing:
-    """Two sides to time. `within` is entered around all of it; `before`, on other weights and inputs, runs ahead of each call.
+    """Two sides to time. `within` is entered around all calls; `before`, on other weights and inputs, runs ahead of each call.
 
-    work: what one call does, in what a rate counts ("tokens/s": tokens). note: what is only known once the sides are made.
+    work: units of work of one call, for rates ("tokens/s": tokens). note: known only after the sides are built.
     """
 
     fresh: Callable[[], tuple[Tensor, ...]]
@@ -84,7 +84,7 @@ class Pairing:
 
 @dataclass(frozen=True)
 class Amounts:
-    """Two numbers that need no clock of ours. note: as in a Pairing."""
+    """Two amounts that are not timed here. note: as in a Pairing."""
 
     ours: float
     baseline: float
@@ -94,10 +94,10 @@ class Amounts:
 
 @dataclass(frozen=True)
 class Case:
-    """`build` makes what is needed (weights, layers), or raises Skip. unit: "ms", "products/s", "tokens/s", or one of amounts.
+    """One case. `build` creates weights and layers, or raises Skip. unit: "ms", "products/s", "tokens/s", or one of amounts.
 
-    name, against: 23 letters at most, so that the table has room at 80 columns; shapes and what is counted go into `note`.
-    share: about how long the case takes, building included, against the others of its device; for the time left alone.
+    name, against: at most 23 letters, so that the table fits into 80 columns; shapes and details go into `note`.
+    share: relative duration of the case, building included, for the progress display only.
     """
 
     name: str
@@ -123,14 +123,14 @@ def interval(ratios: list[float], *, seed: int = 0) -> tuple[float, float, float
 
 class Clock(Protocol):
     def evict(self) -> None:
-        """Fill the cache with what nobody needs."""
+        """Evict the cache by filling it with other data."""
 
     def time(self, call: Timed) -> tuple[float, object]:
-        """Seconds that `call` took, and its result."""
+        """Seconds of `call`, and its result."""
 
 
 def cache_bytes(core: int) -> tuple[int, str]:
-    """The size of the last-level cache of a CPU's core, and where it was read."""
+    """The size of the last-level cache of a CPU core, and the file that reports it."""
     levels = {}
     for folder in Path(f"/sys/devices/system/cpu/cpu{core}/cache").glob("index*"):
         try:
@@ -138,12 +138,12 @@ def cache_bytes(core: int) -> tuple[int, str]:
             levels[int((folder / "level").read_text())] = (int(size.removesuffix("K")) << 10, str(folder / "size"))
         except (OSError, ValueError):
             continue
-    return levels[max(levels)] if levels else (ASSUMED_CACHE, "assumed: the system does not say")
+    return levels[max(levels)] if levels else (ASSUMED_CACHE, "assumed: the system does not report it")
 
 
 class CPUClock:
     def __init__(self, cache: int) -> None:
-        self._filler = torch.ones(COLD * cache // 4)  # not zeros, which the system need not give memory
+        self._filler = torch.ones(COLD * cache // 4)  # not zeros, for which the system need not allocate pages
 
     def evict(self) -> None:
         self._filler.sum()
@@ -155,7 +155,7 @@ class CPUClock:
 
 
 class CUDAClock:
-    """Events around the kernels. Filling the cache takes longer than launching, so that launches are not timed."""
+    """Times kernels with events. Filling the cache takes longer than a launch, so launches are not timed."""
 
     def __init__(self) -> None:
         cache = torch.cuda.get_device_properties(0).L2_cache_size
@@ -175,10 +175,10 @@ class CUDAClock:
 
 
 def pairs(pairing: Pairing, clock: Clock, tick: Callable[[float], None]) -> tuple[list[float], list[float]]:
-    """Seconds of our side and of the other, pair by pair; `tick` gets the part that is done.
+    """Seconds of our side and of the other, pair by pair; `tick` gets the fraction that is done.
 
     Raises:
-        Skip: the other side failed. RuntimeError: the sides do not compute the same.
+        Skip: the other side failed. RuntimeError: the sides compute different results.
     """
     times: tuple[list[float], list[float]] = ([], [])
     total = pairing.pairs + WARM_UP
@@ -212,17 +212,17 @@ def pairs(pairing: Pairing, clock: Clock, tick: Callable[[float], None]) -> tupl
 
 
 def _alike(ours: object, theirs: object) -> None:
-    """Raise RuntimeError unless both are the same tensors (or tuples of them), up to what quantizing and rounding do."""
+    """Raise RuntimeError unless both are equal tensors (or tuples of them), up to quantization and rounding."""
     mine, other = (result if isinstance(result, tuple) else (result,) for result in (ours, theirs))
     for a, b in zip(mine, other, strict=True):
         a, b = a.reshape(-1).float(), b.reshape(-1).float()
         difference = float((a - b).norm() / b.norm())
         if not difference < ALIKE:
-            raise RuntimeError(f"the two sides do not compute the same: relative difference {difference:.3g}")
+            raise RuntimeError(f"the two sides compute different results: relative difference {difference:.3g}")
 
 
 def measure(case: Case, clock: Clock, tick: Callable[[float], None]) -> Row:
-    """The row of `case`."""
+    """Measure a case."""
     row: Row = {
         "case": case.name, "ours": None, "baseline": None, "ratio": None, "unit": case.unit, "target": case.target,
         "better": case.better, "low": None, "high": None, "pairs": 0, "met": None, "against": case.against, "backend": None,
@@ -251,7 +251,7 @@ def measure(case: Case, clock: Clock, tick: Callable[[float], None]) -> Row:
 
 
 def pin() -> int | None:
-    """Keep this process on one core, the last that it may use (the first serves interrupts); None where that cannot be asked."""
+    """Pin this process to one core, the last allowed one (the first serves interrupts); None if unsupported."""
     if not hasattr(os, "sched_setaffinity"):
         return None
     core = max(os.sched_getaffinity(0))

@@ -1,17 +1,17 @@
-"""`finetune bench plan`: what `finetune plan` says of memory and time, against real steps of the same recipes.
+"""`finetune bench plan`: memory and time of `finetune plan` against real steps of the same recipes.
 
-Each case is a recipe for a model with random weights and generated rows, in a folder that goes away; it runs in a process of its
-own (`python -m finetune.bench.plan SPEC`), and is planned there when its steps are done. Measured and planned have nothing in
-common but the recipe:
+Each case is a recipe for a model with random weights and generated rows, in a temporary folder; it runs in a process of its
+own (`python -m finetune.bench.plan SPEC`), and is planned there after its steps. Measurement and plan share only
+the recipe:
 
-    measured   memory: what torch's allocators give and take. On the CPU every one of their events (torch.profiler), added up over
-               the first steps from what parameters and buffers hold at their beginning; on CUDA max_memory_allocated.
+    measured   memory: allocations of torch. On the CPU all its allocator's events (torch.profiler), summed over
+               the first steps, starting from the bytes of parameters and buffers; on CUDA max_memory_allocated.
                time: the median of later steps, without the profiler.
     planned    `finetune.planning.estimate.plan` for this device: the peak of its training phase without the process's own part
-               (context) and the allocator's waste, which no allocator counts; and `step_seconds`.
+               (context) and fragmentation, which no allocator counts; and `step_seconds`.
 
-The rows of a case are such that its micro-batches are as large as each other, and that the profiled steps see all of them: the
-plan is of the largest.
+All micro-batches of a case have about the same size, and the profiled steps cover all of them, because the
+plan is for the largest.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from finetune.recipe import Recipe
 from finetune.run_dir import RunDir
 from finetune.units import MIB
 
-OVER, UNDER, MEDIAN, LATE = 0.04, 0.01, 0.01, 0.20  # the targets: memory above and below what is measured, time either way
+OVER, UNDER, MEDIAN, LATE = 0.04, 0.01, 0.01, 0.20  # targets: memory above and below the measured value, time either way
 OVER_CUDA = 0.05
-TIMED = 12  # cases whose time is to be right
+TIMED = 12  # cases whose time must be within the target
 VOCABULARY, WORDS = 4096, 3000
 SIZES = {"S": (128, 4, 4), "M": (384, 8, 6), "L": (768, 12, 12)}  # width, layers, heads
-SHARE = {"S": 1.0, "M": 1.4, "L": 5.0}  # about how long a case takes
+SHARE = {"S": 1.0, "M": 1.4, "L": 5.0}  # relative duration of a case
 
 
 @dataclass(frozen=True)
 class Steps:
-    """Of a case: profiled from the first on, then not timed, then timed."""
+    """Steps of a case: first profiled, then warm-up, then timed."""
 
     profiled: int = 3
     warm: int = 2
@@ -58,8 +58,8 @@ class Steps:
 
 @dataclass(frozen=True)
 class Case:
-    """One recipe. of: full, lora, qlora, bitnet (ternary, from scratch). rows: packed, pairs (of one length, not packed), single
-    (one row at a time), text (of a model from scratch). more: keys of the recipe, "train.accumulation" → 2."""
+    """One recipe. of: full, lora, qlora, bitnet (ternary, from scratch). rows: packed, pairs (of equal length, not packed),
+    single (one row at a time), text (for a model from scratch). more: keys of the recipe, "train.accumulation" → 2."""
 
     architecture: str
     size: str
@@ -76,7 +76,7 @@ class Case:
         return " ".join([self.architecture, self.size, self.of, *rows, *recomputed, *more])
 
 
-# Keys that others cannot be without (finetune/recipe/rules.py).
+# Keys that other keys require (finetune/recipe/rules.py).
 IN_BACKWARD = {"train.optimizer_in_backward": True, "train.save_steps": 1000, "train.max_grad_norm": 0.0}
 IMPLIED = ("train.save_steps", "train.max_grad_norm", "model.dtype")
 CASES = [
@@ -122,7 +122,7 @@ CASES = [
 ]  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------------------------------ what is trained
+# ------------------------------------------------------------------------------------------------------------ models and data
 
 
 def _text(words: list[str], count: int, seed: int) -> str:
@@ -130,9 +130,9 @@ def _text(words: list[str], count: int, seed: int) -> str:
 
 
 def make_data(folder: Path) -> None:
-    """A tokenizer, text, and rows of each kind, always the same ones.
+    """Write a tokenizer, text, and rows for each case; deterministic.
 
-    packed: some three micro-batches of two rows of 512 tokens. pairs, single: rows of nearly 512 tokens, whatever two of them.
+    packed: about three micro-batches of two sequences of 512 tokens. pairs, single: rows of nearly 512 tokens.
     """
     from finetune.data.tokenizer import train_tokenizer
 
@@ -144,7 +144,7 @@ def make_data(folder: Path) -> None:
     tokenizer.save_pretrained(folder / "tokenizer")
 
     def write(name: str, lengths: list[tuple[int, int]]) -> None:
-        """Questions and answers of so many tokens."""
+        """Write questions and answers with these numbers of tokens."""
         ids = tokenizer(text)["input_ids"]
 
         def piece(count: int, at: int) -> str:
@@ -166,12 +166,12 @@ def make_data(folder: Path) -> None:
 
 
 ROW = 500
-FRAME = 24  # about the tokens that a template puts around a question and its answer
+FRAME = 24  # approximate tokens of the template per row
 PACKED_TOKENS = 3 * 2 * 512 - 100
 
 
 def config_of(architecture: str, size: str) -> dict[str, Any]:
-    """A small model of that kind; what it drops out is left out."""
+    """The config of a small model of that architecture, without dropout."""
     width, layers, heads = SIZES[size]
     if architecture == "gpt2":
         quiet = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
@@ -187,7 +187,7 @@ def config_of(architecture: str, size: str) -> dict[str, Any]:
 
 
 def model_folder(case: Case, folder: Path) -> Path:
-    """Its model with random weights; one is there for all cases of the same."""
+    """The folder of a case's model with random weights, shared by cases with the same architecture and size."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from finetune.models.config import new_config
@@ -205,43 +205,43 @@ def model_folder(case: Case, folder: Path) -> Path:
 
 
 def recipe_of(case: Case, folder: Path, device: str) -> Recipe:
-    said: dict[str, dict[str, Any]] = {
+    sections: dict[str, dict[str, Any]] = {
         "train": {"micro_batch": 1 if case.rows == "single" else 2, "checkpointing": case.checkpointing, "save_steps": None},
         "fast": {"compile": False},
         "eval": {"samples": 0},
         "run": {"dir": str(folder / "run"), "device": device},
     }
     if case.rows == "text":
-        said["data"] = {"path": str(folder / "text.txt"), "max_length": 256, "heldout": 0}
-        said["model"] = {"config": config_of(case.architecture, case.size)}
-        said["tokenizer"] = {"name": str(folder / "tokenizer")}
-        said["train"]["max_steps"] = 1000
+        sections["data"] = {"path": str(folder / "text.txt"), "max_length": 256, "heldout": 0}
+        sections["model"] = {"config": config_of(case.architecture, case.size)}
+        sections["tokenizer"] = {"name": str(folder / "tokenizer")}
+        sections["train"]["max_steps"] = 1000
     else:
-        said["data"] = {
+        sections["data"] = {
             "path": str(folder / f"{case.rows}.jsonl"), "template": "alpaca", "max_length": 512, "heldout": 0, "dedupe": False,
             "packing": case.rows == "packed",
         }  # fmt: skip
-        said["model"] = {"name": str(model_folder(case, folder))}
-        said["train"]["epochs"] = 1
+        sections["model"] = {"name": str(model_folder(case, folder))}
+        sections["train"]["epochs"] = 1
     if case.of == "bitnet":
-        said["quant"] = {"scheme": "ternary"}
+        sections["quant"] = {"scheme": "ternary"}
     elif case.of == "full":
-        said["adapter"] = {"kind": "none"}
+        sections["adapter"] = {"kind": "none"}
     else:
-        said["model"]["dtype"] = "bf16"
-        said["quant"] = {"scheme": "nf4" if case.of == "qlora" else "none"}
+        sections["model"]["dtype"] = "bf16"
+        sections["quant"] = {"scheme": "nf4" if case.of == "qlora" else "none"}
     for key, value in case.more.items():
         section, _, leaf = key.partition(".")
-        said.setdefault(section, {})[leaf] = value
-    return Recipe.model_validate({"kind": "pretrain" if case.rows == "text" else "sft", **said})
+        sections.setdefault(section, {})[leaf] = value
+    return Recipe.model_validate({"kind": "pretrain" if case.rows == "text" else "sft", **sections})
 
 
 # ------------------------------------------------------------------------------------------------- measuring: the child process
 
 
 class Found(TypedDict):
-    """Of one case. Bytes: peak of the training steps. reserved: by CUDA's allocator, with what it cannot use; None on the CPU.
-    seconds: of each timed step. busy: share of the machine that other programs took while they ran."""
+    """Results of one case. Bytes: peak of the training steps. reserved: by CUDA's allocator, fragmentation included; None on the
+    CPU. seconds: of each timed step. busy: share of the machine that other programs used meanwhile."""
 
     case: str
     planned_bytes: int
@@ -258,12 +258,11 @@ class Found(TypedDict):
 
 
 class _Enough(Exception):
-    """All steps are taken."""
+    """Raised after the last step."""
 
 
 class _Meter:
-    """The most that torch's allocator of `device` had given, from `begin` to `end`, with what parameters and buffers held
-    before."""  # fmt: skip
+    """Peak bytes allocated by torch on `device` between `begin` and `end`, including parameters and buffers."""
 
     def __init__(self, device: torch.device, model: torch.nn.Module) -> None:
         self.device, self.cuda = device, device.type == "cuda"
@@ -300,14 +299,14 @@ class _Meter:
 def measured(
     recipe: Recipe, device: torch.device, steps: Steps, folder: Path, tick: Callable[[float], None]
 ) -> tuple[_Meter, list[float], float, list[str]]:
-    """(memory, seconds of the timed steps, what others took of the machine meanwhile, the fast step in words)."""
+    """(memory, seconds of the timed steps, share of the machine used by other programs, lines on the patches)."""
     from finetune.assembly import assemble
     from finetune.bench.qlora import Bystanders
 
-    ledger = RunDir(folder)
-    ledger.path.mkdir(exist_ok=True)
-    made = assemble(recipe, device, ledger.path, {"eval_steps": None})
-    meter = _Meter(device, made.built.model)
+    run_dir = RunDir(folder)
+    run_dir.path.mkdir(exist_ok=True)
+    assembly = assemble(recipe, device, run_dir.path, {"eval_steps": None})
+    meter = _Meter(device, assembly.built.model)
     seconds: list[float] = []
     warm, last = steps.profiled + steps.warm, steps.profiled + steps.warm + steps.timed
     began, bystanders = 0.0, Bystanders([])
@@ -336,20 +335,20 @@ def measured(
         return {}
 
     with suppress(_Enough):
-        made.train(ledger, last + 1, before_step=before, after_step=after)
+        assembly.train(run_dir, last + 1, before_step=before, after_step=after)
     busy = bystanders.share()
-    made.patches.remove()
-    return meter, seconds, busy, made.patches.in_words()
+    assembly.patches.remove()
+    return meter, seconds, busy, assembly.patches.in_words()
 
 
 def found_of(
     case: Case, folder: Path, device: torch.device, steps: Steps, tick: Callable[[float], None] = lambda _: None
 ) -> Found:
-    """A case measured, then planned as `finetune plan` does it."""
+    """Measure a case, then plan it as `finetune plan` does."""
     from finetune.planning import estimate
     from finetune.planning.devices import present
 
-    here = present(device)  # with its measurement, which lies in the cache that is left now
+    here = present(device)  # with its saved calibration
     recipe = recipe_of(case, folder, device.type)
     with tempfile.TemporaryDirectory(dir=folder) as own:
         meter, seconds, busy, fast = measured(recipe, device, steps, Path(own) / "run", tick)
@@ -374,8 +373,8 @@ def found_of(
 
 
 def child(out: int, spec: str) -> None:
-    """spec: JSON, {"case", "folder", "device", "steps"}. Says {"part": 0 to 1} now and then, at last what was found, or
-    {"mistake": …}."""  # fmt: skip
+    """Measure the case in `spec`, JSON of {"case", "folder", "device", "steps"}. Writes {"part": 0 to 1} now and then, and at the
+    end {"found": …}."""  # fmt: skip
     follow()
     given = json.loads(spec)
 
@@ -390,13 +389,13 @@ def child(out: int, spec: str) -> None:
 
 
 class Lost(Exception):
-    """A case failed; with the end of what it said."""
+    """A case failed; the message is the end of its output."""
 
 
 def in_a_child(
     case: Case, folder: Path, device: str, steps: Steps, tick: Callable[[float], None], *, cache: Path | None = None
 ) -> Found:
-    """The case in a process of its own, which ends with this one. cache: in place of the user's own.
+    """Run a case in a process of its own, which ends with this one. cache: replaces the user's cache folder.
 
     Raises:
         Lost: it failed.
@@ -406,12 +405,12 @@ def in_a_child(
     spec = {"case": asdict(case), "folder": str(folder), "device": device, "steps": asdict(steps)}
     environment = os.environ | QUIET | {"TMPDIR": str(folder)} | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
     environment |= {} if cache is None else {"XDG_CACHE_HOME": str(cache)}
-    # -P: what lies in the user's folder is not imported
+    # -P: modules in the user's folder are not imported
     command = [sys.executable, "-P", "-m", "finetune.bench.plan", json.dumps(spec)]
-    found = None
-    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said:
+    result = None
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as log:
         process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8", env=environment
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8", env=environment
         )
         assert process.stdout is not None
         assert process.stdin is not None
@@ -421,29 +420,29 @@ def in_a_child(
                 if "part" in message:
                     tick(message["part"])
                 else:
-                    found = message["found"]
+                    result = message["found"]
             code = process.wait()
         finally:
             process.kill()
             process.wait()
             process.stdin.close()
             process.stdout.close()
-        if code or found is None:
-            said.seek(0)
-            raise Lost(f"exit code {code}: {said.read()[-2000:].strip()}")
-    return found
+        if code or result is None:
+            log.seek(0)
+            raise Lost(f"exit code {code}: {log.read()[-2000:].strip()}")
+    return result
 
 
 def grid(
     device: str, show: Callable[[int, int, str], None], cases: list[Case] | None = None, steps: Steps = Steps()
 ) -> tuple[list[Found], dict[str, str]]:
-    """What was found of each case; of one that failed, why."""
+    """Results of all cases, and the reasons of those that failed."""
     cases = CASES if cases is None else cases
     progress = Progress([SHARE[case.size] for case in cases])
-    found, lost = [], {}
+    found, failed = [], {}
     with tempfile.TemporaryDirectory(prefix="finetune-bench-", ignore_cleanup_errors=True) as temporary:
         folder = Path(temporary)
-        show(0, 100, "a tokenizer and rows")
+        show(0, 100, "tokenizer and rows")
         make_data(folder)
         for case in cases:
             progress.begin(SHARE[case.size])
@@ -455,16 +454,16 @@ def grid(
             try:
                 found.append(in_a_child(case, folder, device, steps, tick))
             except Lost as why:
-                lost[case.name] = str(why)
-            progress.end(case.name not in lost)
-    return found, lost
+                failed[case.name] = str(why)
+            progress.end(case.name not in failed)
+    return found, failed
 
 
 # -------------------------------------------------------------------------------------------------------------- rows and table
 
 
 def _row(case: str, unit: str, ours: float, baseline: float, bounds: tuple[float, float] | None, **more: Any) -> Row:
-    """bounds: of ours / baseline; the target is the one on whose side the ratio lies."""
+    """A row with bounds on ours / baseline; the target is the bound on the ratio's side of 1."""
     ratio = ours / baseline
     below = ratio < 1
     return {
@@ -478,42 +477,43 @@ def _row(case: str, unit: str, ours: float, baseline: float, bounds: tuple[float
 def _summary(case: str, ours: float, allowed: float, *, higher: bool = False, unit: str = "%") -> Row:
     met = ours >= allowed if higher else ours <= allowed
     better = "higher" if higher else "lower"
-    return _row(case, unit, ours, allowed, None, target=1.0, better=better, met=met, against="what is allowed")
+    return _row(case, unit, ours, allowed, None, target=1.0, better=better, met=met, against="allowed")
 
 
 def rows(found: list[Found], device: str) -> list[Row]:
-    """Planned (ours) against measured (baseline) of each case, then what the targets are about: ours against what is allowed."""
-    made: list[Row] = []
+    """Planned (ours) against measured (baseline) for each case, then summaries against the allowed errors."""
+    all_rows: list[Row] = []
     quantities = [("memory", "planned_bytes", "measured_bytes")]
     quantities += [("reserved", "planned_reserved", "reserved_bytes")] if device == "cuda" else []
     under, over = (UNDER, OVER) if device == "cpu" else (OVER_CUDA, OVER_CUDA)
-    for name, planned, seen in quantities:
+    for name, planned, measured_key in quantities:
         own = [
-            _row(f"{one['case']}: {name}", "MiB", one[planned] / MIB, one[seen] / MIB, (1 - under, 1 + over))  # type: ignore[literal-required]
+            _row(f"{one['case']}: {name}", "MiB", one[planned] / MIB, one[measured_key] / MIB, (1 - under, 1 + over))  # type: ignore[literal-required]
             for one in found
         ]
         errors = [(row["ratio"] or 0.0) - 1 for row in own]
-        made += own
-        made.append(_summary(f"{name}: median error", 100 * statistics.median(map(abs, errors)), 100 * MEDIAN))
-        made.append(_summary(f"{name}: worst error", 100 * max(map(abs, errors)), 100 * max(under, over)))
-        made.append(_summary(f"{name}: worst below", 100 * max(0.0, -min(errors)), 100 * under))
-    told = all(one["calibrated"] for one in found)
+        all_rows += own
+        all_rows.append(_summary(f"{name}: median error", 100 * statistics.median(map(abs, errors)), 100 * MEDIAN))
+        all_rows.append(_summary(f"{name}: worst error", 100 * max(map(abs, errors)), 100 * max(under, over)))
+        all_rows.append(_summary(f"{name}: worst below", 100 * max(0.0, -min(errors)), 100 * under))
+    calibrated = all(one["calibrated"] for one in found)
     for one in found:
         ratio, low, high = interval([one["planned_seconds"] / seconds for seconds in one["seconds"]])
-        bounds = (1 - LATE, 1 + LATE) if told else None
+        bounds = (1 - LATE, 1 + LATE) if calibrated else None
         row = _row(f"{one['case']}: time", "s/step", one["planned_seconds"], one["planned_seconds"] / ratio, bounds)
-        made.append(row | {"low": low, "high": high, "pairs": len(one["seconds"]), "note": "" if told else UNCALIBRATED})
-    if told:
-        right = sum(bool(row["met"]) for row in made if row["unit"] == "s/step")
-        made.append(_summary(f"time: within {LATE:.0%}", right, min(TIMED, len(found)), higher=True, unit="cases"))
-    return made
+        note = "" if calibrated else UNCALIBRATED
+        all_rows.append(row | {"low": low, "high": high, "pairs": len(one["seconds"]), "note": note})
+    if calibrated:
+        right = sum(bool(row["met"]) for row in all_rows if row["unit"] == "s/step")
+        all_rows.append(_summary(f"time: within {LATE:.0%}", right, min(TIMED, len(found)), higher=True, unit="cases"))
+    return all_rows
 
 
-UNCALIBRATED = "planned by the table of devices: finetune bench device measures this machine"
+UNCALIBRATED = "planned with the table of devices; run finetune bench device to measure this machine"
 
 
 def show(found: list[Found], made: list[Row], device: str, screen: Any) -> None:
-    """A line a case, then the summary."""
+    """Print a line per case, then the summary."""
     from rich.table import Table
 
     of = {row["case"]: row for row in made}
@@ -540,14 +540,14 @@ def show(found: list[Found], made: list[Row], device: str, screen: Any) -> None:
         table.add_row(one["case"], *cells)
     screen.console.print(table, soft_wrap=False)
     for row in made:
-        if row["against"] == "what is allowed":
+        if row["against"] == "allowed":
             sign = "≥" if row["better"] == "higher" else "≤"
             verdict = f"{sign} {row['baseline']:g}: {'met' if row['met'] else 'missed'}"
             screen.say(f"{row['case']}: {row['ours']:.3g} {row['unit']} ({verdict})")
 
 
 def plan_command(json_file: Path | None, screen: Any) -> None:
-    """Measure and plan all cases on the device that a run takes, show them, and write `json_file`.
+    """Measure and plan all cases on the device that a run uses, show them, and write `json_file`.
 
     Raises:
         RuntimeError: every case failed.
@@ -560,26 +560,26 @@ def plan_command(json_file: Path | None, screen: Any) -> None:
     from finetune.models.device import pick_device
 
     device = pick_device("auto")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: folders and processes end with it
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: removes folders and ends processes
     try:
         with screen.phase(f"plan on {device.type}") as progress:
-            found, lost = grid(device.type, progress)
+            found, failed = grid(device.type, progress)
     finally:
         signal.signal(signal.SIGTERM, before)
     if not found:
-        raise RuntimeError("\n".join(f"{case}: {why}" for case, why in lost.items()))
-    made = rows(found, device.type)
-    show(found, made, device.type, screen)
-    screen.say("off: planned / measured - 1; !: beyond its target")
-    for case, why in lost.items():
+        raise RuntimeError("\n".join(f"{case}: {why}" for case, why in failed.items()))
+    all_rows = rows(found, device.type)
+    show(found, all_rows, device.type, screen)
+    screen.say("off: planned / measured - 1; !: outside the target")
+    for case, why in failed.items():
         screen.warn(f"{case} failed: {why}")
     if not all(one["calibrated"] for one in found):
         screen.warn(UNCALIBRATED)
     if busy := [f"{one['case']} ({one['busy']:.0%})" for one in found if one["busy"] > BUSY]:
-        screen.warn(f"other programs took part of this machine's cores while these were timed: {', '.join(busy)}")
+        screen.warn(f"other programs used this machine while these cases were timed: {', '.join(busy)}")
     if json_file is not None:
         collected = provenance.collect(device, 0, " ".join(sys.argv))
-        write_json(json_file, {"name": "plan", "rows": made, "cases": found, "failed": lost, "provenance": collected})
+        write_json(json_file, {"name": "plan", "rows": all_rows, "cases": found, "failed": failed, "provenance": collected})
         screen.say(f"written to {json_file}")
 
 

@@ -1,12 +1,12 @@
-"""`finetune bench qlora`: LoRA training by this suite and by the plain stack (TRL, PEFT, bitsandbytes), step by step in turn.
+"""`finetune bench qlora`: LoRA training with this suite and with TRL, PEFT and bitsandbytes, step by step in turn.
 
-Both train the same model on the same rows in the same order, with the same adapters, first weights, optimizer, learning rate
-(constant) and batch, each in a process of its own (side.py) with all cores; one computes at a time, and which goes first
-alternates. A ratio is taken within a pair of steps; the table has the median and its bootstrap interval (measure.py). The first
-steps, in which things are compiled and allocators grow, do not count. Tokens are real ones: padding is nobody's work.
+Both train the same model on the same rows in the same order, with the same adapters, initial weights, optimizer, learning rate
+(constant) and batch, each in a process of its own (side.py) with all cores; one computes at a time, in alternating
+order. A ratio is taken within a pair of steps; the table has the median and its bootstrap interval (measure.py). The first
+steps, in which code is compiled and allocators grow, do not count. Tokens do not include padding.
 
-Packed, each side fills its rows in its own way, so there the pairs hold different samples, and rates are compared, not losses.
-What a step cannot do without, the bare matrix products of the linears, is timed in the same turns: the ceiling.
+With packing each side packs in its own way, so the pairs hold different samples, and rates are compared, not losses.
+The matrix products of the linears alone, a lower bound of a step's time, are timed in the same turns: the ceiling.
 """
 
 from __future__ import annotations
@@ -42,20 +42,20 @@ from finetune.sources import check_sources
 from finetune.units import GIB, MIB, human_bytes
 
 DEFAULT = Path(__file__).parent / "qlora.yaml"
-# Rows of the default recipe: four of at most 256 tokens; packed, one of 1,024. A recipe of one's own says both itself.
+# Default recipe: four rows of at most 256 tokens; packed, one sequence of 1,024. Other recipes set both themselves.
 MODES = {"unpacked": "data.packing=false", "packed": "data.packing=true"}
 DEFAULT_PACKED = ["data.max_length=1024", "train.micro_batch=1"]
 FASTER, LEANER, CEILING, ALIKE, FASTER_LARGE = 3.0, 0.5, 0.4, 0.01, 1.3  # the targets
 QUIET = {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_DISABLE_TELEMETRY": "1"}
-BUSY = 0.05  # share of the machine that others may take before it is said
-LEAST = 2  # steps that must be left to compare
+BUSY = 0.05  # share of the machine that other programs may use without a warning
+LEAST = 2  # steps that must remain to compare
 
 
 @dataclass(frozen=True)
 class Sizes:
     """steps, pairs: steps of each side, unpacked (the loss curves) and packed, of which the first `warm_up` do not count.
 
-    large: the configuration of a Llama whose codes are random; None leaves it out. card_gib: what each side may take of a card.
+    large: the configuration of a Llama with random codes; None skips it. card_gib: memory of a GPU that each side may use.
     """
 
     steps: int = 30
@@ -78,10 +78,10 @@ SIZES = Sizes()
 
 @dataclass(frozen=True)
 class Opponent:
-    """The plain stack in one of its settings. name: in the table, 23 letters at most.
+    """TRL, PEFT and bitsandbytes in one of their settings. name: in the table, at most 23 letters.
 
-    as_ours: it recomputes activations as the recipe says, and its adapters have the precision of ours; else both are as TRL has
-    them by itself: it recomputes, and casts the adapters of a quantized base to bf16, in which AdamW loses part of each update.
+    as_ours: checkpointing as in the recipe, and adapters in the precision of ours; else TRL's defaults:
+    it recomputes, and casts the adapters of a quantized base to bf16, in which AdamW loses part of each update.
     """
 
     name: str
@@ -96,17 +96,19 @@ DOCUMENTED = Opponent("TRL as documented", {}, as_ours=False)
 
 @dataclass
 class Result:
+    """Results of the benchmark."""
+
     rows: list[Row] = field(default_factory=list)
     contests: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)  # contest → side → answers, by step
-    others: dict[str, float] = field(default_factory=dict)  # contest → share of the machine's cores that other programs took
+    others: dict[str, float] = field(default_factory=dict)  # contest → share of the machine's cores used by other programs
     place: dict[str, Any] = field(default_factory=dict)
 
-    def hold(self, name: str, held: Contest) -> None:
-        self.contests[name], self.others[name] = held.answers, held.others
+    def add(self, name: str, contest: Contest) -> None:
+        self.contests[name], self.others[name] = contest.answers, contest.others
 
     @property
     def curves(self) -> dict[str, dict[str, list[float]]]:
-        """contest → side → mean loss (nats a trained token) of each step, of the sides that train."""
+        """contest → side → mean loss (nats per trained token) of each step, for the sides that train."""
         return {
             name: {side: [step["loss"] for step in steps] for side, steps in sides.items() if side != "ceiling"}
             for name, sides in self.contests.items()
@@ -117,24 +119,24 @@ class Result:
 
 
 def recipes(name: str | None, overrides: list[str]) -> dict[str, Recipe]:
-    """The recipe in both modes: `name`'s, or the default one.
+    """The recipe `name`, or the default one, in both modes.
 
     Raises:
-        UserError: there is none of that name, a key is wrong, or the plain stack has nothing like it.
+        UserError: unknown recipe, a wrong key, or a setting that the other libraries do not support.
     """
     path = DEFAULT if name is None else find_recipe(name)
     recipe = read_recipe(path, overrides)
     check_sources(recipe, str(path), locator(path, overrides))
     _require_comparable(recipe, str(path))
-    found = {}
+    by_mode = {}
     for mode, setting in MODES.items():
         own = DEFAULT_PACKED if name is None and mode == "packed" else []
-        found[mode] = absolute(read_recipe(path, [*own, *overrides, setting]))
-    return found
+        by_mode[mode] = absolute(read_recipe(path, [*own, *overrides, setting]))
+    return by_mode
 
 
 def _require_comparable(recipe: Recipe, where: str) -> None:
-    """Raise UserError for what TRL, PEFT and bitsandbytes have nothing like."""
+    """Raise UserError for settings that TRL, PEFT and bitsandbytes do not support."""
     for key, value, able, instead in (
         ("kind", recipe.kind, not recipe.streams_text, "sft"),
         ("adapter.kind", recipe.adapter.kind, recipe.base_frozen and recipe.mergeable, "lora"),
@@ -143,8 +145,8 @@ def _require_comparable(recipe: Recipe, where: str) -> None:
     ):
         if not able:
             raise UserError(
-                "the plain stack is compared in supervised fine-tuning of LoRA adapters, on an NF4 base or a float one",
-                where=f"{where}, {key}", got=str(value), hint=f"{key}={instead}, or another recipe",
+                "this benchmark needs supervised fine-tuning of LoRA adapters, on an NF4 base or a float one",
+                where=f"{where}, {key}", got=str(value), hint=f"set {key}={instead}, or use another recipe",
             )  # fmt: skip
 
 
@@ -152,65 +154,65 @@ def _require_comparable(recipe: Recipe, where: str) -> None:
 
 
 class Lost(Exception):
-    """A side failed, or cannot run here; the text says why."""
+    """A side failed, or cannot run here; the message says why."""
 
 
 class Side:
-    """A process that trains, and answers. It ends with this one, however this one ends."""
+    """A process that trains and answers commands. It ends with this one, however this one ends."""
 
     def __init__(self, name: str, spec: dict[str, Any], environment: dict[str, str], folder: Path) -> None:
         self.name, self.folder = name, Path(tempfile.mkdtemp(dir=folder))
-        self.said = open(self.folder / "said.txt", "w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed by `close`
+        self.log = open(self.folder / "log.txt", "w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # closed by `close`
         path = self.folder / "spec.json"
         path.write_text(json.dumps(spec | {"folder": str(self.folder)}), encoding="utf-8")
-        here = QUIET | {"TMPDIR": str(self.folder)}
+        child_environment = QUIET | {"TMPDIR": str(self.folder)}
         if spec["device"] == "cpu":
-            here["CUDA_VISIBLE_DEVICES"] = ""  # else libraries put a model where there is room
-        # -P: what lies in the user's folder is not imported
+            child_environment["CUDA_VISIBLE_DEVICES"] = ""  # else libraries put the model on the GPU
+        # -P: modules in the user's folder are not imported
         command = [sys.executable, "-P", "-m", "finetune.bench.side", str(path)]
         self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.said, text=True, encoding="utf-8",
-            env=os.environ | here | environment,
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, encoding="utf-8",
+            env=os.environ | child_environment | environment,
         )  # fmt: skip
         self.pid = self.process.pid
 
-    def hear(self) -> dict[str, Any]:
-        """Its next answer.
+    def receive(self) -> dict[str, Any]:
+        """The next answer of the process.
 
         Raises:
-            Lost: it cannot run here, or died. UserError: it met one.
+            Lost: it cannot run here, or died. UserError: it raised one.
         """
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             code = self.process.wait()
-            self.said.seek(0)
-            raise Lost(f"{self.name} failed (exit code {code}):\n{self.said.read()[-4000:].strip()}")
+            self.log.seek(0)
+            raise Lost(f"{self.name} failed (exit code {code}):\n{self.log.read()[-4000:].strip()}")
         answer: dict[str, Any] = json.loads(line)
-        if "mistake" in answer:
-            raise UserError(**answer["mistake"])
+        if "error" in answer:
+            raise UserError(**answer["error"])
         if "skip" in answer:
             raise Lost(answer["skip"])
         return answer
 
     def ask(self, do: str, **more: Any) -> dict[str, Any]:
         assert self.process.stdin is not None
-        with suppress(BrokenPipeError):  # it is dead, and `hear` says of what
+        with suppress(BrokenPipeError):  # it is dead, and `receive` raises the reason
             self.process.stdin.write(json.dumps({"do": do, **more}) + "\n")
             self.process.stdin.flush()
-        return self.hear()
+        return self.receive()
 
     def close(self) -> None:
         self.process.kill()
         self.process.wait()
-        for stream in (self.process.stdin, self.process.stdout, self.said):
+        for stream in (self.process.stdin, self.process.stdout, self.log):
             if stream is not None:
                 with suppress(BrokenPipeError):
                     stream.close()
 
 
 class Stage:
-    """Where sides meet: a folder that goes away, and what all of them are told."""
+    """The temporary folder and the settings that all sides share."""
 
     def __init__(self, folder: Path, device: str, card_gib: float | None) -> None:
         self.folder, self.common = folder, {"device": device, "card_gib": card_gib}
@@ -223,11 +225,11 @@ class Stage:
         finally:
             side.close()
 
-    def done(self, name: str, spec: dict[str, Any]) -> None:
-        """Run a side that only makes something."""
+    def run(self, name: str, spec: dict[str, Any]) -> None:
+        """Run a side that only writes files."""
         with self.side(name, spec) as side:
             try:
-                side.hear()
+                side.receive()
             except Lost as why:
                 raise RuntimeError(str(why)) from None
 
@@ -239,7 +241,7 @@ class Stage:
 
 @dataclass
 class Contest:
-    """What came of one: answers by step and side, most memory, held-out losses, and who is missing for what reason."""
+    """Results of one contest: answers by step and side, peak memory, held-out losses, and why sides are missing."""
 
     answers: dict[str, list[dict[str, Any]]]
     ready: dict[str, dict[str, Any]]
@@ -247,11 +249,11 @@ class Contest:
     memory_kind: str = ""
     held_out: dict[str, LossResult] = field(default_factory=dict)
     missing: dict[str, str] = field(default_factory=dict)
-    others: float = 0.0  # share of the machine's cores that went elsewhere meanwhile
+    others: float = 0.0  # share of the machine's cores used by other programs
 
 
 class Bystanders:
-    """How much of the machine went to others than these processes and this one, since it was made."""
+    """Measures the share of the machine used by other programs than these processes and this one."""
 
     def __init__(self, pids: list[int]) -> None:
         self.pids, self.began = [os.getpid(), *pids], time.monotonic()
@@ -262,11 +264,11 @@ class Bystanders:
         return sum(getattr(times, kind, 0.0) for kind in ("user", "nice", "system", "irq", "softirq", "steal"))
 
     def _own(self) -> dict[int, float]:
-        found = {}
+        times = {}
         for pid in self.pids:
             with suppress(psutil.Error):
-                found[pid] = sum(psutil.Process(pid).cpu_times()[:2])
-        return found
+                times[pid] = sum(psutil.Process(pid).cpu_times()[:2])
+        return times
 
     def share(self) -> float:
         now, seconds = self._own(), max(time.monotonic() - self.began, 1e-9)
@@ -285,10 +287,10 @@ def contest(
     ceiling: bool = False,
     evaluate: bool = False,
 ) -> Contest:
-    """Steps of ours and of each opponent in turn.
+    """Run steps of ours and of each opponent in turn.
 
     Raises:
-        UserError: the recipe's data is not enough, or not to be had. RuntimeError: our side failed, or the sides were not given
+        UserError: the recipe has too little data, or it cannot be read. RuntimeError: our side failed, or the sides did not get
             the same work.
     """
     share = Path(tempfile.mkdtemp(dir=stage.folder))
@@ -296,12 +298,12 @@ def contest(
     with ExitStack() as stack:
         spec = {"side": "ours", "recipe": stage.write(recipe), "share": str(share), "steps": steps}
         sides = {"ours": stack.enter_context(stage.side("ours", spec))}
-        result.ready["ours"] = ready = _of_ours(sides["ours"].hear)["ready"]
+        result.ready["ours"] = ready = _of_ours(sides["ours"].receive)["ready"]
         counts = ready["counts"]
         if len(counts) < warm_up + LEAST:
             raise UserError(
-                "there are too few rows for this", where="data", got=f"{len(counts)} whole steps",
-                hint=f"give rows for {warm_up + LEAST} and more, or a smaller train.micro_batch or train.accumulation",
+                "too few rows for this benchmark", where="data", got=f"{len(counts)} complete steps",
+                hint=f"provide rows for at least {warm_up + LEAST}, or a smaller train.micro_batch or train.accumulation",
             )  # fmt: skip
         others: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
             one.name: ({"side": "plain", "share": str(share), "as_ours": one.as_ours}, one.environment) for one in opponents
@@ -311,7 +313,7 @@ def contest(
         starting = {name: stack.enter_context(stage.side(name, *what)) for name, what in others.items()}
         for name, side in starting.items():
             try:
-                result.ready[name] = side.hear()["ready"]
+                result.ready[name] = side.receive()["ready"]
                 sides[name] = side
             except Lost as why:
                 result.missing[name] = _short(str(why))
@@ -329,8 +331,8 @@ def contest(
                         del sides[name], result.answers[name]
                         continue
                 if (name == "ours" or not recipe.data.packing) and (answer["tokens"], answer["trained"]) != (tokens, trained):
-                    found = f"{answer['tokens']} tokens, {answer['trained']} trained, and should be {tokens}, {trained}"
-                    raise RuntimeError(f"step {turn + 1} of {name} was not the same work: {found}")
+                    got = f"{answer['tokens']} tokens, {answer['trained']} trained; expected {tokens}, {trained}"
+                    raise RuntimeError(f"step {turn + 1} of {name} was not the same work: {got}")
                 result.answers[name].append(answer)
             tick((turn + 1) / len(counts))
         result.others = bystanders.share()
@@ -351,7 +353,7 @@ def _of_ours(call: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 
 
 def _short(why: str) -> str:
-    """A side's end, as a note: its first line and, of a traceback, the last."""
+    """The failure of a side as a note: its first line and the last one of a traceback."""
     lines = why.splitlines()
     return lines[0] if len(lines) == 1 else f"{lines[0].rstrip(':')}: {lines[-1][:300]}"
 
@@ -388,7 +390,7 @@ def _rates(steps: list[dict[str, Any]], warm_up: int) -> list[float]:
 
 
 def speed_row(case: str, against: str, held: Contest, side: str, *, target: float | None, warm_up: int, note: str) -> Row:
-    """Real tokens a second of ours and of `side`, by pairs of steps."""
+    """Tokens per second of ours and of `side`, without padding, by pairs of steps."""
     row = _row(case, against, "tokens/s", target, higher=True, note=note)
     if side not in held.answers:
         return _skipped(row, held.missing.get(side, "it did not run"))
@@ -409,7 +411,7 @@ def memory_row(case: str, against: str, held: Contest, side: str, *, target: flo
 
 
 def loss_row(held: Contest, side: str, *, note: str) -> Row:
-    """The held-out losses after as many steps; what is judged is how far they lie apart, not their ratio."""
+    """The held-out losses after the same number of steps; the target is for their difference, not their ratio."""
     row = _row("held-out loss", side, "nats", ALIKE, higher=False, note=note)
     if side not in held.held_out:
         return _skipped(row, held.missing.get(side, "there are no held-out rows"))
@@ -425,7 +427,7 @@ def loss_row(held: Contest, side: str, *, note: str) -> Row:
 
 
 def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, large: bool) -> Result:
-    """All of it on `device`. large: the model of random codes too.
+    """Run all contests on `device`. large: also the model of random codes.
 
     Raises:
         UserError, RuntimeError: as `contest`.
@@ -440,7 +442,7 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
     with tempfile.TemporaryDirectory(prefix="finetune-bench-", ignore_cleanup_errors=True) as name:
         stage = Stage(Path(name), device, sizes.card_gib)
         first = modes["unpacked"]
-        word = "QLoRA" if first.quant.scheme == "nf4" else "LoRA"
+        adapter = "QLoRA" if first.quant.scheme == "nf4" else "LoRA"
         missing = baselines.missing_for_qlora(first.quant.scheme == "nf4")
         opponents = [] if missing else [TUNED, ALLOCATOR, DOCUMENTED]
         absent = {} if missing is None else dict.fromkeys((TUNED.name, ALLOCATOR.name, DOCUMENTED.name), missing)
@@ -448,21 +450,21 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
         show(0, 100, "loading")
         modes = _in_folders(stage, modes)
 
-        held = contest(
+        unpacked = contest(
             stage, modes["unpacked"], opponents, steps=sizes.steps, warm_up=sizes.warm_up, tick=tick("unpacked"), evaluate=True
         )
-        held.missing |= absent
+        unpacked.missing |= absent
         progress.end(True)
-        note = _what(modes["unpacked"], held)
-        result.hold("unpacked", held)
+        note = _describe(modes["unpacked"], unpacked)
+        result.add("unpacked", unpacked)
         for one, target, memory_target in ((TUNED, FASTER, LEANER), (ALLOCATOR, FASTER, None), (DOCUMENTED, None, None)):
-            said = f"{note}; {_about(one, modes['unpacked'], held)}"
+            about = f"{note}; {_about(one, modes['unpacked'], unpacked)}"
             result.rows += [
-                speed_row(f"{word} step", one.name, held, one.name, target=target, warm_up=sizes.warm_up, note=said),
-                memory_row("peak memory", one.name, held, one.name, target=memory_target, note=said),
+                speed_row(f"{adapter} step", one.name, unpacked, one.name, target=target, warm_up=sizes.warm_up, note=about),
+                memory_row("peak memory", one.name, unpacked, one.name, target=memory_target, note=about),
             ]
-        after = f"after {len(held.answers['ours'])} steps, constant learning rate {first.train.lr:g}"
-        result.rows.append(loss_row(held, TUNED.name, note=after))
+        after = f"after {len(unpacked.answers['ours'])} steps, constant learning rate {first.train.lr:g}"
+        result.rows.append(loss_row(unpacked, TUNED.name, note=after))
 
         progress.begin(shares[1])
         packed = contest(
@@ -470,15 +472,15 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
         )
         packed.missing |= absent
         progress.end(True)
-        result.hold("packed", packed)
-        note = _what(modes["packed"], packed)
+        result.add("packed", packed)
+        note = _describe(modes["packed"], packed)
         dtype = {"bfloat16": "bf16", "float32": "fp32"}[packed.ready["ours"]["dtype"]]
         bare = f"{note}; theirs: the bare {dtype} products of all linears, forward and for their inputs, and of the head"
         for one, memory_target in ((TUNED, LEANER), (ALLOCATOR, None)):
-            name, said = one.name, f"{note}; {_about(one, modes['packed'], packed)}"
+            name, about = one.name, f"{note}; {_about(one, modes['packed'], packed)}"
             result.rows += [
-                speed_row(f"{word} step, packed", name, packed, name, target=FASTER, warm_up=sizes.warm_up, note=said),
-                memory_row("peak memory, packed", name, packed, name, target=memory_target, note=said),
+                speed_row(f"{adapter} step, packed", name, packed, name, target=FASTER, warm_up=sizes.warm_up, note=about),
+                memory_row("peak memory, packed", name, packed, name, target=memory_target, note=about),
             ]
         result.rows.append(
             speed_row(
@@ -489,18 +491,18 @@ def bench(modes: dict[str, Recipe], sizes: Sizes, device: str, show: Shown, *, l
             progress.begin(shares[2])
             result.rows += _large(stage, first, sizes, tick("7B-shaped"), result, missing)
             progress.end(True)
-        result.place = _place(device, held.ready["ours"], held.memory_kind) | {"others": result.others}
+        result.place = _place(device, unpacked.ready["ours"], unpacked.memory_kind) | {"others": result.others}
     return result
 
 
 def _in_folders(stage: Stage, modes: dict[str, Recipe]) -> dict[str, Recipe]:
-    """The recipes, with a GGUF turned into a folder once: bitsandbytes does not quantize a GGUF while it is read."""
+    """The recipes, with a GGUF converted to a folder once, because bitsandbytes cannot quantize a GGUF while loading it."""
     from finetune.models.source import source_of
 
     if source_of(modes["unpacked"].model).gguf is None:
         return modes
     out = str(stage.folder / "model")
-    stage.done("reading the GGUF", {"side": "float", "recipe": stage.write(modes["unpacked"]), "out": out})
+    stage.run("reading the GGUF", {"side": "float", "recipe": stage.write(modes["unpacked"]), "out": out})
     return {
         mode: recipe.model_copy(update={"model": recipe.model.model_copy(update={"name": out})}) for mode, recipe in modes.items()
     }
@@ -509,13 +511,13 @@ def _in_folders(stage: Stage, modes: dict[str, Recipe]) -> dict[str, Recipe]:
 def _large(
     stage: Stage, like: Recipe, sizes: Sizes, tick: Callable[[float], None], result: Result, missing: str | None
 ) -> list[Row]:
-    """A model as large as a 7B, of random codes, with the adapters of `like`. TRL recomputes activations, as it does by itself.
+    """A model of the size of a 7B with random codes and the adapters of `like`. TRL recomputes activations, its default.
 
-    Ours keeps them: at this length that takes little more memory than its recomputing (Llama-2-7B: 7.7 and 6.7 GiB).
+    Ours keeps them: at this length that takes little more memory than recomputing (Llama-2-7B: 7.7 and 6.7 GiB).
     """
     shape, length = sizes.large or {}, sizes.large_length
     size = f"{shape['hidden_size']} × {shape['num_hidden_layers']}"
-    note = f"a Llama of {size}, random NF4 codes, a row of {length} tokens a step; theirs recomputes activations, ours keeps them"
+    note = f"a Llama of {size}, random NF4 codes, {length} tokens per step; theirs recomputes activations, ours keeps them"
     rows = [
         _row("7B-shaped step", ALLOCATOR.name, "tokens/s", FASTER_LARGE, higher=True, note=note),
         _row("7B-shaped peak memory", ALLOCATOR.name, "MiB", None, higher=False, note=note),
@@ -524,7 +526,8 @@ def _large(
     if why is not None:
         return [_skipped(row, why) for row in rows]
     out = stage.folder / "large"
-    stage.done("making a model", {"side": "random", "shape": shape, "rows": sizes.large_pairs, "length": length, "out": str(out)})
+    spec = {"side": "random", "shape": shape, "rows": sizes.large_pairs, "length": length, "out": str(out)}
+    stage.run("creating a model", spec)
     recipe = Recipe.model_validate(
         {
             "model": {"name": str(out), "dtype": "bf16"}, "quant": {"scheme": "nf4"}, "adapter": like.adapter.model_dump(),
@@ -534,7 +537,7 @@ def _large(
     )  # fmt: skip
     other = ALLOCATOR.name
     held = contest(stage, recipe, [ALLOCATOR], steps=sizes.large_pairs, warm_up=sizes.large_warm_up, tick=tick)
-    result.hold("large", held)
+    result.add("large", held)
     return [
         speed_row(rows[0]["case"], other, held, other, target=FASTER_LARGE, warm_up=sizes.large_warm_up, note=note),
         memory_row(rows[1]["case"], other, held, other, target=None, note=note),
@@ -542,7 +545,7 @@ def _large(
 
 
 def _no_room(stage: Stage, shape: dict[str, int]) -> str | None:
-    """Why a model of this shape cannot be trained twice here; None when it can."""
+    """Why two models of this shape do not fit here; None if they do."""
     hidden, inner = shape["hidden_size"], shape["intermediate_size"]
     kept = shape["num_key_value_heads"] / shape["num_attention_heads"]
     linears = shape["num_hidden_layers"] * ((2 + 2 * kept) * hidden**2 + 3 * hidden * inner)
@@ -550,14 +553,14 @@ def _no_room(stage: Stage, shape: dict[str, int]) -> str | None:
     need = 2 * (stored + 2.5 * GIB * hidden / 4096)  # two sides, each with activations, adapters and libraries
     free = free_bytes("cuda" if stage.common["device"] == "cuda" else "cpu")
     if free < need:
-        return f"two models of this size need about {human_bytes(need)} of memory, and {human_bytes(free)} are free"
+        return f"two models of this size need about {human_bytes(need)} of memory; {human_bytes(free)} are free"
     disk = shutil.disk_usage(stage.folder).free
     if disk < 1.1 * stored:
-        return f"its weights take {human_bytes(stored)} of disk, and {human_bytes(disk)} are free in {stage.folder.parent}"
+        return f"its weights need {human_bytes(stored)} of disk; {human_bytes(disk)} are free in {stage.folder.parent}"
     return None
 
 
-def _what(recipe: Recipe, held: Contest) -> str:
+def _describe(recipe: Recipe, held: Contest) -> str:
     ready, data, train, adapter = held.ready["ours"], recipe.data, recipe.train, recipe.adapter
     rows = f"{train.micro_batch} row{'s' if train.micro_batch > 1 else ''}"
     packed = f"packed to {data.max_length}" if data.packing else f"of ≤ {data.max_length} tokens"
@@ -569,33 +572,33 @@ def _what(recipe: Recipe, held: Contest) -> str:
 
 
 def _about(one: Opponent, recipe: Recipe, held: Contest) -> str:
-    """What an opponent is, for the notes."""
+    """A description of an opponent for the notes."""
     adapters = held.ready.get(one.name, {}).get("adapters")
     of = "" if adapters is None else f", adapters in {adapters}"
     if one.as_ours:
         recomputed = "recomputing activations as ours does" if recipe.train.checkpointing else "no recomputation, as ours"
         return f"theirs: allocator tuned, {recomputed}{of}, as ours"
-    allocator = "allocator tuned" if one.environment else "allocator as it comes"
+    allocator = "allocator tuned" if one.environment else "default allocator"
     return f"theirs: TRL's defaults (it recomputes activations{of}), {allocator}"
 
 
 def _place(device: str, ready: dict[str, Any], memory_kind: str) -> dict[str, Any]:
-    """Where it was measured and how, for a reader of the figures."""
+    """A description of the environment and the method."""
     torch.set_num_threads(ready["threads"])
     name = provenance.device_name(torch.device(device))
     return {
         "device": name, "threads": ready["threads"], "flags": flags() if device == "cpu" else [],
         "capability": torch.backends.cpu.get_cpu_capability(), "load_average": os.getloadavg(),
         "versions": provenance.versions((*provenance.PACKAGES, "trl", "pyarrow")), "allocator": baselines.TUNED_ALLOCATOR,
-        "backends": {"ours": f"{ready['backend']}; {'; '.join(ready['fast']) or 'the plain step'}"},
+        "backends": {"ours": f"{ready['backend']}; {'; '.join(ready['fast']) or 'no patches'}"},
         "method": f"{name}; steps in alternating order, one side at a time, wall time, medians of pairs; memory: {memory_kind}, "
-        "the most from before the first step on; [95 %] is the noise within this run: another run, or a busy machine, can lie "
+        "peak since before the first step; [95 %] is the noise within this run: another run, or a busy machine, can be "
         "outside it",
     }  # fmt: skip
 
 
 def show_curves(curves: dict[str, list[float]], screen: Screen) -> None:
-    """The losses of the sides, every fifth step."""
+    """Print the losses of the sides, every fifth step."""
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))

@@ -1,6 +1,6 @@
-"""`finetune bench quant`: the quantized linears against float ones, against bitsandbytes, llama.cpp, onebitllms and torchao.
+"""`finetune bench quant`: quantized linears against float linears, bitsandbytes, llama.cpp, onebitllms and torchao.
 
-Every case gives both sides the same weights, as far as their formats allow, so that they have to agree on the result.
+Every case gives both sides the same weights, as far as their formats allow, so that their results must agree.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SIZES = Sizes()
 
 
 def backends_here(device: str) -> dict[str, str]:
-    """Who computes each scheme on `device`, and why when it is not the best there is."""
+    """The backend of each scheme on `device`, and why if it is not the preferred one."""
     return {scheme: backends.describe(device, scheme=scheme) for scheme in backends.TABLE}
 
 
@@ -76,7 +76,7 @@ def _normal(device: str, *shape: int) -> Tensor:
 
 
 def _weight(device: str, shape: tuple[int, int]) -> Tensor:
-    """bf16 (out, in); in the range of a model's."""
+    """A weight bf16 (out, in), with the range of a model's."""
     return (torch.randn(shape[1], shape[0], device=device) * 0.02).to(BF16)
 
 
@@ -89,7 +89,7 @@ def _fresh_vector(device: str, sizes: Sizes) -> Callable[[], tuple[Tensor, ...]]
 
 
 def _backend(device: str, scheme: str, name: str | None = None) -> str:
-    """Who computes; Skip where a named backend is not to be had."""
+    """The backend; raises Skip if a named one is not available."""
     try:
         return backends.describe(device, name, scheme=scheme)
     except (RuntimeError, ValueError) as error:
@@ -106,7 +106,7 @@ def _inference(backend: str | None) -> Iterator[None]:
 
 
 def _nf4_step(device: str, sizes: Sizes, tokens: int, other: Callable[[Tensor], Callable[[Tensor], Tensor]]) -> Pairing:
-    """Forward and input gradient of a frozen layer; `other` makes the opponent from the same floats."""
+    """Forward and input gradient of a frozen layer; `other` builds the baseline from the same floats."""
     weight = _weight(device, sizes.nf4)
     layer = NF4Linear.from_linear(baselines.float_linear(weight))
     fresh, by = _fresh_step(device, sizes.nf4, tokens), _backend(device, "nf4")
@@ -118,7 +118,7 @@ def _bitlinear(device: str, sizes: Sizes) -> BitLinear:
 
 
 def _bitlinear_step(device: str, sizes: Sizes, other: Callable[[BitLinear], nn.Module], *, new_weights: bool = False) -> Pairing:
-    """Forward and all gradients; the opponent made from the trained layer."""
+    """Forward and all gradients; the baseline is built from the trained layer."""
     layer = _bitlinear(device, sizes)
     opponent = other(layer)
     ours = step(layer, *layer.parameters(), new_weights=new_weights)
@@ -131,7 +131,7 @@ def _float_twin(layer: BitLinear) -> nn.Module:
 
 
 def kept_for_backward(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps of a pass of `x`, each storage once, the layer's own parameters left out."""
+    """Bytes that autograd saves for backward of `x`, each storage once, without the layer's parameters."""
     own = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, int] = {}
 
@@ -183,7 +183,7 @@ def _vector_kernel(sizes: Sizes, name: str) -> Pairing:
     by = _backend("cpu", "ternary", name)
     kernel = backends.select("cpu", name, scheme="ternary")
     weights = [ternary.quantize(_weight("cpu", sizes.vector)) for _ in range(2)]
-    stored = [nn.Parameter(weight.codes, requires_grad=False) for weight in weights]  # as in a layer: else no layout is kept
+    stored = [nn.Parameter(weight.codes, requires_grad=False) for weight in weights]  # as in a layer: else no layout is cached
     theirs, theirs_before = (baselines.GGMLMatrix(ternary.dequantize(weight)).prepare for weight in weights)
 
     def side(codes: Tensor, scale: Tensor) -> Side:
@@ -215,7 +215,7 @@ def _cpu_cases(sizes: Sizes) -> list[Case]:
         ),
         Case(
             "BitLinear step", bf16, "ms", 1.15, lambda: _bitlinear_step("cpu", s, _float_twin), 14,
-            f"{bit_step}; the weight's codes are there, as in every pass but the first after an optimizer step",
+            f"{bit_step}; the weight's codes are cached, as in every pass except the first after an optimizer step",
         ),
         Case(
             "BitLinear 1st step", bf16, "ms", None, lambda: _bitlinear_step("cpu", s, _float_twin, new_weights=True), 14,
@@ -227,11 +227,11 @@ def _cpu_cases(sizes: Sizes) -> list[Case]:
         ),
         Case(
             "kept codes", "bf16 weight", "bits a weight", (2 + 32 / codes) / 16, lambda: _cached("cpu", s), 0.1,
-            f"BitLinear {bit}: bits a weight; the target is 2, and one fp32 scale",
+            f"BitLinear {bit}: bits per weight; the target is 2, and one fp32 scale",
         ),
         Case(
             "one token, torch alone", bf16, "products/s", 4.5, lambda: _vector("cpu", s, "aten"), 5,
-            f"{layer}; backend aten, the best without numba",
+            f"{layer}; backend aten, the fastest without numba",
         ),
         Case("one token, numba", bf16, "products/s", 10.0, lambda: _vector("cpu", s, "numba"), 4, layer),
         Case(
@@ -253,7 +253,7 @@ def _cuda_cases(sizes: Sizes) -> list[Case]:
     return [
         Case(
             "CUDA BitLinear step", "bf16 nn.Linear", "ms", 1.0,
-            lambda: _bitlinear_step(device, s, _float_twin), note=f"{bit_step}; the weight's codes are there",
+            lambda: _bitlinear_step(device, s, _float_twin), note=f"{bit_step}; the weight's codes are cached",
         ),
         Case(
             first, "onebitllms", "ms", None,

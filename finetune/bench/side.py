@@ -1,17 +1,17 @@
 """One side of `finetune bench qlora`, in a process of its own: `python -m finetune.bench.side SPEC`, SPEC a JSON file.
 
-It speaks JSON lines: a command comes in on its standard input, an answer goes out on its standard output, which is no one
-else's (what libraries print goes to standard error). It ends with its input.
+Protocol: JSON lines, commands on standard input, answers on standard output (output of libraries goes to standard error).
+It exits at the end of its input.
 
-    → {"ready": …}                                      once all is loaded
-    {"do": "step"}      → {"loss", "tokens", "trained", "seconds"}   one optimizer step; tokens are real ones, no padding
-    {"do": "peak"}      → {"bytes", "kind"}              the most memory since training began
-    {"do": "evaluate"}  → LossResult.as_dict(by_row=True)   the held-out loss; no step follows
-    → {"mistake": …}, {"skip": why}                     instead of any answer; then it ends
+    → {"ready": …}                                      after loading
+    {"do": "step"}      → {"loss", "tokens", "trained", "seconds"}   one optimizer step; tokens without padding
+    {"do": "peak"}      → {"bytes", "kind"}              peak memory since training began
+    {"do": "evaluate"}  → LossResult.as_dict(by_row=True)   the held-out loss; no steps after it
+    → {"error": …}, {"skip": why}                       instead of any answer; then it exits
 
-Sides that train: `ours`, as `finetune run` does it, and `plain` (baselines.py). `ours` comes first and leaves in the folder
-`share` what the other must have too: the rows in their order, the adapters' first weights, the settings. `ceiling` steps through
-the bare matrix products of a step. `float` and `random` make a model folder and end.
+Sides that train: `ours`, as `finetune run`, and `plain` (baselines.py). `ours` starts first and writes to the folder
+`share` what the other needs: the rows in order, the adapters' initial weights, the settings. `ceiling` runs
+the matrix products of a step alone. `float` and `random` write a model folder and exit.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ if TYPE_CHECKING:
     from finetune.recipe import Recipe
 
 Rows = Sequence[tuple[Sequence[int], Sequence[int]]]  # token ids, labels at their own positions
-COPIES = GIB  # bytes of weights among which the bare products go round
-FOREVER = 1 << 30  # steps; the parent says when it is enough
+COPIES = GIB  # bytes of weights that the bare products cycle through
+FOREVER = 1 << 30  # steps; the parent decides when to stop
 
 
 class Over(Exception):
-    """No step is asked for any more; the command that came instead."""
+    """The parent sent another command than a step, which is kept here."""
 
     def __init__(self, command: dict[str, Any]) -> None:
         self.command = command
@@ -53,7 +53,7 @@ class Over(Exception):
 
 
 class Pipe:
-    """Commands in, answers out."""
+    """Reads commands and writes answers."""
 
     def __init__(self, out: int, device: torch.device) -> None:
         self.out, self.device, self.memory = out, device, PeakMemory(device)
@@ -64,14 +64,14 @@ class Pipe:
     def receive(self) -> dict[str, Any]:
         line = sys.stdin.readline()
         if not line:
-            os._exit(1)  # nobody is there any more
+            os._exit(1)  # the parent has gone
         return json.loads(line)
 
     def next_step(self) -> dict[str, Any]:
-        """Wait for the order to take a step, which it returns; answers what else can be answered meanwhile.
+        """Wait for the command to take a step, and return it; answers `peak` meanwhile.
 
         Raises:
-            Over: it is enough.
+            Over: another command came.
         """
         while (command := self.receive())["do"] != "step":
             if command["do"] != "peak":
@@ -80,7 +80,7 @@ class Pipe:
         return command
 
     def now(self) -> float:
-        """Seconds, once the device has done what it was told."""
+        """Seconds, after the device has finished its work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.monotonic()
@@ -105,8 +105,8 @@ def read_rows(path: Path) -> list[tuple[list[int], list[int]]]:
 # -------------------------------------------------------------------------------------------------------------------- ours
 
 
-class _Ledger(RunDir):
-    """A run's folder, of which the last line of the metrics is kept."""
+class _RecordingRunDir(RunDir):
+    """A run folder that remembers the last line of the metrics."""
 
     last: dict[str, Any]
 
@@ -117,29 +117,29 @@ class _Ledger(RunDir):
 
 
 class _Ours:
-    """A recipe as `finetune run` prepares and trains it (finetune/pipeline.py), a step at a time."""
+    """Trains a recipe as `finetune run` does (finetune/pipeline.py), one step at a time."""
 
     def __init__(self, recipe: Recipe, device: torch.device, folder: Path) -> None:
         from finetune.assembly import assemble
         from finetune.task_data import Conversations
 
-        self.recipe, self.device, self.folder = recipe, device, _Ledger(folder / "run")
+        self.recipe, self.device, self.folder = recipe, device, _RecordingRunDir(folder / "run")
         self.folder.path.mkdir()
         endless = {"schedule": "constant", "warmup": 0.0, "save_steps": None, "eval_steps": None, "max_steps": None}
-        self.assembly = made = assemble(recipe, device, self.folder.path, endless)  # what compiling costs does not count here
-        assert isinstance(made.data, Conversations)
-        self.source, self.info, self.targets, self.dtype = made.inputs.source, made.info, made.built.targets, made.built.dtype
-        self.quantized = bool(getattr(made.inputs.config, "quantization_config", None))
-        self.material, self.held_out = made.data, made.data.held_out()
-        self.model, self.parameters, self.trainable = made.built.model, made.built.parameters, made.built.trainable
-        self.fast, self.head, self.settings, self.task = made.patches, made.patches.head, made.setup.settings, made.setup.task
+        self.assembly = whole = assemble(recipe, device, self.folder.path, endless)  # long enough for compiling to pay off
+        assert isinstance(whole.data, Conversations)
+        self.source, self.info, self.targets, self.dtype = whole.inputs.source, whole.info, whole.built.targets, whole.built.dtype
+        self.quantized = bool(getattr(whole.inputs.config, "quantization_config", None))
+        self.data, self.held_out = whole.data, whole.data.held_out()
+        self.model, self.parameters, self.trainable = whole.built.model, whole.built.parameters, whole.built.trainable
+        self.fast, self.head, self.settings, self.task = whole.patches, whole.patches.head, whole.setup.settings, whole.setup.task
 
     def steps(self) -> Iterator[list[Sample]]:
         """The samples of each optimizer step, in order, one epoch after the other.
 
-        Unpacked they end where a micro-batch is not whole, as an epoch's last one: it would shift the rows of the other side.
+        Without packing they end at an incomplete micro-batch, as at the end of an epoch: it would shift the other side's rows.
         """
-        samples = self.material.data.train
+        samples = self.data.data.train
         step: list[list[Sample]] = []
         for epoch in count():
             for key in self.task.sampler(epoch, 0, None):
@@ -151,13 +151,13 @@ class _Ours:
                     step = []
 
     def share(self, folder: Path, most: int) -> list[tuple[int, int]]:
-        """Write what the other side must have too; returns (tokens, trained tokens) of each of at most so many steps."""
+        """Write what the other side needs; returns (tokens, trained tokens) of each of at most `most` steps."""
         from peft import get_peft_model_state_dict
         from safetensors.torch import save_file
 
         recipe = self.recipe
         steps = list(islice(self.steps(), most))
-        rows = self.material.data.train if recipe.data.packing else [sample for samples in steps for sample in samples]
+        rows = self.data.data.train if recipe.data.packing else [sample for samples in steps for sample in samples]
         save_rows(folder / "rows.npz", [(sample.input_ids, (-100, *sample.labels[1:])) for sample in rows])
         save_rows(folder / "heldout.npz", self.held_out)
         state = get_peft_model_state_dict(self.model)
@@ -165,33 +165,33 @@ class _Ours:
         save_file(first, folder / "adapter.safetensors")
         head = self.model.get_base_model().get_output_embeddings()
         name = next((path for path, module in self.model.get_base_model().named_modules() if module is head), None)
-        said = {
+        settings = {
             "model": self.source.folder, "revision": self.source.revision, "trust_remote_code": self.source.trust_remote_code,
             "attention": recipe.model.attention, "dtype": str(self.dtype).removeprefix("torch."), "seed": recipe.run.seed,
             "nf4": recipe.quant.scheme == "nf4" and not self.quantized, "double": recipe.quant.double,
             "kept": self._kept(), "adapter": recipe.adapter.model_dump(),
             "targets": "all-linear" if recipe.adapter.targets == "all-linear" else self.targets,
             "packing": recipe.data.packing, "max_length": recipe.data.max_length,
-            "train": recipe.train.model_dump(mode="json"),  # its own batches: where ours takes rows one by one, it need not
+            "train": recipe.train.model_dump(mode="json"),  # its own batches, which need not be row by row as ours may be
             "adapter_dtype": str(next(p.dtype for p in self.model.parameters() if p.requires_grad)).removeprefix("torch."),
             "batch_tokens": recipe.eval.batch_tokens, "threads": torch.get_num_threads(),
             "linears": [shape for path, shape in self.info.linears.items() if path != name],
             "head": None if head is None else list(head.weight.shape),
         }  # fmt: skip
-        write_json(folder / "share.json", said)
+        write_json(folder / "share.json", settings)
         return [(sum(map(len, samples)), sum(sample.supervised for sample in samples)) for samples in steps]
 
     def _kept(self) -> list[str]:
-        """Linears that are left in floats by the recipe, beside heads and the like."""
+        """Linears that the recipe keeps in floats, in addition to the defaults such as the head."""
         from fnmatch import fnmatch
 
         return [path for path in self.info.linears if any(fnmatch(path, pattern) for pattern in self.recipe.quant.keep)]
 
     def train(self, pipe: Pipe, counts: list[tuple[int, int]]) -> None:
-        """Steps as they are asked for.
+        """Take steps on command.
 
         Raises:
-            Over: no more of them.
+            Over: another command came.
         """
         began, supervised = 0.0, 0
 
@@ -202,9 +202,9 @@ class _Ours:
 
         def after(step: int) -> dict[str, Any]:
             nonlocal supervised
-            seconds, seen = pipe.now() - began, self.folder.last
-            pipe.say(loss=seen["loss"], tokens=counts[step - 1][0], trained=seen["supervised"] - supervised, seconds=seconds)
-            supervised = seen["supervised"]
+            seconds, line = pipe.now() - began, self.folder.last
+            pipe.say(loss=line["loss"], tokens=counts[step - 1][0], trained=line["supervised"] - supervised, seconds=seconds)
+            supervised = line["supervised"]
             return {}
 
         self.assembly.train(self.folder, FOREVER, before_step=before, after_step=after)
@@ -243,7 +243,7 @@ def ours(pipe: Pipe, spec: dict[str, Any]) -> None:
 def _evaluations(pipe: Pipe, command: dict[str, Any], evaluate: Any) -> None:
     while True:
         if command["do"] != "evaluate":
-            raise ValueError(f"no such command here: {command}")
+            raise ValueError(f"unknown command: {command}")
         pipe.say(**evaluate().as_dict(by_row=True))
         command = pipe.receive()
 
@@ -256,8 +256,8 @@ def plain(pipe: Pipe, spec: dict[str, Any]) -> None:
     from finetune.bench import baselines
 
     share = Path(spec["share"])
-    said = json.loads((share / "share.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(said["threads"])
+    settings = json.loads((share / "share.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(settings["threads"])
     began = 0.0
 
     def wait() -> None:
@@ -265,7 +265,7 @@ def plain(pipe: Pipe, spec: dict[str, Any]) -> None:
         pipe.next_step()
         began = pipe.now()
 
-    def told(loss: float, tokens: int, trained: int) -> None:
+    def tell(loss: float, tokens: int, trained: int) -> None:
         pipe.say(loss=loss, tokens=tokens, trained=trained, seconds=stopped - began)
 
     stopped = 0.0
@@ -275,8 +275,8 @@ def plain(pipe: Pipe, spec: dict[str, Any]) -> None:
         stopped = pipe.now()
 
     trainer = baselines.sft_trainer(
-        said, share / "rows.npz", share / "adapter.safetensors", Path(spec["folder"]), pipe.device,
-        as_ours=spec["as_ours"], wait=wait, stop=stop, tell=told,
+        settings, share / "rows.npz", share / "adapter.safetensors", Path(spec["folder"]), pipe.device,
+        as_ours=spec["as_ours"], wait=wait, stop=stop, tell=tell,
     )  # fmt: skip
     pipe.say(ready={"adapters": str(next(p.dtype for p in trainer.model.parameters() if p.requires_grad)).removeprefix("torch.")})
     pipe.memory.reset()
@@ -285,17 +285,17 @@ def plain(pipe: Pipe, spec: dict[str, Any]) -> None:
     except Over as over:
         rows = read_rows(share / "heldout.npz")
         with baselines.arithmetic_of_training(trainer.model):
-            _evaluations(pipe, over.command, lambda: evaluate_loss(trainer.model, rows, batch_tokens=said["batch_tokens"]))
+            _evaluations(pipe, over.command, lambda: evaluate_loss(trainer.model, rows, batch_tokens=settings["batch_tokens"]))
 
 
 # ----------------------------------------------------------------------------------------------------------------- ceiling
 
 
 class Products:
-    """The products that a step cannot do without: those of every linear forward and for its input's gradient, and nothing else.
+    """The matrix products of a step alone: those of every linear in the forward pass and for the gradient of its input.
 
-    shapes: (out, in) of the linears, for all tokens; head: of the head, for trained tokens alone. Each linear has a weight of
-    its own, as in the model, as far as a GiB goes round; inputs and gradients are one for each width.
+    shapes: (out, in) of the linears, for all tokens; head: of the head, for trained tokens only. Each linear has its own
+    weight, as in the model, up to a GiB in total; inputs and gradients are shared by width.
     """
 
     def __init__(self, shapes: list[tuple[int, int]], head: tuple[int, int] | None, dtype: torch.dtype, device: torch.device):
@@ -313,14 +313,14 @@ class Products:
         return (torch.randn(shape, device=self.device) * 0.02).to(self.dtype)
 
     def _rows(self, count: int, width: int) -> torch.Tensor:
-        """(count, width), of numbers that stay."""
+        """A matrix (count, width), cached."""
         have = self.rows.get(width)
         if have is None or have.shape[0] < count:
             have = self.rows[width] = self._numbers(count, width)
         return have[:count]
 
     def prepare(self, tokens: int, trained: int) -> None:
-        """Make the inputs of `step`, which it then need not make."""
+        """Create the inputs of `step` in advance."""
         for out, k in self.shapes:
             self._rows(tokens, out), self._rows(tokens, k)
         if self.head is not None:
@@ -328,11 +328,11 @@ class Products:
 
     @torch.no_grad()
     def step(self, tokens: int, trained: int) -> None:
-        met = dict.fromkeys(self.weights, 0)
+        used = dict.fromkeys(self.weights, 0)
         for shape in self.shapes:
             own = self.weights[shape]
-            self._both(own[met[shape] % len(own)], tokens)
-            met[shape] += 1
+            self._both(own[used[shape] % len(own)], tokens)
+            used[shape] += 1
         if self.head is not None:
             self._both(self.head, trained)
 
@@ -342,11 +342,10 @@ class Products:
 
 
 def ceiling(pipe: Pipe, spec: dict[str, Any]) -> None:
-    said = json.loads((Path(spec["share"]) / "share.json").read_text(encoding="utf-8"))
-    torch.set_num_threads(said["threads"])
-    products = Products(
-        [(out, k) for out, k in said["linears"]], said["head"] and tuple(said["head"]), getattr(torch, said["dtype"]), pipe.device
-    )
+    shared = json.loads((Path(spec["share"]) / "share.json").read_text(encoding="utf-8"))
+    torch.set_num_threads(shared["threads"])
+    linears, head = [(out, k) for out, k in shared["linears"]], shared["head"] and tuple(shared["head"])
+    products = Products(linears, head, getattr(torch, shared["dtype"]), pipe.device)
     pipe.say(ready={})
     while True:
         command = pipe.next_step()
@@ -361,7 +360,7 @@ def ceiling(pipe: Pipe, spec: dict[str, Any]) -> None:
 
 
 def as_float(pipe: Pipe, spec: dict[str, Any]) -> None:
-    """The float model of a recipe's GGUF as a folder that everyone reads."""
+    """Write the float model of a recipe's GGUF as a model folder."""
     from finetune.models.config import load_config, load_tokenizer
     from finetune.models.precision import weights_dtype
     from finetune.models.source import source_of
@@ -378,7 +377,7 @@ def as_float(pipe: Pipe, spec: dict[str, Any]) -> None:
 
 
 def random_model(pipe: Pipe, spec: dict[str, Any]) -> None:
-    """A Llama of random NF4 codes, as bitsandbytes stores them, with a tokenizer of as many words and `rows` lines of them."""
+    """Write a Llama with random NF4 codes, as bitsandbytes stores them, a tokenizer, and `rows` lines of random words."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -388,21 +387,21 @@ def random_model(pipe: Pipe, spec: dict[str, Any]) -> None:
     shape, out = spec["shape"], Path(spec["out"])
     torch.manual_seed(0)
     words = shape["vocab_size"] - 2
-    ends = {"bos_token_id": None, "eos_token_id": words, "pad_token_id": words + 1}
+    special_tokens = {"bos_token_id": None, "eos_token_id": words, "pad_token_id": words + 1}
     with torch.device("meta"):
-        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **ends, tie_word_embeddings=False, dtype=torch.bfloat16))
+        model: Any = LlamaForCausalLM(LlamaConfig(**shape, **special_tokens, tie_word_embeddings=False, dtype=torch.bfloat16))
     model.to(torch.bfloat16)
     swap(model, scheme="nf4")
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if not isinstance(module, NF4Linear):
-                made = torch.ones(parameter.shape) if parameter.ndim == 1 else torch.randn(parameter.shape) * 0.02
-                made = made.to(torch.bfloat16)
+                tensor = torch.ones(parameter.shape) if parameter.ndim == 1 else torch.randn(parameter.shape) * 0.02
+                tensor = tensor.to(torch.bfloat16)
             elif name in ("weight", "absmax"):
-                made = torch.randint(0, 256, parameter.shape, dtype=torch.uint8)
-            else:  # blocks whose largest weight is 0.03 to 0.05: weights of about 0.02, as a model's
-                made = as_bytes(torch.full((parameter.numel() // 4,), {"offset": 0.04, "nested_absmax": 0.01}[name]))
-            setattr(module, name, torch.nn.Parameter(made, requires_grad=False))
+                tensor = torch.randint(0, 256, parameter.shape, dtype=torch.uint8)
+            else:  # blocks with a largest weight of 0.03 to 0.05: weights of about 0.02, as in a model
+                tensor = as_bytes(torch.full((parameter.numel() // 4,), {"offset": 0.04, "nested_absmax": 0.01}[name]))
+            setattr(module, name, torch.nn.Parameter(tensor, requires_grad=False))
     model.save_pretrained(out, max_shard_size="1GB")
     known = {f"w{i}": i for i in range(words)} | {"</s>": words, "<pad>": words + 1}
     tokenizer = Tokenizer(models.WordLevel(known, unk_token="w0"))
@@ -425,8 +424,8 @@ def main(out: int, path: str) -> None:
     try:
         SIDES[spec["side"]](pipe, spec)
     except Stop as stop:
-        what = str(stop) if isinstance(stop, UserErrors) else stop.message
-        pipe.say(mistake={"what": what, "where": stop.where, "found": stop.got, "do": stop.hint})
+        message = str(stop) if isinstance(stop, UserErrors) else stop.message
+        pipe.say(error={"message": message, "where": stop.where, "got": stop.got, "hint": stop.hint})
     except Exception as error:
         from finetune.bench.measure import Skip
 

@@ -303,13 +303,13 @@ class Files(Source):
         try:
             return raw.decode("utf-8-sig" if not offset else "utf-8")
         except UnicodeDecodeError as invalid:
-            error = UserError(
+            bad_line = UserError(
                 "the data file is not UTF-8",
                 where=f"{self.files[number][0]}:{line}",
                 got=f"byte {raw[invalid.start]:#04x} at column {invalid.start + 1}",
                 hint="save it as UTF-8 (iconv -f latin1 -t utf-8), or skip such lines with data.bad_rows=skip",
             )
-            self._skip(error, (number, line))
+            self._skip(bad_line, (number, line))
             return ""
 
 

@@ -159,10 +159,10 @@ def test_a_row_takes_the_median_of_the_ratios_of_pairs(unit: str, target: float,
 def test_sides_that_compute_different_things_are_a_fault() -> None:
     x = torch.ones(4)
     wrong = Pairing(lambda: (x,), lambda x: lambda: x, lambda x: lambda: 2 * x, 2, "")
-    with pytest.raises(RuntimeError, match=r"do not compute the same: relative difference 0\.5"):
+    with pytest.raises(RuntimeError, match=r"compute different results: relative difference 0\.5"):
         measure(Case("c", "b", "ms", None, lambda: wrong), CPUClock(1 << 10), lambda part: None)
     nan = Pairing(lambda: (x,), lambda x: lambda: x * float("nan"), lambda x: lambda: x, 2, "")
-    with pytest.raises(RuntimeError, match="do not compute the same"):
+    with pytest.raises(RuntimeError, match="compute different results"):
         measure(Case("c", "b", "ms", None, lambda: nan), CPUClock(1 << 10), lambda part: None)
 
 
@@ -207,7 +207,7 @@ def test_the_cache_is_read_where_the_system_says_its_size() -> None:
     size, source = cache_bytes(0)
     assert size >= 1 << 20
     assert source.startswith(("/sys/devices/system/cpu/cpu0/cache/", "assumed"))
-    assert cache_bytes(10**6) == (64 << 20, "assumed: the system does not say")
+    assert cache_bytes(10**6) == (64 << 20, "assumed: the system does not report it")
 
 
 def test_kept_for_backward_counts_each_storage_once_and_no_parameter() -> None:
@@ -278,10 +278,10 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
     (tmp_path / "file").write_text("")
     refused = {
         tmp_path: "a folder",
-        tmp_path / "file" / "below.json": "is no folder",
+        tmp_path / "file" / "below.json": "is not a folder",
         tmp_path / "no such" / "x.json": f"mkdir -p '{tmp_path / 'no such'}'",
-        tmp_path / ("x" * 250 + ".json"): "takes no file",
-        Path("/dev/null"): "no ordinary file",
+        tmp_path / ("x" * 250 + ".json"): "cannot create a file",
+        Path("/dev/null"): "not a regular file",
     }
     if sys.platform == "linux":
         refused[Path("/proc/x.json")] = "/proc takes no file"  # where permissions let root write
@@ -291,7 +291,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
             cli.main()
         assert exited.value.code == 2
         said = capsys.readouterr().err
-        assert "the results cannot be written there" in said
+        assert "cannot write the results there" in said
         assert why in said
     assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing made, nothing left
 
@@ -330,7 +330,7 @@ def test_the_table_fits_into_80_columns(device: str, bench_module: Any, sizes: A
     for note in notes[:-1]:
         numbers, text = note.split(": ", 1)
         assert [rows[int(number) - 1]["note"] for number in numbers.split(", ")] == [text] * len(numbers.split(", "))
-    assert notes[-1] == "unsure: the target lies within the interval"
+    assert notes[-1] == "unsure: the target is within the interval"
 
 
 def test_progress_follows_the_time_that_cases_take() -> None:
@@ -419,8 +419,8 @@ def test_a_small_one_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "llama.cpp" in shown
     assert ": met" in shown or ": missed" in shown
     assert "pairs in alternating order" in shown
-    assert "another run, or a busy machine, can lie outside it" in shown
-    assert "goals of this project; missing one is no failure of your machine" in shown
+    assert "another run, or a busy machine, can be outside it" in shown
+    assert "goals of this project; a missed one does not mean that your machine is at fault" in shown
     assert [path.name for path in file.parent.iterdir()] == ["quant.json"]
 
 
@@ -489,13 +489,13 @@ def test_a_ternary_step_is_timed_against_each(side: str) -> None:
     assert 0.01 < row["ratio"] < 100
     assert row["pairs"] == 2
     assert row["backend"]
-    assert row["note"].endswith("theirs is eager") == (side == "AutoBitLinear")
+    assert row["note"].endswith("theirs runs eagerly") == (side == "AutoBitLinear")
 
 
 def test_all_sides_begin_with_the_same_weights_and_train_them() -> None:
     shape = TINY_BITNET.cpu
     ids = bitnet.batch(shape, "cpu")
-    models = {side: bitnet.made(shape, "cpu", side) for side in ("ours", "bf16", "AutoBitLinear", "formula")}
+    models = {side: bitnet.build_model(shape, "cpu", side) for side in ("ours", "bf16", "AutoBitLinear", "formula")}
     states = {side: {k: v.clone() for k, v in model.state_dict().items()} for side, model in models.items()}
     with torch.compiler.set_stance("force_eager"):
         for side, model in models.items():
@@ -580,7 +580,7 @@ def test_each_side_is_asked_once_for_its_peak(monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.alone
 def test_the_peak_holds_what_a_step_needs() -> None:
     sizes = dataclasses.replace(TINY_BITNET, cpu=TINY_BITNET.cpu._replace(hidden=512, intermediate=1024))
-    parameters = sum(p.numel() for p in bitnet.made(sizes.cpu, "cpu", "bf16").parameters())
+    parameters = sum(p.numel() for p in bitnet.build_model(sizes.cpu, "cpu", "bf16").parameters())
     assert 12 * parameters < bitnet.peak("cpu", sizes, "bf16") < 40 * parameters  # fp32 weights, gradients, two moments; and more
 
 
@@ -631,7 +631,7 @@ def test_a_small_bitnet_from_end_to_end(tmp_path: Path, monkeypatch: pytest.Monk
     for row in rows:
         assert row["ratio"] is not None or "pip install" in row["note"]
     compiled = [row for row in rows if row["against"] == "AutoBitLinear"]
-    assert all(row["note"].endswith("theirs is eager") for row in compiled)
+    assert all(row["note"].endswith("theirs runs eagerly") for row in compiled)
     assert not list(temporary.glob("finetune-bench-*"))
 
 

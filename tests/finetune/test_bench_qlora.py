@@ -85,7 +85,7 @@ def test_what_it_cannot_compare_is_the_users_mistake(
 def test_other_benchmarks_take_no_recipe(finetune: Terminal, more: list[str]) -> None:
     code, _, err = finetune("bench", "quant", *more)
     assert code == 2
-    assert "this benchmark takes no recipe" in err
+    assert "this benchmark does not accept a recipe" in err
     assert more[-1] in err
 
 
@@ -422,15 +422,15 @@ def test_steps_go_on_into_further_epochs_where_batches_are_whole(
     recipe = qlora.recipes(None, [f"data.path={rows_file}"])["packed" if packing else "unpacked"]
     ours = object.__new__(side._Ours)
     ours.recipe, ours.settings = recipe, recipe.train.model_copy(update={"micro_batch": micro_batch, "accumulation": 2})
-    ours.material = SimpleNamespace(  # type: ignore[assignment]
+    ours.data = SimpleNamespace(  # type: ignore[assignment]
         data=SimpleNamespace(train=[Sample(str(i), (1,) * 10, (1,) * 10) for i in range(36)])
     )
-    batches = Batches(ours.material.data.train, micro_batch=micro_batch, max_length=20, packing=packing, seed=0)
-    ours.kind = SupervisedFineTuning(batches, torch.device("cpu"))
+    batches = Batches(ours.data.data.train, micro_batch=micro_batch, max_length=20, packing=packing, seed=0)
+    ours.task = SupervisedFineTuning(batches, torch.device("cpu"))
     steps = list(itertools.islice(ours.steps(), 9))
     assert len(steps) == found
     names = [sample.where for step in steps for sample in step]
-    keys = [key for epoch in (0, 1) for key in ours.kind.keys(epoch, 0, None)]
+    keys = [key for epoch in (0, 1) for key in ours.task.sampler(epoch, 0, None)]
     expected = [str(index) for key in keys for index in key]
     assert names == expected[: len(names)]
 
@@ -441,7 +441,7 @@ def test_the_sides_speak_over_the_pipe(tmp_path: Path) -> None:
     (tmp_path / "share.json").write_text(json.dumps(said))
     stage = qlora.Stage(tmp_path, "cpu", None)
     with stage.side("ceiling", {"side": "ceiling", "share": str(tmp_path)}) as one:
-        assert one.hear() == {"ready": {}}
+        assert one.receive() == {"ready": {}}
         answer = one.ask("step", tokens=4, trained=2)
         assert (answer["tokens"], answer["trained"], answer["loss"]) == (4, 2, None)
         assert 0 < answer["seconds"] < 1
@@ -454,20 +454,20 @@ def test_the_sides_speak_over_the_pipe(tmp_path: Path) -> None:
         assert one.process.wait(60) == 1
 
 
-def test_a_mistake_in_a_side_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_user_error_in_a_side_reaches_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[dict[str, Any]] = []
     monkeypatch.setattr(side.Pipe, "say", lambda self, **answer: said.append(answer))
 
     def fail(pipe: Any, spec: Any) -> None:
-        raise UserError("no such row", where="rows.jsonl:3", got="nothing", hint="mend it")
+        raise UserError("no such row", where="rows.jsonl:3", got="nothing", hint="fix it")
 
     monkeypatch.setitem(side.SIDES, "ours", fail)
     path = tmp_path / "spec.json"
     path.write_text(json.dumps({"side": "ours", "device": "cpu", "card_gib": None}))
     side.main(0, str(path))
-    assert said == [{"mistake": {"what": "no such row", "where": "rows.jsonl:3", "found": "nothing", "do": "mend it"}}]
+    assert said == [{"error": {"message": "no such row", "where": "rows.jsonl:3", "got": "nothing", "hint": "fix it"}}]
     with pytest.raises(Stop, match="no such row"):
-        raise UserError(**said[0]["mistake"])
+        raise UserError(**said[0]["error"])
 
 
 def test_a_model_of_random_codes_is_read_by_our_side(tmp_path: Path) -> None:

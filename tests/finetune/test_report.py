@@ -283,7 +283,7 @@ def test_a_real_run_has_its_page_and_its_figures(sft_run: Path) -> None:
     real, seen = read_record(sft_run), Outline((sft_run / "report.html").read_text(encoding="utf-8"))
     at = SECTIONS.index("Learning rate and gradient norm")
     assert seen.headings == [*SECTIONS[:at], "Plan", *SECTIONS[at:]]
-    assert "Not made" not in seen.text
+    assert "Missing" not in seen.text
     assert real.preflight is not None
     for check in real.preflight.checks:
         assert f"{check.name}{check.detail}" in seen.text
@@ -294,7 +294,7 @@ def test_a_real_run_has_its_page_and_its_figures(sft_run: Path) -> None:
 def test_every_section_is_there_in_order(whole: Outline) -> None:
     assert whole.headings == SECTIONS
     assert whole.count("svg") == 7  # loss twice (wide and narrow), lengths, speed, memory, learning rate, gradient norm
-    assert "Not made" not in whole.text
+    assert "Missing" not in whole.text
 
 
 def test_result_in_one_sentence(whole: Outline) -> None:
@@ -440,7 +440,7 @@ def test_what_was_not_made_is_said(tmp_path: Path, record: Record) -> None:
     assert "Not made: no rows were held out." in seen
     assert "Not made: the recipe asks for no answers." in seen
     assert "Not made: the recipe asks for no merged model (run.merge)." in seen
-    assert "Nothing was held out, so nothing was measured." in seen
+    assert "No data was held out, so nothing was measured." in seen
 
 
 def test_the_barest_run(tmp_path: Path, record: Record) -> None:
@@ -451,7 +451,7 @@ def test_the_barest_run(tmp_path: Path, record: Record) -> None:
     write_record(tmp_path / "run", bare)
     seen = outline(tmp_path / "run")
     assert seen.headings == SECTIONS
-    assert "the run had not come to it when this page was written" in seen.text
+    assert "the run had not reached this when the page was written" in seen.text
     assert seen.count("svg") == 0
 
 
@@ -467,7 +467,7 @@ def test_failed_run_shows_its_error(tmp_path: Path, record: Record) -> None:
     put(failed.samples[0], after=None, after_ended=None)
     put(failed, eval=EvalRecord(before=record.eval.before))
     seen = outline(write_run(tmp_path / "run", failed, metrics(37)))
-    assert seen.headings == ["What went wrong", *SECTIONS]
+    assert seen.headings == ["Error", *SECTIONS]
     assert "the loss of step 38 is not finite; the step was not taken found: loss nan <b>" in seen.text
     assert "The run failed; it has no result." in seen.text
     assert "Not made: the run failed before it; the error stands above." in seen.text
@@ -622,7 +622,7 @@ def test_planned_beside_actual(tmp_path: Path, with_plan: Callable[[float], Reco
         "load: 3.8 GiB", "train: 6.8 GiB, and 1.0 GiB of the CPU's", "budget 8.0 GiB", "weights (nf4) 3.0 GiB",
         "Changed so that it fits: train.checkpointing=true", "peak memory of training1.40 GiB1.42 GiB+2.0 %",
         "an optimizer step (median)1.02 s1.0", "tokens per second1,2991,310+0.8 %", "training1 min 58 s2 min 01 s+2.9 %",
-        "the whole run3 min 08 s3 min 12 s+2.3 %", "dashed: the peak that was planned", "What the plan assumes (1)",
+        "the whole run3 min 08 s3 min 12 s+2.3 %", "dashed: the planned peak", "What the plan assumes (1)",
     ):  # fmt: skip
         assert expected in seen.text.replace(TIGHT, " "), expected
     ids = [attributes["id"] for _, attributes in seen.tags if "id" in attributes]
@@ -647,7 +647,7 @@ def test_a_budget_far_away_does_not_flatten_the_bars(
 ) -> None:
     seen = outline(write_run(tmp_path / "run", with_plan(budget), []))
     assert (f"budget {budget}.0 GiB" in seen.text) == drawn
-    assert ("The budget lies far beyond the picture." in seen.text) != drawn
+    assert ("The budget is too large to be drawn." in seen.text) != drawn
     over = [a for tag, a in seen.tags if tag == "text" and "var(--bad)" in (a.get("style") or "")]
     assert len(over) == (2 if budget == 5 else 0)  # train, wide and narrow
 
@@ -709,7 +709,7 @@ def test_every_string_of_a_plan_is_escaped(tmp_path: Path, with_plan: Callable[[
 
 LAYERS = [f"model.layers.{i}.{name}" for i in range(2) for name in ("self_attn.q_proj", "mlp.up_proj")]
 PRETRAIN_SECTIONS = [
-    "Loss", "Before and after", "Ternary health", "Text it writes", "Text it learns from", "Speed and memory",
+    "Loss", "Before and after", "Ternary health", "Generated text", "Training text", "Speed and memory",
     "Learning rate and gradient norm", "Where the time went", "Merged model", "Exports", "Provenance", "Recipe",
     "What to type next",
 ]  # fmt: skip
@@ -813,7 +813,7 @@ def test_kinds_of_metrics_do_not_overwrite_each_other(tmp_path: Path, made: Reco
     read = Metrics(write_run(tmp_path / "run", made, [step, look, evaluation, back, back, broken]) / "metrics.jsonl")
     assert read.column("loss") == [3.0]
     assert read.evaluations == [evaluation]
-    assert [(seen.step, seen.zeros, len(seen.layers)) for seen in read.looks] == [(1, 0.31, 4)]
+    assert [(seen.step, seen.zeros, len(seen.layers)) for seen in read.ternary] == [(1, 0.31, 4)]
     assert read.events["rolled_back"] == [{"step": 1, "from": 2, "found": "loss nan", "where": "rows 8 to 15"}] * 2
     assert read.unreadable == 1
 
@@ -857,10 +857,10 @@ def test_a_twin_on_its_way_is_drawn_and_not_judged(tmp_path: Path, made: Record,
 
 def test_health_without_an_alarm_says_what_was_looked_for(ternary: Outline) -> None:
     assert "No alarm.Looked for: frozen weights (fewer than 10 % of the codes would flip in the whole run" in ternary.text
-    assert "No layer stopped moving" in ternary.text
+    assert "No layer is frozen" in ternary.text
     assert "At the last look 0.1 % of the codes flipped and 31.0 % were 0. Over the run about 1.4 flips a code" in ternary.text
     assert "q_proj, 2 ×0.1031.01.85" in ternary.text  # 2 layers, flips, zeros, scale 2.0 / (1 + 1/12)
-    for label in ("codes that flip in a step (%)", "codes that are 0 (%)", "scale (first look: 1)"):
+    for label in ("codes that flip in a step (%)", "codes that are 0 (%)", "scale (first: 1)"):
         assert label in ternary.text
     assert "λ" not in ternary.text
 
@@ -876,13 +876,13 @@ def test_alarms_are_boxes_and_layers_that_stopped_are_named(tmp_path: Path, made
     assert "1 alarm of the ternary weights" in seen.text
     assert "Alarm, step 60: thrashing" in seen.text
     assert "No alarm." not in seen.text
-    assert f"Stopped moving in the last 5 looks (less than a tenth of the model's mean): {LAYERS[3]}." in seen.text
+    assert f"Frozen in the last 5 measurements (fewer flips than a tenth of the model's mean): {LAYERS[3]}." in seen.text
     assert "λ (0: floats, 1: ternary)" in seen.text
 
 
 def test_few_looks_promise_nothing(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
     seen = outline(write_ternary(tmp_path / "run", made, looks(20))).text
-    assert "With 2 looks in this run neither could be told." in seen
+    assert "This run has 2 measurements, too few for either check." in seen
     put(made, state="failed", error="it broke")
     none = outline(write_ternary(tmp_path / "none", made, metrics(3)))
     assert "Ternary health" in none.headings
@@ -894,7 +894,7 @@ def test_weights_that_never_move_can_be_drawn(tmp_path: Path, made: Record, writ
     for line in lines:
         line["ternary"] |= {"flips": 0.0, "layers": {path: [0.0, 0.3, 0.0] for path in LAYERS}}
     seen = outline(write_ternary(tmp_path / "run", made, lines))
-    assert "not one code flipped in any layer" in seen.text
+    assert "no code flipped in any layer" in seen.text
     assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
 
 
@@ -909,7 +909,7 @@ def test_exports_with_their_gates(tmp_path: Path, ternary: Outline, made: Record
     for expected in (
         "export/bitnet-tiny-TQ2_0.gguf", "3.50 bits a parameter", "error 4.5e-05", "allowed 0.05; 1,024 tokens",
         "KL 1.7e-07 nats", "4.5034trained: 4.5021", "run by xllamacpp==1", "llama-cli -m export/bitnet-tiny-TQ2_0.gguf",
-        'AutoModelForCausalLM.from_pretrained("merged")', "the gate that compared it with the trained model stands under Exports",
+        'AutoModelForCausalLM.from_pretrained("merged")', "the gate that compared it with the trained model is shown under Exports",
     ):  # fmt: skip
         assert expected in ternary.text, expected
     assert sum(tag == "tr" and a.get("class") == "pass" for tag, a in ternary.tags) == 2
@@ -922,9 +922,9 @@ def test_exports_with_their_gates(tmp_path: Path, ternary: Outline, made: Record
 
 def test_text_is_not_an_answer(ternary: Outline) -> None:
     assert "did not end by itself" not in ternary.text
-    assert "goes on, before" in ternary.text
+    assert "continuation, before" in ternary.text
     assert "nothing but 48 blanks" in ternary.text
-    assert "how the data goes on" in ternary.text
+    assert "continuation in the data" in ternary.text
     assert ternary.count("mark") == 0  # all of a text is trained
     assert "text, packed into rows of 256 tokens" in ternary.text
     assert "64 rows held out" in ternary.text
@@ -953,7 +953,7 @@ def test_adapters_in_a_ternary_base(tmp_path: Path, record: Record, made: Record
     put(record.merge, gate=None, reternarized=Reternarized(**losses, flips=0.0123, rows=16, gate=made.exports["bitnet"].gate))
     seen = outline(write_run(tmp_path / "run", record, metrics(3)))
     assert seen.headings == [name if name != "Merge gate" else "Merged and ternary again" for name in SECTIONS]
-    assert f"The adapter had gained 0.3000 nats; after rounding to three values {left} of that is left." in seen.text
+    assert f"The adapter gained 0.3000 nats; rounding back to ternary kept {left} of that." in seen.text
     assert "1.2 % of the ternary codes changed." in seen.text
     assert f"merged, ternary again{merged:.4f}" in seen.text
 

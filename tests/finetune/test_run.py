@@ -179,7 +179,7 @@ def test_a_base_model_gets_the_default_template_and_it_travels(
     (base / "chat_template.jinja").unlink()
     code, out, err = finetune("run", str(recipe), f"model.name={base}", "run.dir=b")
     assert code == 0, err
-    assert "alpaca (the tokenizer has none of its own)" in out
+    assert "alpaca (the tokenizer has no template)" in out
     from transformers import AutoTokenizer
 
     assert "### Response" in AutoTokenizer.from_pretrained(tmp_path / "b" / "merged").chat_template
@@ -454,11 +454,11 @@ def test_gates(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "questions.jsonl", questions)
     assert "no token of this data is trained" in bad(finetune, recipe, "data.path=questions.jsonl")
     write_jsonl(tmp_path / "heldout.jsonl", alpaca(4))
-    assert "trained too" in bad(finetune, recipe, "data.heldout_path=heldout.jsonl", code=3)
+    assert "in the training data too" in bad(finetune, recipe, "data.heldout_path=heldout.jsonl", code=3)
     code, _, err = finetune("run", str(recipe), "data.heldout_path=heldout.jsonl", "run.dir=forced", "--force", "run.merge=false")
     assert code == 0, err
     record = json.loads((tmp_path / "forced" / "run.json").read_text())
-    assert "trained too" in record["preflight"]["forced"]
+    assert "in the training data too" in record["preflight"]["forced"]
     (tmp_path / "forced" / "run.json").write_text(json.dumps(record | {"state": "stopped"}))
     code, _, err = finetune("resume", "forced")  # what was forced once need not be forced again
     assert code == 0, err
@@ -779,7 +779,7 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(recipe: Path, tmp_
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     assert process.stderr is not None
-    while "again: ends at once" not in process.stderr.readline():
+    while "a second Ctrl-C stops at once" not in process.stderr.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)

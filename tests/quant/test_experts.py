@@ -310,7 +310,7 @@ def test_experts_that_are_not_understood_are_left_with_a_reason() -> None:
     assert report.left == {"own": "Own holds fused weights and does not keep to transformers' use_experts_implementation"}
 
     for change, reason in (
-        (lambda m: setattr(m, "forward", lambda *a: None), "from outside"),
+        (lambda m: setattr(m, "forward", lambda *a: None), "has a replaced forward"),
         (lambda m: setattr(m, "_is_expert_parallel", True), "expert parallel"),
         (lambda m: m.register_parameter("third", nn.Parameter(torch.zeros(2, 8, 8))), "other fused weights"),
         (lambda m: setattr(m, "has_bias", True), "biases"),
@@ -322,7 +322,7 @@ def test_experts_that_are_not_understood_are_left_with_a_reason() -> None:
     odd.gate_up_proj = nn.Parameter(torch.randn(E, 26, HIDDEN))
     odd.down_proj = nn.Parameter(torch.randn(E, HIDDEN, 13))
     model = nn.ModuleDict({"experts": odd, "linear": nn.Linear(8, 8)})
-    assert "rows in fours" in swap(model, scheme="ternary").left["experts"]
+    assert "out_features to be a multiple of 4" in swap(model, scheme="ternary").left["experts"]
 
 
 def test_bad_weights_name_the_expert() -> None:

@@ -221,8 +221,8 @@ def test_what_something_was_hung_on_is_left(what: str) -> None:
     report = swap(model, scheme="ternary", trainable=True)
     assert report.swapped == ("plain",)
     assert model["dressed"] is before
-    words = {"forward": "a forward put on it", "parametrization": "not exactly nn.Linear"}
-    expected = words.get(what, "hooks on it" if "hook" in what else r"hooks on it|computes its weight")
+    words = {"forward": "a replaced forward", "parametrization": "not exactly nn.Linear"}
+    expected = words.get(what, "has hooks" if "hook" in what else r"has hooks|computes its weight")
     assert re.search(expected, report.left["dressed"])
     if "hook" in what or what == "forward":
         assert reasons_to_leave(nn.ModuleDict({"dressed": before}), ()) == {}  # an adapter wraps it, hooks and all
@@ -284,7 +284,7 @@ def test_adapters_come_after_the_swap() -> None:
 
     adapted: Any = get_peft_model(_llama(), LoraConfig(target_modules=["q_proj"]))
     before = [type(m) for m in adapted.modules()]
-    with pytest.raises(ValueError, match=r"carries adapters: swap it first, then attach them \(.*layers\.0\.self_attn\.q_proj\)"):
+    with pytest.raises(ValueError, match=r"has adapters: swap it first, then attach them \(.*layers\.0\.self_attn\.q_proj\)"):
         swap(adapted)
     with pytest.raises(ValueError, match="carries adapters"):
         swap(adapted.base_model.model, scheme="ternary", trainable=True)
@@ -336,7 +336,7 @@ def test_proof_sees_through_wrappers() -> None:
     for wrapped in (torch.compile(model, backend="eager"), ddp, torch.compile(ddp, backend="eager")):
         with prove_used(wrapped, report):  # type: ignore[arg-type]
             wrapped(x)
-        with pytest.raises(RuntimeError, match="no swapped module took part"), prove_used(wrapped, report):  # type: ignore[arg-type]
+        with pytest.raises(RuntimeError, match="no swapped module was used"), prove_used(wrapped, report):  # type: ignore[arg-type]
             pass
     model[2] = torch.compile(model[2], backend="eager")  # type: ignore[assignment]
     with prove_used(model, report):

@@ -438,7 +438,7 @@ def test_parquet_columns_nulls_and_damage(tmp_path: Path) -> None:
     assert [(d.where, d.text) for d in documents] == [("a.parquet[0]", "one"), ("a.parquet[2]", "three")]
     assert source.bad == 1
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(UserError, match="parquet file cannot be read"):
+    with pytest.raises(UserError, match="cannot read the parquet file"):
         read(path, text_key="content")
 
 
@@ -456,12 +456,12 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     for given, words in [
         ({"path": str(tmp_path / "rwos.jsonl")}, "did you mean"),
-        ({"path": str(tmp_path / "a.csv")}, "not streamed"),
+        ({"path": str(tmp_path / "a.csv")}, "cannot be streamed"),
         ({"path": str(tmp_path / "none")}, "holds no .txt"),
         ({"path": str(tmp_path), "files": ["*.txt"]}, r"it has: rows\.jsonl"),
         ({"name": "package:no-such-package"}, "not installed"),
         ({"name": "nobody/no-such-dataset"}, r"data\.name"),
-        ({}, "no data is named"),
+        ({}, "the recipe has no data"),
     ]:
         with pytest.raises(UserError, match=words):
             open_source(**given)
@@ -487,7 +487,7 @@ def test_too_little_text(tmp_path: Path) -> None:
     assert len(corpus(open_source(path=str(path)), heldout=possible).heldout) == possible > 0
     with pytest.raises(UserError, match=r"data\.heldout"):
         corpus(open_source(path=str(path)), heldout=possible + 1)
-    with pytest.raises(UserError, match="does not fill one row"):
+    with pytest.raises(UserError, match="does not fill one sequence"):
         next(corpus(open_source(path=str(path)), heldout=0, length=total + 1).rows(0))
 
 

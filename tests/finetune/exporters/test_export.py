@@ -176,7 +176,7 @@ def test_gguf_faults(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     GGUF_FAULTS[fault](monkeypatch)
-    with pytest.raises(GateError, match="from what the target should compute") as stop:
+    with pytest.raises(GateError, match="from a simulation of the target's arithmetic") as stop:
         export(models["bitnet"], words, tmp_path / "out.gguf", format=TQ, rows=rows)
     print(fault, stop.value.got)
     assert nothing_left(tmp_path)
@@ -194,7 +194,7 @@ def test_gguf_latent_weights(
 
         with monkeypatch.context() as patch:
             of_weights(latent)(patch)
-            with pytest.raises(GateError, match="from what the target should compute"):
+            with pytest.raises(GateError, match="from a simulation of the target's arithmetic"):
                 export(model, words, tmp_path / f"{kind}.gguf", format=TQ, rows=rows)
     assert nothing_left(tmp_path)
 
@@ -212,7 +212,7 @@ def test_gguf_wrong_activation(
     model = copy.deepcopy(models["bitnet"])
     for layer in model.model.layers:
         layer.mlp.act_fn = ACT2FN["relu2"]
-    with pytest.raises(GateError, match="from what the target should compute"):
+    with pytest.raises(GateError, match="from a simulation of the target's arithmetic"):
         export(model, words, tmp_path / "out.gguf", format=format, rows=rows)
     assert nothing_left(tmp_path)
 
@@ -221,7 +221,7 @@ def test_gguf_unpermuted_queries(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf, "interleave", lambda weight, head_dim: weight)
-    with pytest.raises(GateError, match="from what the target should compute"):
+    with pytest.raises(GateError, match="from a simulation of the target's arithmetic"):
         export(models["llama"], words, tmp_path / "out.gguf", format=TQ, rows=rows)
 
 
@@ -265,7 +265,7 @@ def test_bitnet_faults(
         BITNET_FAULTS[fault](folder)
 
     monkeypatch.setattr(bitnet, "write", wrong)
-    with pytest.raises(GateError, match="from what the target should compute"):
+    with pytest.raises(GateError, match="from a simulation of the target's arithmetic"):
         export(models["bitnet"], words, tmp_path / "out", format="bitnet", rows=rows)
     assert nothing_left(tmp_path)
 
@@ -296,7 +296,7 @@ def test_another_tokenization(tmp_path: Path, text: str, monkeypatch: pytest.Mon
     words = train_tokenizer([text, "1848 and 1989, 1848 and 1989, " * 400], 400)
     rows = [(list(range(1, 20)), list(range(1, 20)))]
     monkeypatch.setattr("finetune.exporters.vocabulary._rule", lambda spec: "smollm")
-    with pytest.raises(GateError, match="tokenizes otherwise"):
+    with pytest.raises(GateError, match="tokenizes differently"):
         export(built("bitnet", len(words)), words, tmp_path / "out.gguf", format=TQ, rows=rows)
     assert nothing_left(tmp_path)
 

@@ -59,7 +59,7 @@ def test_a_right_export_that_is_no_good() -> None:
     broken = model(0.0, scale=-1.0)
     verdict = compare(ROWS, trained=model(), simulation=broken, target=broken, bounds=BOUNDS)
     assert verdict.error == 0
-    assert "does not carry this model" in str(verdict.reason)
+    assert "too coarse for this model" in str(verdict.reason)
 
 
 def test_an_untrained_model_is_judged_too() -> None:

@@ -132,13 +132,13 @@ def test_a_config_that_is_ternary_already(tmp_path: Path, norm_eps: float | None
 @pytest.mark.parametrize("format", GGUF)
 def test_what_the_graphs_lack(format: str) -> None:  # noqa: A002
     refused(config(hidden_act="relu2"), format, "computes silu, and would do so without a word")
-    refused(config(tie_word_embeddings=False), format, "takes the embedding for its head")
+    refused(config(tie_word_embeddings=False), format, "uses the embedding as its head")
     refused(built("bitnet", 64, hidden_act="relu2"), format, "computes silu")
     refused(built("llama", 64, hidden_act="gelu"), format, "computes silu")
     rope = {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
     refused(LlamaConfig(**SIZES | {"vocab_size": 64, "rope_parameters": rope}), format, "plain rotary positions")
     refused(built("llama", 64, norm_eps=1e-5), format, "no norm inside a linear")
-    refused(built("llama", 64, attention_bias=True), format, "a bias is not carried")
+    refused(built("llama", 64, attention_bias=True), format, "has no biases")
     check(config(hidden_act="relu2"), "bitnet", ternary=True)
     check(built("llama", 64, norm_eps=1e-5), "bitnet")
 
@@ -168,7 +168,7 @@ def test_another_scheme_and_half_way(tmp_path: Path) -> None:
 
     model = built("llama", 64)
     set_blend(model, 0.5)
-    assert "0.5" in str(refused(model, "gguf-tq2_0", "on its way to ternary").got)
+    assert "0.5" in str(refused(model, "gguf-tq2_0", "in its warm-up to ternary").got)
     from transformers import LlamaForCausalLM
 
     plain = LlamaForCausalLM(LlamaConfig(**SIZES | {"vocab_size": 64}))
@@ -209,7 +209,7 @@ def test_tokenizers_that_a_gguf_cannot_carry(tmp_path: Path, words: Any) -> None
     endless = copy.deepcopy(words)
     endless.eos_token = None
     refuse(endless, "no end token")
-    refuse(words, "does not fit the model", built("bitnet", len(words) - 4))
+    refuse(words, "does not match the model", built("bitnet", len(words) - 4))
     # Before training, with the config alone; a folder keeps any tokenizer.
     fits = config(vocab_size=len(words))
     check(fits, "gguf-tq2_0", ternary=True, tokenizer=words)
@@ -235,7 +235,7 @@ def test_a_scale_or_a_weight_outside_f16(tmp_path: Path, words: Any) -> None:
     model = built("llama", len(words))
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.mul_(1e8)
-    with pytest.raises(UserError, match="outside the range of F16"):
+    with pytest.raises(UserError, match="out of the range of F16"):
         export(model, words, tmp_path / "out.gguf", format="gguf-tq2_0", rows=rows)
     model = built("llama", len(words))
     with torch.no_grad():

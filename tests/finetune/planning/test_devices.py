@@ -340,7 +340,7 @@ def test_bench_device_measures_and_keeps_it(
         cli.main()
     assert exited.value.code == 0
     said = capsys.readouterr().out
-    assert "kept for finetune plan in" in said
+    assert "saved for finetune plan in" in said
     one = devices.present("cpu")
     measured = one.measured
     assert measured is not None

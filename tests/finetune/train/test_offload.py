@@ -263,11 +263,11 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, rows_file: Path, tin
     assert read_recipe(path, ["train.checkpointing=true"]).model.offload_layers == "disk"
     with pytest.raises(UserErrors, match=r"adapter\.kind: lora"):
         read_recipe(path, ["adapter.kind=none", "train.checkpointing=true"])
-    with pytest.raises(UserError, match="on the CPU the layers are in its memory already"):
+    with pytest.raises(UserError, match="a CPU run has its layers in CPU memory already"):
         offload.check("memory", CPU)
     offload.check("disk", CPU)
     offload.check("memory", torch.device("cuda"))
-    with pytest.raises(UserError, match="nothing is frozen"):
+    with pytest.raises(UserError, match="its layers have no frozen weights"):
         offload.stream(llama(), CPU, Scratch(tmp_path))
     with pytest.raises(UserError, match="no list of layers"):
         offload.stream(nn.Sequential(nn.Linear(2, 2)), CPU, Scratch(tmp_path))
@@ -313,7 +313,7 @@ def test_what_is_put_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     disk_module.read_ahead(spans)
     disk_module.let_go(spans)
     assert all(torch.equal(a, b) for a, b in zip(there, tensors, strict=True))  # read again
-    with pytest.raises(ValueError, match="was not put here"):
+    with pytest.raises(ValueError, match="is not stored on this disk"):
         disk.spans([tensors[0]])
 
     def full(*arguments: Any) -> int:

@@ -443,8 +443,8 @@ def test_notes() -> None:
     named = dict(model.named_parameters())
     optimizer, note = build(named, name="paged_adamw_8bit", **OPTIONS, stochastic_rounding=True)
     assert note is not None
-    assert "nothing to page" in note
-    assert "nothing to round" in note
+    assert "no pages to move" in note
+    assert "no trained weight is bfloat16" in note
     assert not isinstance(optimizer, LowMemory)
     assert build(named, name="adamw", **OPTIONS)[1] is None
 

@@ -630,7 +630,7 @@ class Causal(torch.nn.Module):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dropout": 0.1}, "drops out"),
+        ({"dropout": 0.1}, "uses dropout"),
         ({"attention_mask": torch.zeros(1, 1, 16, 16)}, "mask"),
         ({"key": torch.zeros(1, 2, 20, 32), "value": torch.zeros(1, 2, 20, 32)}, "20 keys: a cache"),
         ({"is_causal": False}, "not causal"),

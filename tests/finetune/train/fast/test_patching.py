@@ -273,10 +273,10 @@ def test_attention_of_its_own_stays_its_own() -> None:
     config = transformers.LlamaConfig(**(SIZES | {"attention_dropout": 0.1}))
     found = patching.find(transformers.LlamaForCausalLM(config))
     assert "attention without padding" not in counted(found)
-    assert found.skipped["model.layers.0.self_attn"].endswith("it drops attention weights out")
+    assert found.skipped["model.layers.0.self_attn"].endswith("it uses dropout on attention weights")
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
     found = patching.find(mamba)
-    assert "does not ask for attention" in found.skipped["attention"]
+    assert "does not call attention" in found.skipped["attention"]
     assert found.skipped["backbone.layers.0.mixer"] == "MambaMixer is no block that is known"
 
 
