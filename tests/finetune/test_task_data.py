@@ -62,8 +62,8 @@ def test_skipped_rows_are_counted_when_asked(tmp_path: Path, tokenizer: Any) -> 
     """The stream is read in training: what stands in run.json before it is less than what was met in the end."""
     material = text(tmp_path, tokenizer, bad_at=len(LINES) - 2, heldout=2, bad_rows="skip")
     material.corpus.source.bad = 0  # a small file is one block: as if it had been a long one
-    before = material.record()["rows_skipped"]
+    before = material.record().rows_skipped
     material.corpus.source._furthest = (-1, -1)
     list(material.corpus.rows(0))
-    assert (before, material.record()["rows_skipped"]) == (0, 1)
-    assert material.record()["revision"] is None
+    assert (before, material.record().rows_skipped) == (0, 1)
+    assert material.record().revision is None
