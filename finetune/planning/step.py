@@ -286,9 +286,8 @@ def _train(
     task: Any
     device = torch.device("cpu")
     if recipe.streams_text:
-        task = Pretraining(
-            None, device, micro_batch=micro.shape[0], head=patches.head, chunk=settings.loss_chunk, teacher=teacher
-        )  # type: ignore[arg-type]
+        size, chunk = micro.shape[0], settings.loss_chunk
+        task = Pretraining(None, device, micro_batch=size, head=patches.head, chunk=chunk, teacher=teacher)  # type: ignore[arg-type]
     else:
         task = SupervisedFineTuning(None, device, head=patches.head, chunk=settings.loss_chunk)  # type: ignore[arg-type]
     model.train()

@@ -106,7 +106,7 @@ def is_clear(code: int, err: str, *, expected: int = 2) -> None:
     assert err.startswith("error: ")
     assert "Traceback" not in err
     assert "  got:   " in err
-    assert "  do: " in err
+    assert "  hint: " in err
     assert "  where: " in err or re.search(r"\S:\d+: ", err), err
 
 
