@@ -78,7 +78,7 @@ SIZE_OFFENDERS: dict[str, tuple[int, str]] = {
     "finetune/bench/qlora.py": (608, "cases, both sides and tables in one file"),
     "finetune/data/preflight.py::inspect": (141, "all findings about the data in one pass"),
     "finetune/data/stream.py": (702, "reading, shuffling and cutting of streamed text in one file"),
-    "finetune/planning/devices.py": (677, "table of GPUs and measurement of this machine in one file"),
+    "finetune/planning/devices.py": (674, "table of GPUs and measurement of this machine in one file"),
     "finetune/planning/trace.py": (541, "recorder and stand-ins of the fast step in one file"),
     "quant/backends/numba_cpu.py": (642, "compiler and kernels in one file"),
     "quant/backends/numba_cpu.py::_dot": (126, "one kernel, written as LLVM instructions"),

@@ -21,8 +21,7 @@ in GB/s:
     my-card: {name: My Card, memory: 12GB, bandwidth: 504, bf16: 58.3, fp16: 58.3, fp32: 29.1, int8: 233, watts: 200,
               source: "https://…"}
 
-The table below has the devices for everybody. Measurements are in ~/.cache/finetune12g/device-KEY.json (or under
-$XDG_CACHE_HOME); one from another machine can be copied there.
+Measurements are in ~/.cache/finetune12g/device-KEY.json (or under $XDG_CACHE_HOME).
 """
 
 from __future__ import annotations
@@ -213,8 +212,7 @@ class Calibration:
 
 
 def attention_flops(length: int, heads: int, width: int, *, backward: bool = False) -> float:
-    """FLOP of causal attention on one sample: two half-masked products, 2 · length² · heads · width; with the backward pass (five
-    products) 3.5 times that, as arXiv 2307.08691 counts."""
+    """FLOP of causal attention on one sample: 2 · length² · heads · width, for both passes 3.5 times that (arXiv 2307.08691)."""
     return (7.0 if backward else 2.0) * length * length * heads * width
 
 
@@ -299,8 +297,7 @@ class Device:
         return self._moving(2.5 * weights)
 
     def quantize_seconds(self, scheme: str, numbers: int) -> float:
-        """Seconds of floats to codes ("ternary", "nf4": weights; "ternary rows": activations): as measured, else three passes
-        over bf16."""
+        """Seconds of floats to codes ("ternary", "nf4": weights; "ternary rows": activations), else of three passes over bf16."""
         if self.measured is not None and scheme in self.measured.quantize:
             return numbers / self.measured.quantize[scheme]
         return self._moving(6.0 * numbers)
@@ -443,11 +440,7 @@ def own_path() -> Path:
 
 
 def devices() -> dict[str, Device]:
-    """{key: device} of the table and the user's own file, which takes precedence.
-
-    Raises:
-        UserError: that file is not valid.
-    """
+    """{key: device} of the table and the user's own file, which takes precedence; a UserError if that file is not valid."""
     return {one.key: one for one in TABLE} | _own(own_path())
 
 

@@ -61,7 +61,7 @@ def test_adapters_become_ternary_again(finetune: Terminal, recipe: Path, tmp_pat
     assert code == 0, err
     assert read_record(tmp_path / "adapted").merge is None
     code, _, err = finetune("merge", "adapted", "--out", "again", "--dtype", "fp32")
-    assert (code, "stays ternary" in err) == (2, True)
+    assert (code, "is merged to ternary" in err) == (2, True)
     code, out, err = finetune("merge", "adapted", "--out", "again")
     assert code == 0, err
     assert "merged to ternary: loss" in out

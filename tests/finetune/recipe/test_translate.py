@@ -102,7 +102,7 @@ def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
         "unknown key where": "run.dir?",
         "unknown key train.speed": "train.lr?",
         "unknown key train.small": "train.optimizer: adamw_8bit and train.checkpointing: true?",
-        "train.on_bad_step does not take this value": "train.on_bad_step: skip?",
+        "invalid value for train.on_bad_step": "train.on_bad_step: skip?",
     }
     assert called_now("train.order", "unheard of") == "train.schedule"
     assert called_now("train.on_bad_step", "unheard of") is None
