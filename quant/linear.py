@@ -11,8 +11,7 @@ from, and whether a master weight gets a gradient.
 There is no special tensor class. Packed parts are frozen uint8 `nn.Parameter`s, scales as their raw bytes, so that
 `.to(dtype)`, `.half()` or a model-wide cast cannot change them, and sharding, deepcopy and `meta` treat them like any
 parameter. A weight exists in floats only while a multiplication runs; the backward pass dequantizes it again, and saves
-nothing of the input of a frozen layer, and int8 codes of the input of a ternary one.
-(A layer with its own norm also saves the norm's input, as any RMSNorm does.)
+nothing of a frozen layer's input, int8 codes of a ternary one's (and, like any RMSNorm, the input of its own norm).
 
 A master weight can approach its codes gradually: `blend`, the λ of w + λ(q(w) − w), is 1 except in a warm-up (`set_blend`).
 """

@@ -908,8 +908,10 @@ def test_many_layers_do_not_make_the_page_large(tmp_path: Path, made: Record, wr
 def test_exports_with_their_gates(tmp_path: Path, ternary: Outline, made: Record, write_ternary: Writer) -> None:
     for expected in (
         "export/bitnet-tiny-TQ2_0.gguf", "3.50 bits a parameter", "error 4.5e-05", "allowed 0.05; 1,024 tokens",
-        "KL 1.7e-07 nats", "4.5034trained: 4.5021", "run by xllamacpp==1", "llama-cli -m export/bitnet-tiny-TQ2_0.gguf",
-        'AutoModelForCausalLM.from_pretrained("merged")', "the gate that compared it with the trained model is shown under Exports",
+        "KL 1.7e-07 nats", "4.5034trained: 4.5021", "run by xllamacpp==1",
+        "llama-cli -m export/bitnet-tiny-TQ2_0.gguf",
+        'AutoModelForCausalLM.from_pretrained("merged")',
+        "the gate that compared it with the trained model is shown under Exports",
     ):  # fmt: skip
         assert expected in ternary.text, expected
     assert sum(tag == "tr" and a.get("class") == "pass" for tag, a in ternary.tags) == 2
