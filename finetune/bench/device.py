@@ -46,9 +46,8 @@ ENOUGH_S = 0.25  # limit of repeating a call
 @dataclass(frozen=True)
 class Sizes:
     """gemm: sizes of m, n and k, in all combinations up to `gemm_flops` per product. coarse: for int8, fp16 and ternary products.
-    call_seconds: limit of a call, predicted from a smaller one; gemm_seconds: after which no further round begins.
-    results: bytes of the result of an elementwise call, on both sides of 32 MiB: glibc returns larger blocks at once, so that
-    their pages are mapped again each time. The largest is at least `beyond` times the last cache.
+    call_seconds: limit of a call, predicted from a smaller one; gemm_seconds: after which no further round begins. results: bytes
+    of elementwise results, around 32 MiB: glibc returns larger blocks at once. The largest is at least `beyond` last caches.
     weights: (out, in) of quantized and dequantized weights. lengths, heads: of attention, (heads, kv heads, width), in sequences
     of `tokens`. parameters: of the optimizer's step. repeats: of everything except products.
     too_busy: share of the machine used by other programs above which the measurement is discarded. (A third of two cores

@@ -1,9 +1,9 @@
 """`finetune bench qlora`: LoRA training with this suite and with TRL, PEFT and bitsandbytes, step by step in turn.
 
 Both train the same model on the same rows in the same order, with the same adapters, initial weights, optimizer, learning rate
-(constant) and batch, each in a process of its own (side.py) with all cores; one computes at a time, in alternating
-order. A ratio is taken within a pair of steps; the table has the median and its bootstrap interval (measure.py). The first
-steps, in which code is compiled and allocators grow, do not count. Tokens do not include padding.
+(constant) and batch, each in a process of its own (side.py) with all cores; one computes at a time, in turn. A ratio is taken
+within a pair of steps; the table has the median and its bootstrap interval (measure.py). The first steps, which compile and grow
+allocators, do not count. Tokens do not include padding.
 
 With packing each side packs in its own way, so the pairs hold different samples, and rates are compared, not losses.
 The matrix products of the linears alone, a lower bound of a step's time, are timed in the same turns: the ceiling.
@@ -79,7 +79,6 @@ SIZES = Sizes()
 @dataclass(frozen=True)
 class Opponent:
     """TRL, PEFT and bitsandbytes in one of their settings. name: in the table, at most 23 letters.
-
     as_ours: checkpointing as in the recipe, and adapters in the precision of ours; else TRL's defaults:
     it recomputes, and casts the adapters of a quantized base to bf16, in which AdamW loses part of each update.
     """
@@ -96,8 +95,6 @@ DOCUMENTED = Opponent("TRL as documented", {}, as_ours=False)
 
 @dataclass
 class Result:
-    """Results of the benchmark."""
-
     rows: list[Row] = field(default_factory=list)
     contests: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)  # contest → side → answers, by step
     others: dict[str, float] = field(default_factory=dict)  # contest → share of the machine's cores used by other programs
