@@ -96,8 +96,6 @@ DOCUMENTED = Opponent("TRL as documented", {}, as_ours=False)
 
 @dataclass
 class Result:
-    """Results of the benchmark."""
-
     rows: list[Row] = field(default_factory=list)
     contests: dict[str, dict[str, list[dict[str, Any]]]] = field(default_factory=dict)  # contest → side → answers, by step
     others: dict[str, float] = field(default_factory=dict)  # contest → share of the machine's cores used by other programs
@@ -526,8 +524,7 @@ def _large(
     if why is not None:
         return [_skipped(row, why) for row in rows]
     out = stage.folder / "large"
-    spec = {"side": "random", "shape": shape, "rows": sizes.large_pairs, "length": length, "out": str(out)}
-    stage.run("creating a model", spec)
+    stage.run("a model", {"side": "random", "shape": shape, "rows": sizes.large_pairs, "length": length, "out": str(out)})
     recipe = Recipe.model_validate(
         {
             "model": {"name": str(out), "dtype": "bf16"}, "quant": {"scheme": "nf4"}, "adapter": like.adapter.model_dump(),

@@ -119,7 +119,7 @@ def test_slow_tokenizers_are_called() -> None:
 def test_vocabularies_that_cannot_be() -> None:
     with pytest.raises(UserError, match="too small") as caught:
         train_tokenizer(texts(10), 257)
-    assert "found: 257" in str(caught.value)
+    assert "got:   257" in str(caught.value)
     with pytest.raises(UserError, match="too little text for a vocabulary") as caught:
         train_tokenizer(texts(100), 50_000)
     made = int(str(caught.value).split("tokenizer.train=")[1].split(",")[0])
