@@ -549,9 +549,8 @@ class FakeQuantLinear(MasterWeight, nn.Linear):
 class BitLinear(FakeQuantLinear):
     """The linear of BitNet b1.58: ternary weights, int8 activations by token, a float master weight. out_features: 4 · n.
 
-    The Era of 1-bit LLMs, arXiv 2402.17764, section 2. The backward pass saves the int8 activations and their scales, and
-    no float copy of input or weight. With `norm_eps` the layer has its own RMSNorm, `rms_norm`, fused with
-    the quantization (`use_rms_norm` of transformers' bitnet layers); without it, the model normalizes.
+    The Era of 1-bit LLMs, arXiv 2402.17764, section 2. The backward pass saves int8 activations and scales, no floats. With
+    `norm_eps` the layer has its own RMSNorm, fused with the quantization (`use_rms_norm` of transformers' bitnet layers).
     """
 
     scheme: ClassVar[ModuleType] = ternary

@@ -555,7 +555,6 @@ def rows(measured: Calibration, table: Device) -> list[Row]:
 
 
 def show(found: list[Row], table: Device, screen: Screen) -> None:
-    """Print the rows as a table."""
     from rich.table import Table
 
     known = any(row["baseline"] is not None for row in found)

@@ -523,8 +523,7 @@ def _large(
     if why is not None:
         return [_skipped(row, why) for row in rows]
     out = stage.folder / "large"
-    spec = {"side": "random", "shape": shape, "rows": sizes.large_pairs, "length": length, "out": str(out)}
-    stage.run("creating a model", spec)
+    stage.run("a model", {"side": "random", "shape": shape, "rows": sizes.large_pairs, "length": length, "out": str(out)})
     recipe = Recipe.model_validate(
         {
             "model": {"name": str(out), "dtype": "bf16"}, "quant": {"scheme": "nf4"}, "adapter": like.adapter.model_dump(),

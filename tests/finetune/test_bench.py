@@ -284,7 +284,7 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
         Path("/dev/null"): "not a regular file",
     }
     if sys.platform == "linux":
-        refused[Path("/proc/x.json")] = "/proc takes no file"  # where permissions let root write
+        refused[Path("/proc/x.json")] = "cannot create a file in /proc"  # where permissions let root write
     for path, why in refused.items():
         monkeypatch.setattr(sys, "argv", ["finetune", "bench", "quant", "--json", str(path)])
         with pytest.raises(SystemExit) as exited:
@@ -538,7 +538,7 @@ def another_start(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("fault", [no_int8, inverted_scale, a_float_layer, half_the_gradient, another_start])
 def test_sides_that_train_different_models_are_a_fault(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(monkeypatch)
-    with pytest.raises(RuntimeError, match=r"the two sides do not train the same model: the (loss|gradients) differ by"):
+    with pytest.raises(RuntimeError, match=r"the two sides train different models: the (loss|gradients) differ by"):
         measure(bitnet_case("ternary step", "formula"), CPUClock(1 << 10), lambda part: None)
 
 

@@ -190,7 +190,7 @@ def test_sides_that_do_not_train_the_same_tokens_are_a_fault(scripted: type[Scri
     scripted.change = lambda name, step, answer: (
         answer | ({"trained": answer["trained"] - 1} if name.startswith("TRL") and step == 3 else {})
     )  # type: ignore[misc]
-    found = "step 3 of TRL as documented was not the same work: 102 tokens, 41 trained, and should be 102, 42"
+    found = "step 3 of TRL as documented was not the same work: 102 tokens, 41 trained; expected 102, 42"
     with pytest.raises(RuntimeError, match=found):
         a_contest(tmp_path)
     assert sum(entry.endswith("closed") for entry in scripted.log) == 4
@@ -214,7 +214,7 @@ def test_a_side_that_dies_is_a_row_that_says_why(scripted: type[Scripted], tmp_p
 
 
 def test_too_few_rows_are_the_users_mistake(scripted: type[Scripted], tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="2 whole steps"):
+    with pytest.raises(UserError, match="2 complete steps"):
         a_contest(tmp_path, steps=2)
 
 

@@ -437,9 +437,9 @@ def test_empty_parts_do_not_stop_the_page(tmp_path: Path, record: Record, part: 
 def test_what_was_not_made_is_said(tmp_path: Path, record: Record) -> None:
     put(record, eval=EvalRecord(), samples=[], merge=None)
     seen = outline(write_run(tmp_path / "run", record, [])).text
-    assert "Not made: no rows were held out." in seen
-    assert "Not made: the recipe asks for no answers." in seen
-    assert "Not made: the recipe asks for no merged model (run.merge)." in seen
+    assert "Missing: no rows were held out." in seen
+    assert "Missing: the recipe has no samples (eval.samples)." in seen
+    assert "Missing: the recipe does not ask for a merged model (run.merge)." in seen
     assert "No data was held out, so nothing was measured." in seen
 
 
@@ -470,16 +470,16 @@ def test_failed_run_shows_its_error(tmp_path: Path, record: Record) -> None:
     assert seen.headings == ["Error", *SECTIONS]
     assert "the loss of step 38 is not finite; the step was not taken found: loss nan <b>" in seen.text
     assert "The run failed; it has no result." in seen.text
-    assert "Not made: the run failed before it; the error stands above." in seen.text
+    assert "Missing: the run failed before this; the error is shown above." in seen.text
     assert "Trained 37 steps. Held-out loss before training: 3.21 ± 0.08 nats over 64 rows." in seen.text
-    assert "After training not made" in seen.text
+    assert "After training missing" in seen.text
     assert "49.0 k read, 37 steps" in seen.text  # out of metrics.jsonl, since run.json has no `train`
 
 
 def test_forced_run_says_so(tmp_path: Path, record: Record) -> None:
     put(record.preflight, forced="end token supervised: no answer ends")
     seen = outline(write_run(tmp_path / "run", record, [])).text
-    assert "Trained with --force, against the preflight: end token supervised" in seen
+    assert "Trained with --force despite the preflight: end token supervised" in seen
 
 
 def test_merge_without_a_comparison(tmp_path: Path, record: Record) -> None:
@@ -498,7 +498,7 @@ def test_nan_and_broken_lines_do_not_break_plots(tmp_path: Path, record: Record)
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 121, "loss": 2.')
     seen = outline(folder)
-    assert "2 of 120 steps without a finite loss" in seen.text
+    assert "2 of 120 steps had no finite loss" in seen.text
     assert "1 line of metrics.jsonl could not be read." in seen.text
     assert not any("nan" in (a.get("d") or "").lower() for _, a in seen.tags)
 
@@ -619,7 +619,7 @@ def test_planned_beside_actual(tmp_path: Path, with_plan: Callable[[float], Reco
     assert seen.count("svg") == 9  # the picture, wide and narrow
     for expected in (
         "for GeForce RTX 4070: at most 6.8 GiB of 8.0 GiB, highest in train; 0.35 kWh, 0.11 at 0.32 a kWh.",
-        "load: 3.8 GiB", "train: 6.8 GiB, and 1.0 GiB of the CPU's", "budget 8.0 GiB", "weights (nf4) 3.0 GiB",
+        "load: 3.8 GiB", "train: 6.8 GiB, and 1.0 GiB of CPU memory", "budget 8.0 GiB", "weights (nf4) 3.0 GiB",
         "Changed so that it fits: train.checkpointing=true", "peak memory of training1.40 GiB1.42 GiB+2.0 %",
         "an optimizer step (median)1.02 s1.0", "tokens per second1,2991,310+0.8 %", "training1 min 58 s2 min 01 s+2.9 %",
         "the whole run3 min 08 s3 min 12 s+2.3 %", "dashed: the planned peak", "What the plan assumes (1)",
@@ -837,7 +837,7 @@ def test_the_gap_with_its_conditions(ternary: Outline) -> None:
     [
         (0.01, 0.02, "no measurable gap (+0.01 ± 0.02)"),
         (0.4, None, "no measurable gap (+0.400)"),
-        (-0.07, 0.02, "a gap of −0.07 ± 0.02 nats, the ternary model being ahead."),
+        (-0.07, 0.02, "a gap of −0.07 ± 0.02 nats, in favour of the ternary model."),
     ],
 )
 def test_a_gap_within_its_error_is_none(
@@ -850,15 +850,18 @@ def test_a_gap_within_its_error_is_none(
 def test_a_twin_on_its_way_is_drawn_and_not_judged(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
     put(made, state="stopped", error="interrupted")
     seen = outline(write_ternary(tmp_path / "run", without(made, "twin"), metrics()))
-    assert "The comparison with the twin not made: the run was stopped before it." in seen.text
+    assert "The comparison with the twin missing: the run was stopped before this." in seen.text
     assert "a gap of" not in seen.text
     assert any("var(--twin)" in (a.get("style") or "") for _, a in seen.tags)
 
 
 def test_health_without_an_alarm_says_what_was_looked_for(ternary: Outline) -> None:
-    assert "No alarm.Looked for: frozen weights (fewer than 10 % of the codes would flip in the whole run" in ternary.text
+    assert "No alarm.Checked: frozen weights (fewer than 10 % of the codes would flip in the whole run" in ternary.text
     assert "No layer is frozen" in ternary.text
-    assert "At the last look 0.1 % of the codes flipped and 31.0 % were 0. Over the run about 1.4 flips a code" in ternary.text
+    assert (
+        "At the last measurement 0.1 % of the codes flipped and 31.0 % were 0. In the whole run each code flipped about 1.4 times"
+        in ternary.text
+    )
     assert "q_proj, 2 ×0.1031.01.85" in ternary.text  # 2 layers, flips, zeros, scale 2.0 / (1 + 1/12)
     for label in ("codes that flip in a step (%)", "codes that are 0 (%)", "scale (first: 1)"):
         assert label in ternary.text
@@ -886,7 +889,7 @@ def test_few_looks_promise_nothing(tmp_path: Path, made: Record, write_ternary: 
     put(made, state="failed", error="it broke")
     none = outline(write_ternary(tmp_path / "none", made, metrics(3)))
     assert "Ternary health" in none.headings
-    assert none.text.count("Not made: the run failed before it") >= 1
+    assert none.text.count("Missing: the run failed before this") >= 1
 
 
 def test_weights_that_never_move_can_be_drawn(tmp_path: Path, made: Record, write_ternary: Writer) -> None:
@@ -925,7 +928,7 @@ def test_exports_with_their_gates(tmp_path: Path, ternary: Outline, made: Record
 def test_text_is_not_an_answer(ternary: Outline) -> None:
     assert "did not end by itself" not in ternary.text
     assert "continuation, before" in ternary.text
-    assert "nothing but 48 blanks" in ternary.text
+    assert "only 48 blanks" in ternary.text
     assert "continuation in the data" in ternary.text
     assert ternary.count("mark") == 0  # all of a text is trained
     assert "text, packed into rows of 256 tokens" in ternary.text
@@ -938,12 +941,12 @@ def test_from_a_float_model_with_a_teacher_and_a_step_taken_back(tmp_path: Path,
              for line in metrics()]  # fmt: skip
     lines.append({"step": 40, "rolled_back": {"from": 47, "found": "loss nan", "where": "rows 376 to 383"}})
     seen = outline(write_ternary(tmp_path / "run", made, lines)).text
-    assert "The float model that it came from has 3.90." in seen
-    assert "the float model3.90 ± 0.05" in seen
-    assert "made ternary, not trained7.65 ± 0.01" in seen
+    assert "The float model before ternarization has 3.90." in seen
+    assert "float model3.90 ± 0.05" in seen
+    assert "ternary, before training7.65 ± 0.01" in seen
     assert "divergence from the teacher's next tokens2.52.5" in seen
-    assert "47back to step 40loss nanrows 376 to 383" in seen
-    assert "went back to a checkpoint 1 time" in seen
+    assert "47rolled back to step 40loss nanrows 376 to 383" in seen
+    assert "was rolled back to a checkpoint 1 time" in seen
 
 
 @pytest.mark.parametrize(("merged", "left"), [(3.31, "30.0 %"), (3.5, "nothing")])

@@ -204,7 +204,7 @@ def test_a_whole_model_with_experts() -> None:
 def test_refusals() -> None:
     layer = _layer(BitLinear, torch.float32)
     for value in (-0.1, 1.1, float("nan")):
-        with pytest.raises(ValueError, match="from 0"):
+        with pytest.raises(ValueError, match="between 0"):
             set_blend(layer, value)
     with pytest.raises(ValueError, match="no fake-quantized layer"):
         set_blend(nn.Linear(8, 8), 0.5)

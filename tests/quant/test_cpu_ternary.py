@@ -83,7 +83,7 @@ def test_product_is_exact(backend: ModuleType, k: int, out: int, dtype: torch.dt
 
 def test_slices_of_rows_weights_and_activations(backend: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(aten, "UNPACKED", 4 * 7 * 192)  # seven packed rows, and a remainder
-    monkeypatch.setattr(aten, "ROWS", 5)
+    monkeypatch.setattr(aten, "TOKENS", 5)
     monkeypatch.setattr(aten, "ELEMENTS", 300)
     monkeypatch.setattr(numba_cpu, "CACHED", 1000)
     codes, packed = _weights(150, 92)
@@ -313,7 +313,7 @@ def _kinds(n: int, k: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 7, 63, 64, 65, 130, 1000])
-def test_quantize_rows(backend: ModuleType, k: int, dtype: torch.dtype) -> None:
+def test_quantize_activations(backend: ModuleType, k: int, dtype: torch.dtype) -> None:
     for name, x in _kinds(5, k).items():
         x = x.to(dtype)
         found = backend.quantize_activations(x)

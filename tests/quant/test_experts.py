@@ -307,7 +307,7 @@ def test_experts_that_are_not_understood_are_left_with_a_reason() -> None:
             self.w = nn.Parameter(torch.zeros(3, 8, 8))
 
     report = swap(nn.ModuleDict({"own": Own(), "linear": nn.Linear(8, 8)}))
-    assert report.left == {"own": "Own holds fused weights and does not keep to transformers' use_experts_implementation"}
+    assert report.left == {"own": "Own holds fused weights and does not follow transformers' use_experts_implementation"}
 
     for change, reason in (
         (lambda m: setattr(m, "forward", lambda *a: None), "has a replaced forward"),
@@ -388,7 +388,7 @@ def test_adapters_by_expert(kind: str) -> None:
         nn.init.normal_(p, std=0.1)
     changed = adapted(input_ids=IDS).logits
     assert (changed - before).abs().max() > 1e-3
-    with pytest.raises(ValueError, match=r"gate_up_proj\.0 carries an adapter"):
+    with pytest.raises(ValueError, match=r"gate_up_proj\.0 has an adapter"):
         model.model.layers[0].mlp.experts.to_experts()
     adapted.merge_adapter()
     assert (adapted(input_ids=IDS).logits - changed).abs().max() < 1e-3

@@ -109,7 +109,7 @@ def test_alarms() -> None:
     assert "thrashing: 4.5%" in told
     assert "too high" in told
     (later,) = alarms([_health(0.05, 0.04)] * 5 + good * 4, [1e-2] * 25, peak=1e-2, steps=250)
-    assert "4.5% of the ternary codes flipped a step in 5 samples in a row" in later
+    assert "4.5% of the ternary codes flipped per step in 5 consecutive samples" in later
     (told,) = alarms([_health(2.4e-4, 2.4e-4)] * 5, [1e-5] * 5, peak=1e-5, steps=250)
     assert "only 6.0% of the ternary codes" in told
     assert "too low" in told

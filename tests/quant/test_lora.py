@@ -211,8 +211,8 @@ def test_checkpointing_does_without_a_layers_last_product(monkeypatch: pytest.Mo
     from quant import lora
 
     products: list[int] = []
-    onto = lora._onto
-    monkeypatch.setattr(lora, "_onto", lambda member, *rest: (products.append(member.out), onto(member, *rest)))
+    onto = lora._add_product
+    monkeypatch.setattr(lora, "_add_product", lambda member, *rest: (products.append(member.out), onto(member, *rest)))
     first, last = layers()[:1], layers()[2:]
     widen = torch.randn(OUTS[0], IN)
     x = torch.randn(6, IN, requires_grad=True)

@@ -163,9 +163,9 @@ def test_forced_backends_do_not_fall_back(monkeypatch: pytest.MonkeyPatch) -> No
     from quant.backends import bnb
 
     monkeypatch.setattr(backends, "_chosen", {})
-    monkeypatch.setattr(bnb, "_functional", lambda: "bitsandbytes is not importable (no module)")
-    assert backends.describe("cpu").endswith("reference (cpu): bitsandbytes is not importable (no module)")
-    with pytest.raises(backends.BackendError, match="not available: bitsandbytes is not importable"):
+    monkeypatch.setattr(bnb, "_functional", lambda: "cannot import bitsandbytes (no module)")
+    assert backends.describe("cpu").endswith("reference (cpu): cannot import bitsandbytes (no module)")
+    with pytest.raises(backends.BackendError, match="not available: cannot import bitsandbytes"):
         backends.select("cpu", "bitsandbytes")
     monkeypatch.setenv(backends.VARIABLE, "tritton")
     with pytest.raises(ValueError, match="tritton"):

@@ -224,7 +224,7 @@ def test_adapters_on_what_is_still_trained_are_refused() -> None:
     model = _base(packed=False)
     targets = linear_targets(model)
     swap(model, scheme="ternary", trainable=True)
-    with pytest.raises(ValueError, match=r"layers\.0\.\S+ is still being trained.*quant\.pack\(model\) first"):
+    with pytest.raises(ValueError, match=r"layers\.0\.\S+ has a master weight.*quant\.pack\(model\) first"):
         _adapted(model, target_modules=targets)
     pack(model)
     assert_wrapped(_adapted(model), targets)
@@ -278,9 +278,9 @@ def test_targets_and_what_was_wrapped() -> None:
     assert targets == linear_targets(_base(packed=False))
     report_free = _adapted(model)
     assert_wrapped(report_free, targets)
-    with pytest.raises(RuntimeError, match=r"14 modules, 15 were asked for; without adapter: lm_head; not asked for: none"):
+    with pytest.raises(RuntimeError, match=r"14 modules, expected 15; without adapter: lm_head; unexpected: none"):
         assert_wrapped(report_free, [*targets, "lm_head"])
-    with pytest.raises(RuntimeError, match=r"not asked for: model\.layers\.0\.mlp\.down_proj"):
+    with pytest.raises(RuntimeError, match=r"unexpected: model\.layers\.0\.mlp\.down_proj"):
         assert_wrapped(report_free, set(targets) - {"model.layers.0.mlp.down_proj"})
 
 

@@ -124,7 +124,7 @@ def test_proof_catches_a_bypassed_module() -> None:
 
     model = Bypass()
     report = swap(model)
-    with pytest.raises(RuntimeError, match=r"1 of 2 swapped modules took no part in the forward pass: read\."):  # noqa: SIM117
+    with pytest.raises(RuntimeError, match=r"1 of 2 swapped modules were not used in the forward pass: read\."):  # noqa: SIM117
         with prove_used(model, report):
             model(torch.randn(2, 64))
     with prove_used(model, report):  # a fused path says so itself
@@ -231,7 +231,7 @@ def test_what_something_was_hung_on_is_left(what: str) -> None:
 def test_conv1d_with_a_hook_is_left() -> None:
     model = _gpt2()
     model.get_submodule("transformer.h.0.mlp.c_fc").register_forward_hook(lambda *_: None)
-    assert swap(model).left["transformer.h.0.mlp.c_fc"] == "this Conv1D has hooks on it"
+    assert swap(model).left["transformer.h.0.mlp.c_fc"] == "this Conv1D has hooks"
 
 
 def _t5(**changes: Any) -> Any:
@@ -286,7 +286,7 @@ def test_adapters_come_after_the_swap() -> None:
     before = [type(m) for m in adapted.modules()]
     with pytest.raises(ValueError, match=r"has adapters: swap it first, then attach them \(.*layers\.0\.self_attn\.q_proj\)"):
         swap(adapted)
-    with pytest.raises(ValueError, match="carries adapters"):
+    with pytest.raises(ValueError, match="has adapters"):
         swap(adapted.base_model.model, scheme="ternary", trainable=True)
     assert [type(m) for m in adapted.modules()] == before
 
@@ -295,7 +295,7 @@ def test_adapters_come_after_the_swap() -> None:
 @pytest.mark.parametrize("trainable", [False, True])
 def test_unknown_options(scheme: str, option: str, trainable: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
-    with pytest.raises(ValueError, match=f"{scheme} takes no option '{option}'"):
+    with pytest.raises(ValueError, match=f"{scheme} has no option '{option}'"):
         swap(model, scheme=scheme, trainable=trainable, **{option: True})
     assert type(model[0]) is nn.Linear
 
@@ -305,7 +305,7 @@ def test_norm_eps_reaches_the_linears_and_no_convolution() -> None:
     swap(model, scheme="ternary", trainable=True, norm_eps=1e-5)
     assert model[0].rms_norm.eps == 1e-5  # type: ignore[union-attr]
     model = nn.Sequential(nn.Linear(8, 8), nn.Conv2d(16, 16, 3))
-    with pytest.raises(ValueError, match="1: convolutions take no option 'norm_eps'"):
+    with pytest.raises(ValueError, match="1: convolutions have no option 'norm_eps'"):
         swap(model, scheme="ternary", trainable=True, norm_eps=1e-5)
     assert type(model[0]) is nn.Linear
 
@@ -313,7 +313,7 @@ def test_norm_eps_reaches_the_linears_and_no_convolution() -> None:
 def test_keep_is_no_text() -> None:
     model = _llama()
     for call in (swap, linear_targets):
-        with pytest.raises(ValueError, match=r"keep is a list of patterns: give \['lm_head'\]"):
+        with pytest.raises(ValueError, match=r"keep must be a list of patterns: use \['lm_head'\]"):
             call(model, keep="lm_head")
 
 
@@ -354,7 +354,7 @@ def test_a_path_of_its_own_called_module() -> None:
 def test_bad_weights_are_named() -> None:
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     second.weight.data[0, 0] = float("nan")
-    match = r"1: 1 of 64 weights are not finite.*\(the model is partly swapped now: it has to be loaded again\)$"
+    match = r"1: 1 of 64 weights are not finite.*\(the model is partly swapped now: load it again\)$"
     with pytest.raises(ValueError, match=match):
         swap(nn.Sequential(first, second))
     with pytest.raises(ValueError, match="0: 1 of 64 weights are not finite") as error:
@@ -476,7 +476,7 @@ def test_pack_keeps_shared_modules_shared_and_refuses_what_it_must() -> None:
     swap(model, scheme="ternary", trainable=True)
     assert isinstance(model["c"], BitLinear)
     model["c"].weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match=r"^c: 1 of 64 weights are not finite.*partly packed now: it has to be loaded again"):
+    with pytest.raises(ValueError, match=r"^c: 1 of 64 weights are not finite.*partly packed now: load it again"):
         pack(model)
     assert model["a"] is model["b"]
     assert isinstance(model["a"], PackedBitLinear)
@@ -490,7 +490,7 @@ def test_pack_wants_adapters_merged_first() -> None:
     model = _llama()
     swap(model, scheme="nf4", trainable=True)
     adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"q_proj\.base_layer carries an adapter"):
+    with pytest.raises(ValueError, match=r"q_proj\.base_layer has an adapter"):
         pack(adapted)
     assert not any(isinstance(m, NF4Linear) for m in model.modules())
     assert len(pack(adapted.merge_and_unload()).swapped) == 14

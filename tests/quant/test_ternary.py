@@ -199,7 +199,7 @@ def test_backends_are_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(numba_cpu, "unavailable", lambda device: "the reason why not")
     assert backends.select("cpu", scheme="ternary").NAME == "aten"
     assert backends.describe("cpu", scheme="ternary").endswith(": the reason why not")
-    with pytest.raises(backends.BackendError, match="'numba' was is not available: the reason why not"):
+    with pytest.raises(backends.BackendError, match="'numba' is not available: the reason why not"):
         backends.select("cpu", "numba", scheme="ternary")
     monkeypatch.setenv(backends.VARIABLE, "aten")
     assert backends.describe("cpu", scheme="ternary").endswith(": forced")

@@ -352,7 +352,7 @@ def test_the_launchers_refuse_what_they_cannot_read() -> None:
         triton_kernels.nf4_linear(torch.randn(17, 96), weight)
     with pytest.raises(ValueError, match="rows of whole blocks of 64"):
         triton_kernels.nf4_linear(torch.randn(2, 96), weight)
-    with pytest.raises(ValueError, match="a power of two from 2 to 4096 weights, not of 3"):
+    with pytest.raises(ValueError, match="a power of two from 2 to 4096, not 3"):
         triton_kernels.nf4_weights(torch.zeros(3, dtype=torch.uint8), torch.ones(2), 6, 3, torch.float32)
     with pytest.raises(ValueError, match="6 weights are 3 bytes of codes, not 4"):
         triton_kernels.nf4_weights(torch.zeros(4, dtype=torch.uint8), torch.ones(1), 6, 64, torch.float32)
@@ -360,15 +360,15 @@ def test_the_launchers_refuse_what_they_cannot_read() -> None:
 
 @compiles
 def test_where_it_cannot_serve_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backend.unavailable(torch.device("cpu")) == "triton's kernels are for cuda, not cpu"
-    assert triton_nf4.unavailable(torch.device("cpu")) == "triton's kernels are for cuda, not cpu"
+    assert backend.unavailable(torch.device("cpu")) == "triton's kernels run on cuda, not on cpu"
+    assert triton_nf4.unavailable(torch.device("cpu")) == "triton's kernels run on cuda, not on cpu"
     card = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "torch finds none" in str(backend.unavailable(card))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert backend.unavailable(card) == "triton's int8 kernels need compute capability 8.0, and this card has 7.5"
+    assert backend.unavailable(card) == "triton's int8 kernels need compute capability 8.0; this GPU has 7.5"
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "cannot import triton" in str(backend.unavailable(card))
 

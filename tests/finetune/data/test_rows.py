@@ -80,11 +80,11 @@ def test_broken_lines_are_all_counted_and_five_shown(tmp_path: Path) -> None:
 
 
 def test_rows_of_no_format_and_rows_of_another(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="3 of 3 rows fit no format") as caught:
+    with pytest.raises(UserError, match="3 of 3 rows match no known format") as caught:
         load_rows(name=None, path=write(tmp_path / "a.jsonl", [{"foo": 1}] * 3))
     assert "foo (int)" in str(caught.value)
     mixed = write(tmp_path / "b.jsonl", [ALPACA, ALPACA, {"foo": 1}])
-    with pytest.raises(UserError, match="1 of 3 rows are not of the format alpaca") as caught:
+    with pytest.raises(UserError, match="1 of 3 rows do not have the format alpaca") as caught:
         load_rows(name=None, path=mixed)
     assert "b.jsonl:3" in str(caught.value)
     skipped = load_rows(name=None, path=mixed, skip_bad=True)
@@ -100,7 +100,7 @@ def test_what_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(UserError, match=words):
             load_rows(name=None, path=str(path))
     (tmp_path / "a.csv").write_text("a,b\n")
-    with pytest.raises(UserError, match="not read"):
+    with pytest.raises(UserError, match="unsupported type"):
         load_rows(name=None, path=str(tmp_path / "a.csv"))
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xff"}\n')
     with pytest.raises(UserError, match=r"b\.jsonl:2"):

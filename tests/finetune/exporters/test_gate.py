@@ -81,7 +81,7 @@ def test_numbers_that_are_none(bad: float) -> None:
 
 
 def test_another_vocabulary_and_no_rows() -> None:
-    with pytest.raises(GateError, match="another vocabulary"):
+    with pytest.raises(GateError, match="a different vocabulary"):
         compare(ROWS, trained=model(), target=lambda ids: TABLE[ids][:, :19], bounds=BOUNDS)
     with pytest.raises(ValueError, match="no rows"):
         compare([], trained=model(), target=model(), bounds=BOUNDS)

@@ -463,7 +463,7 @@ def test_refusals_name_the_key_the_reason_and_a_way_out() -> None:
     """All at once, from plain values: the same before anything is loaded and over the parameters of a model."""
     found = refusals("adamw_8bit", stochastic_rounding=True, in_backward=True, world_size=2, sharded=True)
     assert [refusal.key for refusal in found] == ["train.optimizer_in_backward", "train.stochastic_rounding", "train.optimizer"]
-    assert [refusal.got for refusal in found] == ["2 processes", "2 processes", "adamw_8bit, with run.parallel: fsdp"]
+    assert [refusal.got for refusal in found] == ["2 processes", "2 processes", "adamw_8bit with run.parallel=fsdp"]
     assert all(refusal.why and refusal.hint for refusal in found)
     assert refusals("adamw", world_size=2, sharded=True) == refusals("adamw_8bit", world_size=2) == []
     assert refusals("adamw", stochastic_rounding=True, dtypes={"a": BF16, "b": torch.float16})[0].key.endswith(": b")

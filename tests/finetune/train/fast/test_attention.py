@@ -454,7 +454,7 @@ def test_little_is_needed_and_less_is_kept(lengths: list[int], limit: int | None
         ({"k": lambda k: k[..., 1:]}, "must be"),
         ({"k": lambda k: k.repeat(1, 3, 1, 1), "v": lambda v: v.repeat(1, 3, 1, 1)}, "multiple"),
         ({"q": lambda q: q[0]}, "must be"),
-        ({"segments": lambda _: laid([10, 5])}, r"segments are those of rows \(1, 15\)"),
+        ({"segments": lambda _: laid([10, 5])}, r"segments are of sequences \(1, 15\)"),
         ({"window": lambda _: 0}, "window"),
     ],
 )
@@ -632,7 +632,10 @@ class Causal(torch.nn.Module):
     [
         ({"dropout": 0.1}, "uses dropout"),
         ({"attention_mask": torch.zeros(1, 1, 16, 16)}, "mask"),
-        ({"key": torch.zeros(1, 2, 20, 32), "value": torch.zeros(1, 2, 20, 32)}, "20 keys: a cache"),
+        (
+            {"key": torch.zeros(1, 2, 20, 32), "value": torch.zeros(1, 2, 20, 32)},
+            "20 keys: packed attention does not support a cache",
+        ),
         ({"is_causal": False}, "not causal"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"output_attentions": True}, "output_attentions"),

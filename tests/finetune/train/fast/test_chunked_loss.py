@@ -396,7 +396,7 @@ def odd_tail(model: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (scaled_hidden, "changes what comes out of LlamaModel"),
+        (scaled_hidden, "changes the output of LlamaModel"),
         (odd_tail, "does more to its logits"),
         (lambda model: model.lm_head.register_forward_hook(lambda *a: None), "lm_head of LlamaForCausalLM has hooks"),
         (lambda model: model.compile(), "compiled as a whole"),

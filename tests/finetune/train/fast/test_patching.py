@@ -252,7 +252,7 @@ def test_a_model_that_fails_when_it_is_tried_is_left_alone() -> None:
     found = patching.find(model, not_compiled="off")
     model.get_base_model().model.layers[1].self_attn.forward = own
     assert found.patches == []
-    assert found.skipped["attention"] == "RuntimeError when it was tried: no two samples in a row"
+    assert found.skipped["attention"] == "RuntimeError in the trial pass: no two samples in a row"
     assert sum("RuntimeError" in why for why in found.skipped.values()) == 15
 
 
@@ -263,7 +263,7 @@ def test_an_adapter_that_is_called_twice_stays_pefts() -> None:
     layer.forward = lambda x: own(x) + 0.1 * layer.gate_proj(x).mean()
     plain = gradients(model)
     found = patching.find(model, not_compiled="off")
-    assert found.skipped["model.layers.0.mlp.gate_proj"] == "adapter: it is not called once in a pass"
+    assert found.skipped["model.layers.0.mlp.gate_proj"] == "adapter: it is not called exactly once in a pass"
     found.install()
     assert apart(gradients(model), plain) < 2e-5
     found.remove()
@@ -277,7 +277,7 @@ def test_attention_of_its_own_stays_its_own() -> None:
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
     found = patching.find(mamba)
     assert "does not call attention" in found.skipped["attention"]
-    assert found.skipped["backbone.layers.0.mixer"] == "MambaMixer is no block that is known"
+    assert found.skipped["backbone.layers.0.mixer"] == "MambaMixer is not a block of a known form"
 
 
 def test_generation_is_untouched_while_it_is_installed() -> None:
