@@ -73,7 +73,7 @@ IMPORT_OFFENDERS = {
 # file, or file::name → its lines and why.
 SIZE_OFFENDERS: dict[str, tuple[int, str]] = {
     "finetune/bench/baselines.py::sft_trainer": (126, "the plain stack written out as its users write it"),
-    "finetune/bench/device.py": (604, "one bench of everything a new machine must show; it splits by what is measured"),
+    "finetune/bench/device.py": (603, "one bench of everything a new machine must show; it splits by what is measured"),
     "finetune/bench/plan.py": (592, "cases and measurement in one file"),
     "finetune/bench/qlora.py": (607, "cases, both sides and tables in one file"),
     "finetune/data/preflight.py::inspect": (141, "all findings about the data in one pass"),

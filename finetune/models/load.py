@@ -96,7 +96,7 @@ class _RunModels:
         model_record = self.record.model
         if model_record is None or model_record.dtype not in NAMES:
             raise UserError(
-                "the run's record has no dtype of its model",
+                "the run's record has no valid dtype for its model",
                 where=str(self.path / MARK),
                 got=f"model: {model_record.dtype if model_record is not None else None}",
                 hint=f"finetune resume {self.path}",

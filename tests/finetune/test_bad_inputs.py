@@ -639,12 +639,15 @@ def test_records_that_are_none_or_lead_elsewhere(finetune: Terminal, made: Path,
             assert "cannot read the run's record" in refused(finetune, *words)
     shutil.move(made / "bytes", made / "run.json")
     assert "cannot read the run's record" in refused(finetune, "show", "r")
-    for model in (None, record["model"] | {"dtype": "load"}):
+    unreadable, no_dtype = "cannot read the run's record", "has no valid dtype for its model"
+    for model, message in (
+        (None, no_dtype),
+        (record["model"] | {"dtype": "load"}, no_dtype),
+        (record["model"] | {"eos_token_ids": "x"}, unreadable),
+        ({"dtype": "float32", "eos_token_ids": [2]}, unreadable),
+    ):
         (made / "run.json").write_text(json.dumps(record | {"model": model}))
-        assert "has no dtype of its model" in refused(finetune, "eval", "r/adapter")
-    for model in ({"dtype": "float32", "eos_token_ids": [2]}, record["model"] | {"eos_token_ids": "x"}):
-        (made / "run.json").write_text(json.dumps(record | {"model": model}))
-        assert "cannot read the run's record" in refused(finetune, "eval", "r/adapter")
+        assert message in refused(finetune, "eval", "r/adapter")
 
 
 def test_adapters_that_are_damaged_or_pickles(finetune: Terminal, made: Path, tmp_path: Path) -> None:
