@@ -252,7 +252,7 @@ def test_ternary_checkpoints_are_not_made_ternary_again(
     assert "already ternary" in err
     code, _, err = finetune("run", str(recipe), *again, "adapter.kind=lora", "quant.scheme=nf4")
     assert code == 2
-    assert "quantized already" in err
+    assert "already quantized" in err
     code, _, err = finetune("run", str(recipe), *again, f"model.name={tiny_model}", "adapter.kind=lora")
     assert code == 2
     assert re.search(r"trained to be ternary", err)
