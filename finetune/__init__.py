@@ -144,7 +144,7 @@ def evaluate(
         [str(model) for model in models],
         _screen(verbose),
         file=Path(file) if file is not None else None,
-        tasks=list(tasks),
+        tasks=[tasks] if isinstance(tasks, str) else list(tasks),
         include_path=Path(include_path) if include_path is not None else None,
         limit=limit,
         dtype=dtype,
@@ -156,7 +156,14 @@ def _as_typed(overrides: Overrides | None) -> list[str]:
     """Overrides in the form of the command line: KEY=JSON, which is valid YAML."""
     import json
 
-    return [f"{key}={json.dumps(value)}" for key, value in (overrides or {}).items()]
+    from finetune.errors import UserError
+
+    for key in overrides or {}:
+        if "=" in key:
+            raise UserError(
+                "an override is {'section.key': value}", where="overrides", got=repr(key), hint="such as {'train.lr': 1e-4}"
+            )
+    return [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in (overrides or {}).items()]
 
 
 def _screen(verbose: bool) -> Screen:

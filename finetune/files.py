@@ -190,7 +190,7 @@ def require_space(folder: Path, needed_bytes: int, what: str) -> None:
         existing = existing.parent
     if not os.access(existing, os.W_OK) or not shutil.disk_usage(existing).total:
         raise UserError(
-            f"cannot write {what} there", where=str(folder), got=f"{existing} is not writable", hint="give another run.dir"
+            f"cannot write {what} there", where=str(folder), got=f"{existing} is not writable", hint="choose another folder"
         )
     free = shutil.disk_usage(existing).free
     if free < needed_bytes:

@@ -8,6 +8,7 @@ run continues from the newest complete checkpoint to bit-identical weights.
 from __future__ import annotations
 
 import contextlib
+from itertools import chain
 
 from finetune.files import require_space
 from finetune.libraries import quiet_libraries
@@ -42,7 +43,7 @@ def run(
         with contextlib.ExitStack() as stack:
             stack.callback(release, stages)
             try:
-                for setting in (quiet_libraries(screen), recipe_threads(recipe), signals_as_ctrl_c()):
+                for setting in (signals_as_ctrl_c(), quiet_libraries(screen), recipe_threads(recipe)):
                     stack.enter_context(setting)
                 execute(main)
                 stages += stages_within(main)
@@ -51,6 +52,7 @@ def run(
                         execute(stage)
                         conclude(stage)
                     stage.print_summary()
+                    stage.run_dir.release()
                 conclude(main, *stages[1:])
             except BaseException as error:
                 if (reported := on_failure(stages, error)) is error:
@@ -116,9 +118,10 @@ def execute(run: RunContext) -> None:
     if is_main_process():
         merged = merge.finish(run, checked, built, record.eval.after)
         record.merge = merged.record
-        if exports := merged.exports | export.export_all(run, checked, built, merged.model):
-            record.exports = exports
         run.save()
+        for name, exported in chain(merged.exports.items(), export.export_all(run, checked, built, merged.model)):
+            record.exports = (record.exports or {}) | {name: exported}
+            run.save()
     parallel.wait()
 
 
@@ -144,3 +147,4 @@ def conclude(run: RunContext, *within: RunContext) -> None:
     with run.screen.phase("report"):
         run.save(finished=True)
         write_report(run.path)
+    run.done = True

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, ValidationErr
 
 from finetune.errors import UserError
 from finetune.files import MARK, plain, write_json
+from finetune.recipe.translate import translate_item
 
 VERSION = 2
 When = Literal["float", "before", "after"]
@@ -92,10 +93,15 @@ class PlannedPhase(Part):
     host_bytes: int = 0
 
 
-class FitChange(Part):
-    """{key: {"old": …, "new": …}}"""
+class Changed(Part):
+    """A recipe key's value before and after."""
 
-    keys: dict[str, dict[str, Any]]
+    old: Any
+    new: Any
+
+
+class FitChange(Part):
+    keys: dict[str, Changed]
     why: str
 
 
@@ -401,7 +407,25 @@ def _from_1(saved: dict[str, Any]) -> dict[str, Any]:
         saved["eval"] = {key: value for key, value in saved["eval"].items() if key != "merged"}
     if isinstance(model := saved.get("model"), dict) and "stop_ids" in model:
         saved["model"] = {RENAMED.get(key, key): value for key, value in model.items()}
+    if isinstance(plan := saved.get("plan"), dict) and isinstance(plan.get("fit"), dict):
+        saved["plan"] = plan | {"fit": _renamed_fit(plan["fit"])}
     return saved
+
+
+def _renamed_fit(fit: dict[str, Any]) -> dict[str, Any]:
+    """The keys that `fit: auto` changed, as they are called now. What is no such record comes back as it is, to be refused."""
+    try:
+        changes = []
+        for change in fit["changes"]:
+            keys: dict[str, dict[str, Any]] = {}
+            for key, values in change["keys"].items():
+                old, new = (translate_item(key, values[which]) for which in ("old", "new"))
+                keys |= {name: {"old": old[name], "new": new[name]} for name in old}
+            changes.append(change | {"keys": keys})
+        written = {name: value for key, old in fit["keys"].items() for name, value in translate_item(key, old).items()}
+        return fit | {"changes": changes, "keys": written}
+    except (AttributeError, KeyError, TypeError):
+        return fit
 
 
 UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {1: _from_1}
@@ -419,7 +443,7 @@ def read_record(run_dir: Path) -> Record:
         if not isinstance(saved, dict):
             raise ValueError(f"{type(saved).__name__} instead of an object")
         version = saved.get("version", saved.get("format", 1))
-        if not isinstance(version, int) or not 1 <= version <= VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise ValueError(f"version {str(version)[:80]}; this program reads versions 1 to {VERSION}")
         while version in UPGRADES:
             saved = UPGRADES[version](saved)

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import UserError
 from finetune.files import MARK, DiskError, finite, plain, write_json, writing
 from finetune.processes import is_main_process
-from finetune.recipe import Recipe, differences, read_resolved
+from finetune.recipe import Recipe, differences, known_keys, read_resolved
 from finetune.record import Record, read_record, write_record
 
 if TYPE_CHECKING:
@@ -230,15 +230,25 @@ def same_data(record: Record, digest: str, folder: Path) -> None:
 
 
 def with_fit_changes(recipe: Recipe, record: Record) -> Recipe:
-    """The recipe with the changes that fit: auto made when its run started; a resumed run keeps them."""
+    """The recipe with the changes that fit: auto made when its run started; a resumed run keeps them.
+
+    Raises:
+        UserError: the record has a key that recipes do not have.
+    """
     fit = record.plan.fit if record.plan is not None and recipe.fit == "auto" else None
     if fit is None:
         return recipe
-    values = recipe.model_dump()
+    values, known = recipe.model_dump(), known_keys()
     for key, change in (item for step in fit.changes for item in step.keys.items()):
-        section, _, leaf = key.rpartition(".")
-        if values[section][leaf] == change["old"]:
-            values[section][leaf] = change["new"]
+        if key not in known:
+            where, hint = f"{MARK}, plan.fit.changes", "restore it from a copy of the folder"
+            raise UserError("cannot read the run's record", where=where, got=f"unknown recipe key {key}", hint=hint)
+        *sections, leaf = key.split(".")
+        section = values
+        for name in sections:
+            section = section[name]
+        if section[leaf] == change.old:
+            section[leaf] = change.new
     return Recipe.model_validate(values)
 
 

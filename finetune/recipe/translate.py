@@ -46,6 +46,15 @@ def translate(resolved: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
+def translate_item(key: str, value: Any) -> dict[str, Any]:
+    """One dotted key with its value, as {dotted key: value} of today; as it is where neither was renamed."""
+    new = RENAMED.get(key)
+    if isinstance(new, str):
+        return {new: value}
+    changed = _of_value(new, value) if new is not None else None
+    return {key: value} if changed is None else dict(changed)
+
+
 def _keep_precision(first: dict[str, Any]) -> None:
     """Spell out `train.precision: auto` where it had another meaning in the first version.
 

@@ -8,7 +8,7 @@ import secrets
 import signal
 import threading
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -41,9 +41,11 @@ class RunContext:
     resume: bool
     force: bool
     fresh: bool
+    done: bool = False
     record: Record | None = None
     checked: Checked | None = None
     planned: PlannedRun | None = None
+    earlier_phases: list[Phase] = field(default_factory=list)  # of the processes before a resume
 
     @property
     def path(self) -> Path:
@@ -68,7 +70,7 @@ class RunContext:
         """Whether a resumed run has nothing left to do; if so, it says that and makes sure that the report exists."""
         if not self.resume or (record := self.run_dir.read()).state != "done":
             return False
-        self.record = record
+        self.record, self.done = record, True
         self.run_dir.acquire()
         self.run_dir.release()  # removes the lock file of a process that was killed at its very end
         self.screen.say(f"{self.path} is already done")
@@ -113,7 +115,7 @@ class RunContext:
         record.provenance.data = DataSource(source=checked.data.source, sha256=checked.data.digest, rows=rows)
         if recipe.run.trackers and record.tracker_id is None:
             record.tracker_id = secrets.token_hex(4)
-        self.record = record
+        self.record, self.earlier_phases = record, record.phases
         self.save()
         return record
 
@@ -123,8 +125,7 @@ class RunContext:
         assert record is not None
         if finished:
             record.provenance.finished = now()
-        earlier = [phase for phase in record.phases if phase.process not in (None, os.getpid())]
-        record.phases = earlier + [Phase(**phase, process=os.getpid()) for phase in self.screen.phases]
+        record.phases = self.earlier_phases + [Phase(**phase, process=os.getpid()) for phase in self.screen.phases]
         record.provenance.seconds = round(sum(phase.seconds for phase in record.phases), 1)
         self.run_dir.write(record)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,23 +24,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def export_all(run: RunContext, checked: Checked, built: BuiltModel, model: Any) -> dict[str, ExportRecord]:
-    """Export the model in each of the recipe's `export.formats`; returns {format: record}. model: unused if it was merged.
+def export_all(run: RunContext, checked: Checked, built: BuiltModel, model: Any) -> Iterator[tuple[str, ExportRecord]]:
+    """Export the model in each of the recipe's `export.formats`; yields (format, record). model: unused if it was merged.
 
     Raises:
         GateError: an exported model differs from the trained one.
     """
     recipe, run_dir = run.recipe, run.path
     if not recipe.export.formats:
-        return {}
+        return
     if recipe.quant.scheme != "ternary":  # the trained model was consumed by the merge: read the merged folder
         merged = find_model(str(run_dir / "merged"))
         model = load_weights(merged, load_config(merged), dtype=built.dtype, attention="auto")
-    records: dict[str, ExportRecord] = {}
     for name in recipe.export.formats:
         suffix = FORMATS[name].suffix
         file = f"{run.name}-{name.removeprefix('gguf-').upper()}{suffix}" if suffix else name
-        records[name] = export_one(
+        record = export_one(
             name,
             model,
             checked.inputs.tokenizer,
@@ -50,7 +50,7 @@ def export_all(run: RunContext, checked: Checked, built: BuiltModel, model: Any)
             run_dir=run_dir,
             screen=run.screen,
         )
-    return records
+        yield name, record
 
 
 def export_one(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from finetune.errors import GateError, Interruption, UserError
 from finetune.files import DiskError, disk_error
@@ -25,13 +26,13 @@ def on_failure(contexts: Sequence[RunContext], error: BaseException) -> BaseExce
     elif isinstance(error, Exception) and not isinstance(error, UserError) and (refused := disk_error(error)) is not None:
         error = refused
     if isinstance(error, DiskError) and _has_trained(run):
-        error = with_checkpoint(error, run.run_dir.path)
+        error = with_checkpoint(error, run.path)
     for context in reversed(contexts):
-        _record(context, error)
+        _record(context, error, run.path)
     if isinstance(error, KeyboardInterrupt) and run.record is not None and run.run_dir.exists:
-        return Interruption("stopped", hint=f"finetune resume {run.run_dir.path}")
+        return Interruption("stopped", hint=f"finetune resume {run.path}")
     if isinstance(error, Interruption):
-        return Interruption(error.message, hint=f"finetune resume {run.run_dir.path}")  # the run, not the stage inside it
+        return Interruption(error.message, hint=f"finetune resume {run.path}")  # the run, not the stage inside it
     return error
 
 
@@ -39,17 +40,17 @@ def _has_trained(context: RunContext) -> bool:
     return (context.run_dir.path / "checkpoints").is_dir() or context.run_dir.metrics.exists()
 
 
-def _record(context: RunContext, error: BaseException) -> None:
+def _record(context: RunContext, error: BaseException, resumable: Path) -> None:
     """Remove the folder of a run that has not trained; otherwise record why the run ended."""
     path, record = context.run_dir.path, context.record
-    if record is None or record.state == "done" or not context.run_dir.writes:
+    if record is None or context.done or not context.run_dir.writes:
         return
     stopped = isinstance(error, KeyboardInterrupt | Interruption)
     if context.fresh and not _has_trained(context) and (stopped or isinstance(error, UserError)):
         shutil.rmtree(path, ignore_errors=True)
         return
     record.state, record.error = "stopped" if stopped else "failed", str(error) or type(error).__name__
-    record.next = [f"finetune resume {path}"]
+    record.next = [f"finetune resume {resumable}"]
     try:
         context.save()
         from finetune.report import write_report

@@ -1,0 +1,125 @@
+"""How runs end that are stopped or fail late: their records say what is there, and a resume finishes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finetune
+from finetune.errors import GateError, Interruption
+from finetune.record import read_record
+from tests.conftest import record_of, story
+
+LORA = """\
+model: {{name: {model}, dtype: fp32}}
+adapter: {{rank: 2}}
+data: {{path: {data}, max_length: 64, heldout: 4}}
+train: {{max_steps: 2}}
+eval: {{samples: 0}}
+run: {{dir: {run}, device: cpu, threads: 1, merge: false}}
+"""
+TERNARY = """\
+kind: pretrain
+model:
+  config: {{model_type: llama, hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}
+tokenizer: {{train: 290}}
+quant: {{scheme: ternary}}
+data: {{path: {data}, max_length: 32, heldout: 2}}
+train: {{max_steps: 2}}
+eval: {{samples: 0}}
+export: {{formats: [bitnet-online, gguf-f16]}}
+run: {{dir: {run}, device: cpu, threads: 1}}
+"""
+
+
+@pytest.fixture
+def lora(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Path:
+    path = tmp_path / "lora.yaml"
+    path.write_text(LORA.format(model=tiny_model, data=rows_file, run=tmp_path / "run"))
+    return path
+
+
+def test_ctrl_c_while_the_report_is_written_leaves_a_stopped_run(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import finetune.report
+
+    write, calls = finetune.report.write_report, 0
+
+    def interrupted(path: Path) -> Path:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise KeyboardInterrupt
+        return write(path)
+
+    monkeypatch.setattr(finetune.report, "write_report", interrupted)
+    with pytest.raises(Interruption):
+        finetune.run(lora)
+    record = record_of(tmp_path / "run")
+    assert (record["state"], record["next"]) == ("stopped", [f"finetune resume {tmp_path / 'run'}"])
+    assert (tmp_path / "run" / "report.html").exists()
+    phases = [phase["name"] for phase in record["phases"]]
+    result = finetune.run(lora, resume=True)
+    assert result.state == "done"
+    # In the same process: the first part's phases are kept.
+    assert [phase.name for phase in result.record.phases][: len(phases)] == phases
+
+
+def test_exports_before_the_one_that_fails_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.stages import export
+
+    (tmp_path / "story.txt").write_text(story(12_000))
+    path = tmp_path / "ternary.yaml"
+    path.write_text(TERNARY.format(data=tmp_path / "story.txt", run=tmp_path / "run"))
+    plain = export.export
+
+    def refusing(*arguments: Any, **options: Any) -> Any:
+        if options["format"] == "gguf-f16":
+            raise GateError("another model")
+        return plain(*arguments, **options)
+
+    monkeypatch.setattr(export, "export", refusing)
+    with pytest.raises(GateError):
+        finetune.run(path)
+    record = record_of(tmp_path / "run")
+    assert record["state"] == "failed"
+    assert record["merge"]["path"] == "merged"
+    assert set(record["exports"]) == {"bitnet", "bitnet-online"}
+
+
+def test_fit_changes_of_an_older_record_have_todays_keys(lora: Path, tmp_path: Path) -> None:
+    """A run of the first version that fit: auto had changed: its record has the names of that time."""
+    from finetune.recipe import read_recipe
+    from finetune.run_dir import with_fit_changes
+
+    finetune.run(lora)
+    record = record_of(tmp_path / "run")
+    plan = {
+        "device": "cpu", "budget_bytes": 1, "phases": [], "peak_bytes": 1, "fits": True, "tokens_per_step": 1,
+        "step_seconds": 1.0, "seconds": 1.0, "notes": [],
+        "fit": {
+            "keys": {"model.stream": "disk", "train.on_bad_step": "back", "train.micro_batch": 1},
+            "changes": [
+                {"why": "room", "keys": {
+                    "model.stream": {"old": "none", "new": "disk"},
+                    "train.on_bad_step": {"old": "skip", "new": "back"},
+                    "train.checkpointing": {"old": False, "new": True},
+                }},
+            ],
+        },
+    }  # fmt: skip
+    older = {key: value for key, value in record.items() if key != "version"} | {"format": 1, "plan": plan}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(older))
+    upgraded = read_record(tmp_path / "run")
+    assert upgraded.plan.fit.keys == {"model.offload_layers": "disk", "train.on_bad_step": "rollback", "train.micro_batch": 1}
+    fitted = with_fit_changes(read_recipe(lora, ["fit=auto", "train.save_steps=1"]), upgraded)
+    assert (fitted.model.offload_layers, fitted.train.on_bad_step, fitted.train.checkpointing) == ("disk", "rollback", True)
+
+
+def test_overrides_from_python_take_any_text_and_paths(lora: Path, rows_file: Path) -> None:
+    recipe = finetune.check(lora, {"about": "😀 é 漢", "data.path": rows_file})
+    assert (recipe.about, recipe.data.path) == ("😀 é 漢", str(rows_file))
