@@ -581,7 +581,7 @@ def test_damaged_checkpoints(finetune: Terminal, made: Path) -> None:
     code, out, err = finetune("resume", "r")
     assert code == 0, err
     assert "step-000004: weights.safetensors was changed after it was written" in out + err
-    assert "going on after step 2" in out
+    assert "resuming after step 2" in out
     assert weights_of(made, 4) == whole
     stopped(made)
     for name in ("step-000002", "step-000004"):

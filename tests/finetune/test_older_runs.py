@@ -93,7 +93,7 @@ def test_a_run_is_shown_and_reported(finetune: Terminal, older: Older) -> None:
     assert "6 steps" in out
     shown = json.loads(done(finetune("show", str(run), "--json")))
     assert shown["eval"] == record_of(run)["eval"]
-    assert "is done already" in done(finetune("resume", str(run)))
+    assert "is already done" in done(finetune("resume", str(run)))
     report = (run / "report.html").read_text(encoding="utf-8")
     assert "5.5459" in report
     assert "a run of an older version" in report
