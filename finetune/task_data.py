@@ -219,19 +219,19 @@ class Conversations:
 
     def questions(self) -> list[Sample]:
         """Held-out conversations up to their last answer, then the recipe's own questions."""
-        wanted = self.recipe.eval
-        asked: list[dict[str, Any]] = []
+        settings = self.recipe.eval
+        questions: list[dict[str, Any]] = []
         for row in self.data.heldout_rows:
             last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
-            if last and len(asked) < wanted.samples:
-                asked.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
-        for prompt in wanted.prompts:
-            asked.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})
+            if last and len(questions) < settings.samples:
+                questions.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
+        for prompt in settings.prompts:
+            questions.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})
         if self.recipe.data.system:
-            for sample in asked:
+            for sample in questions:
                 if sample["prompt"][0]["role"] != "system":
                     sample["prompt"].insert(0, {"role": "system", "content": self.recipe.data.system})
-        return [Sample(**sample) for sample in asked]
+        return [Sample(**sample) for sample in questions]
 
     def first_rows(self, most: int) -> HeldOut:
         return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.train[:most]]
@@ -384,16 +384,16 @@ class Text:
 
     def questions(self) -> list[Sample]:
         """Starts of held-out sequences, then the recipe's own prompts; the model continues them."""
-        wanted, length = self.recipe.eval, self.recipe.data.max_length
+        settings, length = self.recipe.eval, self.recipe.data.max_length
         begin = min(PROMPT_TOKENS, length // 2)
-        asked = [
+        questions = [
             Sample(
                 prompt=self.tokenizer.decode(row[:begin]),
-                reference=self.tokenizer.decode(row[begin : begin + wanted.max_new_tokens]),
+                reference=self.tokenizer.decode(row[begin : begin + settings.max_new_tokens]),
             )
-            for row in self.rows_held_out[: wanted.samples]
+            for row in self.rows_held_out[: settings.samples]
         ]
-        return asked + [Sample(prompt=prompt, reference=None) for prompt in wanted.prompts]
+        return questions + [Sample(prompt=prompt, reference=None) for prompt in settings.prompts]
 
     def first_rows(self, most: int) -> HeldOut:
         return [(row, [-100, *row[1:]]) for row in self.first[:most]]

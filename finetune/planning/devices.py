@@ -583,10 +583,10 @@ def _present_mps() -> Device:
 
     command = ["sysctl", "-n", "machdep.cpu.brand_string"]
     name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    found = next((one for one in TABLE if one.type == "mps" and _chip(one.name) == _chip(name)), None)
-    if found is None:
+    entry = next((one for one in TABLE if one.type == "mps" and _chip(one.name) == _chip(name)), None)
+    if entry is None:
         raise UserError("this chip is not in the table of devices", where="device", got=name, hint=f"add it in {own_path()}")
-    return replace(found, memory_bytes=torch.mps.recommended_max_memory())
+    return replace(entry, memory_bytes=torch.mps.recommended_max_memory())
 
 
 def _present_cpu() -> Device:

@@ -385,15 +385,15 @@ class _Fused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        found = [
+        gradients = [
             torch.empty(shape, dtype=dtype) if ctx.needs_input_grad[i + 3] else None
             for i, (shape, dtype) in enumerate(zip(ctx.shapes, ctx.dtypes, strict=True))
         ]
-        tensors = [t for t in [*ctx.saved_tensors, *grads, *found] if t is not None]
+        tensors = [t for t in [*ctx.saved_tensors, *grads, *gradients] if t is not None]
         size = sum(t.numel() * t.element_size() for t in tensors)
         ctx.recorder.moved("fused", tensors[0].dtype, size)
         ctx.recorder.work[("operations",)] += 1
-        return None, None, None, *found
+        return None, None, None, *gradients
 
 
 def _lengths(options: Any) -> list[int]:

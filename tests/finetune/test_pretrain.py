@@ -255,7 +255,7 @@ def test_ternary_checkpoints_are_not_made_ternary_again(
     assert "already quantized" in err
     code, _, err = finetune("run", str(recipe), *again, f"model.name={tiny_model}", "adapter.kind=lora")
     assert code == 2
-    assert re.search(r"trained to be ternary", err)
+    assert re.search(r"trained in ternary", err)
     assert not (tmp_path / "refused").exists()
 
 

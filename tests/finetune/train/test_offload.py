@@ -393,7 +393,7 @@ def test_a_run_from_the_disk_is_the_same_run(
     assert code == 0, err
     code, out, err = finetune("run", "r.yaml", "run.dir=streamed", "model.offload_layers=disk")
     assert code == 0, err
-    assert "2 layers stream from disk" in out
+    assert "2 layers offloaded to disk" in out
 
     def record(name: str) -> Any:
         return json.loads((tmp_path / name / "run.json").read_text())

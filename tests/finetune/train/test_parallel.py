@@ -233,7 +233,7 @@ def test_one_that_is_killed_is_told() -> None:
     child = "import os, signal, time\nos.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(600)"
     code, _, err = ended(driver(child))
     assert code == 137
-    assert "process 1 of 2 was ended by SIGKILL: out of memory, perhaps" in err
+    assert "process 1 of 2 was killed by SIGKILL, possibly out of memory" in err
 
 
 def test_a_verdict_outweighs_a_lost_connection() -> None:
