@@ -573,7 +573,7 @@ class Corpus:
             where="data.heldout",
             got=f"{count} sequences of {self.length} are {needed:,} tokens, and as many must remain for training; the first "
             f"block of {self.source.name} has {total:,} tokens in {len(lengths)} documents, which are held out whole",
-            hint=(f"set data.heldout={possible} or less, " if possible else "use ") + "a smaller data.max_length, or more text",
+            hint=(f"set data.heldout={possible}, " if possible else "use ") + "a smaller data.max_length, or more text",
         )
 
     def _encoded(

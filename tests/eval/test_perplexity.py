@@ -230,7 +230,7 @@ def test_text_rows(new_tokenizer: Any) -> None:
     assert text_rows(with_bos, TEXT, length=64, bos=False) == text_rows(plain, TEXT, length=64)
     with pytest.raises(ValueError, match="too short"):
         text_rows(plain, "a", length=8)
-    with pytest.raises(ValueError, match=r"at least 2.*not 1"):
+    with pytest.raises(ValueError, match="at least 2, one token to read and one to predict, not 1"):
         text_rows(plain, TEXT, length=1)
 
 

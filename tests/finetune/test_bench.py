@@ -254,7 +254,7 @@ def test_cases_are_told_apart_by_name_and_opponent() -> None:
 
 
 def test_an_unknown_name_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, said in (("qant", "did you mean quant? there are: quant"), ("speed", "there are: quant")):
+    for name, said in (("qant", "did you mean quant? available: quant"), ("speed", "there are: quant")):
         monkeypatch.setattr(sys, "argv", ["finetune", "bench", name])
         with pytest.raises(SystemExit) as exited:
             cli.main()
@@ -506,7 +506,7 @@ def test_all_sides_begin_with_the_same_weights_and_train_them() -> None:
 
 
 def no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "_rows_as_int8", lambda x: x)
+    monkeypatch.setattr(baselines, "_quantized_activations", lambda x: x)
 
 
 def inverted_scale(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -521,7 +521,7 @@ def a_float_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 def half_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:  # the loss is right
         weight = baselines._ternary(self.weight).detach() + 0.5 * (self.weight - self.weight.detach())
-        return nn.functional.linear(baselines._rows_as_int8(x).detach() + (x - x.detach()), weight)
+        return nn.functional.linear(baselines._quantized_activations(x).detach() + (x - x.detach()), weight)
 
     monkeypatch.setattr(baselines.StraightThrough, "forward", forward)
 

@@ -197,6 +197,8 @@ CHANGES = [
         "data.max_length": (120, both(lambda run: run.steps[0]["tokens"] > 96, False, True)),
         "data.heldout": (6, both(lambda run: run.record["eval"]["after"]["rows"], 4, 6)),
         "train.save_best": (True, both(lambda run: "best" in run.record["train"], False, True)),
+        "train.load_best_at_end": (True, lambda before, after: after.record["eval"]["after"]["loss"]
+         == pytest.approx(after.record["train"]["best"]["loss"], abs=1e-6)),
         "train.min_lr": (0.5, lambda before, after: (before.rates()[-1], after.rates()[-1]) == pytest.approx((1e-4, 5e-4))),
         "run.seed": (18, differs(Outcome.examples)),
         "fast.blocks": (False, differs(model("fast"))),
@@ -340,11 +342,11 @@ class Workshop:
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import lm_eval.tasks
 
-        import eval.perplexity as perplexity
+        from finetune.stages import evaluate
         import finetune.report
         import finetune.train.loop as loop
 
-        train, evaluate_loss = loop.Training.run, perplexity.evaluate_loss
+        train, evaluate_loss = loop.Training.run, evaluate.evaluate_loss
 
         def watched_train(training: Any) -> Any:
             inner = training.model.get_base_model() if hasattr(training.model, "get_base_model") else training.model
@@ -375,7 +377,7 @@ class Workshop:
             return evaluate_loss(*arguments, **options)
 
         monkeypatch.setattr(loop.Training, "run", watched_train)
-        monkeypatch.setattr(perplexity, "evaluate_loss", watched_loss)
+        monkeypatch.setattr(evaluate, "evaluate_loss", watched_loss)
         tasks = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)  # thousands, which take seconds to read
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", tasks)
         monkeypatch.setattr(finetune.report, "write_report", lambda path: path)  # seconds each; has its own tests

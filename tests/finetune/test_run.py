@@ -441,7 +441,7 @@ def test_bad_rows(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     assert "rows.jsonl:41" in bad(finetune, recipe)
     write_jsonl(rows, [{"foo": n} for n in range(9)])
     message = bad(finetune, recipe)
-    assert "9 of 9 rows fit no format" in message
+    assert "9 of 9 rows match no known format" in message
     assert "rows.jsonl:5" in message
     assert "4 more" in message
 

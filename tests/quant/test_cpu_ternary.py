@@ -183,13 +183,13 @@ def test_frozen_is_exact_but_for_few_rows_in_bf16(monkeypatch: pytest.MonkeyPatc
     packed = nn.Parameter(packed, requires_grad=False)
     s = torch.tensor(5.0)
     made: list[str] = []
-    real = aten.derived
+    real = aten.cached
 
     def counting(weight: Tensor, kind: str, make: object, *, frozen: bool) -> object:
         made.append(kind)
         return real(weight, kind, make, frozen=frozen)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(aten, "derived", counting)
+    monkeypatch.setattr(aten, "cached", counting)
     cases = [(n, dtype) for n in (0, 1, aten.FEW) for dtype in DTYPES]
     for n, dtype in cases:
         q, a = _activations(n, 256)

@@ -313,7 +313,7 @@ def test_experts_that_are_not_understood_are_left_with_a_reason() -> None:
         (lambda m: setattr(m, "forward", lambda *a: None), "has a replaced forward"),
         (lambda m: setattr(m, "_is_expert_parallel", True), "expert parallel"),
         (lambda m: m.register_parameter("third", nn.Parameter(torch.zeros(2, 8, 8))), "other fused weights"),
-        (lambda m: setattr(m, "has_bias", True), "biases"),
+        (lambda m: setattr(m, "has_bias", True), "`has_bias`"),
     ):
         model = nn.ModuleDict({"experts": _original("mixtral"), "linear": nn.Linear(8, 8)})
         change(model["experts"])

@@ -44,7 +44,7 @@ def test_the_arithmetic_is_the_yardstick() -> None:
     assert rough.error == pytest.approx(0.02 * 2**0.5, rel=0.2)
     assert rough.reason is None
     assert fine.reason is not None
-    with pytest.raises(GateError, match="not the model that was trained") as stop:
+    with pytest.raises(GateError, match="does not match the trained model") as stop:
         require_pass(fine, where="out.gguf", hint="look")
     assert f"{fine.error:.3g}" in str(stop.value)
 

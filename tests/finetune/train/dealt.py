@@ -85,7 +85,7 @@ def quickened(model: Any, wanted: bool) -> LMHead | None:
     if not wanted:
         return None
     found = patching.find(model)
-    count = Counter(patch.of for patch in found.patches)
+    count = Counter(patch.name for patch in found.patches)
     assert (count["attention without padding"], count["norms"], count["gated activations"]) == (1, 5, 2), found.skipped
     found.install()
     kernels.switch(False)  # what would be compiled computes as it is written

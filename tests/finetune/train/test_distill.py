@@ -156,9 +156,9 @@ def test_hooks_go_away_and_nothing_stays() -> None:
     assert all(len(student.get_submodule(name)._forward_hooks) == 1 for name in hooked)
     student.eval()
     student(_ids())
-    assert distillation._heard == {"teacher": {}, "student": {}}
+    assert distillation._outputs == {"teacher": {}, "student": {}}
     distillation.loss(student, _ids())
-    assert distillation._heard == {"teacher": {}, "student": {}}
+    assert distillation._outputs == {"teacher": {}, "student": {}}
     distillation.detach()
     assert not any(module._forward_hooks for model in (student, teacher) for module in model.modules())
     with pytest.raises(RuntimeError, match="attach"):

@@ -352,9 +352,9 @@ def test_a_damaged_later_checkpoint_does_not_push_out_a_good_one(tmp_path: Path,
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, accelerator: Any) -> None:
     go(tmp_path / "run", accelerator, total=1)
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="a different model"):
         checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "step-000001", torch.nn.Linear(2, 2))
-    with pytest.raises(UserError, match="another model"):
+    with pytest.raises(UserError, match="a different model"):
         checkpoint.load_weights(tmp_path / "run" / "checkpoints" / "step-000001", llama(dtype=torch.bfloat16))
 
 

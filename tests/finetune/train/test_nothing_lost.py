@@ -198,7 +198,7 @@ def test_a_process_that_may_not_have_more_memory_trains_the_same(tmp_path: Path,
 
 def test_evaluation_and_generation_do_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
     from eval import perplexity
-    from eval.generation import _options, _whole_answer
+    from eval.generation import _options, _complete_answer
 
     model = llama().eval()
     rows = [(list(sample.input_ids), list(sample.labels)) for sample in samples(9)]
@@ -222,7 +222,7 @@ def test_evaluation_and_generation_do_with_less(monkeypatch: pytest.MonkeyPatch)
 
     prompt = torch.arange(300)[None] % 90
     options = _options(model, Tokenizer(), 6, 0.0, 1.0)
-    expected = _whole_answer(model, prompt, options)
+    expected = _complete_answer(model, prompt, options)
     longest = []
     forward = type(model).forward
 
@@ -233,7 +233,7 @@ def test_evaluation_and_generation_do_with_less(monkeypatch: pytest.MonkeyPatch)
         return forward(self, *args, **kwargs)
 
     monkeypatch.setattr(type(model), "forward", short)
-    assert torch.equal(_whole_answer(model, prompt, options), expected)
+    assert torch.equal(_complete_answer(model, prompt, options), expected)
     assert longest[0] == 300
     assert max(longest[1:]) == 128
 

@@ -269,7 +269,7 @@ def test_what_cannot_be_streamed_is_refused(tmp_path: Path, rows_file: Path, tin
     offload.check("memory", torch.device("cuda"))
     with pytest.raises(UserError, match="its layers have no frozen weights"):
         offload.stream(llama(), CPU, Scratch(tmp_path))
-    with pytest.raises(UserError, match="no list of layers"):
+    with pytest.raises(UserError, match="no list of decoder layers"):
         offload.stream(nn.Sequential(nn.Linear(2, 2)), CPU, Scratch(tmp_path))
 
 

@@ -452,7 +452,7 @@ def test_notes() -> None:
 def test_mistakes(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="bfloat16"):
         make(Net(torch.float16), stochastic_rounding=True)
-    monkeypatch.setattr(optim, "world", lambda: 2)
+    monkeypatch.setattr(optim, "world_size", lambda: 2)
     make(Net())
     for option in ("stochastic_rounding", "in_backward"):
         with pytest.raises(UserError, match="one process"):

@@ -108,7 +108,7 @@ def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 
 def counted(found: patching.FastStep) -> dict[str, int]:
-    of = [patch.of for patch in found.patches]
+    of = [patch.name for patch in found.patches]
     return {name: of.count(name) for name in of}
 
 
