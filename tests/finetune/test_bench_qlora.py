@@ -64,7 +64,7 @@ def test_a_recipe_of_ones_own_is_taken_as_it_is_and_overrides_win(rows_file: Pat
 @pytest.mark.parametrize(
     ("recipe", "overrides", "found"),
     [
-        ("bitnet-tiny", [], "hint:  kind=sft"),
+        ("bitnet-tiny", [], "set kind=sft"),
         (None, ["adapter.kind=none", "quant.scheme=none"], "adapter.kind=lora"),
         (None, ["quant.scheme=ternary"], "quant.scheme=nf4"),
         (None, ["model.dtype=fp16"], "model.dtype=auto"),
@@ -106,7 +106,7 @@ class Scripted:
         self.name = {"ours": "ours", "ceiling": "ceiling"}.get(spec["side"], name)
         self.spec, self.environment, self.taken, self.pid = spec, environment, 0, os.getpid()
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         self.log.append(f"{self.name} ready")
         expected = {
             "ours": {"recipe", "share", "steps"},
@@ -255,7 +255,7 @@ def test_what_has_no_room_is_not_begun(tmp_path: Path) -> None:
     stage = qlora.Stage(tmp_path, "cpu", None)
     shape = {"hidden_size": 1 << 20, "intermediate_size": 1 << 22, "num_hidden_layers": 99, "num_attention_heads": 64,
              "num_key_value_heads": 64, "vocab_size": 32000}  # fmt: skip
-    assert "of memory, and" in str(qlora._no_room(stage, shape))
+    assert "of memory; " in str(qlora._no_room(stage, shape))
     assert qlora._no_room(stage, dict(TINY.large or {}, hidden_size=64)) is None
 
 
@@ -485,7 +485,7 @@ def test_a_model_of_random_codes_is_read_by_our_side(tmp_path: Path) -> None:
     assert said["head"] == [300, 64]
     weight = ours.model.get_base_model().model.layers[0].mlp.up_proj.base_layer.dequantize(torch.float32)
     assert 0.015 < float(weight.std()) < 0.03
-    assert math.isfinite(float(ours.kind.loss(ours.model, ours.kind.batch((0,)))[0].detach()))
+    assert math.isfinite(float(ours.task.loss(ours.model, ours.task.batch((0,)))[0].detach()))
 
 
 def test_curves_are_shown_every_fifth_step() -> None:

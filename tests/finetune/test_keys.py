@@ -342,9 +342,9 @@ class Workshop:
     def _watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         import lm_eval.tasks
 
-        from finetune.stages import evaluate
         import finetune.report
         import finetune.train.loop as loop
+        from finetune.stages import evaluate
 
         train, evaluate_loss = loop.Training.run, evaluate.evaluate_loss
 

@@ -198,7 +198,7 @@ def test_a_process_that_may_not_have_more_memory_trains_the_same(tmp_path: Path,
 
 def test_evaluation_and_generation_do_with_less(monkeypatch: pytest.MonkeyPatch) -> None:
     from eval import perplexity
-    from eval.generation import _options, _complete_answer
+    from eval.generation import _complete_answer, _options
 
     model = llama().eval()
     rows = [(list(sample.input_ids), list(sample.labels)) for sample in samples(9)]

@@ -636,7 +636,7 @@ class Causal(torch.nn.Module):
         ({"is_causal": False}, "not causal"),
         ({"s_aux": torch.zeros(4)}, "s_aux"),
         ({"output_attentions": True}, "output_attentions"),
-        ({"query": torch.zeros(1, 4, 15, 32), "key": torch.zeros(1, 2, 15, 32), "value": torch.zeros(1, 2, 15, 32)}, "rows"),
+        ({"query": torch.zeros(1, 4, 15, 32), "key": torch.zeros(1, 2, 15, 32), "value": torch.zeros(1, 2, 15, 32)}, "segments"),
     ],
 )
 def test_the_interface_refuses_what_it_does_not_compute(options: dict[str, Any], message: str, interface: None) -> None:

@@ -344,7 +344,8 @@ def test_a_patched_model_leaves_itself_and_the_process_as_they_were() -> None:
     with patching.patched(model):
         gradients(model, head_of(model)[0])
         within = of_the_process()
-        assert all(within[key] != before[key] for key in ("rotary", "attention", "limit", "compiling"))
+        changed = {key for key in within if within[key] != before[key]}
+        assert changed >= {"rotary", "attention", "limit", "compiling"}
         assert of_the_model(model) != own
     assert of_the_process() == before
     assert of_the_process()["rotary"] is before["rotary"]
