@@ -87,7 +87,7 @@ def execute(run: RunContext) -> None:
     built, record.model = build.build(run, checked, record)
     record.provenance.model = build.model_source(checked, built)
     run.save()
-    patches = build.patch(run, checked, built)
+    patches = run.patches = build.patch(run, checked, built)
     record.model.fast = patches.in_words()
     if checked.held_out and record.eval.before is None:
         record.eval.before = evaluate.measure("before", run, checked, built.model, patches)
@@ -113,7 +113,7 @@ def execute(run: RunContext) -> None:
     record.samples = evaluate.answers("after", run, checked, built.model, patches, record.samples)
     run.save()
     evaluate.score("after", run, checked, built.model, patches, record)
-    patches.remove()
+    run.remove_patches()
     train.unshard(built, checked.device)
     if is_main_process():
         merged = merge.finish(run, checked, built, record.eval.after)

@@ -24,6 +24,7 @@ from finetune.units import clock, number
 if TYPE_CHECKING:
     from finetune.stages.planning import PlannedRun
     from finetune.stages.preflight import Checked
+    from finetune.train.fast.patching import FastStep
 
 
 @dataclass
@@ -45,6 +46,7 @@ class RunContext:
     record: Record | None = None
     checked: Checked | None = None
     planned: PlannedRun | None = None
+    patches: FastStep | None = None  # while they are installed
     earlier_phases: list[Phase] = field(default_factory=list)  # of the processes before a resume
 
     @property
@@ -139,6 +141,12 @@ class RunContext:
         self.record.provenance.resumed.append(resumed)
         self.save()
 
+    def remove_patches(self) -> None:
+        """Give the model and the libraries their own functions back."""
+        if self.patches is not None:
+            self.patches.remove()
+        self.patches = None  # it refers to the model
+
     def print_summary(self) -> None:
         """Print the result and the next commands, in the main process."""
         record, screen, run_dir = self.record, self.screen, self.path
@@ -174,6 +182,7 @@ class Done(NamedTuple):
 def release(stages: Iterable[RunContext]) -> None:
     """Unlock the run folders."""
     for stage in stages:
+        stage.remove_patches()
         stage.run_dir.release()
 
 

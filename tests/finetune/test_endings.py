@@ -69,6 +69,26 @@ def test_ctrl_c_while_the_report_is_written_leaves_a_stopped_run(
     assert [phase.name for phase in result.record.phases][: len(phases)] == phases
 
 
+def test_a_run_that_fails_leaves_no_patches(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AttentionInterface
+    from transformers.models.llama import modeling_llama
+
+    from finetune.stages import train
+
+    before = (modeling_llama.apply_rotary_pos_emb, dict(AttentionInterface._global_mapping))
+    seen: list[bool] = []
+
+    def failing(*arguments: Any) -> Any:
+        seen.append(dict(AttentionInterface._global_mapping) != before[1])
+        raise GateError("no more")
+
+    monkeypatch.setattr(train, "train", failing)
+    with pytest.raises(GateError):
+        finetune.run(lora)
+    assert seen == [True]  # they were installed
+    assert (modeling_llama.apply_rotary_pos_emb, dict(AttentionInterface._global_mapping)) == before
+
+
 def test_exports_before_the_one_that_fails_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.stages import export
 
