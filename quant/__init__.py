@@ -17,7 +17,7 @@ import torch
 
 from quant import nf4, ternary
 from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear, set_blend
-from quant.swap import SwapReport, pack, prove_used, swap, to_float
+from quant.swap import BypassedError, SwapReport, pack, prove_used, swap, to_float
 from quant.weight_cache import weights_changed
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BitLinear",
+    "BypassedError",
     "FakeNF4Linear",
     "FakeQuantLinear",
     "NF4Linear",

@@ -233,9 +233,13 @@ def to_float(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             _replace(model, [path], back)
 
 
+class BypassedError(RuntimeError):
+    """The model computes without some of its swapped modules."""
+
+
 @contextmanager
 def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
-    """Run a forward pass of `model` inside the block; raises RuntimeError at its end if a swapped module was not used.
+    """Run a forward pass of `model` inside the block; raises BypassedError at its end if a swapped module was not used.
 
     Wrapping (PEFT, DDP, torch.compile) does not matter, because the quantized layers record their use. Experts
     are checked as one module, because the router decides which of them get tokens.
@@ -253,7 +257,7 @@ def prove_used(model: nn.Module, report: SwapReport) -> Iterator[None]:
     if unused and len(unused) == len(proven):
         raise RuntimeError("no swapped module was used: call the model inside the prove_used block")
     if unused:
-        raise RuntimeError(
+        raise BypassedError(
             f"{len(unused)} of {len(proven)} swapped modules were not used in the forward pass: {_some(unused)}. "
             "The model reads their weight without calling them, or never reaches them: add them to `keep`."
         )

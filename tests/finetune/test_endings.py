@@ -69,6 +69,22 @@ def test_ctrl_c_while_the_report_is_written_leaves_a_stopped_run(
     assert [phase.name for phase in result.record.phases][: len(phases)] == phases
 
 
+def test_linears_that_the_model_bypasses_stop_the_run(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer whose weight the model reads without calling it would be trained and evaluated as two models."""
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    def forward(self: Any, x: Any) -> Any:
+        gate = getattr(self.gate_proj, "base_layer", self.gate_proj)
+        weight = gate.dequantize(x.dtype) if hasattr(gate, "dequantize") else gate.weight
+        return self.down_proj(self.act_fn(x @ weight.t()) * self.up_proj(x))
+
+    monkeypatch.setattr(LlamaMLP, "forward", forward)
+    with pytest.raises(GateError, match="bypassed") as caught:
+        finetune.run(lora, {"quant.scheme": "nf4"})
+    assert "gate_proj" in str(caught.value.got)
+    assert record_of(tmp_path / "run")["state"] == "failed"
+
+
 def test_a_run_that_fails_leaves_no_patches(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AttentionInterface
     from transformers.models.llama import modeling_llama

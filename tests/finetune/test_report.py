@@ -982,12 +982,12 @@ def test_show_tells_the_gap_the_exports_and_the_alarms(capsys: pytest.CaptureFix
     show_run(made, tmp_path, Screen())
     out = capsys.readouterr().out
     for expected in (
-        "float            3.9000", "float twin       4.4017", "gap      +0.1004 ± 0.0087 nats, ternary less float twin",
-        "0.20% of the codes flipped, 31.0% were 0; 1 alarm\n", "alarm    step 60: thrashing", "gate pass, KL 1.7e-07 nats",
-        "export   export/bitnet-tiny-TQ2_0.gguf: 2.4 MiB, 3.50 bits a parameter",
+        "float            3.9000", "float twin       4.4017", "gap      +0.1004 ± 0.0087 nats, ternary minus float twin",
+        "0.20% of the codes flipped and 31.0% were 0; 1 alarm\n", "alarm    step 60: thrashing", "gate pass, KL 1.7e-07 nats",
+        "export   export/bitnet-tiny-TQ2_0.gguf: 2.4 MiB, 3.50 bits per parameter",
     ):  # fmt: skip
         assert expected in out, expected
     losses = {"adapter_loss": 3.1, "base_loss": 3.4, "float_loss": 3.12, "merged_loss": 3.31}
     put(made.merge, reternarized=Reternarized(**losses, flips=0.0123, rows=16, gate=made.exports["bitnet"].gate))
     show_run(made, tmp_path, Screen())
-    assert "ternary again: loss 3.3100, with the adapter 3.1000, without it 3.4000; 1.23%" in capsys.readouterr().out
+    assert "to ternary: loss 3.3100, with the adapter 3.1000, base 3.4000; 1.23%" in capsys.readouterr().out
