@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.data.preflight import Limits
 from finetune.errors import UserError, nearest
 from finetune.files import TOKENIZER
+from finetune.models.gguf import parsed_once
 from finetune.models.source import FAULTS, Source, find_tokenizer, unavailable
 from finetune.recipe import Quant, Recipe
 from finetune.screen import Shown
@@ -30,7 +31,8 @@ def load_config(source: Source, tokenizer: PreTrainedTokenizerBase | None = None
     if source.init_config is not None:
         return new_config(source.init_config, tokenizer)
     try:
-        return AutoConfig.from_pretrained(source.folder, **source.options)
+        with parsed_once(source):
+            return AutoConfig.from_pretrained(source.folder, **source.options)
     except FAULTS:
         raise
     except Exception as error:  # transformers raises many exception types for an unreadable model
@@ -96,7 +98,8 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(source.folder, **source.options)
+        with parsed_once(source):
+            return AutoTokenizer.from_pretrained(source.folder, **source.options)
     except FAULTS:
         raise
     except Exception as error:

@@ -10,6 +10,7 @@ import torch
 
 from finetune.errors import UserError
 from finetune.models.config import as_packed
+from finetune.models.gguf import forget_parsed, parsed_once
 from finetune.models.source import AGAIN, FAULTS, Source, check_files, shapes_in, unavailable
 from finetune.recipe import Quant
 from finetune.screen import Shown, relayed_bars
@@ -63,7 +64,7 @@ def load_weights(
         elif quant is not None and quant.scheme == "nf4":
             options["quantization_config"] = PackedNF4Config(keep=(*DEFAULT_KEEP, *quant.keep), double=quant.double, put=put)
     try:
-        with relayed_bars(progress) as tqdm_class:
+        with relayed_bars(progress) as tqdm_class, parsed_once(source):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=dtype, output_loading_info=True, tqdm_class=tqdm_class, **options
             )
@@ -75,6 +76,8 @@ def load_weights(
         raise
     except Exception as error:  # transformers raises many exception types for an unreadable model
         raise _unreadable(source, config, attention, error) from None
+    finally:
+        forget_parsed()
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:

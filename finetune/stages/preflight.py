@@ -67,7 +67,7 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
     screen.preflight(data.preflight.checks, data.preflight.examples)
     forced_before = record is not None and record.preflight is not None and record.preflight.forced is not None
     forced = _gate(data, screen, force=run.force or forced_before)
-    with screen.phase("skeleton"):
+    with screen.phase("architecture"):
         info, targets = architecture(recipe, inputs)
         trainable = adapter_parameters(recipe.adapter, info, targets) if targets else info.parameters
     return Checked(device, inputs, data, data.held_out(), info, targets, trainable, forced)

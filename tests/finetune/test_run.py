@@ -671,7 +671,7 @@ def test_where_one_row_does_not_fit_the_plan_says_what_would(finetune: Terminal,
 
     plain = SupervisedFineTuning.loss
     finetune.monkeypatch.setattr(SupervisedFineTuning, "loss", nothing_fits)
-    code, out, err = finetune("run", str(recipe), "run.dir=large", "data.max_length=512")
+    code, out, err = finetune("run", str(recipe), "run.dir=large", "data.max_length=128")
     assert code == 3, (out, err)
     assert "out of memory in step 1, with one sample at a time" in err
     assert "allocate" in err
