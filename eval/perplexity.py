@@ -270,19 +270,3 @@ def text_rows(tokenizer: Any, text: str, *, length: int, bos: bool = True) -> li
     if not rows:
         raise ValueError(f"the text is too short: {len(ids)} tokens, at least 2 are needed")
     return rows
-
-
-def evaluate_text(
-    model: nn.Module,
-    tokenizer: Any,
-    text: str,
-    *,
-    length: int = 1024,
-    bos: bool = True,
-    batch_tokens: int = 2048,
-    device: torch.device | str | None = None,
-    progress: Progress | None = None,
-) -> LossResult:
-    """The model's loss and perplexity on a plain text: `text_rows`, then `evaluate_loss`."""
-    rows = text_rows(tokenizer, text, length=length, bos=bos)
-    return evaluate_loss(model, rows, batch_tokens=batch_tokens, device=device, progress=progress)

@@ -190,6 +190,15 @@ class SwapRecord(Part):
     backend: str
 
 
+class OffloadRecord(Part):
+    """Layers that are fetched from `source` (memory or disk, key `from`) while they are computed; sizes in bytes."""
+
+    source: str = Field(alias="from")
+    layers: int
+    bytes: int
+    largest_layer_bytes: int
+
+
 class ModelRecord(Part):
     """`bytes`: memory of training without activations, by type; `fast`: applied patches, in words."""
 
@@ -197,7 +206,7 @@ class ModelRecord(Part):
     parameters: int
     trainable: int
     swap: SwapRecord | None = None
-    streamed: dict[str, Any] | None = None
+    streamed: OffloadRecord | None = None
     adapters: int
     dtype: str
     eos_token_ids: list[int]

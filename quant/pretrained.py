@@ -52,11 +52,13 @@ class PackingError(ValueError):
     """A model that cannot be packed, or a packed checkpoint that cannot be read, with the reason for each layer."""
 
 
-MAP_ERROR = 1e-6
-"""Allowed difference of a stored table of levels from ours: torch builds round linspace differently in the last bit."""
+class MissingTensors(PackingError):
+    """The checkpoint lacks tensors of the model, which would stay random."""
 
-RMS_NORM_EPS = 1e-6
-"""Default of BitNetQuantConfig, if config.json has none."""
+
+# Allowed difference of a stored table of levels from ours: torch builds round linspace differently in the last bit.
+MAP_ERROR = 1e-6
+RMS_NORM_EPS = 1e-6  # default of BitNetQuantConfig, if config.json has none
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "revision", "subfolder", "token", "trust_remote_code")
 
@@ -112,9 +114,9 @@ def packed_config(config: PretrainedConfig) -> PretrainedConfig:
     stored = copy.deepcopy(stored) if isinstance(stored, dict) else stored.to_dict()
     method = stored.get("quant_method")
     method = getattr(method, "value", method)
-    if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):  # as in bitsandbytes' first configs
-        method = "bitsandbytes"
-    if method is None:
+    if method is None and (stored.get("load_in_4bit") or stored.get("load_in_8bit")):
+        method = "bitsandbytes"  # its first configs
+    elif method is None:
         raise PackingError("this checkpoint's quantization_config has no quant_method, so its format is unknown")
     if method == "bitsandbytes":
         quant_type = stored.get("bnb_4bit_quant_type", "fp4") if stored.get("load_in_4bit") else "int8"
@@ -152,7 +154,7 @@ def load(name: str | Path, *, dtype: torch.dtype | str = "auto", device_map: Any
         raise PackingError(f"a weight file of {name} is damaged or truncated: {error}; download or save it again") from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        raise PackingError(f"{len(missing)} tensors are missing in the checkpoint and would stay random: {_some(missing)}")
+        raise MissingTensors(f"{len(missing)} tensors are missing in the checkpoint and would stay random: {_some(missing)}")
     return model
 
 
@@ -218,6 +220,7 @@ class PackedQuantizer(HfQuantizer):
         super().__init__(copy.deepcopy(quantization_config), **kwargs)
         self.report: SwapReport | None = None
         self.failures: dict[str, str] = {}
+        self.incomplete = False
         self.transposed: frozenset[str] = frozenset()
         self.mixtures: dict[str, QuantizedExperts] = {}
         self.awaited: dict[str, set[str]] = {}
@@ -384,6 +387,7 @@ class PackedQuantizer(HfQuantizer):
                     raise ValueError(f"its {name} has shape {tuple(part.shape)}, not {tuple(shape)}: is the file truncated?")
         except ValueError as error:
             self.failures[path] = str(error)
+            self.incomplete |= isinstance(error, MissingTensors)
             return {}
         return {f"{path}.{name}": part for name, part in parts.items()}
 
@@ -401,7 +405,8 @@ class PackedQuantizer(HfQuantizer):
                 if random:
                     failures[path] = f"the checkpoint has no {', '.join(random)} for it"
         if failures:
-            raise PackingError(_some([f"{path}: {reason}" for path, reason in failures.items()]))
+            failed = MissingTensors if self.incomplete or not self.failures else PackingError
+            raise failed(_some([f"{path}: {reason}" for path, reason in failures.items()]))
         with suppress(ValueError):  # a model that no format can express still works; saving it raises the error
             self.refresh(model)
         return model
@@ -521,7 +526,7 @@ class NF4Quantizer(PackedQuantizer):
                 raise ValueError(f"its {key} is {state.get(key)}; only {value} is supported")
         for name, levels in ((self.MAP, nf4.LEVELS), (self.NESTED_MAP, nf4.DYNAMIC_LEVELS)):
             if name in tensors:
-                stored, ours = tensors[name].cpu().float(), _table(levels)
+                stored, ours = tensors[name].cpu().float(), torch.tensor(levels, dtype=torch.float32)
                 if stored.shape != ours.shape or (stored - ours).abs().max() > MAP_ERROR:
                     raise ValueError(f"its {name.removeprefix('weight.')} has other levels than NF4")
         codes, absmax = tensors["weight"].view(torch.uint8).view(-1, 1), tensors["weight.absmax"]
@@ -535,15 +540,14 @@ class NF4Quantizer(PackedQuantizer):
 
     def write(self, layer: PackedLinear) -> dict[str, Tensor]:
         packed: nf4.NF4Tensor = layer.packed
-        state: dict[str, Any] = {
-            "quant_type": "nf4",
-            "blocksize": packed.block,
-            "dtype": str(layer.dtype).removeprefix("torch."),
-            "shape": list(layer.shape),
-        }
-        out = {"weight": packed.codes, "weight.absmax": packed.absmax, self.MAP: _table(nf4.LEVELS)}
+        dtype = str(layer.dtype).removeprefix("torch.")
+        state: dict[str, Any] = {"quant_type": "nf4", "blocksize": packed.block, "dtype": dtype, "shape": list(layer.shape)}
+        out = {"weight": packed.codes, "weight.absmax": packed.absmax, self.MAP: torch.tensor(nf4.LEVELS, dtype=torch.float32)}
         if packed.nested_absmax is not None and packed.offset is not None:
-            out |= {"weight.nested_absmax": packed.nested_absmax, self.NESTED_MAP: _table(nf4.DYNAMIC_LEVELS)}
+            out |= {
+                "weight.nested_absmax": packed.nested_absmax,
+                self.NESTED_MAP: torch.tensor(nf4.DYNAMIC_LEVELS, dtype=torch.float32),
+            }
             state |= {
                 "nested_blocksize": nf4.NESTED_BLOCK,
                 "nested_dtype": "float32",
@@ -637,12 +641,9 @@ def attach_quantizer(model: Model) -> Model:
 
 def quantizer_for(model: PreTrainedModel) -> PackedQuantizer:
     """The quantizer that saves the quantized layers of `model`; it raises when saving a model that it cannot express."""
-    ternary_layers = any(isinstance(module, BitLinear | PackedBitLinear) for module in model.modules())
-    quantizer: PackedQuantizer
-    if ternary_layers:
+    quantizer: PackedQuantizer = NF4Quantizer(PackedNF4Config(), pre_quantized=False)
+    if any(isinstance(module, BitLinear | PackedBitLinear) for module in model.modules()):
         quantizer = TernaryQuantizer(PackedTernaryConfig(), pre_quantized=False)
-    else:
-        quantizer = NF4Quantizer(PackedNF4Config(), pre_quantized=False)
     with torch.device("meta"):
         plain = type(model)(model.config)
     quantizer.transposed = frozenset(path for path, module in plain.named_modules() if isinstance(module, Conv1D))
@@ -665,17 +666,13 @@ def _tied(model: PreTrainedModel) -> Iterator[None]:
             setattr(module, name, parameter)
 
 
-def _table(levels: Sequence[float]) -> Tensor:
-    return torch.tensor(levels, dtype=torch.float32)  # independent of torch's default dtype
-
-
 def _is_ours(conversion: Any) -> bool:
     return isinstance(conversion, WeightConverter) and any(isinstance(op, _Unpack) for op in conversion.operations)
 
 
 def _require(tensors: Mapping[str, Any], names: Iterable[str]) -> None:
     if missing := [name for name in names if name not in tensors]:
-        raise ValueError(f"the checkpoint has no {', '.join(missing)} for it")
+        raise MissingTensors(f"the checkpoint has no {', '.join(missing)} for it")
 
 
 def _some(names: list[str]) -> str:

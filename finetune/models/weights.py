@@ -46,7 +46,7 @@ def load_weights(
     """
     from transformers import AutoModelForCausalLM
 
-    from quant.pretrained import PackedNF4Config, PackingError
+    from quant.pretrained import MissingTensors, PackedNF4Config, PackingError
 
     check_files(source, source.folder)
     chosen = {} if attention == "auto" else {"attn_implementation": attention}
@@ -68,9 +68,9 @@ def load_weights(
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.folder, dtype=dtype, output_loading_info=True, tqdm_class=tqdm_class, **options
             )
+    except MissingTensors as error:
+        raise _incomplete(source, str(error)) from None
     except PackingError as error:
-        if "the checkpoint has no" in str(error):
-            raise _incomplete(source, str(error)) from None
         raise UserError("the base cannot be quantized", where="quant", got=str(error)) from None
     except FAULTS:
         raise

@@ -187,10 +187,6 @@ class Calibration:
             total += a * b * c * grid[point]
         return total
 
-    def bandwidth_seconds(self, count: float) -> float:
-        """Seconds of a large copy that reads and writes `count` bytes in total."""
-        return count / self.bandwidth_bytes_per_second
-
     def elementwise_seconds(self, count: float, op: str = "add", dtype: str = "bf16") -> float:
         """Seconds of an eager operator that moves `count` bytes, without call overhead. Unmeasured operators count as add."""
         if count <= 0:

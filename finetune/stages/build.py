@@ -10,7 +10,7 @@ from finetune.assembly import calibration_ids
 from finetune.models.build import BuiltModel, build_model
 from finetune.models.precision import weights_dtype
 from finetune.recipe import Recipe
-from finetune.record import ModelRecord, ModelSource, Record, SwapRecord
+from finetune.record import ModelRecord, ModelSource, OffloadRecord, Record, SwapRecord
 from finetune.stages.context import RunContext
 from finetune.stages.evaluate import measure
 from finetune.stages.preflight import Checked
@@ -56,18 +56,18 @@ def build(run: RunContext, checked: Checked, record: Record) -> tuple[BuiltModel
             f"{human_bytes(swap.bytes_before)} → {human_bytes(swap.bytes_after)}; {swap.backend}\n"
             f"  left in floats: {built.swap.left_in_words}"
         )
-    figures = built.offloaded.figures() if built.offloaded is not None else None
-    if figures is not None:
+    layers = OffloadRecord.model_validate(built.offloaded.figures()) if built.offloaded is not None else None
+    if layers is not None:
         screen.say(
-            f"  {figures['layers']} layers offloaded to {figures['from']}: {human_bytes(figures['bytes'])} in total, "
-            f"the largest {human_bytes(figures['largest_layer_bytes'])}"
+            f"  {layers.layers} layers offloaded to {layers.source}: {human_bytes(layers.bytes)} in total, "
+            f"the largest {human_bytes(layers.largest_layer_bytes)}"
         )
     return built, ModelRecord(
         architecture=checked.info.architecture,
         parameters=built.parameters,
         trainable=built.trainable,
         swap=swap,
-        streamed=figures,
+        streamed=layers,
         adapters=len(built.targets),
         dtype=str(built.dtype).removeprefix("torch."),
         eos_token_ids=sorted(eos_token_ids),

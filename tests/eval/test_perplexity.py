@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.perplexity import LossResult, evaluate_loss, evaluate_text, paired_difference, rows_stay_apart, text_rows
+from eval.perplexity import LossResult, evaluate_loss, paired_difference, rows_stay_apart, text_rows
 
 Rows = list[tuple[list[int], list[int]]]
 
@@ -232,10 +232,3 @@ def test_text_rows(new_tokenizer: Any) -> None:
         text_rows(plain, "a", length=8)
     with pytest.raises(ValueError, match="at least 2, one token to read and one to predict, not 1"):
         text_rows(plain, TEXT, length=1)
-
-
-def test_evaluate_text(model: Any, new_tokenizer: Any) -> None:
-    tokenizer = new_tokenizer(bos=True)
-    result = evaluate_text(model, tokenizer, TEXT, length=50)
-    assert result.tokens == len(TEXT)
-    assert result == evaluate_loss(model, text_rows(tokenizer, TEXT, length=50))

@@ -107,9 +107,10 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     (tmp_path / "text.txt").write_text("One plus two is three. " * 50)
     code, _, err = finetune("eval", str(run / "merged"), "--file", "text.txt", "--json", "text.json")
     assert code == 0, err
-    from eval.perplexity import evaluate_text
+    from eval.perplexity import evaluate_loss, text_rows
 
-    plain = evaluate_text(merged, AutoTokenizer.from_pretrained(run / "merged"), "One plus two is three. " * 50)
+    rows = text_rows(AutoTokenizer.from_pretrained(run / "merged"), "One plus two is three. " * 50, length=1024)
+    plain = evaluate_loss(merged, rows)
     assert json.loads((tmp_path / "text.json").read_text())[str(run / "merged")]["loss"]["loss"] == pytest.approx(
         plain.loss, rel=1e-2
     )

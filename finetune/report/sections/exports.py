@@ -40,7 +40,7 @@ def _row(name: str, export: ExportRecord) -> Html:
     badge = el("span", "✓" if passed else "✗", class_="badge", title=gate.status)
     title = name.upper() if name.startswith("gguf") else name
     cells = [
-        (size(export.bytes), f"{fixed(export.bits_per_weight, 2)} bits a parameter"),
+        (size(export.bytes), f"{fixed(export.bits_per_weight, 2)} bits per parameter"),
         (
             "exactly" if correct.error == 0 else f"error {scientific(correct.error)}",
             f"allowed {scientific(correct.limit)}; {plural(gate.tokens, 'token')}",
