@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +163,33 @@ def test_fit_changes_of_an_older_record_have_todays_keys(lora: Path, tmp_path: P
 def test_overrides_from_python_take_any_text_and_paths(lora: Path, rows_file: Path) -> None:
     recipe = finetune.check(lora, {"about": "😀 é 漢", "data.path": rows_file})
     assert (recipe.about, recipe.data.path) == ("😀 é 漢", str(rows_file))
+
+
+def test_a_signal_while_libraries_load_ends_the_run_before_anything_is_written(
+    lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune import pipeline
+
+    @contextlib.contextmanager
+    def terminated(*arguments: Any) -> Iterator[None]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        yield
+
+    monkeypatch.setattr(pipeline, "quiet_libraries", terminated)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.run(lora)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_twin_is_a_run_of_its_own_that_ends_unlocked(tmp_path: Path) -> None:
+    (tmp_path / "story.txt").write_text(story(12_000))
+    path = tmp_path / "ternary.yaml"
+    path.write_text(TERNARY.format(data=tmp_path / "story.txt", run=tmp_path / "run") + "twin: true\n")
+    result = finetune.run(path, {"export.formats": []})
+    twin = tmp_path / "run" / "twin"
+    assert record_of(twin)["next"] == [f"finetune chat {twin}", f"finetune show {twin}"]
+    assert result.record.next == [f"finetune chat {tmp_path / 'run'} {twin}", f"finetune show {tmp_path / 'run'}"]
+    assert not list((tmp_path / "run").rglob(".lock"))
+    assert finetune.run(path, {"export.formats": []}, resume=True).record.next == result.record.next
