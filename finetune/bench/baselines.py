@@ -373,10 +373,10 @@ def _ggml() -> tuple[ctypes.CDLL, ctypes.CDLL]:
     if not version.startswith(GGML):
         raise Skip(f"libggml-python {version} has other structures than {GGML}x, pip install 'libggml-python=={GGML}*'")
     folder = Path(libggml.__file__).parent
-    found = [next(folder.glob(f"lib*/libggml-{name}.so"), None) for name in ("base", "cpu")]
-    if None in found:
+    paths = [next(folder.glob(f"lib*/libggml-{name}.so"), None) for name in ("base", "cpu")]
+    if None in paths:
         raise Skip(f"libggml-python {version} has no shared libraries for this system")
-    base, cpu = (ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in found)
+    base, cpu = (ctypes.CDLL(str(path), ctypes.RTLD_GLOBAL) for path in paths)
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     signatures: dict[str, tuple[Any, list[Any]]] = {
         "ggml_init": (pointer, [_Init]), "ggml_free": (None, [pointer]),

@@ -373,7 +373,7 @@ def cases(device: str, sizes: Sizes) -> list[Case]:
         f"every step; {'; '.join(f'{side}: {about}' for side, about in opponents.items())}"
     )
     memory = "peak of such steps in a separate process: model, gradients, AdamW states and activations, without libraries"
-    found = [
+    step_cases = [
         Case(
             f"{prefix}ternary step", side, "tokens/s", goals[side], functools.partial(_step, device, sizes, side), 30, step,
         )
@@ -383,7 +383,7 @@ def cases(device: str, sizes: Sizes) -> list[Case]:
         for side in opponents
     ]  # fmt: skip
     if device == "cuda":
-        return found
+        return step_cases
     table = shape.vocabulary * shape.hidden
     body = shape.layers * (4 * shape.hidden**2 + 3 * shape.hidden * shape.intermediate)
 
@@ -393,7 +393,7 @@ def cases(device: str, sizes: Sizes) -> list[Case]:
 
     disk = f"{(body + table) / 1e6:.1f} million weights, of which {table / 1e6:.1f} million (the embedding) stay in 16 bits"
     return [
-        *found,
+        *step_cases,
         Case("bitnet folder", "bf16 safetensors", "MiB", share(2), lambda: _size(exports, "bitnet", "bf16"), 5, disk),
         Case("GGUF TQ2_0", "GGUF F16", "MiB", share(2.0625), lambda: _size(exports, "gguf-tq2_0", "gguf-f16"), 5, disk),
         Case("GGUF TQ1_0", "GGUF F16", "MiB", share(1.6875), lambda: _size(exports, "gguf-tq1_0", "gguf-f16"), 3, disk),

@@ -159,8 +159,8 @@ def peak(out: int, name: str, device: str, sizes: str, side: str) -> None:
     follow()
     bench = importlib.import_module(f"finetune.bench.{name}")
     place(device)
-    found = bench.peak(device, type(bench.SIZES)(**json.loads(sizes)), side)
-    os.write(out, json.dumps({"peak": found}).encode())
+    peak = bench.peak(device, type(bench.SIZES)(**json.loads(sizes)), side)
+    os.write(out, json.dumps({"peak": peak}).encode())
 
 
 if __name__ == "__main__":

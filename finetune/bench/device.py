@@ -527,42 +527,42 @@ def rows(measured: Calibration, table: Device) -> list[Row]:
             "against": f"table: {table.key}" if theirs else "", "backend": None, "note": note,
         }  # fmt: skip
 
-    found = []
+    listed = []
     for dtype in dict.fromkeys(point["dtype"] for point in measured.gemm):
         points = [point for point in measured.gemm if point["dtype"] == dtype]
         best = max(points, key=lambda point: point["flops_per_second"])
         theirs = table.rates.get(dtype, None) if known else None
         note = f"{best['m']}×{best['k']}·{best['k']}×{best['n']} {best['layout']}"
-        found.append(row(f"product {dtype}", best["flops_per_second"] / 1e9, theirs and theirs / 1e9, "GFLOP/s", note))
+        listed.append(row(f"product {dtype}", best["flops_per_second"] / 1e9, theirs and theirs / 1e9, "GFLOP/s", note))
     for what, speed in (("copy", measured.bandwidth_bytes_per_second), ("read", measured.read_bytes_per_second)):
-        found.append(row(f"memory, {what}", speed / 1e9, table.bandwidth / 1e9 if known else None, "GB/s"))
+        listed.append(row(f"memory, {what}", speed / 1e9, table.bandwidth / 1e9 if known else None, "GB/s"))
     for op, curve in measured.elementwise.items():
         for size, rate in (curve[min(1, len(curve) - 1)], curve[-1]):
-            found.append(row(f"{op}, {size / MIB:.3g} MiB", rate / 1e9, None, "GB/s"))
+            listed.append(row(f"{op}, {size / MIB:.3g} MiB", rate / 1e9, None, "GB/s"))
     if measured.fresh_seconds_per_byte:
-        found.append(row("memory, new pages", 1e-9 / measured.fresh_seconds_per_byte, None, "GB/s", "results over 32 MiB"))
-    found.append(row("call of an operator", measured.launch_seconds * 1e6, None, "µs"))
-    found.append(row("an operator in a step", measured.step["operation"] * 1e6, None, "µs"))
-    found.append(row("arithmetic in a step", measured.step["busy"], None, "×", "relative to isolated calls"))
+        listed.append(row("memory, new pages", 1e-9 / measured.fresh_seconds_per_byte, None, "GB/s", "results over 32 MiB"))
+    listed.append(row("call of an operator", measured.launch_seconds * 1e6, None, "µs"))
+    listed.append(row("an operator in a step", measured.step["operation"] * 1e6, None, "µs"))
+    listed.append(row("arithmetic in a step", measured.step["busy"], None, "×", "relative to isolated calls"))
     for verb, speeds in (("dequantize", measured.dequantize), ("quantize", measured.quantize)):
-        found += [row(f"{verb} {scheme}", speed / 1e6, None, "M/s") for scheme, speed in speeds.items()]
+        listed += [row(f"{verb} {scheme}", speed / 1e6, None, "M/s") for scheme, speed in speeds.items()]
     for point in measured.attention:
         shape = f"{point['heads']} × {point['width']}, {point['length']}, {point['dtype']}"
-        found.append(row(f"attention {shape}", point["forward"] / 1e9, None, "GFLOP/s", "forward"))
-        found.append(row(f"attention {shape}", point["both"] / 1e9, None, "GFLOP/s", "forward and backward"))
-    found += [row(f"step {name}", rate / 1e6, None, "M/s", "parameters") for name, rate in measured.optimizer.items()]
-    return found
+        listed.append(row(f"attention {shape}", point["forward"] / 1e9, None, "GFLOP/s", "forward"))
+        listed.append(row(f"attention {shape}", point["both"] / 1e9, None, "GFLOP/s", "forward and backward"))
+    listed += [row(f"step {name}", rate / 1e6, None, "M/s", "parameters") for name, rate in measured.optimizer.items()]
+    return listed
 
 
-def show(found: list[Row], table: Device, screen: Screen) -> None:
+def show(table_rows: list[Row], table: Device, screen: Screen) -> None:
     from rich.table import Table
 
-    known = any(row["baseline"] is not None for row in found)
+    known = any(row["baseline"] is not None for row in table_rows)
     columns = ["quantity", "measured", *([f"table: {table.key}", "share"] if known else []), ""]
     shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         shown.add_column(column, justify="right" if column not in ("quantity", "") else "left")
-    for row in found:
+    for row in table_rows:
         assert row["ours"] is not None
         beside = []
         if known:
@@ -584,8 +584,8 @@ def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES)
     torch_device = torch.device(table.type)
     with screen.phase(f"device {table.key}") as progress:
         measured = measure(torch_device, sizes, progress)
-    found = rows(measured, table)
-    show(found, table, screen)
+    table_rows = rows(measured, table)
+    show(table_rows, table, screen)
     if measured.others > sizes.too_busy:
         raise UserError(
             "this machine was too busy; the measurement was not saved",
@@ -599,5 +599,5 @@ def device_command(json_file: Path | None, screen: Screen, sizes: Sizes = SIZES)
         screen.warn(f"other programs used {measured.others:.0%} of this machine: measure again on an idle one")
     if json_file is not None:
         collected = provenance.collect(torch_device, 0, " ".join(sys.argv))
-        write_json(json_file, {"name": "device", "rows": found, "calibration": str(path), "provenance": collected})
+        write_json(json_file, {"name": "device", "rows": table_rows, "calibration": str(path), "provenance": collected})
         screen.say(f"written to {json_file}")

@@ -53,8 +53,8 @@ class _Kernels(NamedTuple):
 def unavailable(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"numba's ternary kernels run on the cpu, not on {device.type}"
-    found = _lanes()
-    return found if isinstance(found, str) else None
+    lanes = _lanes()
+    return lanes if isinstance(lanes, str) else None
 
 
 def describe(device: torch.device) -> str:
@@ -286,9 +286,9 @@ tokens:
     block, totals = "tokens", {}
     for group in groups:
         lines += [f"  br label %row{group[0]}"]
-        code, found = _rows(lanes, range(tokens), group, 2 if tokens == 1 else 1, block)
+        code, row_totals = _rows(lanes, range(tokens), group, 2 if tokens == 1 else 1, block)
         lines += code
-        totals.update(found)
+        totals.update(row_totals)
         block = f"row{group[0]}.done"
     lines += ["  br label %done", "done:"]
     # Reduce: halves of two vectors are added and concatenated, until lane l holds the sum of vector l.
