@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -322,6 +323,7 @@ def cases(every: bool) -> list[tuple[Any, ...]]:
 
 
 def main() -> None:
+    warnings.filterwarnings("error", category=UserWarning, module=r"torch\.distributed\.fsdp")
     torch.set_num_threads(1)
     device = parallel.init_distributed("cpu")
     accelerator = Accelerator(cpu=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,7 @@ from finetune.recipe import read_recipe
 from finetune.train import parallel
 from tests.conftest import Terminal
 from tests.finetune.train.dealt import cases
+from tests.support.starts import run_together
 
 pytestmark = pytest.mark.alone
 
@@ -36,28 +36,9 @@ MEDDLING = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "tr
 def dealt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the program of two processes found: of every case where a slow one is asked for."""
     slow = any(item.get_closest_marker("slow") and item.module is request.module for item in request.session.items)
-    file = tmp_path_factory.mktemp("dealt") / "results.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | MEDDLING
-    together |= {"EVERY_CASE": "1"} if slow else {}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning:torch.distributed.fsdp", Path(__file__).with_name("dealt.py"), file],
-            env=os.environ | together | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
+    folder = tmp_path_factory.mktemp("dealt")
+    file, environment = folder / "results.json", MEDDLING | ({"EVERY_CASE": "1"} if slow else {})
+    run_together(Path(__file__).with_name("dealt.py"), [str(file)], folder, environment=environment)
     return json.loads(file.read_text())
 
 
