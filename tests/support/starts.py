@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import gc
 import multiprocessing
 import os
 import runpy
@@ -35,9 +36,10 @@ import psutil
 PRELOAD = [
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torch._inductor.compile_fx", "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral",
+    "transformers.generation.continuous_batching",
     "matplotlib.figure", "matplotlib.backends.backend_svg",
     "finetune.cli", "finetune.pipeline", "finetune.sources", "finetune.stages.train", "finetune.stages.merge",
-    "finetune.stages.planning", "finetune.report", "finetune.train.loop",
+    "finetune.stages.planning", "finetune.stages.build", "finetune.report.plots", "finetune.train.loop",
     "pytest",  # a fork imports its parent's main module
 ]  # fmt: skip
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -70,6 +72,7 @@ def _enter(program: str | None, words: list[str]) -> None:
     """Run the command line, or a program, in a process that has just been forked."""
     sys.stdout, sys.stderr = (os.fdopen(stream, "w", buffering=1, closefd=False) for stream in (1, 2))
     sys.argv = [program or "finetune", *words]
+    gc.freeze()  # what was imported is no garbage to look for
     from finetune import cli, processes
 
     processes.subprocess = SimpleNamespace(Popen=_ForkedChild, DEVNULL=subprocess.DEVNULL)  # type: ignore[assignment]

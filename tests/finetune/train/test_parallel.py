@@ -23,8 +23,6 @@ from tests.conftest import Terminal
 from tests.finetune.train.dealt import cases
 from tests.support.starts import run_together
 
-pytestmark = pytest.mark.alone
-
 REPOSITORY = Path(__file__).parents[3]
 FEW, ALL = ([" ".join(map(str, case)) for case in cases(every)] for every in (False, True))
 REST = [pytest.param(case, marks=pytest.mark.slow) for case in ALL if case not in FEW]
@@ -42,6 +40,7 @@ def dealt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return json.loads(file.read_text())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", [*FEW, *REST])
 def test_two_processes_train_as_one(dealt: Any, case: str) -> None:
     """Added up in the order in which two processes add them, floats give the same bits. In a row they do not: fp32 is rounded at
@@ -61,6 +60,7 @@ def test_two_processes_train_as_one(dealt: Any, case: str) -> None:
     assert (found["untouched"] > 0) == ("experts" in case), "and such as no token reached, which are left alone"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", [case for case in [*FEW, *REST] if "fsdp" in str(case)])
 def test_layers_are_shared_out_and_come_back(dealt: Any, case: str) -> None:
     found = dealt[case]
@@ -71,6 +71,7 @@ def test_layers_are_shared_out_and_come_back(dealt: Any, case: str) -> None:
     assert found["restored evaluated"] <= (1e-6 if "row" in case else 0.0)
 
 
+@pytest.mark.alone
 def test_what_processes_say_to_each_other(dealt: Any) -> None:
     said = dealt["words"]
     assert said["total"] == [3.0, 1.0]
@@ -167,6 +168,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.alone
 def test_they_know_each_other_and_one_speaks() -> None:
     child = "import json, os, sys; print(json.dumps(dict(os.environ))); print('aside', file=sys.stderr)"
     code, out, err = ended(driver(child, count=3))
@@ -193,6 +195,7 @@ def test_a_process_without_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (processes.rank(), processes.world_size(), processes.local_rank(), processes.is_main_process()) == (3, 8, 1, False)
 
 
+@pytest.mark.alone
 def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:
     child = f"""
 import os, sys, time
@@ -210,6 +213,7 @@ time.sleep(600)
     assert not any(alive(int((tmp_path / str(rank)).read_text())) for rank in range(3))
 
 
+@pytest.mark.alone
 def test_one_that_is_killed_is_told() -> None:
     child = "import os, signal, time\nos.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(600)"
     code, _, err = ended(driver(child))
@@ -217,6 +221,7 @@ def test_one_that_is_killed_is_told() -> None:
     assert "process 1 of 2 was killed by SIGKILL, possibly out of memory" in err
 
 
+@pytest.mark.alone
 def test_a_verdict_outweighs_a_lost_connection() -> None:
     """The first process has raised a UserError and takes its time to go; the second one has noticed, and is gone before."""
     child = "import os, sys, time\nfirst = os.environ['RANK'] == '0'\ntime.sleep(0.3 * first)\nsys.exit(2 if first else 1)"
@@ -225,6 +230,7 @@ def test_a_verdict_outweighs_a_lost_connection() -> None:
     assert err == ""
 
 
+@pytest.mark.alone
 def test_one_that_will_not_end_is_killed() -> None:
     child = (
         "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -254,6 +260,7 @@ def begun(folder: Path, count: int = 2) -> bool:
     return all((folder / str(n)).exists() and (folder / str(n)).read_text().endswith("\n") for n in range(count))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("sent", "got"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
 def test_a_signal_is_handed_on_once(tmp_path: Path, sent: str, got: str) -> None:
     process = driver(WORKING.format(folder=str(tmp_path), saving=0.5))
@@ -265,6 +272,7 @@ def test_a_signal_is_handed_on_once(tmp_path: Path, sent: str, got: str) -> None
     assert [(tmp_path / str(n)).read_text().splitlines()[1] for n in range(2)] == [f"['{got}']"] * 2
 
 
+@pytest.mark.alone
 def test_a_second_signal_kills(tmp_path: Path) -> None:
     process = driver(WORKING.format(folder=str(tmp_path), saving=600))
     until(lambda: begun(tmp_path))
@@ -279,6 +287,7 @@ def test_a_second_signal_kills(tmp_path: Path) -> None:
     assert not any(map(alive, children))
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_they_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     process = driver(WORKING.format(folder=str(tmp_path), saving=600))
