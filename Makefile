@@ -26,7 +26,7 @@ quickstart: install
 # Files side by side, then alone what measures time, memory or the machine or starts several processes. Both halves run in any case.
 test: install
 	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m 'not alone and $(DEFAULT)'; first=$$?; \
-	$(PYTEST) -m 'alone and $(DEFAULT)' && exit $$first
+	$(PYTEST) $$(grep -rl --include='test_*.py' 'mark[.]alone' tests) -m 'alone and $(DEFAULT)' && exit $$first
 
 test-slow: install
 	$(BIN)/python -m pytest -m 'slow and not gpu and not network'

@@ -36,6 +36,10 @@ def run(
             and plan). Interruption: a signal; training is saved.
     """
     screen, recipe = screen or Screen(), absolute(recipe)
+    if world_size() > 1:
+        from finetune.stages.preflight import check_processes
+
+        check_processes(recipe, world_size())  # before the processes connect and load their libraries
     run_dir = RunDir(agreed_dir(recipe, name, resume))
     main = RunContext.begin(name, recipe, run_dir, screen, command, resume=resume, force=force)
     stages = [main]

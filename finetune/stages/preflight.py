@@ -80,7 +80,6 @@ def _device(recipe: Recipe, screen: Screen) -> torch.device:
     offload.check(recipe.model.offload_layers, device)
     several = f", {world_size()} processes ({recipe.run.parallel})" if world_size() > 1 else ""
     screen.say(f"  {provenance.device_name(device)}{several}")
-    check_processes(recipe, world_size())
     if recipe.train.checkpointing == "offload" and device.type == "cpu":
         raise UserError(
             "checkpointing: offload needs a GPU: on a CPU, activations are already in its memory",

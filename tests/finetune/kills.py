@@ -4,42 +4,28 @@
     report = kill_until_done(take, seconds=4.0)  # how long a whole run takes; checks the folder after every kill
     assert differences(whole, take.run) == []    # beside the folder of a run that nobody stopped
 
-Only the outside is seen: the command line, the run's folder, processes and signals. Libraries take seconds to import, so most
-starts are forks of a server that has imported them (and has no thread); some are plain `python -m finetune.cli`, which have
-another order of sets as well.
+Only the outside is seen: the command line, the run's folder, processes and signals. Most starts are forks of a server that has
+imported the libraries (tests/support/starts.py); some are plain `python -m finetune.cli`, which have another order of sets as
+well.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
-import functools
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
-import psutil
+from tests.support import starts
 
-# What a run imports. Not datasets: its pyarrow begins a thread, which a fork would lose.
-PRELOAD = [
-    "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torch._inductor.compile_fx",
-    "transformers.models.llama.modeling_llama", "finetune.pipeline", "finetune.stages.train", "finetune.stages.merge",
-    "finetune.stages.planning", "finetune.report", "finetune.train.loop",
-]  # fmt: skip
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PLAIN_SECONDS = 4.0  # what the imports of a plain start take
 CLOCK = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
 SAVE, MARK = (
@@ -52,115 +38,11 @@ def seed() -> int:
     return int(os.environ.get("KILL_SEED", "1"))
 
 
-# -------------------------------------------------------------------------------------------------------------- one process
-
-
-@functools.cache
-def _server() -> Any:
-    """The context of a server that has imported everything and forks at once."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOAD)
-    with mock.patch.dict(os.environ, ONE_THREAD):
-        forkserver.ensure_running()
-    return context
-
-
-def _forked(words: list[str], place: str, log: str, environment: dict[str, str]) -> None:
-    """What a fork does: becomes what `python -m finetune.cli` would be, and leaves as that would."""
-    os.setsid()
-    assert len(os.listdir(f"/proc/{os.getppid()}/task")) == 1, "a fork of a server with threads"
-    file = open(log, "w", buffering=1)  # noqa: SIM115  # until the process ends
-    for stream in (1, 2):
-        os.dup2(file.fileno(), stream)
-    sys.stdout = sys.stderr = file
-    os.chdir(place)
-    os.environ.update(environment)
-    sys.argv = ["finetune", *words]
-    from finetune import cli
-
-    try:
-        cli.main()
-    finally:
-        atexit._run_exitfuncs()
-
-
-class Start:
-    """One start of the command line in `place`: leads a process group of its own, and writes what it says to `log`."""
-
-    def __init__(self, words: list[str], place: Path, log: Path, *, forked: bool = True, environment: Mapping[str, str] = {}):
-        self.words, self.log = words, log
-        log.touch()
-        given = ONE_THREAD | dict(environment)
-        self.process: Any
-        if forked:
-            self.process = _server().Process(target=_forked, args=(words, str(place), str(log), given))
-            self.process.start()
-        else:
-            with open(log, "w") as file:
-                self.process = subprocess.Popen(
-                    [sys.executable, "-u", "-m", "finetune.cli", *words], cwd=place, env=os.environ | given,
-                    stdin=subprocess.DEVNULL, stdout=file, stderr=file, start_new_session=True,
-                )  # fmt: skip
-        self.pid: int = self.process.pid
-
-    @property
-    def code(self) -> int | None:
-        """The exit code, -9 for SIGKILL; None while it runs."""
-        return self.process.poll() if isinstance(self.process, subprocess.Popen) else self.process.exitcode
-
-    def wait(self, seconds: float, until: Callable[[], bool] = lambda: False, every: float = 0.002) -> bool:
-        """Whether `until` came true within `seconds`, while the process ran."""
-        deadline = time.monotonic() + seconds
-        while self.code is None and time.monotonic() < deadline:
-            if until():
-                return True
-            time.sleep(every)
-        return False
-
-    def send(self, number: int, patience: float = 60.0) -> int:
-        """Send a signal to the process (not to its group) and wait until nothing of the group is left; the exit code."""
-        if self.code is None:
-            os.kill(self.pid, number)
-        self.wait(patience)
-        assert self.code is not None, self.said(f"lives {patience} s after signal {number}")
-        deadline = time.monotonic() + 20  # a compiler that was at work ends by itself
-        while left := _group(self.pid):
-            assert time.monotonic() < deadline, self.said(f"its children live on: {left}")
-            time.sleep(0.01)
-        return self.code
-
-    def phase(self) -> str:
-        """What the screen named last."""
-        names = [line[:-2] for line in self.log.read_text().splitlines() if line.endswith(" …") and line[0] != " "]
-        return names[-1] if names else "start"
+class Start(starts.Start):
+    """A start whose failures say how to repeat them."""
 
     def said(self, what: str) -> str:
-        """`what` went wrong, with all that is needed to look into it."""
-        tail = "\n".join(self.log.read_text(errors="replace").splitlines()[-40:])
-        return f"{what}\nKILL_SEED={seed()}; finetune {' '.join(self.words)}; exit code {self.code}; {self.log}:\n{tail}"
-
-    def __enter__(self) -> Start:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.code is None:
-            self.send(signal.SIGKILL)
-
-
-def _group(leader: int) -> list[str]:
-    """Names of the living processes in a group."""
-    try:
-        os.killpg(leader, 0)
-    except ProcessLookupError:
-        return []
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if os.getpgid(process.pid) == leader and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process.name())
-        except (ProcessLookupError, psutil.NoSuchProcess):
-            continue
-    return found
+        return f"{super().said(what)}\nKILL_SEED={seed()}"
 
 
 # ------------------------------------------------------------------------------------------------------- one run, many starts

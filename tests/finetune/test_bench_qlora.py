@@ -29,8 +29,6 @@ from finetune.errors import Stop, UserError
 from finetune.screen import Screen
 from tests.conftest import Terminal, alpaca, write_jsonl
 
-pytestmark = pytest.mark.alone
-
 TINY = qlora.Sizes(
     steps=4, pairs=4, warm_up=1, large_pairs=3, large_length=32,
     large={"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -238,6 +236,7 @@ def test_without_trl_our_side_is_measured_and_rows_say_what_to_type(
         )  # type: ignore[arg-type]
 
 
+@pytest.mark.alone
 def test_what_others_take_of_the_machine_is_seen() -> None:
     busy = [sys.executable, "-c", "import time\nend = time.monotonic() + 5\nwhile time.monotonic() < end: pass"]
     with subprocess.Popen(busy) as other:
@@ -435,6 +434,7 @@ def test_steps_go_on_into_further_epochs_where_batches_are_whole(
     assert names == expected[: len(names)]
 
 
+@pytest.mark.alone
 def test_the_sides_speak_over_the_pipe(tmp_path: Path) -> None:
     """The ceiling's process is a real one: it answers, is refused nothing, and ends with its parent's pipe."""
     said = {"threads": 1, "linears": [[8, 16], [8, 16]], "head": [50, 16], "dtype": "float32"}
@@ -494,6 +494,7 @@ def test_curves_are_shown_every_fifth_step() -> None:
     assert [line.split()[0] for line in file.getvalue().splitlines()] == ["step", "1", "5", "10", "12"]
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_a_small_one_from_end_to_end(finetune: Terminal, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("trl")
@@ -514,6 +515,7 @@ def test_a_small_one_from_end_to_end(finetune: Terminal, tiny_model: Path, monke
         assert one == pytest.approx(other, abs=0.05)
 
 
+@pytest.mark.alone
 @pytest.mark.slow
 def test_the_real_one(finetune: Terminal, shared: Path) -> None:
     """The targets of the README, as far as a busy machine lets them be told: losses agree, and we are faster and leaner."""

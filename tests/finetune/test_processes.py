@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -15,10 +16,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import alpaca, story, write_jsonl
+from tests.support.starts import Start
 
 pytestmark = pytest.mark.alone
 
-STEPS = 12
+STEPS = 6  # with a checkpoint after each third
+NUMBERS = itertools.count()  # of the logs
 CLOSE = {"lora": 2e-4, "qlora": 2e-4, "bitnet": 5e-3}  # nats; fp32 sums in another order: of ternary weights a few flip
 
 
@@ -27,7 +30,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     folder = tmp_path_factory.mktemp("processes")
     rows, text = write_jsonl(folder / "rows.jsonl", alpaca(80)), folder / "text.txt"
     text.write_text(story(60_000), encoding="utf-8")
-    common = f"train: {{max_steps: {STEPS}, lr: 1.0e-3, save_steps: 4, accumulation: 3, micro_batch: 2}}\n"
+    common = f"train: {{max_steps: {STEPS}, lr: 1.0e-3, save_steps: {STEPS // 3}, accumulation: 3, micro_batch: 2}}\n"
     tail = "eval: {samples: 1, max_new_tokens: 4}\nrun: {device: cpu, threads: 1}\n"
     lora = (
         f"model: {{name: {tiny_model}, dtype: fp32}}\nadapter: {{rank: 4}}\ndata: {{path: {rows}, max_length: 64, heldout: 6}}\n"
@@ -43,7 +46,12 @@ def work(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     return folder
 
 
-def start(work: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start(work: Path, *words: str) -> Start:
+    return Start(list(words), work, work / f"start-{next(NUMBERS)}.log")
+
+
+def start_plainly(work: Path, *words: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    """Without a fork: as a user does, or by another launcher."""
     command = [sys.executable, *(launcher or ("-m", "finetune.cli")), *words]
     return subprocess.Popen(command, cwd=work, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -57,7 +65,7 @@ def done(process: subprocess.Popen[str]) -> str:
 def whole(work: Path, kind: str) -> Path:
     """The run in one process, made once."""
     if not (work / f"{kind}-one" / "report.html").exists():
-        done(start(work, "run", f"{kind}.yaml", f"run.dir={kind}-one"))
+        start(work, "run", f"{kind}.yaml", f"run.dir={kind}-one").succeed()
     return work / f"{kind}-one"
 
 
@@ -88,25 +96,23 @@ def same(one: Path, other: Path) -> None:
     assert not list(other.rglob(".*.finetune-*"))
 
 
-def killed_after(process: subprocess.Popen[str], run: Path, step: int) -> None:
+def killed_after(process: Start, run: Path, step: int) -> None:
     """Killed as soon as the checkpoint of `step` is whole."""
-    end, whole_one = time.monotonic() + 200, run / "checkpoints" / f"step-{step:06d}" / "manifest.json"
-    while time.monotonic() < end and process.poll() is None and not whole_one.exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    whole_one = run / "checkpoints" / f"step-{step:06d}" / "manifest.json"
+    assert process.wait(200, until=whole_one.exists), process.said(f"no checkpoint of step {step}")
+    assert process.send(signal.SIGKILL) == -signal.SIGKILL
 
 
 def test_from_one_process_to_two_and_back(work: Path) -> None:
     one, run = whole(work, "qlora"), work / "there-and-back"
-    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}"), run, 4)
-    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume", "--processes", "2"), run, 8)
-    done(start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume"))
+    first, second = STEPS // 3, 2 * STEPS // 3
+    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}"), run, first)
+    killed_after(start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume", "--processes", "2"), run, second)
+    start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume").succeed()
     same(one, run)
     resumed = json.loads((run / "run.json").read_text())["provenance"]["resumed"]
     assert [entry.get("processes", 1) for entry in resumed] == [2, 1]
-    assert [entry["from"] for entry in resumed] == ["step-000004", "step-000008"]
+    assert [entry["from"] for entry in resumed] == [f"step-{first:06d}", f"step-{second:06d}"]
 
 
 @pytest.mark.slow
@@ -114,7 +120,7 @@ def test_from_one_process_to_two_and_back(work: Path) -> None:
 @pytest.mark.parametrize("kind", ["lora", "qlora", "bitnet"])
 def test_two_processes_train_as_one(work: Path, kind: str, parallel: str) -> None:
     run = work / f"{kind}-{parallel}"
-    out = done(start(work, "run", f"{kind}.yaml", f"run.dir={run}", f"run.parallel={parallel}", "--processes", "2"))
+    out = done(start_plainly(work, "run", f"{kind}.yaml", f"run.dir={run}", f"run.parallel={parallel}", "--processes", "2"))
     assert out.count("held-out loss after") == 1, "one of them speaks"
     same(whole(work, kind), run)
     trained = json.loads((run / "run.json").read_text())["train"]
@@ -142,7 +148,7 @@ def test_two_processes_train_as_one(work: Path, kind: str, parallel: str) -> Non
 )
 def test_who_starts_them_does_not_matter(work: Path, launcher: tuple[str, ...]) -> None:
     run = work / launcher[1].partition(".")[0]
-    done(start(work, "run", "qlora.yaml", f"run.dir={run}", "run.parallel=fsdp", launcher=launcher))
+    done(start_plainly(work, "run", "qlora.yaml", f"run.dir={run}", "run.parallel=fsdp", launcher=launcher))
     same(whole(work, "qlora"), run)
     assert json.loads((run / "run.json").read_text())["train"]["processes"] == 2
 
@@ -152,16 +158,16 @@ def test_who_starts_them_does_not_matter(work: Path, launcher: tuple[str, ...]) 
 def test_sharded_from_one_to_two_and_back(work: Path, kind: str) -> None:
     run = work / f"{kind}-sharded"
     words = ("run", f"{kind}.yaml", f"run.dir={run}")
-    killed_after(start(work, *words), run, 4)
-    killed_after(start(work, *words, "run.parallel=fsdp", "--resume", "--processes", "2"), run, 8)
-    done(start(work, *words, "--resume"))
+    killed_after(start(work, *words), run, STEPS // 3)
+    killed_after(start(work, *words, "run.parallel=fsdp", "--resume", "--processes", "2"), run, 2 * STEPS // 3)
+    start(work, *words, "--resume").succeed()
     same(whole(work, kind), run)
 
 
 @pytest.mark.slow
 def test_ctrl_c_stops_all_of_them_at_the_same_step(work: Path) -> None:
     run = work / "interrupted"
-    process = start(work, "run", "qlora.yaml", f"run.dir={run}", "--processes", "2")
+    process = start_plainly(work, "run", "qlora.yaml", f"run.dir={run}", "--processes", "2")
     end = time.monotonic() + 200
     while time.monotonic() < end and len(lines(run)) < 2:
         time.sleep(0.002)
@@ -169,12 +175,14 @@ def test_ctrl_c_stops_all_of_them_at_the_same_step(work: Path) -> None:
     _, err = process.communicate(timeout=100)
     assert process.returncode == 130, err
     assert "finetune resume" in err
-    done(start(work, "run", "qlora.yaml", f"run.dir={run}", "--resume", "--processes", "2"))
+    done(start_plainly(work, "run", "qlora.yaml", f"run.dir={run}", "--resume", "--processes", "2"))
     same(whole(work, "qlora"), run)
 
 
 def test_more_processes_than_rows_are_refused(work: Path) -> None:
-    process = start(work, "run", "lora.yaml", "train.micro_batch=1", "train.accumulation=1", "run.dir=few", "--processes", "2")
+    process = start_plainly(
+        work, "run", "lora.yaml", "train.micro_batch=1", "train.accumulation=1", "run.dir=few", "--processes", "2"
+    )
     _, err = process.communicate(timeout=200)
     assert process.returncode == 2
     assert "more processes than sequences" in err

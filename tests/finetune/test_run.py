@@ -6,9 +6,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +19,7 @@ from finetune.models.load import load_model
 from finetune.recipe import read_recipe
 from finetune.run_dir import choose_dir
 from tests.conftest import VOCABULARY, Terminal, alpaca, story, tiny_llama, write_jsonl
+from tests.support.starts import Start
 
 RECIPE = """\
 about: "a tiny run"
@@ -745,16 +743,10 @@ def test_each_step_is_in_the_tracker_once_after_a_resume(finetune: Terminal, rec
 @pytest.mark.alone
 def test_sigterm_before_training_leaves_nothing_and_says_so(recipe: Path, tmp_path: Path) -> None:
     """In a process of its own: it is told to end while it loads."""
-    command = [sys.executable, "-u", "-m", "finetune.cli", "run", str(recipe), "run.dir=ended"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
-        if line.startswith("data"):
-            process.send_signal(signal.SIGTERM)
-            break
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert "Traceback" not in err
+    with Start(["run", str(recipe), "run.dir=ended", "run.threads=1"], tmp_path, tmp_path / "ended.log") as start:
+        assert start.wait(60, until=lambda: start.phase() == "data"), start.said("it never read its data")
+        assert start.send(signal.SIGTERM) == 130, start.said("ended badly")
+    assert "Traceback" not in start.log.read_text()
     assert not (tmp_path / "ended").exists()
 
 
@@ -770,22 +762,14 @@ def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(recipe: Path, tmp_
         "eval.samples=0",
         "eval.prompts=[]",
     ]
-    command = [sys.executable, "-m", "finetune.cli", "run", str(recipe), *options]
-    process = subprocess.Popen(
-        [*command, "run.dir=cut"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
     saved = tmp_path / "cut" / "checkpoints" / "step-000001" / "manifest.json"
-    end = time.monotonic() + 100
-    while not saved.exists() and process.poll() is None and time.monotonic() < end:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    assert process.stderr is not None
-    while "a second Ctrl-C stops at once" not in process.stderr.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    assert f"finetune resume {tmp_path / 'cut'}" in err or "finetune resume cut" in err
+    with Start(["run", str(recipe), *options, "run.dir=cut"], tmp_path, tmp_path / "cut.log") as start:
+        assert start.wait(100, until=saved.exists), start.said("nothing was saved")
+        os.kill(start.pid, signal.SIGINT)
+        assert start.wait(60, until=lambda: "a second Ctrl-C stops at once" in start.log.read_text()), start.said("it ended")
+        assert start.send(signal.SIGINT) == 130, start.said("ended badly")
+    printed = start.log.read_text()
+    assert f"finetune resume {tmp_path / 'cut'}" in printed or "finetune resume cut" in printed
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) < 4, "it did not finish what it was told to leave"
     assert next(path.name for path in sorted(saved.parents[1].iterdir()) if path.name.startswith("step")) == "step-000001"

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from tests.support.starts import run_together
 
 pytestmark = pytest.mark.alone
 
 WORKER = """
-import os, sys, torch, torch.distributed as dist
+import os, sys, warnings, torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from quant import swap
 
+warnings.filterwarnings("error", category=UserWarning, module=r"torch\\.distributed\\.fsdp")
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
 rank, world = dist.get_rank(), dist.get_world_size()
@@ -68,22 +68,7 @@ print("done")
 """
 
 
-def test_two_processes_train_as_one() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-W", "error::UserWarning:torch.distributed.fsdp", "-c", WORKER],
-                env=os.environ | where,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-        )
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert out.endswith("done\n"), err
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    (program := tmp_path / "worker.py").write_text(WORKER)
+    for printed in run_together(program, [], tmp_path):
+        assert printed.endswith("done\n"), printed

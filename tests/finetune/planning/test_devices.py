@@ -316,7 +316,6 @@ def test_a_device_that_is_not_there_is_refused() -> None:
     assert devices.present().type == "cpu"
 
 
-@pytest.mark.alone
 def test_bench_device_measures_and_keeps_it(
     own_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +323,7 @@ def test_bench_device_measures_and_keeps_it(
     from finetune.bench import device as bench
 
     small = bench.Sizes(
-        gemm=(1, 16, 64), coarse=(32, 64), gemm_seconds=1.0, rounds=2, results=(4096, 65536), beyond=0, weights=(64, 128),
+        gemm=(1, 16, 64), coarse=(32, 64), gemm_seconds=0.2, rounds=2, results=(4096, 65536), beyond=0, weights=(64, 128),
         lengths=(16, 32),
         heads=((2, 1, 16),), tokens=64, parameters=65536, repeats=2,
         too_busy=9.0, steps=(),

@@ -3,11 +3,12 @@
     python streamed.py FOLDER '{"hidden_size": …, "tokens": 96, "rank": 16, "steps": 1, …}'
 
 The last line is JSON, in bytes: `weights` on the disk; `before` there was a model, anonymous memory; `anonymous` and `resident`,
-their peaks while it trained.
+their peaks while it trained. mmap_threshold: bytes from which the allocator gives memory back at once when it is freed.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import sys
 import threading
@@ -58,6 +59,7 @@ def numbers(name: str, like: torch.Tensor) -> torch.Tensor:
     return torch.ones_like(like, device="cpu") if "norm" in name else torch.randn(like.shape, dtype=like.dtype).mul_(0.02)
 
 
+M_MMAP_THRESHOLD = -3  # malloc.h
 TINY = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 64}
 
 
@@ -103,5 +105,8 @@ def train(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    wanted = json.loads(sys.argv[2])
+    if (threshold := wanted.pop("mmap_threshold", None)) is not None:
+        assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, threshold) == 1
     train(Path(sys.argv[1]), TINY | {"tokens": 8, "rank": 1, "steps": 1})  # what libraries take is there before
-    print(json.dumps(train(Path(sys.argv[1]), json.loads(sys.argv[2]))))
+    print(json.dumps(train(Path(sys.argv[1]), wanted)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,8 +21,7 @@ from finetune.recipe import read_recipe
 from finetune.train import parallel
 from tests.conftest import Terminal
 from tests.finetune.train.dealt import cases
-
-pytestmark = pytest.mark.alone
+from tests.support.starts import run_together
 
 REPOSITORY = Path(__file__).parents[3]
 FEW, ALL = ([" ".join(map(str, case)) for case in cases(every)] for every in (False, True))
@@ -36,31 +34,13 @@ MEDDLING = {"ACCELERATE_USE_FSDP": "true", "FSDP_CPU_RAM_EFFICIENT_LOADING": "tr
 def dealt(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """What the program of two processes found: of every case where a slow one is asked for."""
     slow = any(item.get_closest_marker("slow") and item.module is request.module for item in request.session.items)
-    file = tmp_path_factory.mktemp("dealt") / "results.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    together = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"} | MEDDLING
-    together |= {"EVERY_CASE": "1"} if slow else {}
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error::UserWarning:torch.distributed.fsdp", Path(__file__).with_name("dealt.py"), file],
-            env=os.environ | together | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(REPOSITORY)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        said = [process.communicate(timeout=400)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == [0, 0], said
+    folder = tmp_path_factory.mktemp("dealt")
+    file, environment = folder / "results.json", MEDDLING | ({"EVERY_CASE": "1"} if slow else {})
+    run_together(Path(__file__).with_name("dealt.py"), [str(file)], folder, environment=environment)
     return json.loads(file.read_text())
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", [*FEW, *REST])
 def test_two_processes_train_as_one(dealt: Any, case: str) -> None:
     """Added up in the order in which two processes add them, floats give the same bits. In a row they do not: fp32 is rounded at
@@ -80,6 +60,7 @@ def test_two_processes_train_as_one(dealt: Any, case: str) -> None:
     assert (found["untouched"] > 0) == ("experts" in case), "and such as no token reached, which are left alone"
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("case", [case for case in [*FEW, *REST] if "fsdp" in str(case)])
 def test_layers_are_shared_out_and_come_back(dealt: Any, case: str) -> None:
     found = dealt[case]
@@ -90,6 +71,7 @@ def test_layers_are_shared_out_and_come_back(dealt: Any, case: str) -> None:
     assert found["restored evaluated"] <= (1e-6 if "row" in case else 0.0)
 
 
+@pytest.mark.alone
 def test_what_processes_say_to_each_other(dealt: Any) -> None:
     said = dealt["words"]
     assert said["total"] == [3.0, 1.0]
@@ -186,6 +168,7 @@ def alive(pid: int) -> bool:
         return False
 
 
+@pytest.mark.alone
 def test_they_know_each_other_and_one_speaks() -> None:
     child = "import json, os, sys; print(json.dumps(dict(os.environ))); print('aside', file=sys.stderr)"
     code, out, err = ended(driver(child, count=3))
@@ -212,6 +195,7 @@ def test_a_process_without_others(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (processes.rank(), processes.world_size(), processes.local_rank(), processes.is_main_process()) == (3, 8, 1, False)
 
 
+@pytest.mark.alone
 def test_one_that_fails_ends_the_others(tmp_path: Path) -> None:
     child = f"""
 import os, sys, time
@@ -229,6 +213,7 @@ time.sleep(600)
     assert not any(alive(int((tmp_path / str(rank)).read_text())) for rank in range(3))
 
 
+@pytest.mark.alone
 def test_one_that_is_killed_is_told() -> None:
     child = "import os, signal, time\nos.kill(os.getpid(), signal.SIGKILL) if os.environ['RANK'] == '1' else time.sleep(600)"
     code, _, err = ended(driver(child))
@@ -236,6 +221,7 @@ def test_one_that_is_killed_is_told() -> None:
     assert "process 1 of 2 was killed by SIGKILL, possibly out of memory" in err
 
 
+@pytest.mark.alone
 def test_a_verdict_outweighs_a_lost_connection() -> None:
     """The first process has raised a UserError and takes its time to go; the second one has noticed, and is gone before."""
     child = "import os, sys, time\nfirst = os.environ['RANK'] == '0'\ntime.sleep(0.3 * first)\nsys.exit(2 if first else 1)"
@@ -244,6 +230,7 @@ def test_a_verdict_outweighs_a_lost_connection() -> None:
     assert err == ""
 
 
+@pytest.mark.alone
 def test_one_that_will_not_end_is_killed() -> None:
     child = (
         "import os, signal, sys, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
@@ -273,6 +260,7 @@ def begun(folder: Path, count: int = 2) -> bool:
     return all((folder / str(n)).exists() and (folder / str(n)).read_text().endswith("\n") for n in range(count))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize(("sent", "got"), [("SIGINT", "SIGINT"), ("SIGTERM", "SIGTERM"), ("SIGHUP", "SIGTERM")])
 def test_a_signal_is_handed_on_once(tmp_path: Path, sent: str, got: str) -> None:
     process = driver(WORKING.format(folder=str(tmp_path), saving=0.5))
@@ -284,6 +272,7 @@ def test_a_signal_is_handed_on_once(tmp_path: Path, sent: str, got: str) -> None
     assert [(tmp_path / str(n)).read_text().splitlines()[1] for n in range(2)] == [f"['{got}']"] * 2
 
 
+@pytest.mark.alone
 def test_a_second_signal_kills(tmp_path: Path) -> None:
     process = driver(WORKING.format(folder=str(tmp_path), saving=600))
     until(lambda: begun(tmp_path))
@@ -298,6 +287,7 @@ def test_a_second_signal_kills(tmp_path: Path) -> None:
     assert not any(map(alive, children))
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(sys.platform != "linux", reason="PR_SET_PDEATHSIG is Linux's")
 def test_they_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     process = driver(WORKING.format(folder=str(tmp_path), saving=600))
