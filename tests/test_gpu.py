@@ -1,4 +1,4 @@
-"""What only a GPU shows: `pytest -m gpu` on a machine that has one."""
+"""Tests that need a CUDA GPU: `pytest -m gpu` on a machine that has one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_nf4_dequantizes_to_the_same_bits_as_on_the_cpu(dtype: torch.dtype, back
 
 @pytest.mark.parametrize("norm_eps", [None, 1e-6])
 @pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_bitlinear_steps_as_on_the_cpu(backend: str, norm_eps: float | None) -> None:
+def test_bitlinear_forward_and_backward_match_the_cpu(backend: str, norm_eps: float | None) -> None:
     import copy
 
     from quant import BitLinear, backends, weights_changed
@@ -39,23 +39,21 @@ def test_bitlinear_steps_as_on_the_cpu(backend: str, norm_eps: float | None) -> 
     x, grad = torch.randn(40, 320), torch.randn(40, 192)
 
     def step(layer: BitLinear, device: str) -> list[torch.Tensor]:
-        layer, own = copy.deepcopy(layer).to(device), x.to(device).requires_grad_()
+        layer, inputs = copy.deepcopy(layer).to(device), x.to(device).requires_grad_()
         weights_changed()
-        out = layer(own)
-        out.backward(grad.to(device))
-        return [t.detach().cpu() for t in (out, own.grad, *(p.grad for p in layer.parameters())) if t is not None]
+        output = layer(inputs)
+        output.backward(grad.to(device))
+        return [t.detach().cpu() for t in (output, inputs.grad, *(p.grad for p in layer.parameters())) if t is not None]
 
     with backends.use("reference"):
         expected = step(layer, "cpu")
     with backends.use(backend):
-        for found, wanted in zip(step(layer, "cuda"), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        for actual, reference in zip(step(layer, "cuda"), expected, strict=True):
+            torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "paged_adamw_8bit"])
-def test_a_run_on_the_card_and_its_resume(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str
-) -> None:
+def test_run_and_resume_on_cuda(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, optimizer: str) -> None:
     from finetune import cli
 
     rows = write_jsonl(tmp_path / "rows.jsonl", alpaca(40))
@@ -78,14 +76,16 @@ def test_a_run_on_the_card_and_its_resume(
     assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "done"
 
 
-def test_a_ternary_model_from_scratch_with_its_twin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ternary_pretraining_lowers_the_loss_and_its_exports_pass_the_gate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetune.pipeline import run
     from finetune.recipe import read_recipe, shipped_recipes
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "story.txt").write_text(story(400_000))
     tiny = next(path for path in shipped_recipes() if path.stem == "bitnet-tiny")
-    words = [
+    overrides = [
         "data.path=story.txt",
         "data.files=[]",
         "tokenizer.train=300",
@@ -93,13 +93,13 @@ def test_a_ternary_model_from_scratch_with_its_twin(tmp_path: Path, monkeypatch:
         "data.heldout=8",
         "run.device=cuda",
     ]
-    record = run(read_recipe(tiny, words), "ternary").record.as_dict()
+    record = run(read_recipe(tiny, overrides), "ternary").record.as_dict()
     assert record["eval"]["after"]["loss"] < record["eval"]["before"]["loss"] - 1
     assert {export["gate"]["status"] for export in record["exports"].values()} == {"pass"}
 
 
-def test_1_9_billion_parameters_step_within_12_gigabytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """nanochat d32 as the shipped recipe trains it, three steps: weights, 8-bit states and the largest gradient fit."""
+def test_full_training_of_1_9b_parameters_fits_in_12_gib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three steps of the shipped recipe nanochat-d32: weights, 8-bit optimizer states and the largest gradient fit."""
     from finetune.pipeline import run
     from finetune.recipe import read_recipe, shipped_recipes
 
@@ -108,12 +108,12 @@ def test_1_9_billion_parameters_step_within_12_gigabytes(tmp_path: Path, monkeyp
     torch.cuda.set_per_process_memory_fraction(min(1.0, 12 * 2**30 / total))
     (tmp_path / "story.txt").write_text(story(2_000_000))
     d32 = next(path for path in shipped_recipes() if path.stem == "nanochat-d32")
-    words = [
+    overrides = [
         "data.path=story.txt", "tokenizer.name=null", "tokenizer.train=300", "model.config.vocab_size=65536", "run.device=cuda",
         "train.max_steps=3", "train.micro_batch=1", "data.heldout=2", "eval.samples=0", "eval.prompts=[]",
     ]  # fmt: skip
     try:
-        record = run(read_recipe(d32, words), "d32").record.as_dict()
+        record = run(read_recipe(d32, overrides), "d32").record.as_dict()
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert record["model"]["parameters"] > 1.8e9
@@ -121,8 +121,8 @@ def test_1_9_billion_parameters_step_within_12_gigabytes(tmp_path: Path, monkeyp
     assert record["train"]["peak_bytes"] < 12 * 2**30
 
 
-@pytest.mark.parametrize("family", ["Llama", "Gemma2"])  # varlen flash attention, and tiles, since that knows no soft cap
-def test_the_fast_step_on_the_card_is_the_plain_one(family: str) -> None:
+@pytest.mark.parametrize("family", ["Llama", "Gemma2"])  # varlen flash attention; tiles, because varlen has no soft cap
+def test_fast_step_gradients_match_the_plain_step_on_cuda(family: str) -> None:
     import transformers
     from peft import LoraConfig, get_peft_model
 
@@ -155,13 +155,20 @@ def test_the_fast_step_on_the_card_is_the_plain_one(family: str) -> None:
         return torch.cat([p.grad.float().flatten() for p in model.parameters() if p.grad is not None])
 
     plain = gradients(None)
-    with patching.patched(model) as found:
-        assert {r.of for r in found.patches} >= {"attention without padding", "groups of adapters", "norms", "gated activations"}
-        ours = gradients(head_of(model)[0])
-    assert float((ours - plain).norm() / plain.norm()) < 0.05
+    with patching.patched(model) as report:
+        assert {r.name for r in report.patches} >= {
+            "attention without padding",
+            "groups of adapters",
+            "norms",
+            "gated activations",
+        }
+        fast = gradients(head_of(model)[0])
+    assert float((fast - plain).norm() / plain.norm()) < 0.05
 
 
-def test_checkpoints_that_wait_in_cpu_memory(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offloaded_checkpoints_give_the_same_loss_on_cuda(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from finetune.pipeline import run
     from finetune.recipe import Recipe
 
@@ -169,10 +176,10 @@ def test_checkpoints_that_wait_in_cpu_memory(tmp_path: Path, tiny_model: Path, m
     rows = write_jsonl(tmp_path / "rows.jsonl", alpaca(40))
     losses = {}
     for kind in (True, "offload"):
-        said = {
+        recipe = {
             "model": {"name": str(tiny_model), "dtype": "bf16"}, "quant": {"scheme": "nf4"},
             "data": {"path": str(rows), "max_length": 256, "heldout": 6}, "eval": {"samples": 0},
             "train": {"max_steps": 3, "checkpointing": kind}, "run": {"device": "cuda", "dir": f"run-{kind}", "merge": False},
         }  # fmt: skip
-        losses[kind] = run(Recipe.model_validate(said), "offload").record.as_dict()["eval"]["after"]["loss"]
+        losses[kind] = run(Recipe.model_validate(recipe), "offload").record.as_dict()["eval"]["after"]["loss"]
     assert losses["offload"] == pytest.approx(losses[True], abs=5e-3)

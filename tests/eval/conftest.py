@@ -1,4 +1,4 @@
-"""A tokenizer of bytes and a Llama of a few thousand weights, made on the spot."""
+"""A byte-level tokenizer and a random Llama of a few thousand weights."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CHATML = (
 
 
 def make_tokenizer(*, bos: bool = False, template: str | None = CHATML) -> Any:
-    """Bytes as tokens; `bos`: begins every text with <|bos|>."""
+    """Each byte is a token. `bos`: every text starts with <|bos|>."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -37,7 +37,7 @@ def make_tokenizer(*, bos: bool = False, template: str | None = CHATML) -> Any:
 
 
 def make_model(*, seed: int = 0, tie: bool = False, **settings: Any) -> Any:
-    """A Llama with random weights, large enough that tokens differ clearly in likelihood. fp32, evaluation mode"""
+    """A random Llama in fp32 and evaluation mode; its large weights make token probabilities differ clearly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(

@@ -1,4 +1,4 @@
-"""Tasks through lm-evaluation-harness: the same numbers as the harness itself, and nothing touched on the way."""
+"""Tasks through lm-evaluation-harness: the same scores as from the harness itself, and no side effects."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ metric_list: [{{metric: bits_per_byte}}]
 
 @pytest.fixture
 def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with three tasks on 24 small sums."""
+    """A folder with three tasks on 24 small additions."""
     import datasets
 
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
@@ -76,8 +76,8 @@ def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_index() -> Any:
-    """The index of the harness's own tasks is read from thousands of files: without them a test takes seconds less."""
+def without_default_tasks() -> Any:
+    """Skips the index of the harness's own tasks: reading its thousands of files takes seconds per test."""
     from functools import partial
 
     import lm_eval.tasks
@@ -90,7 +90,7 @@ def own_index() -> Any:
 NAMES = ["mini_choice", "mini_written", "mini_rolling"]
 
 
-def test_the_numbers_are_the_harness_own(new_model: Any, tokenizer: Any, tasks: Path) -> None:
+def test_scores_equal_those_of_simple_evaluate(new_model: Any, tokenizer: Any, tasks: Path) -> None:
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -122,7 +122,7 @@ def test_the_numbers_are_the_harness_own(new_model: Any, tokenizer: Any, tasks: 
     assert all(before[0] <= after[0] and after[0] <= after[1] for before, after in pairwise(calls))
 
 
-def test_other_weights_give_other_numbers(new_model: Any, tokenizer: Any, tasks: Path) -> None:
+def test_scores_depend_on_the_weights(new_model: Any, tokenizer: Any, tasks: Path) -> None:
     scores = [
         run_tasks(new_model(seed=seed), tokenizer, ["mini_choice", "mini_rolling"], include_path=tasks, limit=None)
         for seed in (0, 1, 0)
@@ -133,7 +133,7 @@ def test_other_weights_give_other_numbers(new_model: Any, tokenizer: Any, tasks:
     assert scores[0]["mini_choice"]["n"] == 24
 
 
-def test_nothing_is_different_afterwards(
+def test_run_tasks_leaves_model_tokenizer_and_globals_unchanged(
     new_model: Any,
     new_tokenizer: Any,
     tasks: Path,
@@ -141,33 +141,33 @@ def test_nothing_is_different_afterwards(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """A tied head with an adapter on it, in training mode: HFLM alone ties it again, and fails."""
+    """A model in training mode with an adapter on its tied head; HFLM by itself would tie the head again and fail."""
     from peft import LoraConfig, get_peft_model
     from tqdm import tqdm
 
     model = get_peft_model(new_model(tie=True), LoraConfig(r=2, target_modules=["q_proj", "lm_head"]))
     model.train()
     modes = [module.training for module in model.modules()]
-    places = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
     tokenizer = new_tokenizer()
     tokenizer.pad_token = None  # HFLM sets one
-    padding, state = (tokenizer.padding_side, tokenizer.pad_token), torch.get_rng_state()
-    level, bars = logging.getLogger("lm_eval").level, vars(tqdm)["__init__"]
+    padding, rng_state = (tokenizer.padding_side, tokenizer.pad_token), torch.get_rng_state()
+    level, tqdm_init = logging.getLogger("lm_eval").level, vars(tqdm)["__init__"]
     run_tasks(model, tokenizer, NAMES, include_path=tasks, limit=2)
     assert [module.training for module in model.modules()] == modes
-    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == places
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == pointers
     assert (tokenizer.padding_side, tokenizer.pad_token) == padding == ("right", None)
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), rng_state)
     assert "tie_weights" not in vars(model)
     assert logging.getLogger("lm_eval").level == level
-    assert vars(tqdm)["__init__"] is bars
-    monkeypatch.chdir(tmp_path)  # no git repository: the harness would ask git, which complains
+    assert vars(tqdm)["__init__"] is tqdm_init
+    monkeypatch.chdir(tmp_path)  # not a git repository: the harness would call git, which prints an error
     capfd.readouterr()
     run_tasks(model, tokenizer, NAMES, include_path=tasks, limit=2)
     assert capfd.readouterr() == ("", "")
 
 
-def test_mistakes_are_told(model: Any, tokenizer: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_arguments_raise_clear_errors(model: Any, tokenizer: Any, tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="no task 'mini_choise'; nearest: mini_choice"):
         run_tasks(model, tokenizer, ["mini_choise"], include_path=tasks, limit=1)
     with pytest.raises(ValueError, match="not a folder"):
@@ -180,8 +180,8 @@ def test_mistakes_are_told(model: Any, tokenizer: Any, tasks: Path, monkeypatch:
 
 
 @pytest.mark.slow
-def test_the_numbers_are_those_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SmolLM2-135M-Instruct, fp32, two real tasks, beside `lm_eval` on the same weights. Minutes."""
+def test_scores_equal_those_of_the_lm_eval_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SmolLM2-135M-Instruct, fp32, two real tasks, compared with `lm_eval` on the same weights. Takes minutes."""
     import lm_eval.tasks
 
     shared = Path(__file__).resolve().parents[3] / "shared"
@@ -201,17 +201,17 @@ def test_the_numbers_are_those_of_the_command_line(tmp_path: Path, monkeypatch: 
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
-    names, include = ["hellaswag_local", "arc_easy_local"], shared / "lm_eval_tasks"
+    names, include_path = ["hellaswag_local", "arc_easy_local"], shared / "lm_eval_tasks"
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
     command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={folder},dtype=float32"]
-    command += ["--tasks", ",".join(names), "--include_path", str(include), "--limit", "20", "--batch_size", "8"]
+    command += ["--tasks", ",".join(names), "--include_path", str(include_path), "--limit", "20", "--batch_size", "8"]
     command += ["--device", "cpu", "--output_path", str(tmp_path / "out")]
     subprocess.run(command, check=True, env=os.environ | offline, capture_output=True)
-    (written,) = (tmp_path / "out").rglob("results_*.json")
-    theirs = json.loads(written.read_text())["results"]
+    (results_file,) = (tmp_path / "out").rglob("results_*.json")
+    theirs = json.loads(results_file.read_text())["results"]
 
     monkeypatch.setattr(lm_eval.tasks, "TaskManager", lm_eval.tasks.TaskManager.func)
-    ours = run_tasks(model, tokenizer, names, include_path=include, limit=20, batch_size=8)
+    ours = run_tasks(model, tokenizer, names, include_path=include_path, limit=20, batch_size=8)
     for name in names:
         for metric in ("acc", "acc_norm", "acc_stderr", "acc_norm_stderr"):
             assert ours[name][metric] == theirs[name][f"{metric},none"]

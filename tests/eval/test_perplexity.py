@@ -1,4 +1,4 @@
-"""Loss on rows: against transformers' own loss, row by row; apart from neighbours; with errors from the formula's other side."""
+"""Loss on rows: equal to transformers' loss of each row alone, independent of packing, with correct standard errors."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ Rows = list[tuple[list[int], list[int]]]
 
 def make_rows(count: int, *, seed: int = 0, longest: int = 40) -> Rows:
     """Rows of 2 to `longest` random tokens, about half of them supervised."""
-    draw = random.Random(seed)
+    rng = random.Random(seed)
     rows = []
     for _ in range(count):
-        ids = [draw.randrange(4, 260) for _ in range(draw.randint(2, longest))]
-        rows.append((ids, [token if draw.random() < 0.5 else -100 for token in ids]))
+        ids = [rng.randrange(4, 260) for _ in range(rng.randint(2, longest))]
+        rows.append((ids, [token if rng.random() < 0.5 else -100 for token in ids]))
     return rows
 
 
@@ -36,30 +36,32 @@ def reference(model: Any, row: tuple[list[int], list[int]]) -> tuple[float, int]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_each_row_has_the_loss_that_it_has_alone(new_model: Any, attention: str) -> None:
+def test_packed_rows_have_the_loss_of_each_row_alone(new_model: Any, attention: str) -> None:
     model, rows = new_model(attn_implementation=attention), make_rows(12)
     result = evaluate_loss(model, rows, batch_tokens=100)
-    wanted = [reference(model, row) for row in rows]
-    assert rows_stay_apart(model, highest_id=259)  # or this test would compare rows run alone
-    assert result.row_tokens == tuple(tokens for _, tokens in wanted)
-    for got, (loss, tokens) in zip(result.row_loss_sums, wanted, strict=True):
-        assert abs(got - loss) <= 1e-5 * max(tokens, 1)
-    assert result.loss == pytest.approx(sum(s for s, _ in wanted) / sum(n for _, n in wanted), abs=1e-5)
+    expected = [reference(model, row) for row in rows]
+    assert rows_stay_apart(model, highest_id=259)  # otherwise the rows above would have run one by one
+    assert result.row_tokens == tuple(tokens for _, tokens in expected)
+    for actual, (loss, tokens) in zip(result.row_loss_sums, expected, strict=True):
+        assert abs(actual - loss) <= 1e-5 * max(tokens, 1)
+    assert result.loss == pytest.approx(sum(s for s, _ in expected) / sum(n for _, n in expected), abs=1e-5)
     assert result.perplexity == pytest.approx(math.exp(result.loss))
-    assert (result.rows, result.tokens) == (12, sum(n for _, n in wanted))
+    assert (result.rows, result.tokens) == (12, sum(n for _, n in expected))
 
 
-def test_neighbours_and_batch_size_do_not_matter(model: Any) -> None:
+def test_loss_is_independent_of_row_order_and_batch_size(model: Any) -> None:
     rows = make_rows(9)
-    alone = evaluate_loss(model, rows, batch_tokens=1)  # every row is longer: each runs alone
+    alone = evaluate_loss(model, rows, batch_tokens=1)  # every row is longer, so each runs alone
     together = evaluate_loss(model, rows, batch_tokens=100_000)
-    back = evaluate_loss(model, rows[::-1], batch_tokens=64)
-    for a, b, c, n in zip(alone.row_loss_sums, together.row_loss_sums, back.row_loss_sums[::-1], alone.row_tokens, strict=True):
+    reversed_rows = evaluate_loss(model, rows[::-1], batch_tokens=64)
+    for a, b, c, n in zip(
+        alone.row_loss_sums, together.row_loss_sums, reversed_rows.row_loss_sums[::-1], alone.row_tokens, strict=True
+    ):
         assert abs(a - b) <= 1e-5 * max(n, 1)
         assert abs(a - c) <= 1e-5 * max(n, 1)
 
 
-class _Count:
+class _LogitShapes:
     def __init__(self, model: Any) -> None:
         self.shapes: list[tuple[int, ...]] = []
         model.register_forward_hook(
@@ -67,38 +69,38 @@ class _Count:
         )
 
 
-def test_logits_only_where_supervised(model: Any) -> None:
-    count, rows = _Count(model), make_rows(6)
+def test_logits_are_computed_only_for_supervised_tokens(model: Any) -> None:
+    logits, rows = _LogitShapes(model), make_rows(6)
     result = evaluate_loss(model, rows, batch_tokens=100_000)
-    assert count.shapes[-1] == (1, result.tokens, 260)
-    assert len(count.shapes) == 3  # two to try whether rows stay apart, one for all of them
+    assert logits.shapes[-1] == (1, result.tokens, 260)
+    assert len(logits.shapes) == 3  # two to test whether packed rows are independent, one for all rows
 
 
-def test_a_forward_without_logits_to_keep(model: Any) -> None:
+def test_loss_of_a_model_without_logits_to_keep(model: Any) -> None:
     rows = make_rows(6)
-    wanted = evaluate_loss(model, rows)
+    expected = evaluate_loss(model, rows)
     forward = model.forward
     model.forward = lambda input_ids, position_ids: forward(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-    count = _Count(model)
-    got = evaluate_loss(model, rows)
-    assert count.shapes[-1][1] == sum(len(ids) for (ids, _), n in zip(rows, got.row_tokens, strict=True) if n)
-    assert got.row_loss_sums == pytest.approx(wanted.row_loss_sums, abs=1e-4)
+    logits = _LogitShapes(model)
+    result = evaluate_loss(model, rows)
+    assert logits.shapes[-1][1] == sum(len(ids) for (ids, _), n in zip(rows, result.row_tokens, strict=True) if n)
+    assert result.row_loss_sums == pytest.approx(expected.row_loss_sums, abs=1e-4)
 
 
-def test_through_peft(model: Any) -> None:
+def test_loss_through_a_peft_adapter(model: Any) -> None:
     from peft import LoraConfig, get_peft_model
 
     rows = make_rows(6)
-    plain = evaluate_loss(model, rows)
-    wrapped = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=True))
-    count = _Count(wrapped)
-    same = evaluate_loss(wrapped, rows)
-    assert same.row_loss_sums == pytest.approx(plain.row_loss_sums, abs=1e-4)
-    assert count.shapes[-1][1] == same.tokens
-    for name, parameter in wrapped.named_parameters():
+    without_adapter = evaluate_loss(model, rows)
+    peft_model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=True))
+    logits = _LogitShapes(peft_model)
+    with_zero_adapter = evaluate_loss(peft_model, rows)
+    assert with_zero_adapter.row_loss_sums == pytest.approx(without_adapter.row_loss_sums, abs=1e-4)
+    assert logits.shapes[-1][1] == with_zero_adapter.tokens
+    for name, parameter in peft_model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter)
-    assert abs(evaluate_loss(wrapped, rows).loss - plain.loss) > 1e-3
+    assert abs(evaluate_loss(peft_model, rows).loss - without_adapter.loss) > 1e-3
 
 
 def _mamba() -> Any:
@@ -107,14 +109,14 @@ def _mamba() -> Any:
     return MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=16, num_hidden_layers=1, state_size=4)).eval()
 
 
-def test_a_model_with_a_state_runs_row_by_row() -> None:
+def test_state_space_model_is_evaluated_row_by_row() -> None:
     model, rows = _mamba(), make_rows(4, longest=10)
     assert not rows_stay_apart(model, highest_id=259)
     result = evaluate_loss(model, rows)
     assert result.row_loss_sums == pytest.approx([reference(model, row)[0] for row in rows], abs=1e-4)
 
 
-def test_an_attention_that_looks_past_rows_is_found_out(new_model: Any) -> None:
+def test_attention_across_rows_is_detected(new_model: Any) -> None:
     from transformers import AttentionInterface
 
     def everything_before(module: Any, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> tuple[Any, None]:
@@ -129,17 +131,17 @@ def test_an_attention_that_looks_past_rows_is_found_out(new_model: Any) -> None:
     assert result.row_loss_sums == pytest.approx([reference(model, row)[0] for row in rows], abs=1e-4)
 
 
-def test_nothing_is_different_afterwards(new_model: Any) -> None:
+def test_evaluation_leaves_modes_weights_and_rng_unchanged(new_model: Any) -> None:
     model = new_model(attention_dropout=0.5)
     model.train()
     model.model.layers[0].eval()
     modes = [module.training for module in model.modules()]
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    state = torch.get_rng_state()
+    rng_state = torch.get_rng_state()
     first, second = (evaluate_loss(model, make_rows(4)) for _ in range(2))
     assert first == second  # no dropout
     assert [module.training for module in model.modules()] == modes
-    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), rng_state)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert torch.is_grad_enabled()
@@ -149,7 +151,7 @@ def test_nothing_is_different_afterwards(new_model: Any) -> None:
     assert [module.training for module in model.modules()] == modes
 
 
-def test_rows_without_supervision(model: Any) -> None:
+def test_rows_without_supervised_tokens_do_not_change_the_loss(model: Any) -> None:
     rows = make_rows(3)
     empty: Rows = [([5, 6], [-100, -100]), ([7], [7]), ([], []), ([8, 9], [8, -100])]
     calls: list[tuple[int, int]] = []
@@ -176,16 +178,16 @@ def result_of(sums: list[float], tokens: list[int]) -> LossResult:
 
 def test_standard_error_agrees_with_resampled_rows(model: Any) -> None:
     result = evaluate_loss(model, make_rows(200))
-    draw = torch.Generator().manual_seed(0)
-    pick = torch.randint(0, 200, (4000, 200), generator=draw)
+    generator = torch.Generator().manual_seed(0)
+    indices = torch.randint(0, 200, (4000, 200), generator=generator)
     sums, tokens = torch.tensor(result.row_loss_sums), torch.tensor(result.row_tokens)
-    resampled = (sums[pick].sum(1) / tokens[pick].sum(1)).std().item()
+    resampled = (sums[indices].sum(1) / tokens[indices].sum(1)).std().item()
     assert result.stderr == pytest.approx(resampled, rel=0.05)
-    naive = sums.std().item() / tokens.float().mean().item() / math.sqrt(200)  # the error that forgets Σn varies too
+    naive = sums.std().item() / tokens.float().mean().item() / math.sqrt(200)  # ignores that Σn varies too
     assert abs(naive / resampled - 1) > 0.5
 
 
-def test_paired_difference(new_model: Any) -> None:
+def test_paired_difference_and_its_standard_error(new_model: Any) -> None:
     rows = make_rows(50)
     before = evaluate_loss(new_model(), rows)
     model = new_model()
@@ -203,19 +205,19 @@ def test_paired_difference(new_model: Any) -> None:
         paired_difference(before, evaluate_loss(model, rows[1:]))
 
 
-def test_as_dict_is_json(model: Any) -> None:
+def test_as_dict_serializes_to_json(model: Any) -> None:
     result = evaluate_loss(model, make_rows(1, seed=1, longest=30))
     assert math.isnan(result.stderr)
-    said = json.loads(json.dumps(result.as_dict(by_row=True), allow_nan=False))
-    assert said["stderr"] is None
-    assert said["row_loss_sums"] == list(result.row_loss_sums)
+    content = json.loads(json.dumps(result.as_dict(by_row=True), allow_nan=False))
+    assert content["stderr"] is None
+    assert content["row_loss_sums"] == list(result.row_loss_sums)
     assert set(result.as_dict()) == {"loss", "stderr", "perplexity", "tokens", "rows"}
 
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 5  # 225 bytes
 
 
-def test_text_rows(new_tokenizer: Any) -> None:
+def test_text_rows_contain_every_token_once(new_tokenizer: Any) -> None:
     plain, with_bos = new_tokenizer(), new_tokenizer(bos=True)
     ids = plain(TEXT, add_special_tokens=False)["input_ids"]
     rows = text_rows(plain, TEXT, length=64)

@@ -22,7 +22,7 @@ def test_bins_hold_every_sample_once_within_capacity_and_are_nearly_full() -> No
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("micro_batch", [1, 3])
-def test_an_epoch_meets_every_sample_once_in_an_order_of_seed_and_epoch(packing: bool, micro_batch: int) -> None:
+def test_epoch_has_every_sample_once_in_an_order_set_by_seed_and_epoch(packing: bool, micro_batch: int) -> None:
     def batches(seed: int) -> Batches:
         return Batches(samples([7, 9, 20, 3, 30, 12, 5]), micro_batch=micro_batch, max_length=32, packing=packing, seed=seed)
 
@@ -35,17 +35,17 @@ def test_an_epoch_meets_every_sample_once_in_an_order_of_seed_and_epoch(packing:
         assert [len(key) for key in first][:-1] == [micro_batch] * (len(first) - 1)
 
 
-def test_positions_begin_again_and_nothing_is_learnt_from_the_rest() -> None:
-    source = Batches(samples([3, 2, 4]), micro_batch=1, max_length=16, packing=True, seed=0)
-    batch = source.batch((1, 2))
+def test_positions_restart_per_sample_and_padding_has_no_labels() -> None:
+    batches = Batches(samples([3, 2, 4]), micro_batch=1, max_length=16, packing=True, seed=0)
+    batch = batches.batch((1, 2))
     assert batch.tokens == 6
     assert {part.shape for part in (batch.input_ids, batch.position_ids, batch.labels)} == {(1, MULTIPLE)}
     assert batch.input_ids[0, :6].tolist() == [0, 1, 0, 1, 2, 3]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2, 3, *range(MULTIPLE - 6)]]
-    # No sample predicts the next one's first token, and nothing predicts what fills the row.
+    # No sample predicts the first token of the next one, and padding has no labels.
     assert batch.labels.tolist() == [[IGNORE, 1, IGNORE, 1, 2, 3, *[IGNORE] * (MULTIPLE - 6)]]
 
 
-def test_a_row_that_is_full_is_left_so() -> None:
+def test_full_row_gets_no_padding() -> None:
     batch = Batches(samples([40, 88]), micro_batch=1, max_length=128, packing=True, seed=0).batch((0, 1))
     assert batch.input_ids.shape == (1, 128) == (1, batch.tokens)

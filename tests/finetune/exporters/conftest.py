@@ -1,4 +1,4 @@
-"""A trained tokenizer, and two tiny ternary models that have learnt a little, so that every fault shows."""
+"""A trained tokenizer, and two tiny ternary models after a few training steps, so that every export fault changes figures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZES = {
 
 
 def built(kind: str, vocabulary: int, *, norm_eps: float | None = None, **changes: Any) -> Any:
-    """A random model of two layers, its linears BitLinear."""
+    """A random model of two layers whose linears are BitLinear."""
     from transformers import BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
     sizes: dict[str, Any] = SIZES | {"vocab_size": vocabulary} | changes
@@ -33,13 +33,13 @@ def built(kind: str, vocabulary: int, *, norm_eps: float | None = None, **change
 
 
 def trained(model: Any, ids: list[int], steps: int = 30) -> Any:
-    """A few dozen steps of Adam on `ids`, until norms, scales and codes are no longer those of the start."""
+    """A few dozen steps of AdamW on `ids`, so that norms, scales and codes differ from their initial values."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    data, generator = torch.tensor(ids), torch.Generator().manual_seed(0)
+    tokens, generator = torch.tensor(ids), torch.Generator().manual_seed(0)
     model.train()
     for _ in range(steps):
         starts = torch.randint(0, len(ids) - 48, (6,), generator=generator).tolist()
-        batch = torch.stack([data[start : start + 48] for start in starts])
+        batch = torch.stack([tokens[start : start + 48] for start in starts])
         model(input_ids=batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -53,7 +53,7 @@ def text(repository: Path) -> str:
 
 @pytest.fixture(scope="session")
 def words(text: str) -> Any:
-    """A tokenizer as our own runs train it."""
+    """A tokenizer as pretraining runs train it."""
     from finetune.data.tokenizer import train_tokenizer
 
     return train_tokenizer(text.split("\n\n"), 400)
@@ -67,6 +67,6 @@ def rows(text: str, words: Any) -> list[tuple[list[int], list[int]]]:
 
 @pytest.fixture(scope="session")
 def models(text: str, words: Any) -> dict[str, Any]:
-    """Not to be changed by a test."""
+    """Shared by all tests of the session: do not change them."""
     ids = words(text).input_ids
     return {kind: trained(built(kind, len(words)), ids) for kind in ("bitnet", "llama")}

@@ -1,4 +1,4 @@
-"""A run that trained in ternary, as a user goes on with it: exported with its master weights, scored, merged."""
+"""Commands after a ternary training run: export with master weights, eval, merge."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SHORT = ("eval.samples=0", "eval.prompts=[]")
 
 @pytest.fixture
 def recipe(tmp_path: Path, finetune: Terminal) -> Path:
-    """Its run lies in `base`: a packed `merged`, and a checkpoint."""
+    """A pretraining recipe that has run in folder `base`, with a packed `merged` model and a checkpoint."""
     (tmp_path / "story.txt").write_text(story(40_000))
     path = tmp_path / "ternary.yaml"
     path.write_text(RECIPE.replace("health_steps: 2, ", "").format(text=tmp_path / "story.txt"))
@@ -26,10 +26,10 @@ def recipe(tmp_path: Path, finetune: Terminal) -> Path:
     return path
 
 
-def test_master_weights_and_rows_of_text(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_export_of_master_weights_and_eval_on_rows_of_text(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     from quant.pretrained import load
 
-    # merged/ is packed: the master weights are those of the newest checkpoint.
+    # merged/ is packed, so the master weights come from the newest checkpoint.
     code, out, err = finetune("export", "base", "--to", "bitnet-online", "--out", "online")
     assert code == 0, err
     assert "online: " in out
@@ -40,7 +40,7 @@ def test_master_weights_and_rows_of_text(finetune: Terminal, recipe: Path, tmp_p
     with torch.no_grad():
         assert torch.equal(online(ids).logits, packed(ids).logits)
 
-    # A model of plain text reads texts, in rows too.
+    # A pretrained model is scored on texts, also when they come in rows.
     write_jsonl(tmp_path / "texts.jsonl", [{"text": story(300, seed)} | alpaca(1)[0] for seed in range(3)])
     code, _, err = finetune("eval", "base", "--file", "texts.jsonl", "--json", "scores.json")
     assert code == 0, err
@@ -54,10 +54,10 @@ def test_master_weights_and_rows_of_text(finetune: Terminal, recipe: Path, tmp_p
     assert "data." not in err
 
 
-def test_adapters_become_ternary_again(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    words = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "adapter.kind=lora", "train.lr=5e-3",
+def test_lora_adapters_merge_back_to_ternary(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    overrides = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "adapter.kind=lora", "train.lr=5e-3",
              "train.max_steps=4", "run.merge=false", *SHORT)  # fmt: skip
-    code, _, err = finetune("run", str(recipe), "run.dir=adapted", *words)
+    code, _, err = finetune("run", str(recipe), "run.dir=adapted", *overrides)
     assert code == 0, err
     assert read_record(tmp_path / "adapted").merge is None
     code, _, err = finetune("merge", "adapted", "--out", "again", "--dtype", "fp32")
@@ -74,8 +74,10 @@ def test_adapters_become_ternary_again(finetune: Terminal, recipe: Path, tmp_pat
     assert (code, "it has no master weights" in err) == (2, True)
 
 
-def test_the_merged_model_is_given_back(tmp_path: Path, words: object, rows: list[tuple[list[int], list[int]]]) -> None:
-    """So that a run can export it to other formats: it is what was written."""
+def test_write_ternary_returns_the_model_that_it_wrote(
+    tmp_path: Path, words: object, rows: list[tuple[list[int], list[int]]]
+) -> None:
+    """A run exports the returned model to other formats, so it must equal the written one."""
     from peft import LoraConfig, get_peft_model
 
     from finetune.exporters import export

@@ -1,4 +1,4 @@
-"""One assembly: what a run trains is what its plan has traced, what a benchmark trains, and what its checkpoint opens as."""
+"""Runs, plans and benchmarks build the same model, and a checkpoint opens as that model."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ fast: {{compile: false}}
 """
 
 
-def described(model: Any) -> dict[str, Any]:
-    """Modules by path, and the shape, dtype and part in training of each parameter."""
+def describe(model: Any) -> dict[str, Any]:
+    """Module types by path, and shape, dtype and requires_grad of each parameter."""
     return {
         "modules": {path: type(module).__name__ for path, module in model.named_modules()},
         "parameters": {name: (tuple(p.shape), p.dtype, p.requires_grad) for name, p in model.named_parameters()},
@@ -58,58 +58,61 @@ def test_run_plan_and_bench_build_the_same_model(recipe: Recipe, tmp_path: Path,
     from finetune.planning import step
     from finetune.stages import build, train
 
-    seen: dict[str, Any] = {}
-    built_by_run, set_up_by_run = build.build, train.set_up
+    recorded: dict[str, Any] = {}
+    original_build, original_set_up = build.build, train.set_up
 
-    def watched_build(*arguments: Any) -> Any:
-        result = built_by_run(*arguments)
+    def recording_build(*arguments: Any) -> Any:
+        result = original_build(*arguments)
         built = result[0]
-        seen["run"] = described(built.model) | {"left": built.swap.left, "targets": built.targets}
+        recorded["run"] = describe(built.model) | {"left": built.swap.left, "targets": built.targets}
         return result
 
-    def watched_set_up(run: Any, checked: Any, built: Any, patches: Any) -> Any:
-        result = set_up_by_run(run, checked, built, patches)
-        seen["patches"], seen["teacher"] = patches.in_words(), result[0].teacher is not None
+    def recording_set_up(run: Any, checked: Any, built: Any, patches: Any) -> Any:
+        result = original_set_up(run, checked, built, patches)
+        recorded["patches"], recorded["teacher"] = patches.in_words(), result[0].teacher is not None
         return result
 
-    monkeypatch.setattr(build, "build", watched_build)
-    monkeypatch.setattr(train, "set_up", watched_set_up)
+    monkeypatch.setattr(build, "build", recording_build)
+    monkeypatch.setattr(train, "set_up", recording_set_up)
     pipeline.run(recipe, "run")
 
-    made = assemble(recipe, torch.device("cpu"), tmp_path)
-    made.patches.remove()
-    assert described(made.built.model) | {"left": made.built.swap.left, "targets": made.built.targets} == seen["run"]
-    assert made.patches.in_words() == seen["patches"]
-    assert (made.setup.teacher is not None) == seen["teacher"] == (recipe.distill.teacher is not None)
+    assembled = assemble(recipe, torch.device("cpu"), tmp_path)
+    assembled.patches.remove()
+    assert (
+        describe(assembled.built.model) | {"left": assembled.built.swap.left, "targets": assembled.built.targets}
+        == recorded["run"]
+    )
+    assert assembled.patches.in_words() == recorded["patches"]
+    assert (assembled.setup.teacher is not None) == recorded["teacher"] == (recipe.distill.teacher is not None)
 
-    place = step.DeviceSpec("cpu", weights_dtype(recipe, "cpu"), None, compiled=False)
-    planned = step.build_on_meta(recipe, made.inputs.source, made.inputs.config, place)
-    assert described(planned.model) | {"left": planned.swap.left, "targets": planned.targets} == seen["run"]
-    micro = step.MicroBatch((1, 32), (0, 32), 31)
-    teacher = (None, made.inputs.config) if recipe.distill.teacher is not None else None
-    traced = step.trace(recipe, made.inputs.source, made.inputs.config, place, micro, teacher=teacher)
-    assert traced.fast == seen["patches"]
-    assert (traced.static.parameters, traced.static.trainable) == (made.built.parameters, made.built.trainable)
+    device = step.DeviceSpec("cpu", weights_dtype(recipe, "cpu"), None, compiled=False)
+    planned = step.build_on_meta(recipe, assembled.inputs.source, assembled.inputs.config, device)
+    assert describe(planned.model) | {"left": planned.swap.left, "targets": planned.targets} == recorded["run"]
+    micro_batch = step.MicroBatch((1, 32), (0, 32), 31)
+    teacher = (None, assembled.inputs.config) if recipe.distill.teacher is not None else None
+    traced = step.trace(recipe, assembled.inputs.source, assembled.inputs.config, device, micro_batch, teacher=teacher)
+    assert traced.fast == recorded["patches"]
+    assert (traced.static.parameters, traced.static.trainable) == (assembled.built.parameters, assembled.built.trainable)
 
 
-def test_a_checkpoint_opens_as_the_model_that_was_trained(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoint_opens_as_the_trained_model(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune import pipeline
     from finetune.models.load import load_model
     from finetune.stages import merge
 
-    seen: dict[str, Any] = {}
+    recorded: dict[str, Any] = {}
     finish = merge.finish
 
-    def watched(run: Any, checked: Any, built: Any, after: Any) -> Any:
-        seen["model"] = described(built.model)
-        seen["weights"] = {name: p.detach().clone() for name, p in built.model.named_parameters()}
+    def recording_finish(run: Any, checked: Any, built: Any, after: Any) -> Any:
+        recorded["model"] = describe(built.model)
+        recorded["weights"] = {name: p.detach().clone() for name, p in built.model.named_parameters()}
         return finish(run, checked, built, after)
 
-    monkeypatch.setattr(merge, "finish", watched)
+    monkeypatch.setattr(merge, "finish", recording_finish)
     folder = pipeline.run(recipe, "run").path
-    opened = load_model(str(folder / "checkpoints" / "step-000001")).model
-    assert described(opened)["modules"] == seen["model"]["modules"]
-    assert {name: (tuple(p.shape), p.dtype) for name, p in opened.named_parameters()} == {
-        name: values[:2] for name, values in seen["model"]["parameters"].items()
+    loaded = load_model(str(folder / "checkpoints" / "step-000001")).model
+    assert describe(loaded)["modules"] == recorded["model"]["modules"]
+    assert {name: (tuple(p.shape), p.dtype) for name, p in loaded.named_parameters()} == {
+        name: values[:2] for name, values in recorded["model"]["parameters"].items()
     }
-    assert all(torch.equal(p, seen["weights"][name]) for name, p in opened.named_parameters())
+    assert all(torch.equal(p, recorded["weights"][name]) for name, p in loaded.named_parameters())

@@ -1,4 +1,4 @@
-"""Reading a .gguf model."""
+"""Loading a .gguf model."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ def gguf_file(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     return path
 
 
-def test_a_file_is_parsed_once_for_configuration_tokenizer_and_weights(
+def test_gguf_file_is_parsed_once_for_config_tokenizer_and_weights(
     gguf_file: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
-    parsed = 0
-    plain = gguf.GGUFReader.__init__
+    parse_count = 0
+    original_init = gguf.GGUFReader.__init__
 
-    def counted(self: gguf.GGUFReader, *arguments: Any, **options: Any) -> None:
-        nonlocal parsed
-        parsed += 1
-        plain(self, *arguments, **options)
+    def counting_init(self: gguf.GGUFReader, *arguments: Any, **options: Any) -> None:
+        nonlocal parse_count
+        parse_count += 1
+        original_init(self, *arguments, **options)
 
-    readers = gguf.GGUFReader, gguf.get_tensor_name_map
-    monkeypatch.setattr(gguf.GGUFReader, "__init__", counted)
+    originals = gguf.GGUFReader, gguf.get_tensor_name_map
+    monkeypatch.setattr(gguf.GGUFReader, "__init__", counting_init)
     source = find_model(str(gguf_file))
     config, tokenizer = load_config(source), load_tokenizer(source)
-    os.utime(gguf_file, ns=(1, 1))  # another file under the same name
+    os.utime(gguf_file, ns=(1, 1))  # looks like another file under the same name
     load_config(source)
-    assert parsed == 2
+    assert parse_count == 2
     model = load_weights(source, config, dtype=torch.float32, attention="auto")
-    assert parsed == 2
-    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == readers
+    assert parse_count == 2
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == originals
 
     expected = load_model(str(tiny_model), dtype="fp32")
     assert tokenizer.get_vocab() == expected.tokenizer.get_vocab()
     ids = torch.arange(3, 40)[None]
     torch.testing.assert_close(model(ids).logits, expected.model(ids).logits, atol=2e-3, rtol=0)
     load_config(source)
-    assert parsed == 3, "the parsed file was kept after the weights"
+    assert parse_count == 3, "the parsed file is still cached after the weights were loaded"

@@ -1,4 +1,4 @@
-"""The table of devices, what is counted with it, and the measurement that `finetune bench device` keeps."""
+"""The device table, the times estimated from it, and the calibration that `finetune bench device` saves."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from finetune.units import GIB
 
 
 @pytest.fixture(autouse=True)
-def own_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Nobody's measurements and devices are read or written."""
+def isolated_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Keeps the tests away from the user's calibrations and device files."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path
 
 
 def calibration(**changes: Any) -> Calibration:
-    """Made up: rates are m · n · k to the power of 0.5, of two layouts; the elementwise curve has two points."""
+    """Invented figures: rates are sqrt(m · n · k) in two layouts; each elementwise curve has two points."""
     gemm = [
         {"dtype": "bf16", "layout": layout, "m": m, "n": n, "k": k, "flops_per_second": scale * math.sqrt(m * n * k)}
         for layout, scale in (("nt", 1e6), ("tn", 0.5e6))
@@ -49,7 +49,7 @@ def calibration(**changes: Any) -> Calibration:
         for heads in (9, 32)
         for length in (64, 1024)
     ]
-    known: dict[str, Any] = {
+    fields: dict[str, Any] = {
         "device": "a test", "date": "2026-01-01T00:00:00+00:00", "versions": {"torch": "2.13.0"}, "threads": 2, "gemm": gemm,
         "bandwidth_bytes_per_second": 2e10, "read_bytes_per_second": 3e10, "fresh_seconds_per_byte": 0.0,
         "elementwise": {"add bf16": [[1e6, 1e11], [1e8, 1e9]], "silu bf16": [[1e6, 2e10], [1e8, 2e9]]},
@@ -57,24 +57,24 @@ def calibration(**changes: Any) -> Calibration:
         "dequantize": {"nf4": 1e9}, "quantize": {"ternary": 5e8},
         "attention": attention, "optimizer": {"adamw fp32": 1e9}, "optimizer_tensor": {"adamw fp32": 1e-5},
     }  # fmt: skip
-    return Calibration(**(known | changes))
+    return Calibration(**(fields | changes))
 
 
-# ------------------------------------------------------------------------------------------------------------------ the table
+# ----------------------------------------------------------------------------------------------------------- the device table
 
 
 def test_every_device_has_positive_figures_and_a_source() -> None:
-    known = devices.devices()
-    assert len(known) == len(devices.TABLE)  # no key twice
-    for key, one in known.items():
-        assert key == one.key
-        figures = (one.memory_bytes, one.bandwidth, one.watts, one.context_bytes, *one.rates.values())
+    entries = devices.devices()
+    assert len(entries) == len(devices.TABLE)  # no duplicate keys
+    for key, entry in entries.items():
+        assert key == entry.key
+        figures = (entry.memory_bytes, entry.bandwidth, entry.watts, entry.context_bytes, *entry.rates.values())
         assert all(figure > 0 for figure in figures), key
-        assert one.source.startswith("https://"), key
-        assert one.context_bytes < one.memory_bytes / 4
-        assert {"fp16", "fp32"} <= one.rates.keys()
-        assert ("bf16" in one.rates) == (key not in ("t4", "m1", "m1-max")), key
-        assert (one.capability is None) == (one.type == "mps")
+        assert entry.source.startswith("https://"), key
+        assert entry.context_bytes < entry.memory_bytes / 4
+        assert {"fp16", "fp32"} <= entry.rates.keys()
+        assert ("bf16" in entry.rates) == (key not in ("t4", "m1", "m1-max")), key
+        assert (entry.capability is None) == (entry.type == "mps")
 
 
 @pytest.mark.parametrize(
@@ -82,11 +82,11 @@ def test_every_device_has_positive_figures_and_a_source() -> None:
     [("rtx-4070", 58.3, 233.2), ("rtx-4090", 165.2, 660.6), ("rtx-4080", 97.5, 389.9), ("rtx-3090", 71, 284),
      ("rtx-3080", 59.5, 238), ("rtx-3070", 40.6, 162.6), ("rtx-5090", 209.5, 838)],
 )  # fmt: skip
-def test_rates_of_geforce_cards_are_those_of_the_whitepapers(key: str, bf16: float, int8: float) -> None:
-    one = device(key)
-    assert one.rates["bf16"] == one.rates["fp16"] == pytest.approx(bf16 * 1e12, rel=0.004)
-    assert one.rates["int8"] == pytest.approx(int8 * 1e12, rel=0.004)
-    assert one.rates["fp32"] == pytest.approx(one.rates["bf16"] / 2)
+def test_geforce_rates_are_those_of_the_whitepapers(key: str, bf16: float, int8: float) -> None:
+    card = device(key)
+    assert card.rates["bf16"] == card.rates["fp16"] == pytest.approx(bf16 * 1e12, rel=0.004)
+    assert card.rates["int8"] == pytest.approx(int8 * 1e12, rel=0.004)
+    assert card.rates["fp32"] == pytest.approx(card.rates["bf16"] / 2)
 
 
 @pytest.mark.parametrize(
@@ -97,11 +97,11 @@ def test_rates_of_geforce_cards_are_those_of_the_whitepapers(key: str, bf16: flo
      ("4090 laptop", "rtx-4090-laptop"), ("A100 80GB", "a100-80gb"), ("h100 sxm", "h100-sxm"), ("M1 Max", "m1-max"),
      ("T4", "t4")],
 )  # fmt: skip
-def test_names_are_found_as_people_write_them(name: str, key: str) -> None:
+def test_common_spellings_of_a_name_find_the_device(name: str, key: str) -> None:
     assert device(name).key == key
 
 
-def test_a_wrong_name_is_the_users_mistake_and_a_near_one_is_offered() -> None:
+def test_unknown_device_name_is_a_user_error_with_a_suggestion() -> None:
     with pytest.raises(UserError, match=r"did you mean .*rtx-4070") as caught:
         device("rtx-407")
     assert caught.value.exit_code == 2
@@ -118,21 +118,21 @@ def test_a_wrong_name_is_the_users_mistake_and_a_near_one_is_offered() -> None:
      ("NVIDIA GeForce RTX 4060 Ti", 15.6, "rtx-4060-ti-16gb"), ("NVIDIA GeForce RTX 4060 Ti", 7.7, "rtx-4060-ti"),
      ("NVIDIA GeForce RTX 4070 Laptop GPU", 7.7, "rtx-4070-laptop")],
 )  # fmt: skip
-def test_cards_are_known_by_what_the_driver_calls_them(name: str, gib: float, key: str) -> None:
-    found = devices.match(name, int(gib * GIB), 40, (8, 0))
-    assert found.key == key
-    assert found.memory_bytes == int(gib * GIB)
+def test_driver_names_match_entries_of_the_table(name: str, gib: float, key: str) -> None:
+    match = devices.match(name, int(gib * GIB), 40, (8, 0))
+    assert match.key == key
+    assert match.memory_bytes == int(gib * GIB)
 
 
-def test_a_card_that_the_table_has_not_is_made_up_of_its_processors() -> None:
-    found = devices.match("NVIDIA RTX 2000 Ada Generation", 16 * GIB, 22, (8, 9))
-    assert (found.key, found.memory_bytes, found.capability) == ("nvidia-rtx-2000-ada-generation", 16 * GIB, "8.9")
-    assert found.rates["bf16"] == pytest.approx(2 * 2 * 22 * 128 * 1.7e9)
+def test_card_missing_from_the_table_is_estimated_from_its_multiprocessors() -> None:
+    match = devices.match("NVIDIA RTX 2000 Ada Generation", 16 * GIB, 22, (8, 9))
+    assert (match.key, match.memory_bytes, match.capability) == ("nvidia-rtx-2000-ada-generation", 16 * GIB, "8.9")
+    assert match.rates["bf16"] == pytest.approx(2 * 2 * 22 * 128 * 1.7e9)
     assert "bf16" not in devices.match("GeForce GTX 1660", 6 * GIB, 22, (7, 5)).rates
-    assert "not in the table" in found.source
+    assert "not in the table" in match.source
 
 
-def test_a_device_of_ones_own_is_a_line_in_a_file() -> None:
+def test_user_defined_devices_are_read_from_a_file() -> None:
     path = devices.own_path()
     path.parent.mkdir(parents=True)
     path.write_text(
@@ -141,96 +141,96 @@ def test_a_device_of_ones_own_is_a_line_in_a_file() -> None:
     mine = device("my-card")
     assert (mine.name, mine.memory_bytes, mine.bandwidth, mine.rates) == ("Mine", 20 * GIB, 600e9, {"bf16": 80e12, "fp32": 40e12})
     assert device("4070").key == "rtx-4070"
-    for wrong, said in (
+    for content, message in (
         ("my-card: {memory: 20GB, bf16: 80, watts: 250}", "missing: bandwidth"),
         ("my-card: {memory: 20GB, bandwith: 600, bandwidth: 600, bf16: 80, watts: 250}", "unknown: bandwith"),
         ("my-card: {memory: 20GB, bandwidth: -600, bf16: 80, watts: 250}", "positive"),
         ("- my-card", "not a mapping"),
         ("my-card: {", "not valid YAML"),
     ):
-        path.write_text(wrong)
-        with pytest.raises(UserError, match=said):
+        path.write_text(content)
+        with pytest.raises(UserError, match=message):
             device("my-card")
 
 
-def test_nothing_heavy_is_imported_with_the_table(repository: Path) -> None:
+def test_device_table_imports_no_heavy_library(repository: Path) -> None:
     heavy = "{'torch', 'yaml', 'numpy'}"
     code = f"import sys; from finetune.planning import devices; devices.device('4070'); print({heavy} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
-    assert done.stdout.strip() == "set()"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=repository)
+    assert result.stdout.strip() == "set()"
 
 
 @pytest.mark.parametrize(
     ("text", "count"),
     [("12GB", 12 * GIB), ("11.5GiB", 23 * GIB // 2), (" 8 gb ", 8 * GIB), ("512M", GIB // 2), ("1t", 1024 * GIB)],
 )
-def test_gigabytes_of_a_card_are_powers_of_two(text: str, count: int) -> None:
+def test_parse_bytes_counts_in_powers_of_two(text: str, count: int) -> None:
     assert parse_bytes(text) == count
 
 
 @pytest.mark.parametrize("text", ["12", "", "GB", "-3GB", "0GB", "twelve GB", "12GBs", "1e3GB", "nan GB"])
-def test_what_is_no_amount_of_memory_is_refused(text: str) -> None:
+def test_parse_bytes_rejects_invalid_amounts(text: str) -> None:
     with pytest.raises(UserError, match="not an amount of memory"):
         parse_bytes(text)
 
 
-# ------------------------------------------------------------------------------------------------- counting without measuring
+# -------------------------------------------------------------------------------------------- estimates without a calibration
 
 
-def test_without_a_measurement_products_take_arithmetic_or_memory() -> None:
-    one = device("rtx-4070")
-    large = one.gemm_seconds("bf16", 4096, 4096, 4096)
-    assert large == pytest.approx(2 * 4096**3 / (one.rates["bf16"] * devices.REACHED["bf16"]))
-    vector = one.gemm_seconds("bf16", 1, 4096, 4096)
+def test_uncalibrated_times_are_bound_by_compute_or_bandwidth() -> None:
+    card = device("rtx-4070")
+    large = card.gemm_seconds("bf16", 4096, 4096, 4096)
+    assert large == pytest.approx(2 * 4096**3 / (card.rates["bf16"] * devices.REACHED["bf16"]))
+    vector = card.gemm_seconds("bf16", 1, 4096, 4096)
     assert vector == pytest.approx(2 * 4096 * 4096 / (504e9 * 0.8), rel=0.01)  # the weight is read once
-    assert one.gemm_seconds("bf16", 2, 2, 2) == devices.SHORTEST_KERNEL_S
-    assert one.gemm_seconds("ternary", 4096, 4096, 4096) == pytest.approx(one.gemm_seconds("int8", 4096, 4096, 4096), rel=0.2)
-    assert one.memory_seconds(1e9) == pytest.approx(1 / (504 * 0.8))
-    assert one.attention_seconds("bf16", 2048, 32, 64, backward=True) > 3 * one.attention_seconds("bf16", 2048, 32, 64)
-    # AdamW in fp32 reads weight, gradient and two moments and writes three of them; 8-bit moments are less.
-    assert one.optimizer_seconds("adamw", 10**8) == pytest.approx(28e8 / (504e9 * 0.8))
-    assert one.optimizer_seconds("adamw_8bit", 10**8) < 0.7 * one.optimizer_seconds("adamw", 10**8)
-    assert one.together(0.0, 10) == pytest.approx(10 * devices.OPERATION_S["cuda"])
-    assert one.together(1.0, 10) == 1.0  # a card computes while the host calls
+    assert card.gemm_seconds("bf16", 2, 2, 2) == devices.SHORTEST_KERNEL_S
+    assert card.gemm_seconds("ternary", 4096, 4096, 4096) == pytest.approx(card.gemm_seconds("int8", 4096, 4096, 4096), rel=0.2)
+    assert card.memory_seconds(1e9) == pytest.approx(1 / (504 * 0.8))
+    assert card.attention_seconds("bf16", 2048, 32, 64, backward=True) > 3 * card.attention_seconds("bf16", 2048, 32, 64)
+    # fp32 AdamW reads weight, gradient and two moments, and writes three of them; 8-bit moments take fewer bytes.
+    assert card.optimizer_seconds("adamw", 10**8) == pytest.approx(28e8 / (504e9 * 0.8))
+    assert card.optimizer_seconds("adamw_8bit", 10**8) < 0.7 * card.optimizer_seconds("adamw", 10**8)
+    assert card.together(0.0, 10) == pytest.approx(10 * devices.OPERATION_S["cuda"])
+    assert card.together(1.0, 10) == 1.0  # a GPU computes while the host launches kernels
 
 
-def test_a_dtype_that_a_device_has_not_is_refused_with_another() -> None:
+def test_unsupported_dtype_is_an_error_that_suggests_another() -> None:
     with pytest.raises(UserError, match=r"does not support bf16(.|\n)*model.dtype=fp16"):
         device("t4").gemm_seconds("bf16", 64, 64, 64)
 
 
-# ------------------------------------------------------------------------------------------------------- counting with measure
+# ----------------------------------------------------------------------------------------------- estimates with a calibration
 
 
-def test_products_lie_between_those_that_were_measured() -> None:
+def test_gemm_times_are_interpolated_between_measured_shapes() -> None:
     measured = calibration()
 
     def seconds(m: float, n: float, k: float) -> float:
         return 2 * m * n * k / (1e6 * math.sqrt(m * n * k))
 
     for shape in ((64, 64, 64), (4096, 64, 4096), (300, 700, 2000), (17, 100, 64)):
-        assert measured.gemm_seconds("bf16", *shape) == pytest.approx(seconds(*shape))  # a power law is met exactly
+        assert measured.gemm_seconds("bf16", *shape) == pytest.approx(seconds(*shape))  # interpolation is exact for a power law
         assert measured.gemm_seconds("bf16", *shape, layout="tn") == pytest.approx(2 * seconds(*shape))
-        assert measured.gemm_seconds("bf16", *shape, layout="nn") == pytest.approx(seconds(*shape))  # not measured: as nt
+        assert measured.gemm_seconds("bf16", *shape, layout="nn") == pytest.approx(seconds(*shape))  # not measured, so as nt
     assert measured.gemm_seconds("bf16", 64, 64, 0) == 0
-    # Beyond the grid at the rate of its edge: four times the work, four times as long.
+    # Beyond the grid the rate of its edge applies: four times the work takes four times as long.
     assert measured.gemm_seconds("bf16", 4096, 4 * 4096, 4096) == pytest.approx(4 * seconds(4096, 4096, 4096))
     assert measured.gemm_seconds("bf16", 64, 32, 64) == pytest.approx(seconds(64, 64, 64) / 2)
-    paged = calibration(fresh_seconds_per_byte=1e-9)
-    assert paged.gemm_seconds("bf16", 300, 700, 2000) == measured.gemm_seconds("bf16", 300, 700, 2000)
-    more = paged.gemm_seconds("bf16", 4096, 8192, 64) - measured.gemm_seconds("bf16", 4096, 8192, 64)
-    assert more == pytest.approx(2 * 4096 * 8192 * 1e-9)
+    with_page_faults = calibration(fresh_seconds_per_byte=1e-9)
+    assert with_page_faults.gemm_seconds("bf16", 300, 700, 2000) == measured.gemm_seconds("bf16", 300, 700, 2000)
+    difference = with_page_faults.gemm_seconds("bf16", 4096, 8192, 64) - measured.gemm_seconds("bf16", 4096, 8192, 64)
+    assert difference == pytest.approx(2 * 4096 * 8192 * 1e-9)
 
 
-def test_a_shape_that_could_not_be_measured_is_as_its_neighbour() -> None:
-    whole = calibration()
-    holed = [p for p in whole.gemm if (p["layout"], p["m"], p["n"], p["k"]) != ("nt", 4096, 4096, 4096)]
-    measured = calibration(gemm=holed)
-    edge = max(p["flops_per_second"] for p in holed if p["layout"] == "nt")
+def test_missing_gemm_shape_takes_the_rate_of_its_neighbour() -> None:
+    complete = calibration()
+    points = [p for p in complete.gemm if (p["layout"], p["m"], p["n"], p["k"]) != ("nt", 4096, 4096, 4096)]
+    measured = calibration(gemm=points)
+    edge = max(p["flops_per_second"] for p in points if p["layout"] == "nt")
     assert measured.gemm_seconds("bf16", 4096, 4096, 4096) == pytest.approx(2 * 4096**3 / edge)
 
 
-def test_a_dtype_that_was_not_measured_is_refused() -> None:
+def test_unmeasured_dtype_is_an_error() -> None:
     with pytest.raises(UserError, match=r"fp64 were not measured(.|\n)*bench device"):
         calibration().gemm_seconds("fp64", 64, 64, 64)
     assert calibration().measured("ternary") is None
@@ -238,43 +238,43 @@ def test_a_dtype_that_was_not_measured_is_refused() -> None:
     assert calibration(gemm=int8).measured("ternary") == "int8"
 
 
-def test_passes_over_memory_follow_the_curve_of_their_operator() -> None:
+def test_elementwise_times_follow_the_curve_of_their_operator() -> None:
     measured = calibration()
     assert measured.elementwise_seconds(1e6) == pytest.approx(1e-5)
-    assert measured.elementwise_seconds(1e3) == pytest.approx(1e-8)  # below the curve at its first rate
+    assert measured.elementwise_seconds(1e3) == pytest.approx(1e-8)  # below the curve its first rate applies
     assert measured.elementwise_seconds(1e10) == pytest.approx(10)
-    assert measured.elementwise_seconds(1e7) == pytest.approx(1e7 / 1e10)  # half way, in logarithms
+    assert measured.elementwise_seconds(1e7) == pytest.approx(1e7 / 1e10)  # half way on a logarithmic scale
     assert measured.elementwise_seconds(1e8, "silu") == pytest.approx(0.05)
     assert measured.elementwise_seconds(1e8, "tanh") == measured.elementwise_seconds(1e8, "add")
     assert measured.elementwise_seconds(0) == 0
 
 
-def test_a_device_counts_with_its_measurement() -> None:
+def test_calibrated_device_uses_its_measurements() -> None:
     measured = calibration()
-    one = dataclasses.replace(device("rtx-4070"), measured=measured)
-    assert one.gemm_seconds("bf16", 64, 64, 64, "tn") == measured.gemm_seconds("bf16", 64, 64, 64, "tn")
-    assert one.gemm_seconds("fp32", 4096, 4096, 4096) == device("rtx-4070").gemm_seconds(
+    card = dataclasses.replace(device("rtx-4070"), measured=measured)
+    assert card.gemm_seconds("bf16", 64, 64, 64, "tn") == measured.gemm_seconds("bf16", 64, 64, 64, "tn")
+    assert card.gemm_seconds("fp32", 4096, 4096, 4096) == device("rtx-4070").gemm_seconds(
         "fp32", 4096, 4096, 4096
     )  # was not measured
-    assert one.memory_seconds(1e6) == measured.elementwise_seconds(1e6)
-    assert one.operation_seconds == 4e-5
-    assert one.together(1.0, 1000) == pytest.approx(1.25 + 0.04 if one.type == "cpu" else 1.25)
-    assert one.dequantize_seconds("nf4", 10**9) == 1
-    assert one.dequantize_seconds("ternary", 10**9) == device("rtx-4070").dequantize_seconds("ternary", 10**9)
-    assert one.quantize_seconds("ternary", 10**9) == 2
-    assert one.optimizer_seconds("adamw", 10**9, tensors=100) == pytest.approx(1.001)
-    # Attention: by the nearest number of heads times width, at the rate that was measured.
-    assert one.attention_seconds("bf16", 256, 10, 64) == pytest.approx(attention_flops(256, 10, 64) / 9e9)
-    assert one.attention_seconds("bf16", 256, 32, 64, backward=True) == pytest.approx(3.5 * attention_flops(256, 32, 64) / 64e9)
+    assert card.memory_seconds(1e6) == measured.elementwise_seconds(1e6)
+    assert card.operation_seconds == 4e-5
+    assert card.together(1.0, 1000) == pytest.approx(1.25 + 0.04 if card.type == "cpu" else 1.25)
+    assert card.dequantize_seconds("nf4", 10**9) == 1
+    assert card.dequantize_seconds("ternary", 10**9) == device("rtx-4070").dequantize_seconds("ternary", 10**9)
+    assert card.quantize_seconds("ternary", 10**9) == 2
+    assert card.optimizer_seconds("adamw", 10**9, tensors=100) == pytest.approx(1.001)
+    # Attention: the measured rate of the nearest heads × width.
+    assert card.attention_seconds("bf16", 256, 10, 64) == pytest.approx(attention_flops(256, 10, 64) / 9e9)
+    assert card.attention_seconds("bf16", 256, 32, 64, backward=True) == pytest.approx(3.5 * attention_flops(256, 32, 64) / 64e9)
 
 
-def test_a_measurement_comes_back_as_it_was_kept(own_folders: Path) -> None:
+def test_calibration_round_trips_through_its_file(isolated_folders: Path) -> None:
     measured = calibration()
     path = devices.save_calibration("rtx-4070", measured)
-    assert path == own_folders / "cache" / "finetune12g" / "device-rtx-4070.json" == devices.calibration_path("rtx-4070")
+    assert path == isolated_folders / "cache" / "finetune12g" / "device-rtx-4070.json" == devices.calibration_path("rtx-4070")
     assert device("4070").measured == measured
     assert device("4080").measured is None
-    # One of another version is not used; a damaged one is told.
+    # A file of another format version is ignored; a damaged one is an error.
     path.write_text(json.dumps(json.loads(path.read_text()) | {"format": devices.FORMAT + 1}))
     assert device("4070").measured is None
     for damaged in (json.dumps({"format": devices.FORMAT}), "{", "[]"):
@@ -286,38 +286,38 @@ def test_a_measurement_comes_back_as_it_was_kept(own_folders: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- this machine
 
 
-def test_the_cpu_is_known_by_its_name_and_threads() -> None:
+def test_cpu_device_uses_estimates_until_it_is_calibrated() -> None:
     import torch
 
-    one = device("cpu")
-    assert one == devices.present("cpu")
-    assert (one.type, one.measured, one.capability) == ("cpu", None, None)
-    assert f"{torch.get_num_threads()}-thread" in one.key
-    assert 0 < one.memory_bytes == machine_bytes()
-    assert one.source.startswith("estimated from its instruction set")
-    assert all(one.gemm_seconds(dtype, 64, 64, 64) > 0 for dtype in ("bf16", "fp32", "int8", "ternary"))
-    devices.save_calibration(one.key, calibration())
-    known = devices.present("cpu")
-    assert known.measured is not None
-    assert known.bandwidth == 2e10
-    assert known.rates["bf16"] == known.measured.rates()["bf16"] == pytest.approx(1e6 * 4096**1.5)
-    assert known.rates["fp32"] == one.rates["fp32"]  # not measured: still the guess
-    assert known.source == "measured 2026-01-01T00:00:00+00:00"
+    estimated = device("cpu")
+    assert estimated == devices.present("cpu")
+    assert (estimated.type, estimated.measured, estimated.capability) == ("cpu", None, None)
+    assert f"{torch.get_num_threads()}-thread" in estimated.key
+    assert 0 < estimated.memory_bytes == machine_bytes()
+    assert estimated.source.startswith("estimated from its instruction set")
+    assert all(estimated.gemm_seconds(dtype, 64, 64, 64) > 0 for dtype in ("bf16", "fp32", "int8", "ternary"))
+    devices.save_calibration(estimated.key, calibration())
+    calibrated = devices.present("cpu")
+    assert calibrated.measured is not None
+    assert calibrated.bandwidth == 2e10
+    assert calibrated.rates["bf16"] == calibrated.measured.rates()["bf16"] == pytest.approx(1e6 * 4096**1.5)
+    assert calibrated.rates["fp32"] == estimated.rates["fp32"]  # not measured, so still the estimate
+    assert calibrated.source == "measured 2026-01-01T00:00:00+00:00"
 
 
-def test_a_device_that_is_not_there_is_refused() -> None:
+def test_absent_device_is_an_error() -> None:
     import torch
 
     if torch.cuda.is_available() or torch.backends.mps.is_available():
-        pytest.skip("they are there")
+        pytest.skip("this machine has a cuda or mps device")
     for kind in ("cuda", "mps"):
         with pytest.raises(UserError, match=f"no {kind} device"):
             devices.present(kind)
     assert devices.present().type == "cpu"
 
 
-def test_bench_device_measures_and_keeps_it(
-    own_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_bench_device_measures_and_saves_a_calibration(
+    isolated_folders: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from finetune import cli
     from finetune.bench import device as bench
@@ -329,18 +329,18 @@ def test_bench_device_measures_and_keeps_it(
         too_busy=9.0, steps=(),
     )  # fmt: skip
     monkeypatch.setattr(bench.device_command, "__defaults__", (small,))
-    file = own_folders / "found.json"
-    damaged = devices.calibration_path(devices.present("cpu").key)
-    damaged.parent.mkdir(parents=True)
-    damaged.write_text("{")  # which must not keep it from measuring anew
-    monkeypatch.setattr(sys, "argv", ["finetune", "bench", "device", "--json", str(file)])
+    json_path = isolated_folders / "found.json"
+    calibration_file = devices.calibration_path(devices.present("cpu").key)
+    calibration_file.parent.mkdir(parents=True)
+    calibration_file.write_text("{")  # a damaged file must not prevent a new measurement
+    monkeypatch.setattr(sys, "argv", ["finetune", "bench", "device", "--json", str(json_path)])
     with pytest.raises(SystemExit) as exited:
         cli.main()
     assert exited.value.code == 0
-    said = capsys.readouterr().out
-    assert "saved for finetune plan in" in said
-    one = devices.present("cpu")
-    measured = one.measured
+    output = capsys.readouterr().out
+    assert "saved for finetune plan in" in output
+    cpu = devices.present("cpu")
+    measured = cpu.measured
     assert measured is not None
     layouts = {(point["dtype"], point["layout"]) for point in measured.gemm}
     assert layouts >= {("bf16", "nt"), ("bf16", "nn"), ("fp32", "tn"), ("int8", "nt"), ("fp16", "nt"), ("ternary", "nt")}
@@ -356,14 +356,14 @@ def test_bench_device_measures_and_keeps_it(
     assert [len(curve) for curve in measured.elementwise.values()] == [2] * len(measured.elementwise)
     assert len(measured.attention) == 4
     assert measured.launch_seconds > 0 < measured.step["operation"]
-    assert one.gemm_seconds("bf16", 100, 50, 50) > 0
-    document = json.loads(file.read_text())
+    assert cpu.gemm_seconds("bf16", 100, 50, 50) > 0
+    document = json.loads(json_path.read_text())
     assert document["name"] == "device"
     assert {"case", "ours", "baseline", "ratio", "unit", "target"} <= document["rows"][0].keys()
-    assert all(row["baseline"] is None for row in document["rows"])  # of a CPU the table knows nothing
+    assert all(row["baseline"] is None for row in document["rows"])  # CPUs are not in the table
 
 
-def test_what_a_busy_machine_measured_is_not_kept(own_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calibration_of_a_busy_machine_is_not_saved(isolated_folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import io
 
     from rich.console import Console
@@ -374,34 +374,34 @@ def test_what_a_busy_machine_measured_is_not_kept(own_folders: Path, monkeypatch
     monkeypatch.setattr(bench, "measure", lambda *args: calibration(others=0.3))
     screen = Screen(Console(file=io.StringIO()))
     with pytest.raises(UserError, match="30% of it"):
-        bench.device_command(own_folders / "found.json", screen)
-    assert list(own_folders.iterdir()) == []
+        bench.device_command(isolated_folders / "found.json", screen)
+    assert list(isolated_folders.iterdir()) == []
     monkeypatch.setattr(bench, "measure", lambda *args: calibration(others=0.1))
     bench.device_command(None, screen)
     assert devices.present("cpu").measured == calibration(others=0.1)
 
 
-def test_measured_beside_the_table_is_a_share_of_it() -> None:
+def test_bench_rows_compare_measured_rates_with_the_table() -> None:
     from finetune.bench import device as bench
 
     table = device("rtx-4070")
-    found = {row["case"]: row for row in bench.rows(calibration(), table)}
-    product = found["product bf16"]
+    rows = {row["case"]: row for row in bench.rows(calibration(), table)}
+    product = rows["product bf16"]
     assert (product["unit"], product["baseline"]) == ("GFLOP/s", table.rates["bf16"] / 1e9)
     assert product["ratio"] == pytest.approx(1e6 * 4096**1.5 / table.rates["bf16"])
-    assert found["memory, copy"]["ratio"] == pytest.approx(20 / 504)
-    assert found["call of an operator"]["ratio"] is None
+    assert rows["memory, copy"]["ratio"] == pytest.approx(20 / 504)
+    assert rows["call of an operator"]["ratio"] is None
 
 
 @pytest.mark.slow
-def test_real_steps_tell_what_calls_and_arithmetic_take_within_them(own_folders: Path) -> None:
+def test_real_steps_measure_overhead_of_calls_and_slowdown_of_arithmetic(isolated_folders: Path) -> None:
     from dataclasses import replace
 
     import torch
 
     from finetune.bench import device as bench
 
-    told = bench._in_steps(torch.device("cpu"), calibration(), bench.SIZES, lambda part: None)
-    assert told["busy"] >= 1
-    assert told["operation"] >= calibration().launch_seconds
+    measured = bench._in_steps(torch.device("cpu"), calibration(), bench.SIZES, lambda part: None)
+    assert measured["busy"] >= 1
+    assert measured["operation"] >= calibration().launch_seconds
     assert bench._in_steps(torch.device("cpu"), calibration(), replace(bench.SIZES, steps=()), print) == calibration().step

@@ -11,8 +11,8 @@ from finetune.errors import UserErrors
 from finetune.recipe import Recipe, dump_recipe, known_keys, read_recipe, read_resolved
 from finetune.recipe.translate import OF_FIRST_VERSION, RENAMED, called_now, translate
 
-# What an imagined older version called keys and values of this one.
-OLDER: dict[str, Any] = {
+# Names that an invented older version had for keys and values of this one.
+OLDER_NAMES: dict[str, Any] = {
     "train.speed": "train.lr",
     "where": "run.dir",
     "base": "model",
@@ -23,8 +23,8 @@ OLDER: dict[str, Any] = {
 
 
 @pytest.fixture
-def older(monkeypatch: pytest.MonkeyPatch) -> None:
-    for key, new in OLDER.items():
+def older_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for key, new in OLDER_NAMES.items():
         monkeypatch.setitem(RENAMED, key, new)
 
 
@@ -34,24 +34,24 @@ def write(tmp_path: Path, content: dict[str, Any]) -> Path:
     return path
 
 
-def resolved() -> dict[str, Any]:
+def resolved_recipe() -> dict[str, Any]:
     recipe = Recipe.model_validate({"model": {"name": "some/model"}, "data": {"path": "rows.jsonl"}})
     return yaml.safe_load(dump_recipe(recipe))  # type: ignore[no-any-return]
 
 
-def test_a_recipe_of_this_version_stays_as_it_is() -> None:
-    assert translate(resolved()) == resolved()
+def test_recipe_of_the_current_version_is_unchanged() -> None:
+    assert translate(resolved_recipe()) == resolved_recipe()
     assert translate({}) == {}
 
 
-def test_the_table_leads_from_names_that_are_gone_to_keys_that_exist() -> None:
+def test_rename_table_maps_removed_names_to_existing_keys() -> None:
     for old, new in RENAMED.items():
         targets = {new} if isinstance(new, str) else {key for each in new.values() for key in each}
         assert targets <= set(known_keys())
         assert old not in known_keys() or (not isinstance(new, str) and old in targets), old
 
 
-@pytest.mark.usefixtures("older")
+@pytest.mark.usefixtures("older_names")
 @pytest.mark.parametrize(
     ("old", "new"),
     [
@@ -66,38 +66,38 @@ def test_the_table_leads_from_names_that_are_gone_to_keys_that_exist() -> None:
         ({"train": {"small": True}}, {"train": {"optimizer": "adamw_8bit", "checkpointing": True}}),
         ({"train": {"small": False}}, {"train": {}}),
         ({"train": {"small": [1]}}, {"train": {"small": [1]}}),
-        ({"train": {"speed": 1e-3, "lr": 2e-3}}, {"train": {"lr": 2e-3}}),  # what has its new name already stays
-        ({"train": 5, "where": "x", "run": 7}, {"train": 5, "run": 7}),  # no recipe; reading it says so
+        ({"train": {"speed": 1e-3, "lr": 2e-3}}, {"train": {"lr": 2e-3}}),  # the new name wins
+        ({"train": 5, "where": "x", "run": 7}, {"train": 5, "run": 7}),  # invalid; reading it raises
     ],
 )
-def test_translate(old: dict[str, Any], new: dict[str, Any]) -> None:
-    before = copy.deepcopy(old)
+def test_translate_renames_keys_and_values(old: dict[str, Any], new: dict[str, Any]) -> None:
+    original = copy.deepcopy(old)
     assert translate(old) == new
-    assert old == before
+    assert old == original
 
 
-@pytest.mark.usefixtures("older")
-def test_a_run_folder_of_an_older_version_is_read(tmp_path: Path) -> None:
-    now = resolved()
-    old = copy.deepcopy(now)
+@pytest.mark.usefixtures("older_names")
+def test_recipe_in_a_run_folder_of_an_older_version_is_readable(tmp_path: Path) -> None:
+    current = resolved_recipe()
+    old = copy.deepcopy(current)
     old["train"]["speed"] = old["train"].pop("lr")
     old["train"]["order"], _ = "curved", old["train"].pop("schedule")
     old["train"]["on_bad_step"] = "leave_out"
     old["base"] = old.pop("model")
     path = write(tmp_path, old)
-    assert read_resolved(path) == Recipe.model_validate(now)
+    assert read_resolved(path) == Recipe.model_validate(current)
     assert read_resolved(path, ["train.lr=1e-3"]).train.lr == 1e-3
     with pytest.raises(UserErrors, match=r"unknown key train\.speed[\s\S]*did you mean train\.lr\?"):
         read_resolved(path, ["train.speed=1e-3"])
 
 
-@pytest.mark.usefixtures("older")
-def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
-    content = resolved() | {"where": "runs/one"}
+@pytest.mark.usefixtures("older_names")
+def test_old_key_in_a_user_recipe_gets_a_hint_with_the_new_key(tmp_path: Path) -> None:
+    content = resolved_recipe() | {"where": "runs/one"}
     content["train"] |= {"speed": 1e-3, "small": True, "on_bad_step": "leave_out"}
     with pytest.raises(UserErrors) as caught:
         read_recipe(write(tmp_path, content))
-    hints = {mistake.message: str(mistake.hint).rpartition("did you mean ")[2] for mistake in caught.value.errors}
+    hints = {error.message: str(error.hint).rpartition("did you mean ")[2] for error in caught.value.errors}
     assert hints == {
         "unknown key where": "run.dir?",
         "unknown key train.speed": "train.lr?",
@@ -109,9 +109,9 @@ def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
     assert called_now("train.lr", 1) is None
 
 
-@pytest.mark.parametrize("mark", OF_FIRST_VERSION)
+@pytest.mark.parametrize("old_key", OF_FIRST_VERSION)
 @pytest.mark.parametrize(
-    ("kind", "adapter", "dtype", "precision", "kept"),
+    ("kind", "adapter", "dtype", "precision", "expected"),
     [
         ("sft", "none", "auto", "auto", "fp32"),
         ("sft", "none", "fp32", "auto", "fp32"),
@@ -128,10 +128,10 @@ def test_an_old_spelling_by_hand_is_told_its_new_one(tmp_path: Path) -> None:
         ("pretrain", "lora", "bf16", "auto", "auto"),
     ],
 )
-def test_a_run_of_the_first_version_keeps_its_arithmetic(
-    monkeypatch: pytest.MonkeyPatch, mark: str, kind: str, adapter: str, dtype: str, precision: str, kept: str
+def test_run_of_the_first_version_keeps_its_precision(
+    monkeypatch: pytest.MonkeyPatch, old_key: str, kind: str, adapter: str, dtype: str, precision: str, expected: str
 ) -> None:
-    monkeypatch.setitem(RENAMED, mark, "train.marked")
+    monkeypatch.setitem(RENAMED, old_key, "train.marked")
     recipe = {
         "kind": kind,
         "adapter": {"kind": adapter},
@@ -140,8 +140,8 @@ def test_a_run_of_the_first_version_keeps_its_arithmetic(
         "train": {"precision": precision},
     }
     assert translate(recipe)["train"]["precision"] == precision
-    section, _, key = mark.partition(".")
+    section, _, key = old_key.partition(".")
     recipe[section][key] = "as it was"  # type: ignore[index]
-    now = translate(recipe)
-    assert now["train"] == {"precision": kept, "marked": "as it was"}
-    assert now["model"] == {"dtype": dtype}
+    translated = translate(recipe)
+    assert translated["train"] == {"precision": expected, "marked": "as it was"}
+    assert translated["model"] == {"dtype": dtype}
