@@ -69,12 +69,12 @@ def test_ctrl_c_while_the_report_is_written_leaves_a_stopped_run(
     phases = [phase["name"] for phase in record["phases"]]
     result = finetune.run(lora, resume=True)
     assert result.state == "done"
-    # The phases of the first part are kept, although the process is the same.
+    # Resuming in the same process keeps the phases of the first part.
     assert [phase.name for phase in result.record.phases][: len(phases)] == phases
 
 
 def test_run_stops_when_the_model_bypasses_a_linear(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer whose weight the model reads without calling it would be trained and evaluated as two models."""
+    """If the model read a weight without calling its layer, training and evaluation would use different models."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def forward(self: Any, x: Any) -> Any:

@@ -88,12 +88,12 @@ def test_values_of_other_programs_map_to_existing_keys_and_values() -> None:
         assert set(re.findall(r"[a-z]+\.[a-z_]+", " ".join(aliases.values()))) <= set(known_keys())
 
 
-@pytest.mark.parametrize(("key", "theirs", "ours"), [(k, t, o) for k, aliases in SAME_VALUES.items() for t, o in aliases.items()])
-def test_equivalent_values_of_other_programs_are_accepted(tmp_path: Path, key: str, theirs: str, ours: str) -> None:
-    assert canonical_value(key, theirs) == canonical_value(key, ours) == ours
-    with_alias, with_own_name = (read_recipe(write(tmp_path, VALID), [f"{key}={value}"]) for value in (theirs, ours))
+@pytest.mark.parametrize(("key", "alias", "value"), [(k, t, o) for k, aliases in SAME_VALUES.items() for t, o in aliases.items()])
+def test_equivalent_values_of_other_programs_are_accepted(tmp_path: Path, key: str, alias: str, value: str) -> None:
+    assert canonical_value(key, alias) == canonical_value(key, value) == value
+    with_alias, with_own_name = (read_recipe(write(tmp_path, VALID), [f"{key}={given}"]) for given in (alias, value))
     assert with_alias == with_own_name
-    assert f"{key.partition('.')[2]}: {ours}\n" in dump_recipe(with_alias)
+    assert f"{key.partition('.')[2]}: {value}\n" in dump_recipe(with_alias)
 
 
 def test_replacing_an_equivalent_value_keeps_the_rest_of_its_section(tmp_path: Path) -> None:

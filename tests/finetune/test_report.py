@@ -289,7 +289,7 @@ def test_page_of_a_real_run_has_all_sections_and_checks(sft_run: Path) -> None:
     assert record.preflight is not None
     for check in record.preflight.checks:
         assert f"{check.name}{check.detail}" in written_page.text
-    for line in metrics(30):  # metrics() has the keys of a real run
+    for line in metrics(30):  # the keys of metrics() are those of a real run
         assert any(set(line) <= set(logged) for logged in metrics_of(sft_run)), line
 
 
@@ -426,7 +426,7 @@ def test_page_renders_with_missing_parts(tmp_path: Path, record: Record, missing
         set_fields(record, **{missing: None})
     else:
         record = without_parts(record, missing)
-    lines = metrics(3) if missing == "train" else []  # only the `train` case draws plots
+    lines = metrics(3) if missing == "train" else []  # without metrics there are no plots to draw
     assert render(write_run(tmp_path / "run", record, lines)).headings == SECTIONS
 
 
@@ -506,7 +506,7 @@ def test_nan_and_broken_lines_do_not_break_plots(tmp_path: Path, record: Record)
 
 
 @pytest.mark.parametrize(
-    "columns",  # together every plotted column
+    "columns",  # together these are all plotted columns
     [("loss", "lr", "tokens_per_second"), ("grad_norm", "memory_bytes", "step_seconds")],
 )
 def test_page_renders_when_metrics_columns_are_all_nan(tmp_path: Path, record: Record, columns: tuple[str, ...]) -> None:

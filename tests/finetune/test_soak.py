@@ -34,7 +34,7 @@ run: {{device: cpu, threads: 1}}
 MINUTES = float(os.environ.get("SOAK_MINUTES", "5"))
 SAMPLE_SECONDS = 0.25  # seconds between samples
 EVAL_STEPS = 170
-GROWTH_LIMIT = 1.0  # MiB per 1000 steps, that is 1 KiB a step; measured: 0.1 in the clean run, 0.3 to 0.5 in the others
+GROWTH_LIMIT = 1.0  # MiB per 1000 steps (1 KiB a step); measured: 0.1 in the clean run, 0.3 to 0.5 in the others
 
 
 class MemorySampler:
