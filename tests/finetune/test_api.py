@@ -1,4 +1,4 @@
-"""The Python API: seven functions with typed results, which print nothing, exit nowhere and leave the process as it was."""
+"""The Python API: seven functions with typed results that print nothing, never exit and leave the process unchanged."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ run: {{device: cpu, threads: 1, merge: false}}
 
 @pytest.fixture(scope="module")
 def libraries() -> None:
-    """What is imported for the first time sets up its logger and filters; that is not what is asked here."""
+    """Import libraries beforehand: the first import of each adds loggers and warning filters, which is not tested here."""
     for name in ("accelerate", "bitsandbytes", "datasets", "matplotlib.pyplot", "peft", "transformers"):
         importlib.import_module(name)
 
@@ -54,7 +54,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(recipe: Path) -> finetune.RunResult:
-    """A run, made once."""
+    """The result of a finished run."""
     from finetune.stages import planning
 
     with pytest.MonkeyPatch.context() as patch:
@@ -64,38 +64,42 @@ def trained(recipe: Path) -> finetune.RunResult:
 
 
 def process_state() -> dict[str, Any]:
-    """What belongs to the whole process, and is not ours to change."""
-    loggers = {name: one for name, one in logging.root.manager.loggerDict.items() if isinstance(one, logging.Logger)}
+    """State of the whole process that the API must not change."""
+    loggers = {name: logger for name, logger in logging.root.manager.loggerDict.items() if isinstance(logger, logging.Logger)}
     return {
         "logging": {
-            name: (one.level, [handler for handler in one.handlers if "pytest" not in type(handler).__module__], one.disabled)
-            for name, one in {"": logging.root, **loggers}.items()
+            name: (
+                logger.level,
+                [handler for handler in logger.handlers if "pytest" not in type(handler).__module__],
+                logger.disabled,
+            )
+            for name, logger in {"": logging.root, **loggers}.items()
         },
         "warnings": list(warnings.filters),
         "showwarning": warnings.showwarning,
         "torch threads": torch.get_num_threads(),
         "threads": set(threading.enumerate()),
-        "signals": {which: signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)},
+        "signals": {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)},
         "hooks": (sys.excepthook, threading.excepthook),
     }
 
 
 @pytest.fixture(autouse=True)
-def left_as_it_was(
+def process_stays_unchanged(
     libraries: None,
     trained: finetune.RunResult,
     capfd: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[None]:
-    """Whatever a test calls, and however that ends, it prints nothing and the process is as before."""
+    """After every test, whether its calls succeed or fail: nothing was printed, and the state of the process is unchanged."""
     monkeypatch.chdir(tmp_path)
     before = process_state()
     capfd.readouterr()
     yield
     after = process_state()
-    new = after["logging"].keys() - before["logging"].keys()  # of modules that were imported meanwhile
-    assert {name: one for name, one in after["logging"].items() if name not in new} == before["logging"]
+    new_loggers = after["logging"].keys() - before["logging"].keys()  # loggers of modules imported by the test
+    assert {name: logger for name, logger in after["logging"].items() if name not in new_loggers} == before["logging"]
     assert {key: value for key, value in after.items() if key != "logging"} == {
         key: value for key, value in before.items() if key != "logging"
     }
@@ -140,25 +144,25 @@ open("facts.json", "w").write(json.dumps(facts))
 
 @pytest.fixture(scope="module")
 def program(recipe: Path) -> dict[str, Any]:
-    """What a program finds that imports nothing besides, where bars are on (tqdm's would begin a thread that stays)."""
+    """Facts from a fresh process with progress bars enabled, since tqdm's would start a thread that stays alive."""
     environment = {key: value for key, value in os.environ.items() if key != "TQDM_DISABLE"} | {"PYTHONPATH": str(REPOSITORY)}
-    words = [sys.executable, "-c", PROGRAM, str(recipe)]
-    done = subprocess.run(words, capture_output=True, text=True, cwd=recipe.parent, env=environment)
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-c", PROGRAM, str(recipe)]
+    process = subprocess.run(command, capture_output=True, text=True, cwd=recipe.parent, env=environment)
+    assert process.returncode == 0, process.stderr
     facts = json.loads((recipe.parent / "facts.json").read_text())
-    return facts | {"printed": done.stdout + done.stderr}
+    return facts | {"printed": process.stdout + process.stderr}
 
 
-def test_importing_is_light(program: dict[str, Any]) -> None:
+def test_import_is_fast_and_imports_no_heavy_library(program: dict[str, Any]) -> None:
     assert not {"torch", "transformers", "pydantic", "yaml", "numpy", "rich", "typer"} & set(program["modules"])
     assert program["seconds"] <= 0.1
 
 
-def test_no_submodule_takes_the_name_of_a_function(program: dict[str, Any]) -> None:
+def test_no_submodule_shadows_a_function_of_the_api(program: dict[str, Any]) -> None:
     assert sorted(program["functions"]) == sorted(program["raised"]) == sorted(API)
 
 
-def test_a_program_of_its_own_is_left_alone(program: dict[str, Any]) -> None:
+def test_api_calls_leave_signals_threads_and_logging_unchanged(program: dict[str, Any]) -> None:
     assert program["printed"] == ""
     assert program["signals"]
     assert program["threads"] == ["MainThread"]
@@ -166,7 +170,7 @@ def test_a_program_of_its_own_is_left_alone(program: dict[str, Any]) -> None:
     assert program["transformers"] == [logging.WARNING, True]
 
 
-def test_a_run_tells_what_it_made(recipe: Path) -> None:
+def test_run_returns_folder_state_losses_and_record(recipe: Path) -> None:
     result = finetune.run(recipe, {"train.max_steps": 4, "train.lr": 2e-3, "run.dir": "made"})
     assert (result.folder, result.state) == (Path("made"), "done")
     assert result.before is not None
@@ -176,16 +180,16 @@ def test_a_run_tells_what_it_made(recipe: Path) -> None:
     assert result.record.train is not None
     assert result.record.train.steps == 4
     assert "finetune.run(" in result.record.provenance.command
-    again = finetune.run(recipe, {"train.max_steps": 4, "train.lr": 2e-3, "run.dir": "made"}, resume=True)
-    assert again[:4] == result[:4]
+    resumed = finetune.run(recipe, {"train.max_steps": 4, "train.lr": 2e-3, "run.dir": "made"}, resume=True)
+    assert resumed[:4] == result[:4]
 
 
-def test_a_verbose_run_speaks(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_verbose_run_prints_its_progress(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     finetune.run(recipe, {"train.max_steps": 1, "run.dir": "spoken"}, verbose=True)
     assert "held-out loss before" in capfd.readouterr().out
 
 
-def test_a_recipe_is_checked_and_planned(recipe: Path) -> None:
+def test_check_returns_the_recipe_and_plan_says_whether_it_fits(recipe: Path) -> None:
     checked = finetune.check(recipe, {"train.lr": 1e-4, "data.max_length": 64})
     assert (checked.train.lr, checked.data.max_length) == (1e-4, 64)
     plan = finetune.plan(recipe, gpu="rtx-4070", memory="8GB")
@@ -194,22 +198,22 @@ def test_a_recipe_is_checked_and_planned(recipe: Path) -> None:
     assert not finetune.plan(recipe, gpu="rtx-4070", memory="0.1GB").fits
 
 
-def test_a_model_is_loaded_and_scored(trained: finetune.RunResult, tiny_model: Path) -> None:
+def test_load_returns_a_model_and_evaluate_scores(trained: finetune.RunResult, tiny_model: Path) -> None:
     loaded = finetune.load(trained.folder)
     ids = loaded.tokenizer("What is 2 plus 5?", return_tensors="pt")
     assert torch.isfinite(loaded.model(**ids).logits).all()
     rows = write_jsonl(Path("rows.jsonl"), alpaca(6))
     scores = finetune.evaluate(trained.folder, tiny_model, file=rows)
     assert list(scores) == [str(trained.folder), str(tiny_model)]
-    losses = [one.loss.loss for one in scores.values() if one.loss is not None]
+    losses = [score.loss.loss for score in scores.values() if score.loss is not None]
     assert losses[0] != losses[1]
-    (own,) = finetune.evaluate(trained.folder).values()
-    assert own.loss is not None
+    (heldout,) = finetune.evaluate(trained.folder).values()
+    assert heldout.loss is not None
     assert trained.after is not None
-    assert own.loss.loss == pytest.approx(trained.after.loss, abs=1e-5)
+    assert heldout.loss.loss == pytest.approx(trained.after.loss, abs=1e-5)
 
 
-def test_a_model_is_merged_and_exported(trained: finetune.RunResult) -> None:
+def test_merge_and_export_pass_their_gates(trained: finetune.RunResult) -> None:
     merged = finetune.merge(trained.folder, "merged")
     assert merged.gate is not None
     assert merged.gate.status == "pass"
@@ -220,7 +224,7 @@ def test_a_model_is_merged_and_exported(trained: finetune.RunResult) -> None:
         assert exported.bytes == Path("tiny.gguf").stat().st_size
 
 
-WRONG: dict[str, tuple[Callable[[Path, Path], Any], type[Exception]]] = {
+MISTAKES: dict[str, tuple[Callable[[Path, Path], Any], type[Exception]]] = {
     "no such recipe": (lambda recipe, run: finetune.run("nowhere"), UserError),
     "several mistakes": (lambda recipe, run: finetune.check(recipe, {"train.lr": "fast", "train.speed": 3}), UserErrors),
     "no such data": (lambda recipe, run: finetune.run(recipe, {"data.path": "nothing.jsonl"}), UserErrors),
@@ -237,35 +241,35 @@ WRONG: dict[str, tuple[Callable[[Path, Path], Any], type[Exception]]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_what_is_wrong_is_raised(wrong: str, recipe: Path, trained: finetune.RunResult) -> None:
-    call, expected = WRONG[wrong]
-    with pytest.raises(expected):
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_mistakes_raise_the_documented_errors(mistake: str, recipe: Path, trained: finetune.RunResult) -> None:
+    call, error = MISTAKES[mistake]
+    with pytest.raises(error):
         call(recipe, trained.folder)
 
 
-@pytest.mark.parametrize("which", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_an_interrupted_run_is_an_error_and_goes_on(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], which: signal.Signals
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_interrupted_run_raises_interruption_and_can_resume(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], number: signal.Signals
 ) -> None:
     append = RunDir.append
 
-    def interrupted(run: RunDir, metrics: dict[str, Any]) -> None:
+    def append_and_interrupt(run: RunDir, metrics: dict[str, Any]) -> None:
         append(run, metrics)
         if metrics["step"] == 2 and "loss" in metrics:
-            signal.raise_signal(which)
+            signal.raise_signal(number)
 
     settings = {"train.max_steps": 4, "train.eval_steps": None, "run.dir": "cut"}
     with monkeypatch.context() as patch:
-        patch.setattr(RunDir, "append", interrupted)
+        patch.setattr(RunDir, "append", append_and_interrupt)
         with pytest.raises(Interruption):
             finetune.run(recipe, settings)
-    out, err = capfd.readouterr()  # who has typed Ctrl-C is answered
+    out, err = capfd.readouterr()  # one line for the user who typed Ctrl-C
     assert (out, len(err.strip().splitlines())) == ("", 1)
     assert finetune.run(recipe, settings, resume=True).state == "done"
 
 
-def test_the_examples_of_the_readme_run(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_readme_examples_run(recipe: Path, capfd: pytest.CaptureFixture[str]) -> None:
     readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
     examples = [block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "import finetune" in block]
     assert examples

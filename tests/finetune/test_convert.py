@@ -1,4 +1,4 @@
-"""Sub-norms into a pretrained Llama: what stays the same, what the norms begin with, and models that it is not for."""
+"""Insertion of sub-norms into a pretrained Llama: preserved outputs, initial gains, and models that are refused."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _batches() -> list[Tensor]:
     return [torch.randint(0, 90, (1, length), generator=generator) for length in (16, 9)]
 
 
-class Nothing(torch.nn.Module):
+class Identity(torch.nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x
 
@@ -43,44 +43,44 @@ class Nothing(torch.nn.Module):
                          "high_freq_factor": 4.0, "original_max_position_embeddings": 16}},
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_without_its_norms_it_is_the_model_that_it_was(changes: dict[str, Any], dtype: torch.dtype) -> None:
+def test_model_without_the_inserted_norms_gives_the_original_logits(changes: dict[str, Any], dtype: torch.dtype) -> None:
     model, batches = cast(_llama(**changes), dtype).eval(), _batches()
     expected = [model(ids).logits for ids in batches]
     weights = dict(model.named_parameters())
     converted = insert_sub_norms(model, batches)
     assert type(converted).__name__ == "BitNetForCausalLM"
     assert not any(module._forward_pre_hooks for module in model.modules())
-    ours = dict(converted.named_parameters())
-    assert all(ours[name] is weight for name, weight in weights.items())  # taken over, not copied
-    assert len(ours) == len(weights) + 4
+    parameters = dict(converted.named_parameters())
+    assert all(parameters[name] is weight for name, weight in weights.items())  # the same tensors, not copies
+    assert len(parameters) == len(weights) + 4
     assert (converted.lm_head.weight is converted.model.embed_tokens.weight) == converted.config.tie_word_embeddings
-    assert {p.dtype for p in ours.values()} == {dtype}
+    assert {p.dtype for p in parameters.values()} == {dtype}
     assert not any(t.is_meta for t in (*converted.parameters(), *converted.buffers()))
-    changed: Any = converted(batches[0]).logits
-    assert not torch.equal(changed, expected[0])
+    with_norms: Any = converted(batches[0]).logits
+    assert not torch.equal(with_norms, expected[0])
     for layer in converted.model.layers:
-        layer.self_attn.attn_sub_norm, layer.mlp.ffn_sub_norm = Nothing(), Nothing()  # type: ignore[assignment]
+        layer.self_attn.attn_sub_norm, layer.mlp.ffn_sub_norm = Identity(), Identity()  # type: ignore[assignment]
     for ids, logits in zip(batches, expected, strict=True):
         torch.testing.assert_close(converted(ids).logits, logits, rtol=0, atol=0)
 
 
-def test_gains_are_the_medians_of_what_flows_there() -> None:
+def test_initial_gains_are_the_median_rms_of_the_inputs() -> None:
     model, batches = _llama(), _batches()
     model.train()
-    seen: list[Tensor] = []
-    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: seen.append(a[0].pow(2).mean(-1).sqrt()))
+    rms: list[Tensor] = []
+    hook = model.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda m, a: rms.append(a[0].pow(2).mean(-1).sqrt()))
     with torch.no_grad():
         for ids in batches:
             model(ids)
     hook.remove()
     converted = insert_sub_norms(model, batches)
     gain = converted.model.layers[1].mlp.ffn_sub_norm.weight
-    torch.testing.assert_close(gain.detach(), torch.cat([s.flatten() for s in seen]).median().expand(48))
+    torch.testing.assert_close(gain.detach(), torch.cat([s.flatten() for s in rms]).median().expand(48))
     assert gain.requires_grad
     assert converted.training
 
 
-def test_it_is_saved_and_read_and_trained(tmp_path: Path) -> None:
+def test_converted_model_can_be_saved_loaded_and_trained(tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from quant import swap
@@ -91,18 +91,18 @@ def test_it_is_saved_and_read_and_trained(tmp_path: Path) -> None:
     expected = converted(ids).logits
     assert converted.generation_config.eos_token_id == [2, 5]
     converted.save_pretrained(tmp_path)
-    again = AutoModelForCausalLM.from_pretrained(tmp_path)
-    assert type(again) is type(converted)
-    assert (again.config.rms_norm_eps, again.config.hidden_act, again.config.pad_token_id) == (1e-6, "silu", 3)
-    assert again.config.rope_parameters["rope_theta"] == 777.0
-    assert torch.equal(again(ids).logits, expected)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is type(converted)
+    assert (loaded.config.rms_norm_eps, loaded.config.hidden_act, loaded.config.pad_token_id) == (1e-6, "silu", 3)
+    assert loaded.config.rope_parameters["rope_theta"] == 777.0
+    assert torch.equal(loaded(ids).logits, expected)
     report = swap(converted, scheme="ternary", trainable=True)
     assert len(report.swapped) == 14
     converted(ids, labels=ids).loss.backward()
     assert all(p.grad is not None for p in converted.parameters())
 
 
-def test_mistral_is_one_without_its_window() -> None:
+def test_mistral_is_converted_unless_it_has_a_sliding_window() -> None:
     from transformers import MistralConfig, MistralForCausalLM
 
     (ids, _) = _batches()
@@ -112,7 +112,7 @@ def test_mistral_is_one_without_its_window() -> None:
         insert_sub_norms(MistralForCausalLM(MistralConfig(**SIZES, sliding_window=8)), [ids])
 
 
-def test_what_it_is_not_for() -> None:
+def test_unsupported_models_are_refused() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaModel, Qwen2Config, Qwen2ForCausalLM
 
     from quant import swap
@@ -131,9 +131,9 @@ def test_what_it_is_not_for() -> None:
         insert_sub_norms(gpt2, [ids])
     with pytest.raises(UserError, match="a LlamaModel"):
         insert_sub_norms(LlamaModel(_llama().config), [ids])
-    packed = _llama()
-    swap(packed, scheme="ternary")
+    quantized = _llama()
+    swap(quantized, scheme="ternary")
     with pytest.raises(UserError, match="quantized weights"):
-        insert_sub_norms(packed, [ids])
+        insert_sub_norms(quantized, [ids])
     with pytest.raises(UserError, match="no text"):
         insert_sub_norms(_llama(), [])

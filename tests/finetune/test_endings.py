@@ -1,4 +1,4 @@
-"""How runs end that are stopped or fail late: their records say what is there, and a resume finishes them."""
+"""Runs that are stopped or fail late: their records describe what exists, and `resume` finishes them."""
 
 from __future__ import annotations
 
@@ -51,16 +51,16 @@ def test_ctrl_c_while_the_report_is_written_leaves_a_stopped_run(
 ) -> None:
     import finetune.report
 
-    write, calls = finetune.report.write_report, 0
+    write_report, calls = finetune.report.write_report, 0
 
-    def interrupted(path: Path) -> Path:
+    def interrupt_once(path: Path) -> Path:
         nonlocal calls
         calls += 1
         if calls == 1:
             raise KeyboardInterrupt
-        return write(path)
+        return write_report(path)
 
-    monkeypatch.setattr(finetune.report, "write_report", interrupted)
+    monkeypatch.setattr(finetune.report, "write_report", interrupt_once)
     with pytest.raises(Interruption):
         finetune.run(lora)
     record = record_of(tmp_path / "run")
@@ -69,12 +69,12 @@ def test_ctrl_c_while_the_report_is_written_leaves_a_stopped_run(
     phases = [phase["name"] for phase in record["phases"]]
     result = finetune.run(lora, resume=True)
     assert result.state == "done"
-    # In the same process: the first part's phases are kept.
+    # Resuming in the same process keeps the phases of the first part.
     assert [phase.name for phase in result.record.phases][: len(phases)] == phases
 
 
-def test_linears_that_the_model_bypasses_stop_the_run(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A layer whose weight the model reads without calling it would be trained and evaluated as two models."""
+def test_run_stops_when_the_model_bypasses_a_linear(lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """If the model read a weight without calling its layer, training and evaluation would use different models."""
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     def forward(self: Any, x: Any) -> Any:
@@ -83,46 +83,46 @@ def test_linears_that_the_model_bypasses_stop_the_run(lora: Path, tmp_path: Path
         return self.down_proj(self.act_fn(x @ weight.t()) * self.up_proj(x))
 
     monkeypatch.setattr(LlamaMLP, "forward", forward)
-    with pytest.raises(GateError, match="bypassed") as caught:
+    with pytest.raises(GateError, match="bypassed") as error:
         finetune.run(lora, {"quant.scheme": "nf4"})
-    assert "gate_proj" in str(caught.value.got)
+    assert "gate_proj" in str(error.value.got)
     assert record_of(tmp_path / "run")["state"] == "failed"
 
 
-def test_a_run_that_fails_leaves_no_patches(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_run_removes_its_patches(lora: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AttentionInterface
     from transformers.models.llama import modeling_llama
 
     from finetune.stages import train
 
     before = (modeling_llama.apply_rotary_pos_emb, dict(AttentionInterface._global_mapping))
-    seen: list[bool] = []
+    patched: list[bool] = []
 
-    def failing(*arguments: Any) -> Any:
-        seen.append(dict(AttentionInterface._global_mapping) != before[1])
+    def fail(*arguments: Any) -> Any:
+        patched.append(dict(AttentionInterface._global_mapping) != before[1])
         raise GateError("no more")
 
-    monkeypatch.setattr(train, "train", failing)
+    monkeypatch.setattr(train, "train", fail)
     with pytest.raises(GateError):
         finetune.run(lora)
-    assert seen == [True]  # they were installed
+    assert patched == [True]  # the patches were installed
     assert (modeling_llama.apply_rotary_pos_emb, dict(AttentionInterface._global_mapping)) == before
 
 
-def test_exports_before_the_one_that_fails_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_before_a_failed_export_are_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.stages import export
 
     (tmp_path / "story.txt").write_text(story(12_000))
     path = tmp_path / "ternary.yaml"
     path.write_text(TERNARY.format(data=tmp_path / "story.txt", run=tmp_path / "run"))
-    plain = export.export
+    real_export = export.export
 
-    def refusing(*arguments: Any, **options: Any) -> Any:
+    def refuse_gguf(*arguments: Any, **options: Any) -> Any:
         if options["format"] == "gguf-f16":
             raise GateError("another model")
-        return plain(*arguments, **options)
+        return real_export(*arguments, **options)
 
-    monkeypatch.setattr(export, "export", refusing)
+    monkeypatch.setattr(export, "export", refuse_gguf)
     with pytest.raises(GateError):
         finetune.run(path)
     record = record_of(tmp_path / "run")
@@ -131,8 +131,8 @@ def test_exports_before_the_one_that_fails_are_recorded(tmp_path: Path, monkeypa
     assert set(record["exports"]) == {"bitnet", "bitnet-online"}
 
 
-def test_fit_changes_of_an_older_record_have_todays_keys(lora: Path, tmp_path: Path) -> None:
-    """A run of the first version that fit: auto had changed: its record has the names of that time."""
+def test_fit_changes_of_a_version_1_record_get_the_current_names(lora: Path, tmp_path: Path) -> None:
+    """Version 1 recorded the changes of `fit: auto` under the names that keys and values had then."""
     from finetune.recipe import read_recipe
     from finetune.run_dir import with_fit_changes
 
@@ -152,30 +152,30 @@ def test_fit_changes_of_an_older_record_have_todays_keys(lora: Path, tmp_path: P
             ],
         },
     }  # fmt: skip
-    older = {key: value for key, value in record.items() if key != "version"} | {"format": 1, "plan": plan}
-    (tmp_path / "run" / "run.json").write_text(json.dumps(older))
+    version_1 = {key: value for key, value in record.items() if key != "version"} | {"format": 1, "plan": plan}
+    (tmp_path / "run" / "run.json").write_text(json.dumps(version_1))
     upgraded = read_record(tmp_path / "run")
     assert upgraded.plan.fit.keys == {"model.offload_layers": "disk", "train.on_bad_step": "rollback", "train.micro_batch": 1}
     fitted = with_fit_changes(read_recipe(lora, ["fit=auto", "train.save_steps=1"]), upgraded)
     assert (fitted.model.offload_layers, fitted.train.on_bad_step, fitted.train.checkpointing) == ("disk", "rollback", True)
 
 
-def test_overrides_from_python_take_any_text_and_paths(lora: Path, rows_file: Path) -> None:
+def test_python_overrides_accept_any_text_and_paths(lora: Path, rows_file: Path) -> None:
     recipe = finetune.check(lora, {"about": "😀 é 漢", "data.path": rows_file})
     assert (recipe.about, recipe.data.path) == ("😀 é 漢", str(rows_file))
 
 
-def test_a_signal_while_libraries_load_ends_the_run_before_anything_is_written(
+def test_signal_while_libraries_load_ends_the_run_before_it_writes_files(
     lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from finetune import pipeline
 
     @contextlib.contextmanager
-    def terminated(*arguments: Any) -> Iterator[None]:
+    def terminate(*arguments: Any) -> Iterator[None]:
         os.kill(os.getpid(), signal.SIGTERM)
         yield
 
-    monkeypatch.setattr(pipeline, "quiet_libraries", terminated)
+    monkeypatch.setattr(pipeline, "quiet_libraries", terminate)
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
         finetune.run(lora)
@@ -183,7 +183,7 @@ def test_a_signal_while_libraries_load_ends_the_run_before_anything_is_written(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_twin_is_a_run_of_its_own_that_ends_unlocked(tmp_path: Path) -> None:
+def test_twin_ends_unlocked_with_its_own_next_commands(tmp_path: Path) -> None:
     (tmp_path / "story.txt").write_text(story(12_000))
     path = tmp_path / "ternary.yaml"
     path.write_text(TERNARY.format(data=tmp_path / "story.txt", run=tmp_path / "run") + "twin: true\n")

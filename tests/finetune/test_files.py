@@ -9,16 +9,16 @@ from finetune.files import atomic_folder, write_atomic, write_json
 from finetune.run_dir import RunDir
 
 
-def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
+def test_atomic_folder_is_complete_or_absent(tmp_path: Path) -> None:
     target = tmp_path / "model"
 
-    def fails() -> None:
+    def fail_while_writing() -> None:
         with atomic_folder(target) as temporary:
             (temporary / "part").write_text("half")
             raise RuntimeError
 
     with pytest.raises(RuntimeError):
-        fails()
+        fail_while_writing()
     assert list(tmp_path.iterdir()) == []
     for text in ("one", "two"):
         with atomic_folder(target) as temporary:
@@ -27,18 +27,18 @@ def test_a_folder_is_complete_or_absent(tmp_path: Path) -> None:
         assert (target / "file").read_text() == text
 
 
-def test_what_a_kill_left_is_swept_up_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_a_kill_are_removed_and_the_old_folder_is_restored(tmp_path: Path) -> None:
     for name in (".model.bak", ".model.finetune-new", ".model.finetune-old"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file").write_text(name)
     with pytest.raises(RuntimeError), atomic_folder(tmp_path / "model"):
         raise RuntimeError
-    # It was killed between moving the old one away and the new one in: the old one is back.
+    # Killed between the two renames: the old folder is restored.
     assert (tmp_path / "model" / "file").read_text() == ".model.finetune-old"
     assert {path.name for path in tmp_path.iterdir()} == {"model", ".model.bak"}
 
 
-def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     write_json(path, {"x": float("nan")})
     assert json.loads(path.read_text()) == {"x": "nan"}
@@ -48,13 +48,13 @@ def test_a_file_is_replaced_whole(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
-def test_two_processes_do_not_share_a_folder(tmp_path: Path) -> None:
+def test_run_folder_can_be_locked_only_once(tmp_path: Path) -> None:
     from finetune.errors import UserError
 
-    one, two = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
-    one.acquire()
+    first, second = RunDir(tmp_path / "run"), RunDir(tmp_path / "run")
+    first.acquire()
     with pytest.raises(UserError, match="another process"):
-        two.acquire()
-    one.release()
-    two.acquire()
-    two.release()
+        second.acquire()
+    first.release()
+    second.acquire()
+    second.release()

@@ -1,4 +1,4 @@
-"""Pretraining as a user types it: a ternary model from scratch with its twin, exports, going on, adapters on what came out."""
+"""Pretraining from the command line: ternary models from scratch with a twin, exports, resume, and adapters on the result."""
 
 from __future__ import annotations
 
@@ -44,21 +44,21 @@ def recipe(tmp_path: Path, text: Path) -> Path:
     return path
 
 
-def lines_of(run: Path) -> list[dict[str, Any]]:
+def metrics_of(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-CLOCK = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
+WALL_CLOCK = ("tokens_per_second", "step_seconds", "memory_bytes", "time")
 
 
 def without_clock(run: Path) -> list[dict[str, Any]]:
-    return [{key: value for key, value in line.items() if key not in CLOCK} for line in lines_of(run)]
+    return [{key: value for key, value in line.items() if key not in WALL_CLOCK} for line in metrics_of(run)]
 
 
 @pytest.mark.drawn
-def test_from_scratch_with_its_twin_and_out_again(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    code, out, err = finetune("run", str(recipe), "twin=true", "export.formats=[gguf-tq2_0]", "run.dir=made")
-    assert code == 0, err
+def test_ternary_model_from_scratch_with_twin_chat_eval_and_export(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    exit_code, output, error = finetune("run", str(recipe), "twin=true", "export.formats=[gguf-tq2_0]", "run.dir=made")
+    assert exit_code == 0, error
     run = tmp_path / "made"
     record = record_of(run)
     assert record["state"] == "done"
@@ -66,21 +66,24 @@ def test_from_scratch_with_its_twin_and_out_again(finetune: Terminal, recipe: Pa
     assert record["train"]["tokens"] == 6 * 4 * 32
     assert record["train"]["supervised_tokens"] == 6 * 4 * 31
 
-    # The twin has read the same rows in the same order, in floats, at half the rate.
+    # The twin trains in floats on the same rows in the same order, at half the learning rate.
     twin = record_of(run / "twin")
     assert twin["model"]["swap"] is None
     assert record["twin"]["gap"] == pytest.approx(record["eval"]["after"]["loss"] - twin["eval"]["after"]["loss"], abs=1e-6)
     assert record["twin"]["gap_stderr"] > 0
     assert record["twin"]["seed"] == 17
-    ours, its = read_recipe(run / "recipe.yaml"), read_recipe(run / "twin" / "recipe.yaml")
-    assert (ours.train.lr, its.train.lr) == (1.2e-3, 6e-4)
-    assert its.run.seed == ours.run.seed
-    assert ": gap " in out
+    recipe_of_run, recipe_of_twin = read_recipe(run / "recipe.yaml"), read_recipe(run / "twin" / "recipe.yaml")
+    assert (recipe_of_run.train.lr, recipe_of_twin.train.lr) == (1.2e-3, 6e-4)
+    assert recipe_of_twin.run.seed == recipe_of_run.run.seed
+    assert ": gap " in output
 
-    # Health was watched, and plain transformers and llama.cpp run what came out.
-    looks = [line["ternary"] for line in lines_of(run) if "ternary" in line]
-    assert len(looks) == 3
-    assert all(0 < look["flips"] < 0.5 and 0.2 < look["zeros"] < 0.5 and len(look["layers"]) == 14 for look in looks)
+    # Ternary health was measured; plain transformers and llama.cpp run the exports.
+    measurements = [line["ternary"] for line in metrics_of(run) if "ternary" in line]
+    assert len(measurements) == 3
+    assert all(
+        0 < measurement["flips"] < 0.5 and 0.2 < measurement["zeros"] < 0.5 and len(measurement["layers"]) == 14
+        for measurement in measurements
+    )
     assert record["ternary"]["looks"] == 3
     for name in ("bitnet", "gguf-tq2_0"):
         figures = record["exports"][name]
@@ -88,102 +91,112 @@ def test_from_scratch_with_its_twin_and_out_again(finetune: Terminal, recipe: Pa
         assert (run / figures["path"]).exists()
     assert json.loads((run / "merged" / "config.json").read_text())["quantization_config"]["quant_method"] == "bitnet"
 
-    # What came out is used: packed, going on with text; and it reads its own held-out rows with the loss that was told.
-    said = iter(["The fox", "/quit"])
-    finetune.monkeypatch.setattr("builtins.input", lambda _: next(said))
-    code, out, err = finetune("chat", "made", "made/twin", "--max-new-tokens", "3")
-    assert code == 0, err
-    assert out.count("was trained on plain text") == 2
-    code, _, err = finetune("eval", "made", "--json", "scores.json")
-    assert code == 0, err
+    # The trained model chats by continuing text, and `eval` gives the loss on held-out rows that the record has.
+    prompts = iter(["The fox", "/quit"])
+    finetune.monkeypatch.setattr("builtins.input", lambda _: next(prompts))
+    exit_code, output, error = finetune("chat", "made", "made/twin", "--max-new-tokens", "3")
+    assert exit_code == 0, error
+    assert output.count("was trained on plain text") == 2
+    exit_code, _, error = finetune("eval", "made", "--json", "scores.json")
+    assert exit_code == 0, error
     scores = json.loads((tmp_path / "scores.json").read_text())["made"]
     assert scores["loss"]["loss"] == pytest.approx(record["eval"]["after"]["loss"], abs=1e-4)
-    code, _, err = finetune("export", "made", "--to", "gguf-tq1_0", "--out", "again.gguf")
-    assert code == 0, err
+    exit_code, _, error = finetune("export", "made", "--to", "gguf-tq1_0", "--out", "again.gguf")
+    assert exit_code == 0, error
     assert (tmp_path / "again.gguf").stat().st_size < (run / record["exports"]["gguf-tq2_0"]["path"]).stat().st_size
     page = (run / "report.html").read_text()
-    for word in ("Ternary health", "float twin", "TQ2_0"):
-        assert word in page
+    for heading in ("Ternary health", "float twin", "TQ2_0"):
+        assert heading in page
 
 
-def test_it_goes_on_where_it_was_stopped(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    """Bit for bit, in the middle of the stream, from a checkpoint that is no multiple of anything."""
-    code, _, err = finetune("run", str(recipe), "run.dir=whole", "train.max_steps=7")
-    assert code == 0, err
-    seen: list[bool] = []
-    plain = RunDir.append
+def test_resume_after_interruption_is_bit_equal(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    """The interruption is at step 6 of 7, two steps after the last checkpoint and in the middle of the stream."""
+    exit_code, _, error = finetune("run", str(recipe), "run.dir=uninterrupted", "train.max_steps=7")
+    assert exit_code == 0, error
+    interrupted: list[bool] = []
+    append = RunDir.append
 
-    def killed(self: Any, metrics: dict[str, Any]) -> None:
-        if metrics["step"] == 6 and "loss" in metrics and not seen:
-            seen.append(True)
+    def append_or_interrupt(self: Any, metrics: dict[str, Any]) -> None:
+        if metrics["step"] == 6 and "loss" in metrics and not interrupted:
+            interrupted.append(True)
             raise KeyboardInterrupt
-        plain(self, metrics)
+        append(self, metrics)
 
-    finetune.monkeypatch.setattr(RunDir, "append", killed)
-    code, _, _ = finetune("run", str(recipe), "run.dir=cut", "train.max_steps=7")
-    assert code == 130
-    code, _, err = finetune("resume", "cut")
-    assert code == 0, err
+    finetune.monkeypatch.setattr(RunDir, "append", append_or_interrupt)
+    exit_code, _, _ = finetune("run", str(recipe), "run.dir=cut", "train.max_steps=7")
+    assert exit_code == 130
+    exit_code, _, error = finetune("resume", "cut")
+    assert exit_code == 0, error
     assert record_of(tmp_path / "cut")["provenance"]["resumed"][0]["from"] == "step-000004"
-    assert without_clock(tmp_path / "cut") == without_clock(tmp_path / "whole")
-    both = [(tmp_path / name / "checkpoints" / "step-000007" / "weights.safetensors").read_bytes() for name in ("cut", "whole")]
-    assert both[0] == both[1]
+    assert without_clock(tmp_path / "cut") == without_clock(tmp_path / "uninterrupted")
+    weights = [
+        (tmp_path / name / "checkpoints" / "step-000007" / "weights.safetensors").read_bytes()
+        for name in ("cut", "uninterrupted")
+    ]
+    assert weights[0] == weights[1]
 
 
 def test_low_memory_training_rolls_back_a_bad_step(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     from finetune.train.pretrain import Pretraining
 
-    plain, bad = Pretraining.loss, []
+    loss_of, bad_rows = Pretraining.loss, []
 
-    def loss(self: Any, model: Any, batch: torch.Tensor) -> Any:
-        value, count = plain(self, model, batch)
+    def loss_with_nan(self: Any, model: Any, batch: torch.Tensor) -> Any:
+        value, count = loss_of(self, model, batch)
         rows = batch.tolist()
-        if model.training and len(bad) == 0 and self.steps_seen == 4:
-            bad.append(rows)
+        if model.training and len(bad_rows) == 0 and self.steps_seen == 4:
+            bad_rows.append(rows)
         self.steps_seen += model.training
-        return (value * float("nan"), count) if rows in bad else (value, count)
+        return (value * float("nan"), count) if rows in bad_rows else (value, count)
 
-    finetune.monkeypatch.setattr(Pretraining, "loss", loss)
+    finetune.monkeypatch.setattr(Pretraining, "loss", loss_with_nan)
     finetune.monkeypatch.setattr(Pretraining, "steps_seen", 0, raising=False)
-    low = ("model.dtype=bf16", "train.stochastic_rounding=true", "train.optimizer_in_backward=true", "train.max_grad_norm=0",
-           "train.optimizer=adamw_8bit", "train.checkpointing=true", "train.precision=auto")  # fmt: skip
-    code, out, err = finetune("run", str(recipe), "run.dir=low", *low)
-    assert code == 0, (out, err)
-    lines = lines_of(tmp_path / "low")
-    back = [line for line in lines if "rolled_back" in line]
-    assert [(line["step"], line["rolled_back"]["from"]) for line in back] == [(4, 5)]
+    low_memory = (
+        "model.dtype=bf16", "train.stochastic_rounding=true", "train.optimizer_in_backward=true", "train.max_grad_norm=0",
+        "train.optimizer=adamw_8bit", "train.checkpointing=true", "train.precision=auto",
+    )  # fmt: skip
+    exit_code, output, error = finetune("run", str(recipe), "run.dir=low", *low_memory)
+    assert exit_code == 0, (output, error)
+    lines = metrics_of(tmp_path / "low")
+    rollbacks = [line for line in lines if "rolled_back" in line]
+    assert [(line["step"], line["rolled_back"]["from"]) for line in rollbacks] == [(4, 5)]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert record_of(tmp_path / "low")["train"]["bad_steps"] == 1
     state = json.loads((tmp_path / "low" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert state["bad"] == [[0, 4]]
-    assert state["position"] == 7  # six were trained, one left out
+    assert state["position"] == 7  # six micro-batches trained, one skipped
 
 
-def test_from_a_pretrained_model(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """λ warm-up, sub-norms and a teacher: the float model's loss stands beside what became of it."""
-    words = ("model.config=null", f"model.name={tiny_model}", "tokenizer.train=4096", "quant.sub_norms=true", "quant.warmup=0.5",
-             f"distill.teacher={tiny_model}", "train.max_steps=4", "train.lr=1e-3")  # fmt: skip
-    code, _, err = finetune("run", str(recipe), "run.dir=turned", *words)
-    assert code == 0, err
+def test_pretrained_model_becomes_ternary_with_warmup_and_teacher(
+    finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
+    """With λ warm-up, sub-norms and a teacher; the record also has the loss of the float model."""
+    overrides = (
+        "model.config=null", f"model.name={tiny_model}", "tokenizer.train=4096", "quant.sub_norms=true", "quant.warmup=0.5",
+        f"distill.teacher={tiny_model}", "train.max_steps=4", "train.lr=1e-3",
+    )  # fmt: skip
+    exit_code, _, error = finetune("run", str(recipe), "run.dir=turned", *overrides)
+    assert exit_code == 0, error
     run = tmp_path / "turned"
     record = record_of(run)
     assert set(record["eval"]) >= {"float", "before", "after"}
-    steps = [line for line in lines_of(run) if "loss" in line]
+    steps = [line for line in metrics_of(run) if "loss" in line]
     assert all({"ce", "distill_logits", "distill_relations"} <= line.keys() for line in steps)
-    assert [line["ternary"]["blend"] for line in lines_of(run) if "ternary" in line] == [pytest.approx(2 / 3), 1.0]
+    assert [line["ternary"]["blend"] for line in metrics_of(run) if "ternary" in line] == [pytest.approx(2 / 3), 1.0]
     config = json.loads((run / "merged" / "config.json").read_text())
     assert config["architectures"] == ["BitNetForCausalLM"]
     assert config["hidden_act"] == "silu"
 
 
-def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    code, _, err = finetune("run", str(recipe), "run.dir=base", "eval.samples=0", "eval.prompts=[]")
-    assert code == 0, err
-    words = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "train.health_steps=5",
-             "adapter.kind=lora", "train.lr=5e-3",
-             "eval.samples=0", "eval.prompts=[]", "train.max_steps=24")  # fmt: skip
-    code, out, err = finetune("run", str(recipe), "run.dir=adapted", *words)
-    assert code == 0, err
+def test_lora_on_a_ternary_base_merges_back_to_ternary(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    exit_code, _, error = finetune("run", str(recipe), "run.dir=base", "eval.samples=0", "eval.prompts=[]")
+    assert exit_code == 0, error
+    overrides = (
+        "model.config=null", "model.name=base/merged", "tokenizer.train=4096", "train.health_steps=5", "adapter.kind=lora",
+        "train.lr=5e-3", "eval.samples=0", "eval.prompts=[]", "train.max_steps=24",
+    )  # fmt: skip
+    exit_code, output, error = finetune("run", str(recipe), "run.dir=adapted", *overrides)
+    assert exit_code == 0, error
     record = record_of(tmp_path / "adapted")
     assert record["model"]["swap"]["scheme"] == "ternary"
     assert record["model"]["adapters"] == 14
@@ -192,16 +205,16 @@ def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: 
     assert abs(merged["float_loss"] - merged["adapter_loss"]) < 0.1
     assert 0 < merged["flips"] < 0.5
     assert merged["gate"]["status"] == "pass"
-    assert "of the codes changed" in out
-    # The adapter on its base is still the trained model.
-    code, _, err = finetune("eval", "adapted/adapter", "--json", "scores.json")
-    assert code == 0, err
+    assert "of the codes changed" in output
+    # The adapter on its base has the loss of the trained model.
+    exit_code, _, error = finetune("eval", "adapted/adapter", "--json", "scores.json")
+    assert exit_code == 0, error
     loss = json.loads((tmp_path / "scores.json").read_text())["adapted/adapter"]["loss"]["loss"]
     assert loss == pytest.approx(record["eval"]["after"]["loss"], abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "message"),
     [
         (("model.config.hiden_size=64",), "hidden_size"),
         (("model.config.model_type=bitnett",), "bitnet"),
@@ -230,39 +243,37 @@ def test_adapters_on_a_ternary_base(finetune: Terminal, recipe: Path, tmp_path: 
         (("data.path=nowhere.txt",), "nowhere.txt"),
     ],
 )
-def test_what_cannot_be_is_said_before_any_work(
-    finetune: Terminal, recipe: Path, tmp_path: Path, words: tuple[str, ...], said: str
+def test_impossible_recipe_is_refused_before_anything_is_written(
+    finetune: Terminal, recipe: Path, tmp_path: Path, overrides: tuple[str, ...], message: str
 ) -> None:
     before = {path.name for path in tmp_path.iterdir()}
-    code, out, err = finetune("run", str(recipe), "run.dir=refused", *words)
-    assert code in (2, 3), (out, err)
-    assert said in err, err
-    assert "train …" not in out
+    exit_code, output, error = finetune("run", str(recipe), "run.dir=refused", *overrides)
+    assert exit_code in (2, 3), (output, error)
+    assert message in error, error
+    assert "train …" not in output
     assert {path.name for path in tmp_path.iterdir()} == before
 
 
-def test_ternary_checkpoints_are_not_made_ternary_again(
-    finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
-) -> None:
-    code, _, err = finetune("run", str(recipe), "run.dir=base", "train.max_steps=1", "eval.samples=0", "eval.prompts=[]")
-    assert code == 0, err
-    again = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "run.dir=refused", "train.health_steps=5")
-    code, _, err = finetune("run", str(recipe), *again)
-    assert code == 2
-    assert "already ternary" in err
-    code, _, err = finetune("run", str(recipe), *again, "adapter.kind=lora", "quant.scheme=nf4")
-    assert code == 2
-    assert "already quantized" in err
-    code, _, err = finetune("run", str(recipe), *again, f"model.name={tiny_model}", "adapter.kind=lora")
-    assert code == 2
-    assert re.search(r"trained in ternary", err)
+def test_ternary_checkpoint_is_not_quantized_again(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    exit_code, _, error = finetune("run", str(recipe), "run.dir=base", "train.max_steps=1", "eval.samples=0", "eval.prompts=[]")
+    assert exit_code == 0, error
+    overrides = ("model.config=null", "model.name=base/merged", "tokenizer.train=4096", "run.dir=refused", "train.health_steps=5")
+    exit_code, _, error = finetune("run", str(recipe), *overrides)
+    assert exit_code == 2
+    assert "already ternary" in error
+    exit_code, _, error = finetune("run", str(recipe), *overrides, "adapter.kind=lora", "quant.scheme=nf4")
+    assert exit_code == 2
+    assert "already quantized" in error
+    exit_code, _, error = finetune("run", str(recipe), *overrides, f"model.name={tiny_model}", "adapter.kind=lora")
+    assert exit_code == 2
+    assert re.search(r"trained in ternary", error)
     assert not (tmp_path / "refused").exists()
 
 
-def test_the_layout_of_the_training_tips(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    """A norm inside each linear, the block's own fixed at one: plain transformers computes the same."""
-    code, _, err = finetune("run", str(recipe), "run.dir=tips", "model.config.model_type=llama", "quant.rms_norm=true")
-    assert code == 0, err
+def test_rms_norm_layout_of_bitnet_training_tips_is_exported(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    """quant.rms_norm: a norm in each linear, and the block's norms fixed at one; plain transformers computes the same."""
+    exit_code, _, error = finetune("run", str(recipe), "run.dir=tips", "model.config.model_type=llama", "quant.rms_norm=true")
+    assert exit_code == 0, error
     from safetensors.torch import load_file
 
     weights = load_file(tmp_path / "tips" / "merged" / "model.safetensors")
@@ -271,71 +282,75 @@ def test_the_layout_of_the_training_tips(finetune: Terminal, recipe: Path, tmp_p
     assert record_of(tmp_path / "tips")["exports"]["bitnet"]["gate"]["status"] == "pass"
 
 
-def test_a_float_model_goes_to_llama_cpp_too(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    words = (
+def test_float_model_is_exported_to_gguf(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    overrides = (
         "quant.scheme=none",
         "model.config.model_type=llama",
         "export.formats=[gguf-f16]",
         "train.health_steps=5",
         "data.heldout=4",
     )
-    code, _, err = finetune("run", str(recipe), "run.dir=floats", *words)
-    assert code == 0, err
+    exit_code, _, error = finetune("run", str(recipe), "run.dir=floats", *overrides)
+    assert exit_code == 0, error
     figures = record_of(tmp_path / "floats")["exports"]["gguf-f16"]
     assert figures["gate"]["status"] == "pass"
     assert (tmp_path / "floats" / figures["path"]).is_file()
 
 
-def test_held_out_text_from_a_file_of_its_own(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_heldout_text_from_another_file_and_no_heldout_text(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text(story(4_000, seed=1))
-    code, _, err = finetune("run", str(recipe), "run.dir=apart", "data.heldout_path=other.txt")
-    assert code == 0, err
-    code, _, err = finetune("run", str(recipe), "run.dir=none", "data.heldout=0", "export.formats=[gguf-tq2_0]", "eval.samples=0")
-    assert code == 0, err
+    exit_code, _, error = finetune("run", str(recipe), "run.dir=apart", "data.heldout_path=other.txt")
+    assert exit_code == 0, error
+    exit_code, _, error = finetune(
+        "run", str(recipe), "run.dir=none", "data.heldout=0", "export.formats=[gguf-tq2_0]", "eval.samples=0"
+    )
+    assert exit_code == 0, error
     assert "before" not in record_of(tmp_path / "none")["eval"]
 
 
-def test_nothing_of_the_ternary_model_is_held_while_the_twin_trains(finetune: Terminal, recipe: Path) -> None:
+def test_ternary_model_and_optimizer_are_freed_before_the_twin_trains(finetune: Terminal, recipe: Path) -> None:
     import gc
 
     from finetune import pipeline
     from quant import BitLinear
 
-    def count() -> int:
+    def count_alive() -> int:
         gc.collect()
-        return sum(isinstance(thing, BitLinear | torch.optim.Optimizer) for thing in gc.get_objects())
+        return sum(isinstance(object_, BitLinear | torch.optim.Optimizer) for object_ in gc.get_objects())
 
-    plain, alive = pipeline.execute, [count()]  # what earlier tests have left
+    execute, alive = pipeline.execute, [count_alive()]  # alive from earlier tests
 
-    def spied(run: RunContext) -> None:
+    def execute_and_count(run: RunContext) -> None:
         if run.name.endswith("-twin"):
-            alive.append(count())
-        plain(run)
+            alive.append(count_alive())
+        execute(run)
 
-    finetune.monkeypatch.setattr(pipeline, "execute", spied)
-    code, _, err = finetune("run", str(recipe), "twin=true", "run.dir=made", "train.max_steps=2")
-    assert code == 0, err
+    finetune.monkeypatch.setattr(pipeline, "execute", execute_and_count)
+    exit_code, _, error = finetune("run", str(recipe), "twin=true", "run.dir=made", "train.max_steps=2")
+    assert exit_code == 0, error
     assert alive[1] == alive[0]
 
 
-def test_check_finds_what_is_misspelt_in_a_configuration(finetune: Terminal, recipe: Path) -> None:
-    code, _, err = finetune("check", str(recipe))
-    assert code == 0, err
+def test_check_finds_misspelled_keys_of_model_config(finetune: Terminal, recipe: Path) -> None:
+    exit_code, _, error = finetune("check", str(recipe))
+    assert exit_code == 0, error
     recipe.write_text(recipe.read_text().replace("hidden_act", "hiden_act"))
-    code, _, err = finetune("check", str(recipe))
-    assert code == 2
-    assert "ternary.yaml:4, model.config.hiden_act" in err
-    assert "did you mean hidden_act?" in err
+    exit_code, _, error = finetune("check", str(recipe))
+    assert exit_code == 2
+    assert "ternary.yaml:4, model.config.hiden_act" in error
+    assert "did you mean hidden_act?" in error
 
 
-def test_a_teacher_is_let_go_when_it_has_taught(finetune: Terminal, recipe: Path, tiny_model: Path) -> None:
+def test_teacher_is_detached_after_training(finetune: Terminal, recipe: Path, tiny_model: Path) -> None:
     from finetune.train.distill import Distillation
 
-    let_go = []
-    plain = Distillation.detach
-    finetune.monkeypatch.setattr(Distillation, "detach", lambda self: (let_go.append(True), plain(self))[1])
-    words = ("model.config=null", f"model.name={tiny_model}", "tokenizer.train=4096", f"distill.teacher={tiny_model}",
-             "run.dir=taught", "train.max_steps=1", "eval.samples=0", "eval.prompts=[]")  # fmt: skip
-    code, _, err = finetune("run", str(recipe), *words)
-    assert code == 0, err
-    assert let_go[-1:] == [True]
+    detached = []
+    detach = Distillation.detach
+    finetune.monkeypatch.setattr(Distillation, "detach", lambda self: (detached.append(True), detach(self))[1])
+    overrides = (
+        "model.config=null", f"model.name={tiny_model}", "tokenizer.train=4096", f"distill.teacher={tiny_model}",
+        "run.dir=taught", "train.max_steps=1", "eval.samples=0", "eval.prompts=[]",
+    )  # fmt: skip
+    exit_code, _, error = finetune("run", str(recipe), *overrides)
+    assert exit_code == 0, error
+    assert detached[-1:] == [True]

@@ -1,4 +1,4 @@
-"""run.json: what is written comes back, older layouts are read, and what cannot be read is refused in a sentence."""
+"""run.json: records round-trip, older layouts are read, and unreadable records are refused with a short message."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ run: {{device: cpu, threads: 1, merge: false, dir: {run}}}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+def run_folder(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
     """The folder of a real run."""
     from finetune import pipeline
     from finetune.recipe import read_recipe
@@ -45,19 +45,19 @@ def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
 
 
 @pytest.fixture
-def run(made: Path, tmp_path: Path) -> Path:
-    """A copy of it without weights, to write other records into."""
+def run(run_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the run folder without weights, whose record a test may change."""
     (tmp_path / "run").mkdir()
     for name in ("run.json", "recipe.yaml", "metrics.jsonl"):
-        shutil.copy(made / name, tmp_path / "run")
+        shutil.copy(run_folder / name, tmp_path / "run")
     return tmp_path / "run"
 
 
 def change(run: Path, key: str, value: Any = None, *, remove: bool = False) -> None:
-    """Another value for `key` ("train.steps", "samples.0") in run.json, or none at all."""
+    """Set or remove the value of `key` ("train.steps", "samples.0") in run.json."""
     record = part = record_of(run)
-    *above, last = key.split(".")
-    for name in above:
+    *parents, last = key.split(".")
+    for name in parents:
         part = part[int(name)] if isinstance(part, list) else part[name]
     if remove:
         del part[last]
@@ -69,16 +69,16 @@ def change(run: Path, key: str, value: Any = None, *, remove: bool = False) -> N
 # ----------------------------------------------------------------------------------------------------- reading and writing
 
 
-def test_what_was_written_is_read_and_written_the_same(made: Path, run: Path) -> None:
+def test_reading_and_writing_a_record_gives_the_same_bytes(run_folder: Path, run: Path) -> None:
     record = read_record(run)
     assert record.version == VERSION
     write_record(run, record)
-    assert (run / "run.json").read_bytes() == (made / "run.json").read_bytes()
+    assert (run / "run.json").read_bytes() == (run_folder / "run.json").read_bytes()
 
 
-def test_only_what_was_set_is_written(run: Path) -> None:
+def test_only_fields_that_were_set_are_written(run: Path) -> None:
     record = record_of(run)
-    assert "merge" in record  # which the run has set, to nothing
+    assert "merge" in record  # the run has set it to None
     assert not {"twin", "exports", "ternary", "tracker_id", "plan"} & set(record)
     assert "float" not in record["eval"]
     before = LossRecord(loss=2.0, stderr=None, perplexity=math.exp(2.0), tokens=3, rows=1)
@@ -86,10 +86,10 @@ def test_only_what_was_set_is_written(run: Path) -> None:
     changed = read_record(run)
     changed.eval.float_model = before
     write_record(run, changed)
-    assert record_of(run)["eval"]["float"]["loss"] == 2.0  # under the name that scripts know
+    assert record_of(run)["eval"]["float"]["loss"] == 2.0  # run.json keeps the name `float`
 
 
-def test_unknown_keys_survive(run: Path) -> None:
+def test_unknown_keys_survive_reading_and_writing(run: Path) -> None:
     change(run, "of_a_later_task", {"images": [1, 2]})
     change(run, "eval.sharpness", 0.5)
     change(run, "samples.0.picture", "a.png")
@@ -99,28 +99,28 @@ def test_unknown_keys_survive(run: Path) -> None:
     assert read_record(run).model_extra == {"of_a_later_task": {"images": [1, 2]}}
 
 
-def test_the_first_layout_is_read(run: Path) -> None:
-    old = record_of(run)
-    del old["version"]
-    old["eval"]["merged"] = old["eval"]["after"]
-    for first in (old, old | {"format": 1}):
-        (run / "run.json").write_text(json.dumps(first), encoding="utf-8")
+def test_record_of_version_1_is_read(run: Path) -> None:
+    expected = record_of(run)
+    del expected["version"]
+    expected["eval"]["merged"] = expected["eval"]["after"]
+    for version_1 in (expected, expected | {"format": 1}):
+        (run / "run.json").write_text(json.dumps(version_1), encoding="utf-8")
         record = read_record(run)
         assert record.version == VERSION
         assert not {"format", "merged"} & (set(record.as_dict()) | set(record.as_dict()["eval"]))
         assert record.eval.after is not None
-        assert record.eval.after.loss == old["eval"]["after"]["loss"]
+        assert record.eval.after.loss == expected["eval"]["after"]["loss"]
 
 
 @pytest.mark.parametrize("version", [VERSION + 1, 0, "two", 1.5, None])
-def test_another_version_is_refused(run: Path, version: Any) -> None:
+def test_unknown_version_is_refused(run: Path, version: Any) -> None:
     change(run, "version", version)
     with pytest.raises(UserError) as raised:
         read_record(run)
     assert f"version {version}; this program reads versions 1 to {VERSION}" in str(raised.value)
 
 
-def test_numbers_that_are_none_come_back(run: Path) -> None:
+def test_nan_infinity_and_none_survive_as_valid_json(run: Path) -> None:
     record = read_record(run)
     assert record.train is not None
     assert record.eval.after is not None
@@ -130,17 +130,17 @@ def test_numbers_that_are_none_come_back(run: Path) -> None:
     write_record(run, record)
     saved = json.loads((run / "run.json").read_text(), parse_constant=pytest.fail)  # JSON knows no NaN
     assert (saved["eval"]["difference"], saved["eval"]["difference_stderr"]) == ("nan", "inf")
-    again = read_record(run)
-    assert again.eval.difference is not None
-    assert math.isnan(again.eval.difference)
-    assert again.eval.difference_stderr == math.inf
-    assert again.train is not None
-    assert again.train.tokens_per_second == -math.inf
-    assert again.eval.after is not None
-    assert again.eval.after.stderr is None
+    loaded = read_record(run)
+    assert loaded.eval.difference is not None
+    assert math.isnan(loaded.eval.difference)
+    assert loaded.eval.difference_stderr == math.inf
+    assert loaded.train is not None
+    assert loaded.train.tokens_per_second == -math.inf
+    assert loaded.eval.after is not None
+    assert loaded.eval.after.stderr is None
 
 
-def test_whole_numbers_stay_whole(run: Path) -> None:
+def test_integers_stay_integers(run: Path) -> None:
     phase = {"name": "train", "peak_bytes": 3 << 40, "seconds": 1.0, "terms": {"weights (nf4)": 5}, "host_bytes": 0}
     plan = {"device": "cpu", "budget_bytes": 4 << 40, "phases": [phase], "peak_bytes": 3 << 40, "fits": True,
             "tokens_per_step": 128, "step_seconds": 0.5, "seconds": 1.0, "notes": []}  # fmt: skip
@@ -151,13 +151,13 @@ def test_whole_numbers_stay_whole(run: Path) -> None:
     assert all(isinstance(edge, int) for edge in record_of(run)["preflight"]["length_histogram"]["edges"])
 
 
-def test_assignments_are_checked(run: Path) -> None:
+def test_assignments_are_validated(run: Path) -> None:
     record = read_record(run)
     with pytest.raises(ValidationError):
         record.state = "finished"  # type: ignore[assignment]
 
 
-def test_data_is_what_its_task_wrote(run: Path) -> None:
+def test_data_record_has_the_type_of_its_task(run: Path) -> None:
     record = read_record(run)
     data = data_record(record)
     assert isinstance(data, ConversationsRecord)
@@ -171,10 +171,10 @@ def test_data_is_what_its_task_wrote(run: Path) -> None:
     assert data_record(record) is None
 
 
-# ------------------------------------------------------------------------------------------------------- what cannot be read
+# ----------------------------------------------------------------------------------------------------- unreadable records
 
 REMOVED = object()
-ODD: dict[str, Any] = {
+INVALID: dict[str, Any] = {
     "name": REMOVED,
     "kind": REMOVED,
     "state": "finished",
@@ -198,9 +198,9 @@ def report(folder: Path) -> None:
     write_report(folder)
 
 
-@pytest.mark.parametrize("key", ODD)
+@pytest.mark.parametrize("key", INVALID)
 @pytest.mark.parametrize(
-    "words",
+    "command",
     [
         "show run",
         "show run --json",
@@ -211,34 +211,34 @@ def report(folder: Path) -> None:
         "export run --to bitnet --out out",
     ],
 )
-def test_commands_refuse_an_odd_record_in_a_sentence(finetune: Terminal, run: Path, words: str, key: str) -> None:
-    change(run, key, ODD[key], remove=ODD[key] is REMOVED)
+def test_commands_refuse_an_invalid_record_with_a_short_message(finetune: Terminal, run: Path, command: str, key: str) -> None:
+    change(run, key, INVALID[key], remove=INVALID[key] is REMOVED)
     before = (run / "run.json").read_bytes()
-    code, out, err = finetune(*words.split())
+    code, out, err = finetune(*command.split())
     assert code == 2, err
     assert "cannot read the run's record" in err
-    assert f"{key} is missing" in err if ODD[key] is REMOVED else f"{key}: " in err
+    assert f"{key} is missing" in err if INVALID[key] is REMOVED else f"{key}: " in err
     assert "Traceback" not in out + err
     assert len(err.splitlines()) <= 6
     assert (run / "run.json").read_bytes() == before
 
 
-@pytest.mark.parametrize("key", [*ODD, "data.rows", "data.train_rows"])
-def test_the_report_refuses_an_odd_record(run: Path, key: str) -> None:
-    odd = ODD.get(key, REMOVED)
-    change(run, key, odd, remove=odd is REMOVED)
+@pytest.mark.parametrize("key", [*INVALID, "data.rows", "data.train_rows"])
+def test_report_refuses_an_invalid_record(run: Path, key: str) -> None:
+    value = INVALID.get(key, REMOVED)
+    change(run, key, value, remove=value is REMOVED)
     with pytest.raises(UserError, match="cannot read the run's record") as raised:
         report(run)
     assert key.removeprefix("data.") in str(raised.value)
     assert not (run / "report.html").exists()
 
 
-def cut(text: str) -> str:
+def truncate(text: str) -> str:
     return text[: len(text) // 2]
 
 
-@pytest.mark.parametrize("damage", [cut, lambda _: "[]", lambda _: "", lambda _: "\x00", lambda _: "[" * 100_000])
-def test_what_is_no_record_is_refused(run: Path, damage: Callable[[str], str]) -> None:
+@pytest.mark.parametrize("damage", [truncate, lambda _: "[]", lambda _: "", lambda _: "\x00", lambda _: "[" * 100_000])
+def test_damaged_record_is_refused(run: Path, damage: Callable[[str], str]) -> None:
     file = run / "run.json"
     file.write_text(damage(file.read_text(encoding="utf-8")), encoding="utf-8")
     with pytest.raises(UserError, match="cannot read the run's record"):
@@ -246,17 +246,17 @@ def test_what_is_no_record_is_refused(run: Path, damage: Callable[[str], str]) -
 
 
 @pytest.mark.parametrize("name", ["../elsewhere", "a/b", "..", ""])
-def test_a_name_that_leads_elsewhere_is_refused(run: Path, name: str) -> None:
+def test_run_name_that_is_a_path_is_refused(run: Path, name: str) -> None:
     change(run, "name", name)
     with pytest.raises(UserError, match="not a plain file name"):
         read_record(run)
 
 
-def test_a_folder_without_a_record_is_no_run(tmp_path: Path) -> None:
+def test_folder_without_a_record_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run folder"):
         read_record(tmp_path)
 
 
-def test_a_new_record_says_what_it_must() -> None:
+def test_new_record_needs_its_required_fields() -> None:
     with pytest.raises(ValidationError):
         Record(name="a", kind="sft", state="running")  # type: ignore[call-arg]

@@ -1,4 +1,4 @@
-"""Text as the story's material: what it hands out are Python's own numbers, and the counts are those of the moment."""
+"""Training data of plain text: token ids are Python ints, and counts of skipped rows are current."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def write(path: Path, lines: list[str], bad_at: int | None = None) -> None:
     path.write_text("\n".join(rows) + "\n")
 
 
-def text(tmp_path: Path, tokenizer: Any, bad_at: int | None = None, **data: Any) -> Text:
+def text_data(tmp_path: Path, tokenizer: Any, bad_at: int | None = None, **data: Any) -> Text:
     write(tmp_path / "a.jsonl", LINES, bad_at)
     write(tmp_path / "b.jsonl", [f"Other words, {n}." for n in range(80)])
     recipe = Recipe.model_validate(
@@ -44,26 +44,26 @@ def text(tmp_path: Path, tokenizer: Any, bad_at: int | None = None, **data: Any)
     return Text(recipe, tokenizer, open_stream(recipe), Limits(None, None))
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_rows_are_lists_of_int(tmp_path: Path, tokenizer: Any, apart: bool) -> None:
-    more = {"heldout_path": str(tmp_path / "b.jsonl")} if apart else {"heldout": 0}
-    material = text(tmp_path, tokenizer, **more)
-    rows = [*material.first_rows(5), *material.held_out()]
-    assert len(material.held_out()) > 0 or not apart
+@pytest.mark.parametrize("separate", [False, True])
+def test_rows_are_lists_of_python_ints(tmp_path: Path, tokenizer: Any, separate: bool) -> None:
+    heldout = {"heldout_path": str(tmp_path / "b.jsonl")} if separate else {"heldout": 0}
+    data = text_data(tmp_path, tokenizer, **heldout)
+    rows = [*data.first_rows(5), *data.held_out()]
+    assert len(data.held_out()) > 0 or not separate
     for ids, labels in rows:
         assert {type(number) for number in [*ids, *labels]} == {int}
         assert torch.tensor([ids]).dtype == torch.int64
         torch.nn.functional.cross_entropy(torch.zeros(16, 300), torch.tensor(ids))
         json.dumps([ids, labels])
-    assert type(material.highest_id()) is int
+    assert type(data.highest_id()) is int
 
 
-def test_skipped_rows_are_counted_when_asked(tmp_path: Path, tokenizer: Any) -> None:
-    """The stream is read in training: what stands in run.json before it is less than what was met in the end."""
-    material = text(tmp_path, tokenizer, bad_at=len(LINES) - 2, heldout=2, bad_rows="skip")
-    material.corpus.source.bad = 0  # a small file is one block: as if it had been a long one
-    before = material.record().rows_skipped
-    material.corpus.source._furthest = (-1, -1)
-    list(material.corpus.rows(0))
-    assert (before, material.record().rows_skipped) == (0, 1)
-    assert material.record().revision is None
+def test_skipped_rows_are_counted_when_the_record_is_made(tmp_path: Path, tokenizer: Any) -> None:
+    """The stream is read during training, so the count at the end is higher than the one before."""
+    data = text_data(tmp_path, tokenizer, bad_at=len(LINES) - 2, heldout=2, bad_rows="skip")
+    data.corpus.source.bad = 0  # as in a long file, whose later blocks have not been read
+    at_first = data.record().rows_skipped
+    data.corpus.source._furthest = (-1, -1)
+    list(data.corpus.rows(0))
+    assert (at_first, data.record().rows_skipped) == (0, 1)
+    assert data.record().revision is None

@@ -1,4 +1,4 @@
-"""Distillation: nothing to learn from oneself, the gradients of the plain formulas, hooks that go away, misfits."""
+"""Distillation: losses and gradients equal the plain formulas, hooks are removed, and mismatched models are refused."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ def _grads(model: Any) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-def _plainly(
+def _plain_losses(
     student: Any, teacher: Any, ids: Tensor, *, logits: float, relations: float, tau: float, layer: int, heads: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The formulas on whole logits and states, in the order of Algorithm 1: total, and the three parts."""
+    """The formulas on unchunked logits and states, in the order of Algorithm 1: the total and its three terms."""
     states: dict[str, list[Tensor]] = {"s": [], "t": []}
     hooks = [
         getattr(model.model.layers[layer].self_attn, name).register_forward_hook(
-            lambda m, a, out, who=who: states[who].append(out)
+            lambda m, a, out, role=role: states[role].append(out)
         )
-        for who, model in (("s", student), ("t", teacher))
+        for role, model in (("s", student), ("t", teacher))
         for name in ("q_proj", "k_proj", "v_proj")
     ]
-    own = student(ids).logits[:, :-1].float().flatten(0, 1)
+    student_logits = student(ids).logits[:, :-1].float().flatten(0, 1)
     with torch.no_grad():
-        goal = teacher(ids).logits[:, :-1].float().flatten(0, 1)
+        teacher_logits = teacher(ids).logits[:, :-1].float().flatten(0, 1)
     for hook in hooks:
         hook.remove()
-    count = len(own)
-    ce = F.cross_entropy(own, ids[:, 1:].flatten(), reduction="sum")
-    kl = F.kl_div(F.log_softmax(own / tau, -1), F.softmax(goal / tau, -1), reduction="sum")
+    count = len(student_logits)
+    ce = F.cross_entropy(student_logits, ids[:, 1:].flatten(), reduction="sum")
+    kl = F.kl_div(F.log_softmax(student_logits / tau, -1), F.softmax(teacher_logits / tau, -1), reduction="sum")
     ad = torch.zeros(())
     for s, t in zip(states["s"], states["t"], strict=True):
         relation = []
         for x in (s, t):
-            u = F.normalize(x.float().view(*x.shape[:2], heads, -1).transpose(1, 2), dim=-1)
-            relation.append((u @ u.transpose(-2, -1) / tau).reshape(-1, x.shape[1]))
+            normalized = F.normalize(x.float().view(*x.shape[:2], heads, -1).transpose(1, 2), dim=-1)
+            relation.append((normalized @ normalized.transpose(-2, -1) / tau).reshape(-1, x.shape[1]))
         ad = ad + F.kl_div(F.log_softmax(relation[0], -1), F.softmax(relation[1], -1), reduction="batchmean")
     return ce + logits * kl + relations * ad * count, ce, kl, ad * count
 
@@ -69,13 +69,13 @@ def _plainly(
 @pytest.mark.parametrize(("logits", "relations"), [(0.0, 0.0), (2.0, 0.0), (0.0, 50.0), (2.0, 50.0)])
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("checkpointing", [True, False])
-def test_equals_the_plain_formulas(
+def test_losses_and_gradients_equal_the_plain_formulas(
     monkeypatch: pytest.MonkeyPatch, checkpointing: bool, tied: bool, logits: float, relations: float
 ) -> None:
     monkeypatch.setattr(distill, "TOKENS", 5)  # 16 targets in pieces of 5
     student, teacher = _llama(0, tie_word_embeddings=tied), _llama(1, hidden_size=48, num_hidden_layers=4)
     swap(student, scheme="ternary", trainable=True)
-    twin, ids = copy.deepcopy(student), _ids()
+    reference, ids = copy.deepcopy(student), _ids()
     if checkpointing:
         student.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         student.train()
@@ -83,21 +83,25 @@ def test_equals_the_plain_formulas(
     distillation.attach(student)
     losses = distillation.loss(student, ids)
     losses.total.backward()
-    expected = _plainly(twin, teacher, ids, logits=logits, relations=relations, tau=2.0, layer=1, heads=2)
+    expected = _plain_losses(reference, teacher, ids, logits=logits, relations=relations, tau=2.0, layer=1, heads=2)
     expected[0].backward()
     assert losses.count == 16
     torch.testing.assert_close(losses.total, expected[0])
-    for got, part, weight in zip((losses.ce, losses.logits, losses.relations), expected[1:], (1, logits, relations), strict=True):
-        torch.testing.assert_close(got, part.detach() if weight else torch.zeros(()))
-        assert not got.requires_grad
-    ours, theirs = _grads(student), _grads(twin)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-4, atol=1e-4 * float(theirs[name].abs().max()))
+    for actual, term, weight in zip(
+        (losses.ce, losses.logits, losses.relations), expected[1:], (1, logits, relations), strict=True
+    ):
+        torch.testing.assert_close(actual, term.detach() if weight else torch.zeros(()))
+        assert not actual.requires_grad
+    grads, expected_grads = _grads(student), _grads(reference)
+    assert grads.keys() == expected_grads.keys()
+    for name in grads:
+        torch.testing.assert_close(
+            grads[name], expected_grads[name], rtol=1e-4, atol=1e-4 * float(expected_grads[name].abs().max())
+        )
     assert all(p.grad is None for p in teacher.parameters())
 
 
-def test_a_teacher_of_itself_has_nothing_to_say() -> None:
+def test_identical_teacher_adds_no_loss_and_no_gradient() -> None:
     student, ids = _llama(), _ids()
     distillation = Distillation(copy.deepcopy(student), logits=10.0, relations=100.0)
     distillation.attach(student)
@@ -112,48 +116,48 @@ def test_a_teacher_of_itself_has_nothing_to_say() -> None:
         torch.testing.assert_close(with_teacher[name], grad, rtol=1e-3, atol=1e-3)
 
 
-def test_sums_are_those_of_the_parts_of_a_batch() -> None:
-    """Gradient accumulation: rows one by one or together, the sums and gradients add up to the same."""
+def test_losses_and_gradients_of_rows_add_up_to_those_of_the_batch() -> None:
+    """Gradient accumulation: losses and gradients of single rows add up to those of the batch."""
     student, teacher, ids = _llama(0), _llama(1), _ids(4)
     distillation = Distillation(teacher, logits=2.0, relations=50.0)
     distillation.attach(student)
-    whole = distillation.loss(student, ids)
-    whole.total.backward()
-    together = _grads(student)
+    batch_loss = distillation.loss(student, ids)
+    batch_loss.total.backward()
+    batch_grads = _grads(student)
     student.zero_grad()
-    parts = [distillation.loss(student, row[None]) for row in ids]
-    for part in parts:
-        part.total.backward()
-    assert sum(part.count for part in parts) == whole.count
-    torch.testing.assert_close(torch.stack([part.total for part in parts]).sum(), whole.total)
+    row_losses = [distillation.loss(student, row[None]) for row in ids]
+    for row_loss in row_losses:
+        row_loss.total.backward()
+    assert sum(row_loss.count for row_loss in row_losses) == batch_loss.count
+    torch.testing.assert_close(torch.stack([row_loss.total for row_loss in row_losses]).sum(), batch_loss.total)
     for name, grad in _grads(student).items():
-        torch.testing.assert_close(grad, together[name], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(grad, batch_grads[name], rtol=1e-3, atol=1e-3)
 
 
-def test_autocast_and_no_gradients() -> None:
+def test_loss_under_autocast_and_without_gradients() -> None:
     student, teacher, ids = _llama(0), _llama(1), _ids()
     distillation = Distillation(teacher, logits=2.0, relations=50.0)
     distillation.attach(student)
     exact = distillation.loss(student, ids)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        rough = distillation.loss(student, ids)
-    rough.total.backward()
-    torch.testing.assert_close(rough.total, exact.total, rtol=3e-2, atol=0)
+        bf16 = distillation.loss(student, ids)
+    bf16.total.backward()
+    torch.testing.assert_close(bf16.total, exact.total, rtol=3e-2, atol=0)
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in student.parameters())
     with torch.no_grad():
-        alone = distillation.loss(student, ids)
-    assert not alone.total.requires_grad
-    torch.testing.assert_close(alone.total, exact.total.detach())
+        without_grad = distillation.loss(student, ids)
+    assert not without_grad.total.requires_grad
+    torch.testing.assert_close(without_grad.total, exact.total.detach())
 
 
-def test_hooks_go_away_and_nothing_stays() -> None:
+def test_detach_removes_hooks_and_no_activations_are_kept() -> None:
     student, teacher = _llama(0), _llama(1)
     distillation = Distillation(teacher, logits=1.0, relations=1.0, layer=-1)
     distillation.attach(student)
-    hooked = [name for name, module in student.named_modules() if module._forward_hooks]
-    assert hooked == [f"model.layers.2.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
-    distillation.attach(student)  # again: not twice
-    assert all(len(student.get_submodule(name)._forward_hooks) == 1 for name in hooked)
+    layers = [name for name, module in student.named_modules() if module._forward_hooks]
+    assert layers == [f"model.layers.2.self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj")]
+    distillation.attach(student)  # attaching again adds no second hook
+    assert all(len(student.get_submodule(name)._forward_hooks) == 1 for name in layers)
     student.eval()
     student(_ids())
     assert distillation._outputs == {"teacher": {}, "student": {}}
@@ -165,7 +169,7 @@ def test_hooks_go_away_and_nothing_stays() -> None:
         distillation.loss(student, _ids())
 
 
-def test_the_layer_is_late_by_default() -> None:
+def test_default_layer_is_near_the_end() -> None:
     student = _llama(0, num_hidden_layers=24, hidden_size=16, intermediate_size=16)
     distillation = Distillation(copy.deepcopy(student), logits=0.0, relations=1.0)
     distillation.attach(student)
@@ -173,7 +177,7 @@ def test_the_layer_is_late_by_default() -> None:
     assert distillation.split_heads == 2
 
 
-def test_models_that_do_not_fit() -> None:
+def test_mismatched_models_are_refused() -> None:
     from transformers import CohereConfig, CohereForCausalLM, GPT2Config, GPT2LMHeadModel
 
     student = _llama()

@@ -1,4 +1,4 @@
-"""Looks at ternary codes in a run: when, what is kept, and that going on or back gives the state that was."""
+"""Measurements of ternary codes during training: their steps, bounded history, and state after resume and rollback."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from quant import BitLinear, health
 
 
 def recipe(**train: Any) -> Any:
-    """What of a recipe is read here."""
-    chosen: Any = {"lr": 1e-2, "schedule": "constant", "warmup": 0.0, "health_steps": 1} | train
-    return SimpleNamespace(quant=Quant(scheme="ternary"), train=Train(**chosen))
+    """The parts of a recipe that Ternary reads."""
+    settings: Any = {"lr": 1e-2, "schedule": "constant", "warmup": 0.0, "health_steps": 1} | train
+    return SimpleNamespace(quant=Quant(scheme="ternary"), train=Train(**settings))
 
 
 class Run:
@@ -28,14 +28,14 @@ class Run:
     def __init__(self, folder: Path, total: int, **train: Any) -> None:
         torch.manual_seed(0)
         self.model = torch.nn.Sequential(BitLinear(16, 8), BitLinear(8, 8))
-        self.metrics, self.total, self.told = folder / "metrics.jsonl", total, []  # type: ignore[var-annotated]
+        self.metrics, self.total, self.alarms = folder / "metrics.jsonl", total, []  # type: ignore[var-annotated]
         self.recipe = recipe(**train)
-        self.watch = self.anew()
+        self.watch = self.resumed_watch()
 
-    def anew(self) -> Ternary:
-        return Ternary(self.model, self.recipe, self.total, self.metrics, self.told.append)
+    def resumed_watch(self) -> Ternary:
+        return Ternary(self.model, self.recipe, self.total, self.metrics, self.alarms.append)
 
-    def go(self, first: int, last: int, noise: float = 0.01) -> None:
+    def train_steps(self, first: int, last: int, noise: float = 0.01) -> None:
         for step in range(first, last + 1):
             torch.manual_seed(step)
             self.watch.before(step)
@@ -44,8 +44,8 @@ class Run:
                     parameter += noise * torch.randn_like(parameter)
             with self.metrics.open("a") as file:
                 file.write(json.dumps({"step": step, "loss": 1.0}) + "\n")
-                if seen := self.watch.after(step):
-                    file.write(json.dumps({"step": step, **seen}) + "\n")
+                if figures := self.watch.after(step):
+                    file.write(json.dumps({"step": step, **figures}) + "\n")
 
 
 def state(watch: Ternary) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def state(watch: Ternary) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("total", "every"), [(1_600_000, 5), (1999, 1), (100_003, 7), (10, 20)])
-def test_looks_are_dense_first_and_never_too_many(total: int, every: int) -> None:
+def test_measurements_are_dense_at_first_and_bounded_in_number(total: int, every: int) -> None:
     steps = [step for step in range(1, total + 1) if looks_at(step, total, every)]
     assert steps[:DENSE] == [every * n for n in range(1, DENSE + 1) if every * n <= total]
     assert len(steps) <= DENSE + MOST
@@ -62,26 +62,28 @@ def test_looks_are_dense_first_and_never_too_many(total: int, every: int) -> Non
         assert max(b - a for a, b in zip(steps[DENSE:], steps[DENSE + 1 :], strict=False)) == max(every, -(-total // MOST))
 
 
-def test_a_run_of_modest_length_is_looked_at_as_asked() -> None:
+def test_short_run_is_measured_every_health_steps() -> None:
     assert [step for step in range(1, 5001) if looks_at(step, 5000, 5)] == list(range(5, 5001, 5))
 
 
-def test_what_is_kept_and_judged_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[int] = []
-    plain = health.alarms
-    monkeypatch.setattr(ternary, "alarms", lambda history, *a, **k: (given.append(len(history)), plain(history, *a, **k))[1])
+def test_history_of_measurements_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    real_alarms = health.alarms
+    monkeypatch.setattr(
+        ternary, "alarms", lambda history, *a, **k: (lengths.append(len(history)), real_alarms(history, *a, **k))[1]
+    )
     run = Run(tmp_path, 3 * KEPT)
-    run.go(1, 3 * KEPT)
+    run.train_steps(1, 3 * KEPT)
     assert run.watch.summary()["looks"] == 3 * KEPT
-    assert len(run.watch.recent) == max(given) == KEPT
-    assert max(given) >= 4 * health.WINDOW
+    assert len(run.watch.recent) == max(lengths) == KEPT
+    assert max(lengths) >= 4 * health.WINDOW
 
 
-def test_turnover_weighs_a_look_by_the_steps_that_it_stands_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turnover_weights_measurements_by_the_steps_between_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ternary, "DENSE", 3)
     monkeypatch.setattr(ternary, "MOST", 4)
     run = Run(tmp_path, 40, health_steps=2)
-    run.go(1, 40)
+    run.train_steps(1, 40)
     lines = [json.loads(line) for line in run.metrics.read_text().splitlines()]
     flips = {line["step"]: line["ternary"]["flips"] for line in lines if "ternary" in line}
     assert list(flips) == [2, 4, 6, 10, 20, 30, 40]
@@ -90,36 +92,36 @@ def test_turnover_weighs_a_look_by_the_steps_that_it_stands_for(tmp_path: Path, 
     assert expected > 0
 
 
-def test_going_on_gives_the_same_state(tmp_path: Path) -> None:
+def test_resume_restores_the_state_and_repeats_no_alarm(tmp_path: Path) -> None:
     run = Run(tmp_path, 200)
-    run.go(1, 90, noise=0.3)  # thrashing, told once
-    assert len(run.told) == 1
-    assert "thrashing" in run.told[0]
-    assert state(run.anew()) == state(run.watch)
-    assert len(run.told) == 1  # not again
+    run.train_steps(1, 90, noise=0.3)  # thrashing, one alarm
+    assert len(run.alarms) == 1
+    assert "thrashing" in run.alarms[0]
+    assert state(run.resumed_watch()) == state(run.watch)
+    assert len(run.alarms) == 1  # no second alarm
 
 
-def test_looks_of_undone_steps_vanish(tmp_path: Path) -> None:
+def test_rollback_forgets_measurements_of_undone_steps(tmp_path: Path) -> None:
     run = Run(tmp_path, 200, health_steps=2)
-    run.go(1, 20, noise=0.0)
+    run.train_steps(1, 20, noise=0.0)
     size, before = run.metrics.stat().st_size, state(run.watch)
-    run.go(21, 40, noise=0.5)
+    run.train_steps(21, 40, noise=0.5)
     assert state(run.watch) != before
-    assert any("thrashing" in told for told in run.told)
-    with run.metrics.open("r+") as file:  # as the loop does
+    assert any("thrashing" in alarm for alarm in run.alarms)
+    with run.metrics.open("r+") as file:  # as the training loop does
         file.truncate(size)
     run.watch.rewind(20)
     assert state(run.watch) == before
-    run.go(21, 40, noise=0.0)
+    run.train_steps(21, 40, noise=0.0)
     assert run.watch.summary()["looks"] == 20
     assert not any("thrashing" in alarm for alarm in run.watch.summary()["alarms"])
 
 
-def test_rewind_needs_no_cut(tmp_path: Path) -> None:
+def test_rewind_works_without_truncated_metrics(tmp_path: Path) -> None:
     run = Run(tmp_path, 200)
-    run.go(1, 8)
+    run.train_steps(1, 8)
     before = state(run.watch)
-    run.go(9, 12)
+    run.train_steps(9, 12)
     run.watch.rewind(8)
     assert state(run.watch) == before
     run.watch.rewind(0)
