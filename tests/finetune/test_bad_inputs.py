@@ -703,9 +703,8 @@ def test_adapters_that_are_damaged_or_pickles(finetune: Terminal, made: Path, tm
 
 BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12))
 
-DEEP = (
-    "[\n" * 100_000 + "]" * 100_000
-)  # in one line it takes a second to read: what is in brackets may be a key until the line ends
+# Over lines, because brackets may be keys until their line ends, and finding out that they are not takes a second.
+DEEP = "[\n" * 100_000 + "]" * 100_000
 
 
 def test_recipes_that_bomb_or_execute(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
