@@ -142,10 +142,10 @@ def make_data(folder: Path) -> None:
     (folder / "text.txt").write_text(text, encoding="utf-8")
     tokenizer = train_tokenizer([text], VOCABULARY)
     tokenizer.save_pretrained(folder / "tokenizer")
+    ids = tokenizer(text)["input_ids"]
 
     def write(name: str, lengths: list[tuple[int, int]]) -> None:
         """Write questions and answers with these numbers of tokens."""
-        ids = tokenizer(text)["input_ids"]
 
         def piece(count: int, at: int) -> str:
             return str(tokenizer.decode(ids[at : at + count]))

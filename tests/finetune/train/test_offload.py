@@ -76,11 +76,11 @@ def batches(device: torch.device = CPU) -> Tensor:
 
 
 def trained(model: Any, device: torch.device = CPU) -> list[Tensor]:
-    """Three steps of two micro-batches, an evaluation and an answer after each: everything that came of them."""
+    """Two steps of two micro-batches, an evaluation and an answer after each: everything that came of them."""
     weights = [p for p in model.parameters() if p.requires_grad]
     optimizer, found = torch.optim.AdamW(weights, lr=1e-2), []
     torch.manual_seed(2)
-    for pair in batches(device).split(2):
+    for pair in batches(device)[:4].split(2):
         model.train()
         for ids in pair:
             loss = model(input_ids=ids, labels=ids).loss
@@ -109,9 +109,9 @@ def same(found: list[Tensor], expected: list[Tensor]) -> bool:
         ({}, {}),
         ({"layers": 1}, {}),
         ({"layers": 2}, {"dropout": 0.3}),
-        ({"dtype": torch.bfloat16, "tied": True}, {}),
-        ({}, {"scheme": "none"}),
-        ({}, {"dora": True}),
+        ({"layers": 3, "dtype": torch.bfloat16, "tied": True}, {}),
+        ({"layers": 3}, {"scheme": "none"}),
+        ({"layers": 3}, {"dora": True}),
     ],
     ids=["nf4", "one-layer", "two-layers-dropout", "bf16-tied", "float-base", "dora"],
 )
@@ -119,7 +119,6 @@ def test_a_streamed_model_trains_as_a_resident_one(tmp_path: Path, of_model: Any
     resident = prepared(llama(**of_model), **of_adapter)
     expected = trained(resident)
     merged = {name: p.clone() for name, p in resident.merge_and_unload().named_parameters()}
-    assert not same(trained(prepared(llama(**of_model), **{**of_adapter, "alpha": 8})), expected)  # it is no constant
     for way in WAYS:
         made: list[Streamed] = []
         model = prepared(llama(**of_model), mover(way, tmp_path, made), **of_adapter)
@@ -130,6 +129,13 @@ def test_a_streamed_model_trains_as_a_resident_one(tmp_path: Path, of_model: Any
         assert all(torch.equal(plain[name], merged[name]) for name in merged), way
         assert not any(module._forward_pre_hooks for module in model.modules()), way
         assert not any(hasattr(p, "streamed") for p in model.parameters()), way
+
+
+def test_another_adapter_does_not_train_the_same() -> None:
+    """What the test above compares is no constant."""
+    expected, other = (trained(prepared(llama(layers=1), alpha=alpha)) for alpha in (4, 8))
+    assert same(other[:2], expected[:2])  # losses before the first step, when adapters add nothing yet
+    assert not same(other, expected)
 
 
 def test_a_model_with_other_layers_than_llamas(tmp_path: Path) -> None:

@@ -147,9 +147,9 @@ def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_step(family: str) -> 
     """
     exact = gradients(made(family, dtype=torch.bfloat16).float())
     model = made(family, dtype=torch.bfloat16)
-    plain = gradients(model)
+    plain, head = gradients(model), head_of(model)[0]
     with patching.patched(model):
-        ours = gradients(model, head_of(model)[0])
+        ours = gradients(model, head)
 
     def error(found: dict[str, Tensor]) -> float:
         return sum(float((found[n].float() - exact[n].float()).norm() / exact[n].float().norm()) for n in exact) / len(exact)
@@ -304,9 +304,10 @@ def test_losses_of_an_evaluation() -> None:
     model = made("gemma2").eval()
     generator = torch.Generator().manual_seed(2)
     rows = [(row := torch.randint(3, 128, (n,), generator=generator).tolist(), [-100, *row[1:]]) for n in (9, 30, 4, 17)]
-    plain = evaluate_loss(model, rows, batch_tokens=40)
+    plain, head = evaluate_loss(model, rows, batch_tokens=40), head_of(model)[0]
+    assert head is not None
     with patching.patched(model):
-        ours = evaluate_loss(model, rows, batch_tokens=40, of_tokens=evaluator(head_of(model)[0], 7))  # type: ignore[arg-type]
+        ours = evaluate_loss(model, rows, batch_tokens=40, of_tokens=evaluator(head, 7))
     assert ours.row_loss_sums == pytest.approx(plain.row_loss_sums, rel=1e-5)
 
 
@@ -340,9 +341,9 @@ def of_the_model(model: Any) -> dict[str, Any]:
 def test_a_patched_model_leaves_itself_and_the_process_as_they_were() -> None:
     """The same objects, not only the same results."""
     model, before = made("llama"), of_the_process()
-    own = of_the_model(model)
+    own, head = of_the_model(model), head_of(model)[0]
     with patching.patched(model):
-        gradients(model, head_of(model)[0])
+        gradients(model, head)
         within = of_the_process()
         changed = {key for key in within if within[key] != before[key]}
         assert changed >= {"rotary", "attention", "limit", "compiling"}
