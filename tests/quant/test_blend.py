@@ -1,4 +1,4 @@
-"""λ warm-up: layers between floats and codes equal w + λ(q(w) − w), gradients too; 0 is a float layer, 1 is as before."""
+"""λ warm-up: a layer computes with w + λ(q(w) − w), gradients included; λ = 0 is the float layer, λ = 1 the quantized one."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from quant import BitLinear, FakeNF4Linear, FakeQuantLinear, PackedBitLinear, nf
 from quant.conv import BitConv2d
 from quant.experts import QuantizedExperts
 
-FAKE: list[type[FakeQuantLinear]] = [BitLinear, FakeNF4Linear]
+FAKE_QUANT: list[type[FakeQuantLinear]] = [BitLinear, FakeNF4Linear]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _toward(plain: Tensor, quantized: Tensor, blend: float) -> Tensor:
-    """plain + λ(quantized − plain) in fp32, rounded once; slope 1."""
+def _interpolate(plain: Tensor, quantized: Tensor, blend: float) -> Tensor:
+    """plain + λ(quantized − plain) in fp32, rounded once; the gradient passes straight through."""
     target = (plain.float() + blend * (quantized.float() - plain.float())).to(plain.dtype)
     return plain + (target - plain).detach()
 
 
-def _definition(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, blend: float) -> Tensor:
+def _reference_output(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, blend: float) -> Tensor:
     quantized = nf4.fake_quantize(weight.float()) if layer.scheme is nf4 else ternary.fake_quantize(weight.float())
     if layer.scheme is ternary:
-        x = _toward(x, ternary.dequantize_activations(*ternary.quantize_activations(x)), blend)
-    return F.linear(x, _toward(weight, quantized, blend), bias)
+        x = _interpolate(x, ternary.dequantize_activations(*ternary.quantize_activations(x)), blend)
+    return F.linear(x, _interpolate(weight, quantized, blend), bias)
 
 
-def _layer(kind: Any, dtype: torch.dtype, *, bias: bool = True, **options: Any) -> Any:
+def _make_layer(kind: Any, dtype: torch.dtype, *, bias: bool = True, **options: Any) -> Any:
     torch.manual_seed(0)
     return kind.from_linear(nn.Linear(96, 40, bias=bias).to(dtype), **options)
 
@@ -39,70 +39,74 @@ def _layer(kind: Any, dtype: torch.dtype, *, bias: bool = True, **options: Any) 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blend", [0.0, 0.25, 0.9])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("kind", FAKE)
-def test_equals_the_definition(kind: type[FakeQuantLinear], bias: bool, blend: float, dtype: torch.dtype) -> None:
-    layer = _layer(kind, dtype, bias=bias)
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_output_and_gradients_equal_the_blend_formula(
+    kind: type[FakeQuantLinear], bias: bool, blend: float, dtype: torch.dtype
+) -> None:
+    layer = _make_layer(kind, dtype, bias=bias)
     set_blend(layer, blend)
     x, grad = torch.randn(2, 5, 96).to(dtype), torch.randn(2, 5, 40).to(dtype)
-    own = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in layer.parameters())]
-    expected = _definition(layer, own[0], own[1], own[2] if bias else None, blend)
-    expected.backward(grad)
+    inputs = [x.clone().requires_grad_(), *(p.detach().clone().requires_grad_() for p in layer.parameters())]
+    reference = _reference_output(layer, inputs[0], inputs[1], inputs[2] if bias else None, blend)
+    reference.backward(grad)
     x.requires_grad_()
-    got = layer(x)
-    got.backward(grad)
+    output = layer(x)
+    output.backward(grad)
     tolerance: dict[str, float] = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    for ours, theirs in zip(
-        [got, x.grad, *(p.grad for p in layer.parameters())], [expected, *(t.grad for t in own)], strict=True
+    for actual, expected in zip(
+        [output, x.grad, *(p.grad for p in layer.parameters())], [reference, *(t.grad for t in inputs)], strict=True
     ):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+        torch.testing.assert_close(actual, expected, **tolerance)
     with torch.no_grad():
-        assert torch.equal(layer(x), got)
-    quantized = nf4.fake_quantize(own[1].float()) if kind is FakeNF4Linear else ternary.fake_quantize(own[1].float())
-    torch.testing.assert_close(layer.dequantize(), _toward(own[1].detach(), quantized, blend), **tolerance)
+        assert torch.equal(layer(x), output)
+    quantized = nf4.fake_quantize(inputs[1].float()) if kind is FakeNF4Linear else ternary.fake_quantize(inputs[1].float())
+    torch.testing.assert_close(layer.dequantize(), _interpolate(inputs[1].detach(), quantized, blend), **tolerance)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", FAKE)
-def test_zero_is_the_float_layer_and_one_is_as_before(kind: type[FakeQuantLinear], dtype: torch.dtype) -> None:
-    layer, x = _layer(kind, dtype), torch.randn(7, 96).to(dtype)
-    plain = layer(x)
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_blend_zero_is_the_float_layer_and_blend_one_the_quantized_layer(kind: type[FakeQuantLinear], dtype: torch.dtype) -> None:
+    layer, x = _make_layer(kind, dtype), torch.randn(7, 96).to(dtype)
+    quantized_output = layer(x)
     state = {name: value.clone() for name, value in layer.state_dict().items()}
     set_blend(layer, 0)
     assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
     set_blend(layer, 0.999999)
-    torch.testing.assert_close(layer(x), plain, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(layer(x), quantized_output, rtol=2e-2, atol=2e-2)
     set_blend(layer, 1)
-    assert torch.equal(layer(x), plain)
+    assert torch.equal(layer(x), quantized_output)
     assert layer.state_dict().keys() == state.keys()
     assert copy.deepcopy(layer).blend == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("blend", [0.0, 0.5])
-def test_a_norm_comes_before(blend: float, dtype: torch.dtype) -> None:
-    layer = _layer(BitLinear, dtype, norm_eps=1e-6)
+def test_fused_rms_norm_runs_before_blending(blend: float, dtype: torch.dtype) -> None:
+    layer = _make_layer(BitLinear, dtype, norm_eps=1e-6)
     gain = (torch.rand(96) + 0.5).to(dtype)
     with torch.no_grad():
         layer.rms_norm.weight.copy_(gain)
     set_blend(layer, blend)
     x, grad = torch.randn(3, 96).to(dtype), torch.randn(3, 40).to(dtype)
-    own, own_gain = x.clone().requires_grad_(), gain.clone().requires_grad_()
-    expected = _definition(layer, ternary.rms_norm(own, own_gain, 1e-6)[0], layer.weight.detach(), layer.bias.detach(), blend)
-    expected.backward(grad)
+    reference_x, reference_gain = x.clone().requires_grad_(), gain.clone().requires_grad_()
+    reference = _reference_output(
+        layer, ternary.rms_norm(reference_x, reference_gain, 1e-6)[0], layer.weight.detach(), layer.bias.detach(), blend
+    )
+    reference.backward(grad)
     x.requires_grad_()
-    got = layer(x)
-    got.backward(grad)
+    output = layer(x)
+    output.backward(grad)
     if blend == 0:
-        assert torch.equal(got, F.linear(ternary.rms_norm(x, gain, 1e-6)[0], layer.weight, layer.bias))
+        assert torch.equal(output, F.linear(ternary.rms_norm(x, gain, 1e-6)[0], layer.weight, layer.bias))
     tolerance: dict[str, float] = {} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    for ours, theirs in ((got, expected), (x.grad, own.grad), (layer.rms_norm.weight.grad, own_gain.grad)):
-        torch.testing.assert_close(ours, theirs, **tolerance)
+    for actual, expected in ((output, reference), (x.grad, reference_x.grad), (layer.rms_norm.weight.grad, reference_gain.grad)):
+        torch.testing.assert_close(actual, expected, **tolerance)
 
 
-@pytest.mark.parametrize("kind", FAKE)
-def test_autocast(kind: type[FakeQuantLinear]) -> None:
-    """fp32 master and input, products in bf16: blended in fp32 and rounded once, as the float layer rounds."""
-    layer, x = _layer(kind, torch.float32), torch.randn(3, 96, requires_grad=True)
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_autocast_blends_in_fp32_and_rounds_once(kind: type[FakeQuantLinear]) -> None:
+    """fp32 weight and input, products in bf16: blended in fp32, then rounded once, like the float layer."""
+    layer, x = _make_layer(kind, torch.float32), torch.randn(3, 96, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         set_blend(layer, 0)
         assert torch.equal(layer(x), F.linear(x, layer.weight, layer.bias))
@@ -115,68 +119,73 @@ def test_autocast(kind: type[FakeQuantLinear]) -> None:
     torch.testing.assert_close(out.float(), layer(x.detach()), rtol=3e-2, atol=3e-2)
 
 
-def test_the_backward_pass_keeps_the_input_and_no_weight() -> None:
+def test_backward_saves_the_input_but_no_weight() -> None:
     layer = BitLinear.from_linear(nn.Linear(256, 512, bias=False))
     set_blend(layer, 0.5)
-    kept: list[Tensor] = []
+    saved: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
         return tensor
 
     x = torch.randn(64, 256, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         out = layer(x), BitLinear.forward(layer, x)
-    assert [t.shape for t in kept if t is not layer.weight] == [x.shape, x.shape]
-    assert all(t.dtype == x.dtype for t in kept)
+    assert [t.shape for t in saved if t is not layer.weight] == [x.shape, x.shape]
+    assert all(t.dtype == x.dtype for t in saved)
     del out
-    twins = nn.ModuleList(BitLinear.from_linear(nn.Linear(256, 512)) for _ in range(3))
-    set_blend(twins, 0.5)
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outs = [twin(x) for twin in twins]
-    assert len({t.data_ptr() for t in kept if t.shape == x.shape}) == 1  # q, k and v share it
+    projections = nn.ModuleList(BitLinear.from_linear(nn.Linear(256, 512)) for _ in range(3))
+    set_blend(projections, 0.5)
+    saved.clear()
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        outs = [projection(x) for projection in projections]
+    assert len({t.data_ptr() for t in saved if t.shape == x.shape}) == 1  # q, k and v share the input
     assert len(outs) == 3
 
 
-def test_a_later_optimizer_step_is_seen() -> None:
-    layer, x = _layer(BitLinear, torch.float32), torch.randn(4, 96)
+def test_forward_uses_weights_updated_by_the_optimizer() -> None:
+    layer, x = _make_layer(BitLinear, torch.float32), torch.randn(4, 96)
     set_blend(layer, 0.5)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     layer(x).square().sum().backward()
     optimizer.step()
-    torch.testing.assert_close(layer(x), _definition(layer, x, layer.weight, layer.bias, 0.5))
+    torch.testing.assert_close(layer(x), _reference_output(layer, x, layer.weight, layer.bias, 0.5))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("blend", [0.0, 0.5])
-def test_convolutions(blend: float, dtype: torch.dtype) -> None:
+def test_convolution_equals_the_blend_formula(blend: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(6, 10, 3, padding=1, stride=2).to(dtype)
     layer = BitConv2d.from_conv(copy.deepcopy(conv))
     set_blend(layer, blend)
     x = torch.randn(3, 6, 9, 11).to(dtype)
-    own = x.clone().requires_grad_()
-    flat = ternary.dequantize_activations(*ternary.quantize_activations(x.flatten(1))).view(x.shape)
-    weight = _toward(conv.weight, ternary.fake_quantize(conv.weight.float()), blend)
-    expected = F.conv2d(_toward(own, flat, blend), weight, conv.bias, 2, 1)
-    grad = torch.randn(expected.shape).to(dtype)
-    expected.backward(grad)
+    reference_x = x.clone().requires_grad_()
+    quantized_x = ternary.dequantize_activations(*ternary.quantize_activations(x.flatten(1))).view(x.shape)
+    weight = _interpolate(conv.weight, ternary.fake_quantize(conv.weight.float()), blend)
+    reference = F.conv2d(_interpolate(reference_x, quantized_x, blend), weight, conv.bias, 2, 1)
+    grad = torch.randn(reference.shape).to(dtype)
+    reference.backward(grad)
     x.requires_grad_()
-    got = layer(x)
-    got.backward(grad)
+    output = layer(x)
+    output.backward(grad)
     if blend == 0:
-        assert torch.equal(got, expected)
+        assert torch.equal(output, reference)
         assert torch.equal(layer.dequantize(), conv.weight)
     assert conv.bias is not None
     assert layer.bias is not None
     tolerance: dict[str, float] = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    pairs = ((got, expected), (x.grad, own.grad), (layer.weight.grad, conv.weight.grad), (layer.bias.grad, conv.bias.grad))
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours, theirs, **tolerance)
+    pairs = (
+        (output, reference),
+        (x.grad, reference_x.grad),
+        (layer.weight.grad, conv.weight.grad),
+        (layer.bias.grad, conv.bias.grad),
+    )
+    for actual, expected in pairs:
+        torch.testing.assert_close(actual, expected, **tolerance)
 
 
-def test_a_whole_model_with_experts() -> None:
+def test_set_blend_on_a_mixture_of_experts_model() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
@@ -186,23 +195,23 @@ def test_a_whole_model_with_experts() -> None:
     )  # fmt: skip
     model = MixtralForCausalLM(config)
     ids = torch.arange(12)[None]
-    floats = model(ids).logits
+    float_logits = model(ids).logits
     swap(model, scheme="ternary", trainable=True)
-    codes = model(ids).logits
+    ternary_logits = model(ids).logits
     set_blend(model, 0)
     assert any(isinstance(m, QuantizedExperts) for m in model.modules())
     assert {m.blend for m in model.modules() if isinstance(m, FakeQuantLinear)} == {0.0}
-    torch.testing.assert_close(model(ids).logits, floats)
+    torch.testing.assert_close(model(ids).logits, float_logits)
     with pytest.raises(ValueError, match=r"model\.layers\.0.*blend is 0: .*set_blend\(model, 1\)"):
         pack(model)
     set_blend(model, 1)
-    assert torch.equal(model(ids).logits, codes)
+    assert torch.equal(model(ids).logits, ternary_logits)
     pack(model)
     assert any(isinstance(m, PackedBitLinear) for m in model.modules())
 
 
-def test_refusals() -> None:
-    layer = _layer(BitLinear, torch.float32)
+def test_invalid_blend_values_inputs_and_early_packing_raise() -> None:
+    layer = _make_layer(BitLinear, torch.float32)
     for value in (-0.1, 1.1, float("nan")):
         with pytest.raises(ValueError, match="between 0"):
             set_blend(layer, value)
@@ -217,9 +226,9 @@ def test_refusals() -> None:
         PackedBitLinear.from_linear(layer)
 
 
-@pytest.mark.parametrize("kind", FAKE)
-def test_meta_and_compiling(kind: type[FakeQuantLinear]) -> None:
-    layer = _layer(kind, torch.float32)
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_torch_compile_and_meta_device(kind: type[FakeQuantLinear]) -> None:
+    layer = _make_layer(kind, torch.float32)
     set_blend(layer, 0.5)
     x = torch.randn(2, 96, requires_grad=True)
     torch._dynamo.reset()

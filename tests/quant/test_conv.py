@@ -1,4 +1,4 @@
-"""The ternary convolution: its definition in floats, gradients included; where it is put, and where not."""
+"""The ternary convolution: outputs and gradients equal a float reference; which convolutions `swap` replaces."""
 
 from __future__ import annotations
 
@@ -36,10 +36,13 @@ def _ste(x: Tensor, quantized: Tensor) -> Tensor:
     return x + (quantized - x).detach()
 
 
-def _by_definition(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """Fake-quantized floats, straight-through, in fp64; the scale of activations by image."""
-    flat = ternary.dequantize_activations(*ternary.quantize_activations(x.flatten(1))).view(x.shape)
-    x, weight = _ste(x.double(), flat.double()), _ste(conv.weight.double(), ternary.fake_quantize(conv.weight.float()).double())
+def _reference_output(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """Fake quantization in fp64, straight-through, with one activation scale per image."""
+    quantized = ternary.dequantize_activations(*ternary.quantize_activations(x.flatten(1))).view(x.shape)
+    x, weight = (
+        _ste(x.double(), quantized.double()),
+        _ste(conv.weight.double(), ternary.fake_quantize(conv.weight.float()).double()),
+    )
     bias = None if conv.bias is None else conv.bias.double()
     if isinstance(conv.padding, str) or conv.padding_mode != "zeros":
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
@@ -48,142 +51,144 @@ def _by_definition(conv: nn.Conv2d, x: Tensor) -> Tensor:
     return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
-def _gradients(module: nn.Module, y: Tensor, x: Tensor) -> list[Tensor]:
+def _output_and_gradients(module: nn.Module, y: Tensor, x: Tensor) -> list[Tensor]:
     torch.manual_seed(2)
     grads = torch.autograd.grad(y, [x, *module.parameters()], torch.randn(y.shape).to(y.dtype))
     return [y, *grads]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_equals_its_definition(shape: dict[str, Any]) -> None:
+def test_output_and_gradients_equal_the_reference(shape: dict[str, Any]) -> None:
     conv = _conv(**shape)
-    ours = BitConv2d.from_conv(conv)
-    assert ours.weight is conv.weight
-    x = (torch.randn(3, 6, 9, 11) * torch.tensor([0.01, 1, 30])[:, None, None, None]).requires_grad_()  # scales of their own
-    for got, expected in zip(_gradients(ours, ours(x), x), _gradients(conv, _by_definition(conv, x), x), strict=True):
-        torch.testing.assert_close(got, expected.float(), rtol=1e-4, atol=1e-4)
-    assert torch.equal(ours(x[1]), ours(x[1:2])[0])
+    layer = BitConv2d.from_conv(conv)
+    assert layer.weight is conv.weight
+    x = (torch.randn(3, 6, 9, 11) * torch.tensor([0.01, 1, 30])[:, None, None, None]).requires_grad_()  # different scales
+    for actual, expected in zip(
+        _output_and_gradients(layer, layer(x), x), _output_and_gradients(conv, _reference_output(conv, x), x), strict=True
+    ):
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-4, atol=1e-4)
+    assert torch.equal(layer(x[1]), layer(x[1:2])[0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_rounds_once(dtype: torch.dtype) -> None:
+def test_half_precision_result_is_rounded_once(dtype: torch.dtype) -> None:
     conv = _conv(kernel_size=3, padding=1).to(dtype)
-    ours = BitConv2d.from_conv(conv)
+    layer = BitConv2d.from_conv(conv)
     x = torch.randn(2, 6, 8, 8).to(dtype).requires_grad_()
-    y = ours(x)
+    y = layer(x)
     assert y.dtype == dtype
-    expected = _by_definition(conv, x).to(dtype)
+    expected = _reference_output(conv, x).to(dtype)
     assert (y != expected).float().mean() < 0.01  # ties between the fp32 and the fp64 result
     y.sum().backward()
     assert x.grad is not None
     assert x.grad.dtype == dtype
 
 
-def test_autocast_rounds_the_result_alone() -> None:
+def test_autocast_rounds_only_the_result() -> None:
     conv = _conv(kernel_size=3, bias=False)
-    ours, x = BitConv2d.from_conv(conv), torch.randn(2, 6, 8, 8, requires_grad=True)
+    layer, x = BitConv2d.from_conv(conv), torch.randn(2, 6, 8, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        y = ours(x)
+        y = layer(x)
         y.float().square().sum().backward()
     assert y.dtype == torch.bfloat16
-    assert (y != _by_definition(conv, x).bfloat16()).float().mean() < 0.01
+    assert (y != _reference_output(conv, x).bfloat16()).float().mean() < 0.01
     assert x.grad is not None
     assert x.grad.dtype == torch.float32
 
 
-def test_the_product_is_one_of_integers() -> None:
-    ours = BitConv2d.from_conv(_conv(kernel_size=3, bias=False))
+def test_product_is_computed_in_exact_integers() -> None:
+    layer = BitConv2d.from_conv(_conv(kernel_size=3, bias=False))
     x = torch.randn(1, 6, 8, 8)
-    a, (t, s) = 127 / x.abs().max(), ternary.ternarize(ours.weight)
+    a, (t, s) = 127 / x.abs().max(), ternary.ternarize(layer.weight)
     integers = F.conv2d((x * a).round().double(), t.double())
-    assert torch.equal(ours(x), integers.float() / (a * s))
+    assert torch.equal(layer(x), integers.float() / (a * s))
 
 
-def test_backward_keeps_codes_of_a_byte() -> None:
-    ours = BitConv2d.from_conv(_conv(kernel_size=3))
-    kept: list[Tensor] = []
+def test_backward_saves_int8_activation_codes() -> None:
+    layer = BitConv2d.from_conv(_conv(kernel_size=3))
+    saved: list[Tensor] = []
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.append(tensor)
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        ours(torch.randn(2, 6, 8, 8, requires_grad=True))
-    assert sorted(str(t.dtype) for t in kept) == ["torch.float32", "torch.float32", "torch.int8"]
-    assert sum(t.numel() for t in kept if t.is_floating_point() and t is not ours.weight) == 2  # a scale by image
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda t: t):
+        layer(torch.randn(2, 6, 8, 8, requires_grad=True))
+    assert sorted(str(t.dtype) for t in saved) == ["torch.float32", "torch.float32", "torch.int8"]
+    assert sum(t.numel() for t in saved if t.is_floating_point() and t is not layer.weight) == 2  # one scale per image
 
 
-def test_ternarized_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weight_is_ternarized_once_per_optimizer_step(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    real = ternary.ternarize
-    monkeypatch.setattr(ternary, "ternarize", lambda w: calls.append(1) or real(w))
-    ours = BitConv2d.from_conv(_conv(kernel_size=3))
-    optimizer = torch.optim.AdamW(ours.parameters(), lr=0.1, fused=True)
+    original = ternary.ternarize
+    monkeypatch.setattr(ternary, "ternarize", lambda w: calls.append(1) or original(w))
+    layer = BitConv2d.from_conv(_conv(kernel_size=3))
+    optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
     x = torch.randn(2, 6, 8, 8)
     for step in (1, 2, 3):
         for _ in range(2):
-            ours(x.requires_grad_()).square().sum().backward()
+            layer(x.requires_grad_()).square().sum().backward()
         assert len(calls) == step
-        before = ours(x).detach()
+        before = layer(x).detach()
         optimizer.step()
-        assert not torch.equal(ours(x), before)
-    assert ours.cached_bytes() >= ours.weight.numel()
-    assert weight_cache.kept_bytes([ours.weight]) == ours.cached_bytes()
-    ours.load_state_dict(_conv(kernel_size=3).state_dict())
-    assert torch.equal(ours(x), BitConv2d.from_conv(_conv(kernel_size=3))(x))
+        assert not torch.equal(layer(x), before)
+    assert layer.cached_bytes() >= layer.weight.numel()
+    assert weight_cache.kept_bytes([layer.weight]) == layer.cached_bytes()
+    layer.load_state_dict(_conv(kernel_size=3).state_dict())
+    assert torch.equal(layer(x), BitConv2d.from_conv(_conv(kernel_size=3))(x))
 
 
-def test_copies_casts_meta_and_fake_tensors() -> None:
-    ours = BitConv2d.from_conv(_conv(kernel_size=3, padding=1))
+def test_deepcopy_channels_last_casts_meta_and_fake_tensors() -> None:
+    layer = BitConv2d.from_conv(_conv(kernel_size=3, padding=1))
     x = torch.randn(2, 6, 8, 8)
-    expected = ours(x)
-    assert torch.equal(copy.deepcopy(ours)(x), expected)
-    last = copy.deepcopy(ours).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    y = last(x.to(memory_format=torch.channels_last))
+    expected = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), expected)
+    channels_last = copy.deepcopy(layer).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    y = channels_last(x.to(memory_format=torch.channels_last))
     assert y.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(y, expected)  # the mean weight is summed in another order
-    assert copy.deepcopy(ours).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
-    meta = copy.deepcopy(ours).to("meta")
+    assert copy.deepcopy(layer).bfloat16()(x.bfloat16()).dtype == torch.bfloat16
+    meta = copy.deepcopy(layer).to("meta")
     assert meta(x.to("meta")).shape == expected.shape
     mode = FakeTensorMode()
-    ours.weight, ours.bias = (nn.Parameter(mode.from_tensor(p.detach())) for p in (ours.weight, ours.bias))  # type: ignore[arg-type]
+    layer.weight, layer.bias = (nn.Parameter(mode.from_tensor(p.detach())) for p in (layer.weight, layer.bias))  # type: ignore[arg-type]
     with mode:
-        y = ours(torch.empty(2, 6, 8, 8, requires_grad=True))
+        y = layer(torch.empty(2, 6, 8, 8, requires_grad=True))
         y.sum().backward()
     assert y.shape == expected.shape
 
 
-def test_compiles_without_a_break_and_sees_new_weights() -> None:
-    ours = BitConv2d.from_conv(_conv(kernel_size=3, padding=1))
-    compiled = torch.compile(ours, backend="aot_eager", fullgraph=True)
+def test_compiles_without_graph_break_and_uses_updated_weights() -> None:
+    layer = BitConv2d.from_conv(_conv(kernel_size=3, padding=1))
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     x = torch.randn(2, 6, 8, 8)
-    assert torch.equal(compiled(x), ours(x))
+    assert torch.equal(compiled(x), layer(x))
     compiled(x).sum().backward()
-    torch.optim.SGD(ours.parameters(), lr=0.5).step()
-    assert torch.equal(compiled(x), ours(x))
+    torch.optim.SGD(layer.parameters(), lr=0.5).step()
+    assert torch.equal(compiled(x), layer(x))
 
 
-def test_refusals() -> None:
-    ours = BitConv2d.from_conv(_conv(kernel_size=3))
+def test_requantizing_and_wrong_inputs_raise() -> None:
+    layer = BitConv2d.from_conv(_conv(kernel_size=3))
     with pytest.raises(ValueError, match="already ternary"):
-        BitConv2d.from_conv(ours)
-    again = _conv(kernel_size=3)
-    again.weight.data = ternary.fake_quantize(again.weight)
+        BitConv2d.from_conv(layer)
+    ternary_conv = _conv(kernel_size=3)
+    ternary_conv.weight.data = ternary.fake_quantize(ternary_conv.weight)
     with pytest.raises(ValueError, match="ternary already"):
-        BitConv2d.from_conv(again)
+        BitConv2d.from_conv(ternary_conv)
     with pytest.raises(ValueError, match="not fp32, bf16 or fp16"):
         BitConv2d.from_conv(_conv(kernel_size=3).double())
     with pytest.raises(ValueError, match=r"takes \(n, 6, H, W\), got shape \(2, 5, 8, 8\)"):
-        ours(torch.zeros(2, 5, 8, 8))
+        layer(torch.zeros(2, 5, 8, 8))
     with pytest.raises(TypeError, match=r"got an input of torch\.float64"):
-        ours(torch.zeros(2, 6, 8, 8, dtype=torch.float64))
+        layer(torch.zeros(2, 6, 8, 8, dtype=torch.float64))
 
 
 # --------------------------------------------------------------------------------------------------------------- in a U-Net
 
 
 class Block(nn.Module):
-    """A residual block as U-Nets have it: two convolutions, a projection of the time, group norms."""
+    """A residual block of a U-Net: two convolutions, a time projection, group norms."""
 
     def __init__(self, inner: int, out: int) -> None:
         super().__init__()
@@ -199,7 +204,7 @@ class Block(nn.Module):
 
 
 class UNet(nn.Module):
-    """Down, attention in the middle, up with a skip: in the proportions of diffusers' UNet2D, 3 channels in and out."""
+    """Downsampling, attention, upsampling with a skip connection; proportions of diffusers' UNet2D, 3 channels in and out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,7 +230,7 @@ def _unet() -> UNet:
     return UNet()
 
 
-def test_unet() -> None:
+def test_unet_swap_leaves_first_last_and_depthwise_convolutions_and_trains() -> None:
     model = _unet()
     report = swap(model, scheme="ternary", trainable=True)
     assert sum(isinstance(m, BitConv2d) for m in model.modules()) == 9
@@ -252,7 +257,7 @@ def test_unet() -> None:
         swap(nn.ModuleDict({"linear": nn.Linear(8, 8), "conv": model.up.conv1}), scheme="nf4")
 
 
-def test_proof_sees_through_adapters() -> None:
+def test_prove_used_works_through_adapters() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = _unet()
@@ -265,7 +270,7 @@ def test_proof_sees_through_adapters() -> None:
         pass
 
 
-def test_a_convolution_that_is_bypassed_is_found() -> None:
+def test_prove_used_names_a_bypassed_convolution() -> None:
     model = _unet()
     report = swap(model, scheme="ternary", trainable=True)
     model.up.shortcut.forward = lambda x: F.conv2d(x, model.up.shortcut.weight)  # type: ignore[method-assign,assignment]
@@ -274,7 +279,7 @@ def test_a_convolution_that_is_bypassed_is_found() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "trainable"), [("ternary", False), ("nf4", False), ("nf4", True)])
-def test_other_swaps_leave_convolutions(scheme: str, trainable: bool) -> None:
+def test_only_ternary_training_swaps_convolutions(scheme: str, trainable: bool) -> None:
     model = _unet()
     report = swap(model, scheme=scheme, trainable=trainable)
     assert {report.left[path] for path in ("conv_in", "sample", "up.conv1")} == {
@@ -283,7 +288,7 @@ def test_other_swaps_leave_convolutions(scheme: str, trainable: bool) -> None:
     assert report.share < 0.2
 
 
-def test_packing_leaves_convolutions_as_they_are() -> None:
+def test_pack_leaves_convolutions_unchanged() -> None:
     model = _unet()
     swap(model, scheme="ternary", trainable=True)
     x, time = torch.randn(2, 3, 8, 8), torch.rand(2)

@@ -1,4 +1,4 @@
-"""Fused experts as quantized linears: the result of the original's eager forward, and gradients, for each kind of experts."""
+"""Fused experts as quantized linears: outputs and gradients equal the original eager forward, for each kind of experts."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SIZES: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _original(kind: str) -> nn.Module:
-    """The experts module of a model, random, computing in its own eager forward."""
+def _original_experts(kind: str) -> nn.Module:
+    """A model's experts module with random weights and the eager forward."""
     import importlib
 
     module = importlib.import_module(f"transformers.models.{kind}.modeling_{kind}")
@@ -49,17 +49,17 @@ def _original(kind: str) -> nn.Module:
 
 
 def _routing(seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Tokens, their experts (never the last one), and their weights."""
+    """Tokens, the experts chosen for them (never the last one), and the routing weights."""
     torch.manual_seed(seed)
     weights, index = torch.rand(TOKENS, E - 1).topk(K)
     return torch.randn(TOKENS, HIDDEN), index, weights
 
 
-def _fake_rows(x: Tensor) -> Tensor:
+def _fake_quantize_activations(x: Tensor) -> Tensor:
     return x + (ternary.dequantize_activations(*ternary.quantize_activations(x)) - x).detach()
 
 
-def _run(experts: nn.Module, seed: int = 1) -> tuple[Tensor, ...]:
+def _forward_backward(experts: nn.Module, seed: int = 1) -> tuple[Tensor, ...]:
     """Output, and the gradients of the input and of the routing weights."""
     x, index, weights = _routing(seed)
     x.requires_grad_()
@@ -72,42 +72,42 @@ def _run(experts: nn.Module, seed: int = 1) -> tuple[Tensor, ...]:
     return y.detach(), x.grad, weights.grad
 
 
-def _scheme_weights(original: nn.Module, linear: Any) -> nn.Module:
-    """The original on weights that are fake-quantized one expert at a time."""
-    twin = copy.deepcopy(original)
+def _with_fake_quantized_weights(original: nn.Module, linear: Any) -> nn.Module:
+    """A copy whose weights are fake-quantized one expert at a time."""
+    quantized = copy.deepcopy(original)
     fake = nf4.fake_quantize if linear.scheme is nf4 else ternary.fake_quantize
     for name in ("gate_up_proj", "up_proj", "down_proj"):
-        if (fused := twin._parameters.get(name)) is not None:
+        if (fused := quantized._parameters.get(name)) is not None:
             for matrix in fused.data:
                 matrix.copy_(fake(matrix.t().contiguous()).t() if original.is_transposed else fake(matrix))
-    return twin
+    return quantized
 
 
-class _FakeActivations(torch.overrides.TorchFunctionMode):
-    """Quantizes the activations of every product with a weight, straight-through."""
+class _FakeQuantizeActivations(torch.overrides.TorchFunctionMode):
+    """Fake-quantizes the activations of every product with a weight, straight-through."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in (F.linear, Tensor.matmul, Tensor.__matmul__):
             with torch._C.DisableTorchFunction():
-                args = (_fake_rows(args[0]), *args[1:])
+                args = (_fake_quantize_activations(args[0]), *args[1:])
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("linear", LINEARS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_eager_forward_on_dequantized_weights(kind: str, linear: Any) -> None:
-    original = _original(kind)
-    twin = _scheme_weights(original, linear)
-    ours = QuantizedExperts.from_experts(original, linear)
+def test_equals_the_eager_forward_with_dequantized_weights(kind: str, linear: Any) -> None:
+    original = _original_experts(kind)
+    reference = _with_fake_quantized_weights(original, linear)
+    experts = QuantizedExperts.from_experts(original, linear)
     if linear.scheme is ternary:
-        with _FakeActivations():
-            theirs = _run(twin)
+        with _FakeQuantizeActivations():
+            reference_results = _forward_backward(reference)
     else:
-        theirs = _run(twin)
-    for got, expected in zip(_run(ours), theirs, strict=True):
-        torch.testing.assert_close(got, expected, rtol=1e-4, atol=2e-5)
+        reference_results = _forward_backward(reference)
+    for actual, expected in zip(_forward_backward(experts), reference_results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-4, atol=2e-5)
 
-    masters = {name: p for name, p in ours.named_parameters() if p.requires_grad and "proj" in name}
+    masters = {name: p for name, p in experts.named_parameters() if p.requires_grad and "proj" in name}
     if linear in (NF4Linear, PackedBitLinear):
         assert not masters
         return
@@ -120,7 +120,7 @@ def test_equals_the_eager_forward_on_dequantized_weights(kind: str, linear: Any)
             assert torch.equal(master, fused[index].t() if transposed else fused[index])
             assert master.is_contiguous()
             assert master.untyped_storage().nbytes() == 4 * master.numel()
-            expected = twin.get_parameter(name).grad[index]  # type: ignore[index]
+            expected = reference.get_parameter(name).grad[index]  # type: ignore[index]
             if index == E - 1:  # no token chose it
                 assert master.grad is None
             else:
@@ -130,40 +130,40 @@ def test_equals_the_eager_forward_on_dequantized_weights(kind: str, linear: Any)
 
 @pytest.mark.parametrize("linear", LINEARS)
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
-def test_copies_states_casts_and_checkpoints(kind: str, linear: Any) -> None:
-    original = _original(kind)
-    ours = QuantizedExperts.from_experts(original, linear)
-    expected = _run(ours)
-    for twin in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
-        assert all(torch.equal(a, b) for a, b in zip(_run(twin), expected, strict=True))
-    other = _original(kind)
-    for parameter in other.parameters():
+def test_deepcopy_pickle_state_dict_casts_and_gradient_checkpointing(kind: str, linear: Any) -> None:
+    original = _original_experts(kind)
+    experts = QuantizedExperts.from_experts(original, linear)
+    expected = _forward_backward(experts)
+    for copied in (copy.deepcopy(experts), pickle.loads(pickle.dumps(experts))):
+        assert all(torch.equal(a, b) for a, b in zip(_forward_backward(copied), expected, strict=True))
+    other_experts = _original_experts(kind)
+    for parameter in other_experts.parameters():
         parameter.data.mul_(0.3)
-    loaded = QuantizedExperts.from_experts(other, linear)
-    _run(loaded)  # so that codes of the first weights are kept, which loading must drop
-    loaded.load_state_dict(ours.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(_run(loaded), expected, strict=True))
+    loaded = QuantizedExperts.from_experts(other_experts, linear)
+    _forward_backward(loaded)  # caches codes of the first weights, which loading must drop
+    loaded.load_state_dict(experts.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(_forward_backward(loaded), expected, strict=True))
 
     x, index, weights = _routing()
     x.requires_grad_()
     torch.manual_seed(2)
-    y = checkpoint(ours, x, index, weights, use_reentrant=False)
+    y = checkpoint(experts, x, index, weights, use_reentrant=False)
     y.backward(torch.randn(y.shape))
     assert x.grad is not None
     assert torch.equal(x.grad, expected[1])
 
-    half = ours.to(torch.bfloat16)
-    y = half(x.detach().bfloat16(), index, weights)  # the routing weights in fp32, as routers give them
+    half = experts.to(torch.bfloat16)
+    y = half(x.detach().bfloat16(), index, weights)  # routers return fp32 weights
     assert y.dtype == torch.bfloat16
     assert (y.float() - expected[0]).norm() < 0.05 * expected[0].norm()
 
 
-def test_compiling_a_model_leaves_experts_as_they_are() -> None:
-    ours = QuantizedExperts.from_experts(_original("mixtral"), NF4Linear)
-    around = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU())
+def test_torch_compile_runs_experts_eagerly_without_recompiling() -> None:
+    experts = QuantizedExperts.from_experts(_original_experts("mixtral"), NF4Linear)
+    dense = nn.Sequential(nn.Linear(HIDDEN, HIDDEN), nn.GELU())
 
     def model(x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        y: Tensor = around(ours(around(x), index, weights))
+        y: Tensor = dense(experts(dense(x), index, weights))
         return y
 
     torch._dynamo.reset()
@@ -171,50 +171,51 @@ def test_compiling_a_model_leaves_experts_as_they_are() -> None:
     compiled = torch.compile(model, backend="aot_eager")
     for seed in (1, 2, 3):
         torch.testing.assert_close(compiled(*_routing(seed)), model(*_routing(seed)))
-    assert torch._dynamo.utils.counters["frames"]["total"] == 2  # before and after: none for how the tokens were split
+    # One graph before and one after the experts; the split of the tokens compiles nothing.
+    assert torch._dynamo.utils.counters["frames"]["total"] == 2
 
 
-def test_no_token_and_one_expert() -> None:
-    ours = QuantizedExperts.from_experts(_original("mixtral"), NF4Linear)
-    empty = ours(torch.zeros(0, HIDDEN), torch.zeros(0, K, dtype=torch.long), torch.zeros(0, K))
+def test_no_tokens_and_all_tokens_to_one_expert() -> None:
+    experts = QuantizedExperts.from_experts(_original_experts("mixtral"), NF4Linear)
+    empty = experts(torch.zeros(0, HIDDEN), torch.zeros(0, K, dtype=torch.long), torch.zeros(0, K))
     assert empty.shape == (0, HIDDEN)
-    assert not ours.used
+    assert not experts.used
     x, index, weights = _routing()
-    ours(x, torch.full_like(index, 3), weights)
-    assert ours.used
-    assert [m.used for m in ours.down_proj] == [False, False, False, True, False]
+    experts(x, torch.full_like(index, 3), weights)
+    assert experts.used
+    assert [m.used for m in experts.down_proj] == [False, False, False, True, False]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_back_to_fused_floats(kind: str) -> None:
-    original = _original(kind)
-    back = QuantizedExperts.from_experts(original, BitLinear).to_experts()
-    assert type(back) is type(original)
-    assert back.state_dict().keys() == original.state_dict().keys()
-    assert all(torch.equal(v, original.state_dict()[k]) for k, v in back.state_dict().items())
-    assert {n: p.requires_grad for n, p in back.named_parameters()} == {
+def test_to_experts_restores_the_fused_float_module(kind: str) -> None:
+    original = _original_experts(kind)
+    restored = QuantizedExperts.from_experts(original, BitLinear).to_experts()
+    assert type(restored) is type(original)
+    assert restored.state_dict().keys() == original.state_dict().keys()
+    assert all(torch.equal(v, original.state_dict()[k]) for k, v in restored.state_dict().items())
+    assert {n: p.requires_grad for n, p in restored.named_parameters()} == {
         n: p.requires_grad for n, p in original.named_parameters()
     }
     packed = QuantizedExperts.from_experts(original, NF4Linear)
-    theirs = _run(_scheme_weights(original, NF4Linear))
-    for got, expected in zip(_run(packed.to_experts()), theirs, strict=True):
-        torch.testing.assert_close(got, expected, rtol=0, atol=0)
+    reference_results = _forward_backward(_with_fake_quantized_weights(original, NF4Linear))
+    for actual, expected in zip(_forward_backward(packed.to_experts()), reference_results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
 
 
-def test_fake_and_meta_tensors_share_tokens_evenly() -> None:
-    """As a plan traces it: no data to route by."""
-    original = _original("mixtral")
-    ours = QuantizedExperts.from_experts(original, BitLinear)
+def test_fake_and_meta_tensors_split_tokens_evenly() -> None:
+    """Memory planning traces the model without data to route by."""
+    original = _original_experts("mixtral")
+    experts = QuantizedExperts.from_experts(original, BitLinear)
     mode = FakeTensorMode()
-    for layer in ours.modules():
+    for layer in experts.modules():
         if isinstance(layer, BitLinear):
             layer.weight = nn.Parameter(mode.from_tensor(layer.weight.detach()))
     with mode:
         x = torch.empty(TOKENS, HIDDEN, requires_grad=True)
-        y = ours(x, torch.empty(TOKENS, K, dtype=torch.long), torch.empty(TOKENS, K))
+        y = experts(x, torch.empty(TOKENS, K, dtype=torch.long), torch.empty(TOKENS, K))
         y.sum().backward()
     assert y.shape == (TOKENS, HIDDEN)
-    assert all(p.grad is not None for p in ours.parameters())
+    assert all(p.grad is not None for p in experts.parameters())
     meta = QuantizedExperts.from_experts(original.to("meta"), NF4Linear)
     assert all(p.is_meta for p in meta.parameters())
     x = torch.empty(TOKENS, HIDDEN, device="meta")
@@ -245,17 +246,17 @@ IDS = torch.arange(40).view(2, 20)
 ROUTED = ["Mixtral", "Olmoe", "Qwen3Moe", "GptOss"]
 
 
-def _body(model: nn.Module) -> int:
-    """All parameters but embeddings and head."""
+def _body_parameters(model: nn.Module) -> int:
+    """The number of parameters outside of embeddings and output head."""
     outside = {id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) for p in m.parameters()}  # type: ignore[operator]
     return sum(p.numel() for p in model.parameters() if id(p) not in outside)
 
 
 @pytest.mark.parametrize(("scheme", "trainable"), [("nf4", False), ("ternary", True)])
 @pytest.mark.parametrize("kind", ROUTED)
-def test_models(kind: str, scheme: str, trainable: bool) -> None:
+def test_model_with_swapped_experts_trains_or_matches_dequantized_model(kind: str, scheme: str, trainable: bool) -> None:
     model = _model(kind)
-    body, total = _body(model), sum(p.numel() for p in model.parameters())
+    body, total = _body_parameters(model), sum(p.numel() for p in model.parameters())
     report = swap(model, scheme=scheme, trainable=trainable)
     assert report.share * total / body > 0.98
     assert report.left == {"lm_head": "output head"}
@@ -280,34 +281,34 @@ def test_models(kind: str, scheme: str, trainable: bool) -> None:
 
 
 @pytest.mark.parametrize("trainable", [True, False])
-def test_a_second_swap_is_refused(trainable: bool) -> None:
-    model = nn.ModuleDict({"experts": _original("mixtral"), "linear": nn.Linear(8, 8)})
+def test_swapping_quantized_experts_again_raises(trainable: bool) -> None:
+    model = nn.ModuleDict({"experts": _original_experts("mixtral"), "linear": nn.Linear(8, 8)})
     assert len(swap(model, trainable=trainable, keep=("linear",)).swapped) == 2 * E
     with pytest.raises(ValueError, match=r"^experts\.\w+\.0 is already nf4"):
         swap(model, scheme="ternary")
 
 
-def test_keep_keeps_experts() -> None:
+def test_keep_pattern_leaves_experts_unswapped() -> None:
     model = _model("Mixtral")
     report = swap(model, keep=(*DEFAULT_KEEP, "*.layers.0.mlp.experts"))
     assert report.left["model.layers.0.mlp.experts"] == "kept by pattern"
     assert len(report.swapped) == 8 + 8
 
 
-def test_experts_that_are_not_understood_are_left_with_a_reason() -> None:
+def test_unsupported_experts_are_left_with_a_reason() -> None:
     model = _model("Llama4")
     report = swap(model)
-    fused = {path: reason for path, reason in report.left.items() if path.endswith("experts")}
-    assert len(fused) == 2
-    assert all("Llama4TextExperts holds fused weights" in reason for reason in fused.values())
+    left_experts = {path: reason for path, reason in report.left.items() if path.endswith("experts")}
+    assert len(left_experts) == 2
+    assert all("Llama4TextExperts holds fused weights" in reason for reason in left_experts.values())
 
-    class Own(nn.Module):
+    class Custom(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.w = nn.Parameter(torch.zeros(3, 8, 8))
 
-    report = swap(nn.ModuleDict({"own": Own(), "linear": nn.Linear(8, 8)}))
-    assert report.left == {"own": "Own holds fused weights and does not follow transformers' use_experts_implementation"}
+    report = swap(nn.ModuleDict({"custom": Custom(), "linear": nn.Linear(8, 8)}))
+    assert report.left == {"custom": "Custom holds fused weights and does not follow transformers' use_experts_implementation"}
 
     for change, reason in (
         (lambda m: setattr(m, "forward", lambda *a: None), "has a replaced forward"),
@@ -315,42 +316,42 @@ def test_experts_that_are_not_understood_are_left_with_a_reason() -> None:
         (lambda m: m.register_parameter("third", nn.Parameter(torch.zeros(2, 8, 8))), "other fused weights"),
         (lambda m: setattr(m, "has_bias", True), "`has_bias`"),
     ):
-        model = nn.ModuleDict({"experts": _original("mixtral"), "linear": nn.Linear(8, 8)})
+        model = nn.ModuleDict({"experts": _original_experts("mixtral"), "linear": nn.Linear(8, 8)})
         change(model["experts"])
         assert reason in swap(model).left["experts"]
-    odd = _original("mixtral")
-    odd.gate_up_proj = nn.Parameter(torch.randn(E, 26, HIDDEN))
-    odd.down_proj = nn.Parameter(torch.randn(E, HIDDEN, 13))
-    model = nn.ModuleDict({"experts": odd, "linear": nn.Linear(8, 8)})
+    odd_width = _original_experts("mixtral")
+    odd_width.gate_up_proj = nn.Parameter(torch.randn(E, 26, HIDDEN))
+    odd_width.down_proj = nn.Parameter(torch.randn(E, HIDDEN, 13))
+    model = nn.ModuleDict({"experts": odd_width, "linear": nn.Linear(8, 8)})
     assert "out_features to be a multiple of 4" in swap(model, scheme="ternary").left["experts"]
 
 
-def test_bad_weights_name_the_expert() -> None:
-    experts = _original("mixtral")
+def test_non_finite_weight_error_names_the_expert() -> None:
+    experts = _original_experts("mixtral")
     experts.down_proj.data[2, 0, 0] = float("nan")  # type: ignore[index,operator]
     with pytest.raises(ValueError, match=r"experts: down_proj\.2: 1 of 768 weights are not finite"):
         swap(nn.ModuleDict({"experts": experts}))
 
 
-def test_what_looks_fused() -> None:
-    assert looks_fused(_original("mixtral"))
-    assert not looks_fused(QuantizedExperts.from_experts(_original("mixtral"), NF4Linear))
+def test_looks_fused_detects_only_fused_float_experts() -> None:
+    assert looks_fused(_original_experts("mixtral"))
+    assert not looks_fused(QuantizedExperts.from_experts(_original_experts("mixtral"), NF4Linear))
     assert not looks_fused(nn.Conv1d(8, 8, 3))
     assert not looks_fused(nn.Linear(8, 8))
 
 
-def test_an_experts_module_that_no_token_enters_is_not_proven() -> None:
-    model = nn.ModuleDict({"experts": _original("mixtral"), "linear": nn.Linear(8, 8)})
+def test_prove_used_fails_for_experts_that_receive_no_tokens() -> None:
+    model = nn.ModuleDict({"experts": _original_experts("mixtral"), "linear": nn.Linear(8, 8)})
     report = swap(model)
     with pytest.raises(RuntimeError, match=r"1 of 2 swapped modules .*: experts\."), prove_used(model, report):
         model["linear"](torch.zeros(1, 8))
     with prove_used(model, report):
         model["linear"](torch.zeros(1, 8))
         x, index, weights = _routing()
-        model["experts"](x, torch.full_like(index, 3), weights)  # four of five experts see nothing
+        model["experts"](x, torch.full_like(index, 3), weights)  # four of five experts get no token
 
 
-def test_packing_ends_training() -> None:
+def test_pack_freezes_experts_and_keeps_the_logits() -> None:
     for scheme in ("ternary", "nf4"):
         model = _model("GptOss")
         swap(model, scheme=scheme, trainable=True)
@@ -365,7 +366,7 @@ def test_packing_ends_training() -> None:
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
-def test_adapters_by_expert(kind: str) -> None:
+def test_lora_adapters_on_individual_experts(kind: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     from quant import assert_wrapped, register_peft

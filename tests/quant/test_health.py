@@ -1,4 +1,4 @@
-"""The health of ternary weights: counts against unpacked codes, what it costs, and the alarms on trainings that are sick."""
+"""Health of ternary weights: counts checked against unpacked codes, the cost of watching, and alarms for failing runs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _codes(model: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def test_counts_what_unpacked_codes_say() -> None:
+def test_flip_and_zero_counts_match_unpacked_codes() -> None:
     model = _model()
     watch, optimizer = Watch(model), torch.optim.AdamW(model.parameters(), lr=0.02, fused=True)
     for _ in range(3):
@@ -58,11 +58,11 @@ def test_counts_what_unpacked_codes_say() -> None:
         assert health.zeros == pytest.approx(zeros / total)
 
 
-def test_nothing_is_quantized_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_adds_no_extra_quantization(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    kind = type(ARITHMETIC["ternary"])
-    plain = kind.pack
-    monkeypatch.setattr(kind, "pack", lambda self, w: (calls.append(w), plain(self, w))[1])
+    arithmetic = type(ARITHMETIC["ternary"])
+    original = arithmetic.pack
+    monkeypatch.setattr(arithmetic, "pack", lambda self, w: (calls.append(w), original(self, w))[1])
     model = nn.Sequential(BitLinear(16, 8), BitLinear(8, 8))
     watch, optimizer = Watch(model), torch.optim.SGD(model.parameters(), lr=0.5)
     for step in (1, 2, 3):
@@ -74,7 +74,7 @@ def test_nothing_is_quantized_twice(monkeypatch: pytest.MonkeyPatch) -> None:
         assert len(calls) == 2 * (step + 1)  # those of the next forward pass
 
 
-def test_experts_adapters_and_errors() -> None:
+def test_watch_covers_experts_and_raises_on_misuse() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     config = MixtralConfig(
@@ -100,48 +100,48 @@ def _health(*flips: float, weights: int = 10**6) -> Health:
     return Health(sum(flips) / len(flips), 0.3, {f"layer.{i}": Layer(f, 0.3, 0.02, weights) for i, f in enumerate(flips)})
 
 
-def test_alarms() -> None:
+def test_alarms_detect_thrashing_slow_and_frozen_layers() -> None:
     good = [_health(1e-2, 8e-3)] * 5
     assert alarms(good, [1e-3] * 5, peak=1e-3, steps=250) == []
     assert alarms([*good[:4], _health(0.5, 0.5)], [1e-3] * 5, peak=1e-3, steps=250) != []
     assert alarms([_health(0.5, 0.5)] * 4, [1e-3] * 4, peak=1e-3, steps=250) == []  # too few to tell
-    (told,) = alarms([_health(0.05, 0.04)] * 5, [1e-2] * 5, peak=1e-2, steps=250)
-    assert "thrashing: 4.5%" in told
-    assert "too high" in told
-    (later,) = alarms([_health(0.05, 0.04)] * 5 + good * 4, [1e-2] * 25, peak=1e-2, steps=250)
-    assert "4.5% of the ternary codes flipped per step in 5 consecutive samples" in later
-    (told,) = alarms([_health(2.4e-4, 2.4e-4)] * 5, [1e-5] * 5, peak=1e-5, steps=250)
-    assert "only 6.0% of the ternary codes" in told
-    assert "too low" in told
-    assert alarms([_health(2.4e-4, 2.4e-4)] * 5, [1e-5] * 5, peak=1e-5, steps=10_000) == []  # a long run goes far with it
+    (alarm,) = alarms([_health(0.05, 0.04)] * 5, [1e-2] * 5, peak=1e-2, steps=250)
+    assert "thrashing: 4.5%" in alarm
+    assert "too high" in alarm
+    (past_alarm,) = alarms([_health(0.05, 0.04)] * 5 + good * 4, [1e-2] * 25, peak=1e-2, steps=250)
+    assert "4.5% of the ternary codes flipped per step in 5 consecutive samples" in past_alarm
+    (alarm,) = alarms([_health(2.4e-4, 2.4e-4)] * 5, [1e-5] * 5, peak=1e-5, steps=250)
+    assert "only 6.0% of the ternary codes" in alarm
+    assert "too low" in alarm
+    assert alarms([_health(2.4e-4, 2.4e-4)] * 5, [1e-5] * 5, peak=1e-5, steps=10_000) == []  # enough for a long run
     assert alarms([_health(1e-6, 0.0)] * 5, [1e-9] * 5, peak=1e-3, steps=250) == []  # the end of a decay
-    half = [_health(1.2e-4, 1.2e-4)] * 5
-    assert "6.0%" in alarms(half, [0.5e-5] * 5, peak=1e-5, steps=250)[0]
-    (told,) = alarms([_health(1e-2, 0.0)] * 5, [1e-3] * 5, peak=1e-3, steps=250)
-    assert told == "1 of 2 ternary layers stopped moving (frozen): layer.1"
+    slow_at_half_rate = [_health(1.2e-4, 1.2e-4)] * 5
+    assert "6.0%" in alarms(slow_at_half_rate, [0.5e-5] * 5, peak=1e-5, steps=250)[0]
+    (alarm,) = alarms([_health(1e-2, 0.0)] * 5, [1e-3] * 5, peak=1e-3, steps=250)
+    assert alarm == "1 of 2 ternary layers stopped moving (frozen): layer.1"
     assert alarms([_health(1e-2, 0.0, weights=400)] * 5, [1e-3] * 5, peak=1e-3, steps=250) == []  # too few weights to tell
-    (told,) = alarms([_health(1e-2, *[0.0] * 9)] * 5, [1e-3] * 5, peak=1e-3, steps=250)
-    assert told.endswith("layer.4, layer.5 and 4 more")
+    (alarm,) = alarms([_health(1e-2, *[0.0] * 9)] * 5, [1e-3] * 5, peak=1e-3, steps=250)
+    assert alarm.endswith("layer.4, layer.5 and 4 more")
     with pytest.raises(ValueError, match="as many learning rates"):
         alarms(good, [1e-3], peak=1e-3, steps=250)
 
 
-@pytest.mark.parametrize(("lr", "word"), [(1e-6, "too low"), (3e-3, None), (0.1, "too high")])
-def test_alarms_on_a_training(lr: float, word: str | None) -> None:
-    """Ternary layers that learn a linear map: frozen, well, and thrashing by the learning rate alone."""
+@pytest.mark.parametrize(("lr", "expected_phrase"), [(1e-6, "too low"), (3e-3, None), (0.1, "too high")])
+def test_alarms_of_a_training_run_depend_on_its_learning_rate(lr: float, expected_phrase: str | None) -> None:
+    """Ternary layers learning a linear map are frozen, healthy or thrashing, depending only on the learning rate."""
     torch.manual_seed(0)
-    goal = torch.randn(64, 64) / 8
+    target = torch.randn(64, 64) / 8
     model = nn.Sequential(BitLinear(64, 128), nn.ReLU(), BitLinear(128, 64))
     for layer in (model[0], model[2]):
         nn.init.normal_(layer.weight, std=0.05)  # type: ignore[arg-type]
     watch, optimizer, history = Watch(model), torch.optim.AdamW(model.parameters(), lr=lr), []
     for _ in range(20):
         x = torch.randn(32, 64)
-        (model(x) - x @ goal).square().mean().backward()
+        (model(x) - x @ target).square().mean().backward()
         watch.remember()
         optimizer.step()
         optimizer.zero_grad()
         history.append(watch.compare())
-    told = [t for i in range(5, 21) for t in alarms(history[:i], [lr] * i, peak=lr, steps=200)]
-    assert bool(told) == (word is not None)
-    assert all(word in t for t in told if word)
+    raised = [alarm for i in range(5, 21) for alarm in alarms(history[:i], [lr] * i, peak=lr, steps=200)]
+    assert bool(raised) == (expected_phrase is not None)
+    assert all(expected_phrase in alarm for alarm in raised if expected_phrase)

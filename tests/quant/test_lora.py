@@ -1,4 +1,4 @@
-"""LoRA as one function, against the formula in plain torch."""
+"""LoRA as one autograd function, against the formula in plain torch."""
 
 from __future__ import annotations
 
@@ -15,185 +15,189 @@ from quant.plugins import register_peft
 IN, OUTS, RANK = 64, (48, 16, 80), 4
 
 
-def layers(dtype: torch.dtype = torch.float32) -> list[tuple[NF4Linear, Tensor, Tensor, float]]:
-    """Three packed linears, one with a bias, with A, B and a scaling each."""
+def lora_layers(dtype: torch.dtype = torch.float32) -> list[tuple[NF4Linear, Tensor, Tensor, float]]:
+    """Three packed linears, one with a bias, each with A, B and a scaling."""
     torch.manual_seed(0)
-    made = []
+    adapted = []
     for number, out in enumerate(OUTS):
         packed = NF4Linear.from_linear(nn.Linear(IN, out, bias=number == 1).to(dtype))
         a, b = torch.randn(RANK + number, IN, requires_grad=True), torch.randn(out, RANK + number, requires_grad=True)
-        made.append((packed, a, b, 0.5 + number))
-    return made
+        adapted.append((packed, a, b, 0.5 + number))
+    return adapted
 
 
-def computed(x: Tensor, made: list[Any], dropout: float = 0.0) -> tuple[Tensor, ...]:
+def fused_outputs(x: Tensor, adapted: list[Any], dropout: float = 0.0) -> tuple[Tensor, ...]:
     members, tensors = [], []
-    for packed, a, b, scaling in made:
+    for packed, a, b, scaling in adapted:
         bias = [] if packed.bias is None else [packed.bias]
         members.append(Member(packed.arithmetic, packed.out_features, len(a), scaling, len(packed.parts), bool(bias)))
         tensors += [a, b, *bias, *packed.parts]
     return lora_linears(x, members, tensors, dropout=dropout)
 
 
-def formula(x: Tensor, made: list[Any], mask: Tensor | None = None) -> list[Tensor]:
-    thinned = x if mask is None else x * mask
-    return [packed(x) + scaling * (thinned @ a.t()) @ b.t() for packed, a, b, scaling in made]
+def reference_outputs(x: Tensor, adapted: list[Any], mask: Tensor | None = None) -> list[Tensor]:
+    dropped_x = x if mask is None else x * mask
+    return [packed(x) + scaling * (dropped_x @ a.t()) @ b.t() for packed, a, b, scaling in adapted]
 
 
-def results(outputs: Any, x: Tensor, made: list[Any]) -> list[Tensor]:
-    """Outputs and gradients of a sum with other weights for each."""
+def outputs_and_gradients(outputs: Any, x: Tensor, adapted: list[Any]) -> list[Tensor]:
+    """The outputs, and the gradients of a sum that weights each output differently."""
     loss = sum((y.float() * torch.linspace(-1, 1, y.numel()).view(y.shape) * (n + 1)).sum() for n, y in enumerate(outputs))
-    wanted = [x, *(t for _, a, b, _ in made for t in (a, b))]
-    return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, wanted)]
+    inputs = [x, *(t for _, a, b, _ in adapted for t in (a, b))]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(loss, inputs)]
 
 
-def apart(ours: list[Tensor], theirs: list[Tensor]) -> float:
-    assert len(ours) == len(theirs)
-    return max(float((o.float() - t.float()).norm() / t.float().norm()) for o, t in zip(ours, theirs, strict=True))
+def relative_error(actual: list[Tensor], expected: list[Tensor]) -> float:
+    assert len(actual) == len(expected)
+    return max(float((a.float() - e.float()).norm() / e.float().norm()) for a, e in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("lead", [(7,), (2, 5), (1, 1, 3)])
 @pytest.mark.parametrize("count", [1, 3])
-def test_outputs_and_gradients(lead: tuple[int, ...], count: int) -> None:
-    made = layers()[:count]
+def test_outputs_and_gradients_equal_the_formula(lead: tuple[int, ...], count: int) -> None:
+    adapted = lora_layers()[:count]
     x = torch.randn(*lead, IN, requires_grad=True)
-    assert apart(results(computed(x, made), x, made), results(formula(x, made), x, made)) < 1e-5
+    actual = outputs_and_gradients(fused_outputs(x, adapted), x, adapted)
+    expected = outputs_and_gradients(reference_outputs(x, adapted), x, adapted)
+    assert relative_error(actual, expected) < 1e-5
 
 
-def test_an_output_that_nobody_uses() -> None:
-    made = layers()
+def test_unused_outputs_get_zero_gradients() -> None:
+    adapted = lora_layers()
     x = torch.randn(5, IN, requires_grad=True)
-    computed(x, made)[1].square().sum().backward()
-    ours, x.grad = x.grad, None
-    of_a = made[1][1].grad
-    assert float(made[0][1].grad.abs().max()) == 0 == float(made[2][1].grad.abs().max())
-    made[1][1].grad = None
-    formula(x, made)[1].square().sum().backward()
-    assert torch.allclose(ours, x.grad, rtol=1e-4, atol=1e-4)
-    assert torch.allclose(of_a, made[1][1].grad, rtol=1e-4, atol=1e-4)
+    fused_outputs(x, adapted)[1].square().sum().backward()
+    x_grad, x.grad = x.grad, None
+    a_grad = adapted[1][1].grad
+    assert float(adapted[0][1].grad.abs().max()) == 0 == float(adapted[2][1].grad.abs().max())
+    adapted[1][1].grad = None
+    reference_outputs(x, adapted)[1].square().sum().backward()
+    assert torch.allclose(x_grad, x.grad, rtol=1e-4, atol=1e-4)
+    assert torch.allclose(a_grad, adapted[1][1].grad, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_is_the_same_mask_forward_and_backward() -> None:
-    made = layers()
+def test_dropout_uses_the_same_mask_in_forward_and_backward() -> None:
+    adapted = lora_layers()
     x = torch.randn(50, IN, requires_grad=True)
     torch.manual_seed(3)
-    ours = results(computed(x, made, 0.3), x, made)
+    actual = outputs_and_gradients(fused_outputs(x, adapted, 0.3), x, adapted)
     torch.manual_seed(3)
     mask = _mask(x.detach(), 0.3, int(torch.randint(1 << 62, ())))
     assert {round(float(value), 4) for value in mask.unique()} == {0.0, round(1 / 0.7, 4)}
     assert 0.25 < float((mask == 0).float().mean()) < 0.35
-    assert apart(ours, results(formula(x, made, mask), x, made)) < 1e-5
+    assert relative_error(actual, outputs_and_gradients(reference_outputs(x, adapted, mask), x, adapted)) < 1e-5
     torch.manual_seed(4)
-    assert not torch.equal(computed(x, made, 0.3)[0], ours[0])
+    assert not torch.equal(fused_outputs(x, adapted, 0.3)[0], actual[0])
 
 
-def test_base_and_adapter_are_rounded_together() -> None:
-    """In bf16 large outputs are off by half a unit in the last place, as one rounding has it; two roundings reach a whole one."""
-    made: Any = [(p, a.detach().bfloat16(), b.detach().bfloat16() / 128, 0.5) for p, a, b, _ in layers(torch.bfloat16)[::2]]
+def test_sum_of_base_and_adapter_is_rounded_once() -> None:
+    """In bf16, one rounding is off by at most half a unit in the last place; two roundings reach a whole unit."""
+    adapted: Any = [
+        (p, a.detach().bfloat16(), b.detach().bfloat16() / 128, 0.5) for p, a, b, _ in lora_layers(torch.bfloat16)[::2]
+    ]
     x = torch.randn(400, IN).bfloat16()
     exact = [
         x.double() @ packed.dequantize(torch.bfloat16).double().t()
         + 0.5 * (x.double() @ a.double().t()).bfloat16().double() @ b.double().t()
-        for packed, a, b, _ in made
+        for packed, a, b, _ in adapted
     ]
 
-    def worst(outputs: Any) -> float:
-        found = []
+    def worst_error(outputs: Any) -> float:
+        errors = []
         for y, e in zip(outputs, exact, strict=True):
             large = e.abs() > e.abs().flatten().quantile(0.9)
             unit = 2.0 ** (e.abs().log2().floor() - 7)
-            found.append(float(((y.double() - e).abs() / unit)[large].quantile(0.99)))
-        return max(found)
+            errors.append(float(((y.double() - e).abs() / unit)[large].quantile(0.99)))
+        return max(errors)
 
-    apart_twice = [packed(x) + (x @ a.t()) @ (0.5 * b).t() for packed, a, b, _ in made]
-    assert worst(computed(x, made)) < 0.6 < 0.8 < worst(apart_twice)
+    rounded_twice = [packed(x) + (x @ a.t()) @ (0.5 * b).t() for packed, a, b, _ in adapted]
+    assert worst_error(fused_outputs(x, adapted)) < 0.6 < 0.8 < worst_error(rounded_twice)
 
 
-def test_under_autocast_products_are_in_its_dtype() -> None:
-    made = layers()
+def test_autocast_outputs_have_the_autocast_dtype() -> None:
+    adapted = lora_layers()
     x = torch.randn(9, IN, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        outputs = computed(x, made)
+        outputs = fused_outputs(x, adapted)
     assert {y.dtype for y in outputs} == {torch.bfloat16}
-    ours = results(outputs, x, made)
-    assert ours[3].dtype == ours[4].dtype == torch.float32
-    assert apart(ours, results(formula(x, made), x, made)) < 2e-2
+    actual = outputs_and_gradients(outputs, x, adapted)
+    assert actual[3].dtype == actual[4].dtype == torch.float32
+    assert relative_error(actual, outputs_and_gradients(reference_outputs(x, adapted), x, adapted)) < 2e-2
 
 
-def test_an_input_that_can_be_made_again_is_not_kept() -> None:
-    made = layers()
+def test_recomputable_input_is_not_saved_for_backward() -> None:
+    adapted = lora_layers()
     source = torch.randn(6, IN, requires_grad=True)
-    kept: list[int] = []
+    saved: list[int] = []
     calls: list[int] = []
 
     def double(tensor: Tensor) -> Tensor:
         calls.append(1)
         return 2 * tensor
 
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(tensor.data_ptr())
+    def record(tensor: Tensor) -> Tensor:
+        saved.append(tensor.data_ptr())
         return tensor
 
-    plain = results(formula(2 * source, made), source, made)
+    expected = outputs_and_gradients(reference_outputs(2 * source, adapted), source, adapted)
     x = 2 * source
     x.recompute_fn = double, (source,)  # type: ignore[attr-defined]
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        outputs = computed(x, made)
-    assert x.data_ptr() not in kept
-    assert source.data_ptr() in kept
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
+        outputs = fused_outputs(x, adapted)
+    assert x.data_ptr() not in saved
+    assert source.data_ptr() in saved
     assert not calls
-    assert apart(results(outputs, source, made), plain) < 1e-5
+    assert relative_error(outputs_and_gradients(outputs, source, adapted), expected) < 1e-5
     assert calls == [1]
 
 
-class Two(nn.Module):
+class TwoLinears(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.one, self.other = NF4Linear.from_linear(nn.Linear(IN, 8)), NF4Linear.from_linear(nn.Linear(IN, 8))
+        self.first, self.second = NF4Linear.from_linear(nn.Linear(IN, 8)), NF4Linear.from_linear(nn.Linear(IN, 8))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.one(x) + 2 * self.other(x)
+        return self.first(x) + 2 * self.second(x)
 
 
-def wrapped(**options: Any) -> Any:
+def peft_model(**options: Any) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(0)
-    config = LoraConfig(r=2, target_modules=["one", "other"], init_lora_weights=False, **options)
+    config = LoraConfig(r=2, target_modules=["first", "second"], init_lora_weights=False, **options)
     register_peft(config)
-    return get_peft_model(Two(), config)
+    return get_peft_model(TwoLinears(), config)
 
 
-def test_a_group_stands_in_for_the_layers_and_goes_again() -> None:
-    model = wrapped()
+def test_lora_group_can_be_installed_and_removed_without_changing_outputs() -> None:
+    model = peft_model()
     inner = model.base_model.model
     x = torch.randn(4, IN)
     with torch.no_grad():
-        own = model(x)
+        expected = model(x)
         base = model.base_model.model
-        group = LoraGroup([inner.one, inner.other])
+        group = LoraGroup([inner.first, inner.second])
         group.install()
-        assert torch.allclose(model(x), own, atol=1e-5)
-        assert torch.allclose(model(x), own, atol=1e-5)  # the same input again: nothing of the first call is left
-        one, other = inner.one(x), inner.other(x.clone())  # another tensor: computed anew
-        assert torch.allclose(one + 2 * other, own, atol=1e-5)
+        assert torch.allclose(model(x), expected, atol=1e-5)
+        assert torch.allclose(model(x), expected, atol=1e-5)  # the same input again: the first call left no cached result
+        first, second = inner.first(x), inner.second(x.clone())  # another tensor: computed again
+        assert torch.allclose(first + 2 * second, expected, atol=1e-5)
         with model.disable_adapter():
-            assert torch.allclose(model(x), base.one.get_base_layer()(x) + 2 * base.other.get_base_layer()(x), atol=1e-5)
-        inner.one.merge()
-        assert torch.allclose(model(x), own, atol=1e-5)
-        inner.one.unmerge()
+            assert torch.allclose(model(x), base.first.get_base_layer()(x) + 2 * base.second.get_base_layer()(x), atol=1e-5)
+        inner.first.merge()
+        assert torch.allclose(model(x), expected, atol=1e-5)
+        inner.first.unmerge()
         group.remove()
-        assert torch.equal(model(x), own)
-    assert "forward" not in vars(inner.one)
-    assert inner.one.get_base_layer().used
+        assert torch.equal(model(x), expected)
+    assert "forward" not in vars(inner.first)
+    assert inner.first.get_base_layer().used
 
 
-@pytest.mark.parametrize(("options", "why"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "bias")])
-def test_what_is_left_to_peft(options: dict[str, Any], why: str) -> None:
-    assert why in str(why_not(wrapped(**options).base_model.model.one))
+@pytest.mark.parametrize(("options", "reason"), [({"use_dora": True}, "DoRA"), ({"lora_bias": True}, "bias")])
+def test_unsupported_lora_options_are_left_to_peft(options: dict[str, Any], reason: str) -> None:
+    assert reason in str(why_not(peft_model(**options).base_model.model.first))
 
 
-def test_a_trained_base_is_left_to_peft() -> None:
+def test_trainable_base_weight_is_left_to_peft() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
@@ -204,25 +208,25 @@ def test_a_trained_base_is_left_to_peft() -> None:
 
 
 @pytest.mark.parametrize("needed", [False, True])
-def test_checkpointing_does_without_a_layers_last_product(monkeypatch: pytest.MonkeyPatch, needed: bool) -> None:
-    """Unless something behind it in the layer, such as a norm, needs its result again."""
+def test_checkpointing_skips_the_last_product_unless_it_is_needed(monkeypatch: pytest.MonkeyPatch, needed: bool) -> None:
+    """It is recomputed only if a later operation in the layer, such as a norm, needs its result."""
     from torch.utils.checkpoint import checkpoint
 
     from quant import lora
 
     products: list[int] = []
-    onto = lora._add_product
-    monkeypatch.setattr(lora, "_add_product", lambda member, *rest: (products.append(member.out), onto(member, *rest)))
-    first, last = layers()[:1], layers()[2:]
-    widen = torch.randn(OUTS[0], IN)
+    original = lora._add_product
+    monkeypatch.setattr(lora, "_add_product", lambda member, *rest: (products.append(member.out), original(member, *rest)))
+    first, last = lora_layers()[:1], lora_layers()[2:]
+    up_projection = torch.randn(OUTS[0], IN)
     x = torch.randn(6, IN, requires_grad=True)
 
     def block(x: Tensor) -> Tensor:
-        y = computed(computed(x, first)[0].relu() @ widen, last)[0]
+        y = fused_outputs(fused_outputs(x, first)[0].relu() @ up_projection, last)[0]
         return y.square() if needed else y + 1
 
-    (plain,) = torch.autograd.grad(block(x).sum(), x)
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
     products.clear()
-    (ours,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
-    assert torch.equal(ours, plain)
+    (actual,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False).sum(), x)
+    assert torch.equal(actual, expected)
     assert products == [48, 80, 48, *([80] if needed else [])]

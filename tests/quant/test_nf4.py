@@ -14,7 +14,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHAPES = ((64, 64), (33,), (1,), (2,), (3, 5), (17, 191), (64, 96), (7, 32), (100, 100), (300, 1000))
 
 
-def _zero_but_one(weight: Tensor) -> Tensor:
+def _single_outlier(weight: Tensor) -> Tensor:
     weight = torch.zeros_like(weight)
     weight.view(-1)[weight.numel() // 2] = -60000
     return weight
@@ -25,7 +25,7 @@ KINDS = {
     "small": lambda w: w * 1e-3,
     "zeros": torch.zeros_like,
     "constant": lambda w: torch.full_like(w, 0.3),
-    "outlier": _zero_but_one,
+    "outlier": _single_outlier,
     "denormal": lambda w: (w.float() * torch.finfo(w.dtype).smallest_normal / 8).to(w.dtype),
 }
 
@@ -38,7 +38,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bits(a), _bits(b))
 
 
-def _flushed(tensor: Tensor) -> Tensor:
+def _flush_subnormals(tensor: Tensor) -> Tensor:
     """bf16 without subnormals: the AVX512-BF16 instruction that bitsandbytes rounds with turns them into zero."""
     if tensor.dtype != torch.bfloat16:
         return tensor
@@ -61,12 +61,12 @@ def _assert_equals_bitsandbytes(weight: Tensor, *, double: bool) -> None:
     for dtype in DTYPES:
         state.dtype = dtype
         expected = functional.dequantize_4bit(codes, state).reshape(-1)[: weight.numel()].view(weight.shape)
-        assert _same_bits(_flushed(nf4.dequantize(packed, dtype=dtype)), _flushed(expected))
+        assert _same_bits(_flush_subnormals(nf4.dequantize(packed, dtype=dtype)), _flush_subnormals(expected))
         for name in ("reference", "bitsandbytes"):
             backend = backends.select("cpu", name)
             scales = backend.scales(packed)
             flat = backend.dequantize(packed.codes, scales, weight.numel(), packed.block, dtype)
-            assert _same_bits(_flushed(flat.view(weight.shape)), _flushed(expected)), name
+            assert _same_bits(_flush_subnormals(flat.view(weight.shape)), _flush_subnormals(expected)), name
 
 
 @pytest.mark.parametrize("double", [False, True])
@@ -98,8 +98,8 @@ def test_equals_bitsandbytes_anywhere(
     _assert_equals_bitsandbytes(weight, double=double)
 
 
-def test_equals_bitsandbytes_where_two_levels_meet() -> None:
-    """Quotients within a rounding of a boundary, where dividing by the scale gives other codes than its inverse does."""
+def test_equals_bitsandbytes_at_boundaries_between_levels() -> None:
+    """At boundaries, dividing by the scale and multiplying by its inverse round to different codes."""
     torch.manual_seed(0)
     levels = torch.tensor(nf4.LEVELS)
     scales = torch.rand(20_000, 1) + 0.5
@@ -113,7 +113,7 @@ def test_equals_bitsandbytes_where_two_levels_meet() -> None:
 
 
 def test_known_codes() -> None:
-    """Worked by hand: the block's largest is 2, so 2 → level 15, 0 → 7, −2 → 0, 0.2/2 = 0.1 → the level 0.0796, 8."""
+    """Worked out by hand: the block's absmax is 2, so 2 → level 15, 0 → 7, −2 → 0, 0.2/2 = 0.1 → the level 0.0796, 8."""
     packed = nf4.quantize(torch.tensor([2.0, 0.0, -2.0, 0.2]), double=False)
     assert packed.codes.flatten().tolist() == [0xF7, 0x08]
     assert packed.absmax.tolist() == [2.0]
@@ -130,14 +130,14 @@ def test_bits_per_weight() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_refuses_what_is_not_finite(bad: float) -> None:
+def test_non_finite_weights_raise(bad: float) -> None:
     weight = torch.randn(64, 64)
     weight[3, 7] = bad
     with pytest.raises(ValueError, match="1 of 4096 weights are not finite"):
         nf4.quantize(weight)
 
 
-def test_refuses_other_dtypes_empty_weights_and_overflow() -> None:
+def test_unsupported_dtypes_empty_weights_and_overflow_raise() -> None:
     with pytest.raises(ValueError, match=r"torch\.uint8"):
         nf4.quantize(torch.zeros(64, dtype=torch.uint8))
     with pytest.raises(ValueError, match="empty"):
@@ -146,11 +146,11 @@ def test_refuses_other_dtypes_empty_weights_and_overflow() -> None:
         nf4.quantize(torch.full((64, 64), 3e38))
 
 
-def test_backends_are_chosen_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_selection_order_and_reported_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     bitsandbytes = pytest.importorskip("bitsandbytes")
     assert backends.describe("cpu") == f"bitsandbytes {bitsandbytes.__version__} functional (cpu)"
-    assert backends.describe("meta") == f"torch {torch.__version__} reference (meta)"  # no other is for it
+    assert backends.describe("meta") == f"torch {torch.__version__} reference (meta)"  # no other backend supports meta
     monkeypatch.setenv(backends.VARIABLE, "reference")
     assert backends.select("cpu").NAME == "reference"
     with backends.use("bitsandbytes"):

@@ -1,4 +1,4 @@
-"""The example of the README, as it stands there, on a tiny model."""
+"""The README's Python example, run exactly as written, on a tiny model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 
-def test_the_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoModelForCausalLM
 
     monkeypatch.chdir(tmp_path)
@@ -18,7 +18,7 @@ def test_the_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: 
     (example,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "from quant" in block)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     peft = pytest.importorskip("peft")
-    names = {
+    namespace = {
         "LoraConfig": peft.LoraConfig,
         "get_peft_model": peft.get_peft_model,
         "AutoModelForCausalLM": AutoModelForCausalLM,
@@ -27,8 +27,8 @@ def test_the_readme_example_runs(tiny_model: Path, tmp_path: Path, monkeypatch: 
         "batch": {"input_ids": torch.arange(6)[None]},
         "name": str(tiny_model),
     }
-    exec(example, names)
+    exec(example, namespace)
     assert (tmp_path / "packed" / "model.safetensors").is_file()
     assert (tmp_path / "ternary" / "model.safetensors").is_file()
-    layer = names["model"].get_submodule("base_model.model.model.layers.0.mlp.up_proj")  # type: ignore[attr-defined]
+    layer = namespace["model"].get_submodule("base_model.model.model.layers.0.mlp.up_proj")  # type: ignore[attr-defined]
     assert type(layer).__name__ == "PackedLora"

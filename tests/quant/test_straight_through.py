@@ -1,4 +1,4 @@
-"""The linears of every scheme, trained and frozen: products, straight-through gradients, what is kept, copies, compiling."""
+"""Linears of every scheme, trainable and packed: products, straight-through gradients, saved tensors, copies, compiling."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from quant import (
 from quant import backends as quant_backends
 
 Layer = type[PackedLinear] | type[FakeQuantLinear]
-FAKE: list[type[FakeQuantLinear]] = [BitLinear, FakeNF4Linear]
+FAKE_QUANT: list[type[FakeQuantLinear]] = [BitLinear, FakeNF4Linear]
 PACKED: list[type[PackedLinear]] = [NF4Linear, PackedBitLinear]
-LAYERS: list[Layer] = [*FAKE, *PACKED]
+LAYERS: list[Layer] = [*FAKE_QUANT, *PACKED]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -38,19 +38,19 @@ def _linear(in_features: int = 96, out_features: int = 40, *, bias: bool = True,
 
 
 def _quantized_input(layer: nn.Module, x: Tensor) -> Tensor:
-    """What the scheme makes of an input: itself, or what its int8 codes stand for, straight-through."""
+    """The input as the scheme computes with it: unchanged, or dequantized from int8 codes, straight-through."""
     if getattr(layer, "scheme", None) is not ternary:
         return x
     return x + (ternary.dequantize_activations(*ternary.quantize_activations(x), dtype=x.dtype) - x).detach()
 
 
-def _definition(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The straight-through definition, in torch: y = q(x) · q(W)ᵀ + bias, slope 1 through both roundings."""
+def _reference_output(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """y = q(x) · q(W)ᵀ + bias in torch; gradients pass straight through both roundings."""
     quantized = nf4.fake_quantize(weight) if layer.scheme is nf4 else ternary.fake_quantize(weight)
     return F.linear(_quantized_input(layer, x), weight + (quantized - weight).detach(), bias)
 
 
-def _run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+def _forward_backward(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     x = x.clone().requires_grad_()
     layer.zero_grad()
     out = layer(x)
@@ -63,8 +63,8 @@ def _run(layer: nn.Module, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("features", [(96, 40), (33, 8), (576, 192)], ids=str)
 @pytest.mark.parametrize("lead", [(5,), (2, 3), (), (0,)], ids=str)
-@pytest.mark.parametrize("kind", FAKE)
-def test_equals_the_definition(
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_output_and_gradients_equal_the_straight_through_formula(
     kind: type[FakeQuantLinear], lead: tuple[int, ...], features: tuple[int, int], bias: bool, dtype: torch.dtype
 ) -> None:
     linear = _linear(*features, bias=bias, dtype=dtype)
@@ -73,29 +73,29 @@ def test_equals_the_definition(
         offset = linear.bias.detach().clone().requires_grad_()
     layer = kind.from_linear(linear)
     x, grad = torch.randn(*lead, features[0]).to(dtype), torch.randn(*lead, features[1]).to(dtype)
-    ours = _run(layer, x, grad)
-    own = x.clone().requires_grad_()
-    out = _definition(layer, own, weight, offset)
-    out.backward(grad)
-    assert own.grad is not None
-    # The integer product is exact, the definition's is rounded in its inputs; gradients come from the very same factors.
+    actual = _forward_backward(layer, x, grad)
+    reference_x = x.clone().requires_grad_()
+    expected = _reference_output(layer, reference_x, weight, offset)
+    expected.backward(grad)
+    assert reference_x.grad is not None
+    # The integer product is exact, the reference rounds its inputs; the gradients use exactly the same factors.
     tolerance: dict[str, float] = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
-    torch.testing.assert_close(ours[0], out.detach(), **tolerance)
-    torch.testing.assert_close(ours[1], own.grad, rtol=0, atol=0)
+    torch.testing.assert_close(actual[0], expected.detach(), **tolerance)
+    torch.testing.assert_close(actual[1], reference_x.grad, rtol=0, atol=0)
     assert weight.grad is not None
-    torch.testing.assert_close(ours[2], weight.grad, rtol=0, atol=0)
+    torch.testing.assert_close(actual[2], weight.grad, rtol=0, atol=0)
     if offset is not None and offset.grad is not None:
-        torch.testing.assert_close(ours[3], offset.grad)
+        torch.testing.assert_close(actual[3], offset.grad)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_gradcheck_against_the_straight_through_definition(kind: Layer) -> None:
-    """Around a point, straight-through is the bilinear map with the rounding errors held constant: that can be differenced."""
+def test_gradcheck_of_straight_through_gradients(kind: Layer) -> None:
+    """With its rounding errors held constant, the layer is a bilinear map, which finite differences can check."""
     layer = kind.from_linear(_linear(12, 8))
-    floats = torch.get_default_dtype()
-    weight = layer.weight.detach() if isinstance(layer, FakeQuantLinear) else layer.dequantize(floats)
+    dtype = torch.get_default_dtype()
+    weight = layer.weight.detach() if isinstance(layer, FakeQuantLinear) else layer.dequantize(dtype)
     x = torch.randn(3, 12)
-    error_x, error_w = (_quantized_input(layer, x) - x).double(), (layer.dequantize(floats) - weight).double()
+    error_x, error_w = (_quantized_input(layer, x) - x).double(), (layer.dequantize(dtype) - weight).double()
     assert layer.bias is not None
     bias = layer.bias.detach()
 
@@ -108,11 +108,11 @@ def test_gradcheck_against_the_straight_through_definition(kind: Layer) -> None:
         @staticmethod
         def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
             with torch.enable_grad():
-                out = _run(layer, x, grad.float())
+                results = _forward_backward(layer, x, grad.float())
             return (
-                out[1].double(),
-                out[2].double() if ctx.needs_input_grad[1] else None,
-                out[3].double() if len(out) > 3 else None,
+                results[1].double(),
+                results[2].double() if ctx.needs_input_grad[1] else None,
+                results[3].double() if len(results) > 3 else None,
             )
 
     trained = isinstance(layer, FakeQuantLinear)
@@ -121,7 +121,7 @@ def test_gradcheck_against_the_straight_through_definition(kind: Layer) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_norm_before_it(dtype: torch.dtype) -> None:
+def test_fused_rms_norm_equals_rms_norm_then_layer(dtype: torch.dtype) -> None:
     """`norm_eps`: RMSNorm and quantization in one pass equal transformers' RMSNorm and then the layer, gradients included."""
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -134,62 +134,62 @@ def test_a_norm_before_it(dtype: torch.dtype) -> None:
         layer.rms_norm.weight.copy_(norm.weight)
     x, grad = torch.randn(2, 5, 96).to(dtype), torch.randn(2, 5, 40).to(dtype)
     assert torch.equal(layer(x), plain(norm(x)))
-    ours, theirs = _run(layer, x, grad), _run(nn.Sequential(norm, plain), x, grad)
-    order = [0, 1, 4, 2, 3]  # _run: output, input, then parameters in the order of the module tree
+    results, reference_results = _forward_backward(layer, x, grad), _forward_backward(nn.Sequential(norm, plain), x, grad)
+    order = [0, 1, 4, 2, 3]  # _forward_backward: output, input, then parameters in the order of the module tree
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 5e-3}[dtype]
-    for now, then in zip([ours[i] for i in order], theirs, strict=True):
-        torch.testing.assert_close(now, then, rtol=tolerance, atol=tolerance)
+    for actual, expected in zip([results[i] for i in order], reference_results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
     packed = PackedBitLinear.from_linear(layer)
     assert torch.equal(packed(x), layer(x))
     assert not any(p.requires_grad for p in packed.parameters())
     assert set(packed.state_dict()) == {"weight", "weight_scale", "bias", "rms_norm.weight"}
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    for now, then in zip(_run(compiled, x, grad), ours, strict=True):
-        torch.testing.assert_close(now, then, rtol=tolerance, atol=tolerance)
+    for actual, expected in zip(_forward_backward(compiled, x, grad), results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_train_and_eval_in_any_order_change_nothing(kind: Layer) -> None:
+def test_switching_between_train_and_eval_changes_nothing(kind: Layer) -> None:
     layer = kind.from_linear(_linear())
     before = {k: v.clone() for k, v in layer.state_dict().items()}
     x, grad = torch.randn(4, 96).bfloat16(), torch.randn(4, 40).bfloat16()
-    first = _run(layer, x, grad)
+    first = _forward_backward(layer, x, grad)
     for training in (False, True, True, False, False, True):
         layer.train(training)
         with torch.no_grad():
             assert torch.equal(layer(x), first[0])
         with torch.inference_mode():
             assert torch.equal(layer(x.clone()), first[0])
-        for now, then in zip(_run(layer, x, grad), first, strict=True):
-            assert torch.equal(now, then)
+        for actual, expected in zip(_forward_backward(layer, x, grad), first, strict=True):
+            assert torch.equal(actual, expected)
         assert all(torch.equal(v, before[k]) for k, v in layer.state_dict().items())
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_never_twice(kind: Layer) -> None:
+def test_quantizing_a_quantized_layer_raises(kind: Layer) -> None:
     layer = kind.from_linear(_linear())
-    for other in LAYERS:
-        if isinstance(layer, FakeQuantLinear) and issubclass(other, PackedLinear) and other.scheme is layer.scheme:
-            packed = other.from_linear(layer)  # the end of training, and no second quantization
+    for other_kind in LAYERS:
+        if isinstance(layer, FakeQuantLinear) and issubclass(other_kind, PackedLinear) and other_kind.scheme is layer.scheme:
+            packed = other_kind.from_linear(layer)  # packing after training does not quantize again
             assert torch.equal(packed.dequantize(), layer.dequantize())
             continue
         with pytest.raises(ValueError, match="quantizing it again would lose accuracy"):
-            other.from_linear(layer)  # type: ignore[arg-type]
+            other_kind.from_linear(layer)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("kind", [BitLinear, PackedBitLinear])
-def test_weights_that_were_ternary_are_refused_as_floats_too(kind: Layer) -> None:
+def test_float_weights_with_ternary_values_raise(kind: Layer) -> None:
     plain = PackedBitLinear.from_linear(_linear()).to_linear(torch.bfloat16)
     with pytest.raises(ValueError, match="already ternary"):
         kind.from_linear(plain)
-    plain.weight = nn.Parameter(plain.weight.detach().clone())  # as a checkpoint brings them, without a mark
+    plain.weight = nn.Parameter(plain.weight.detach().clone())  # as loaded from a checkpoint: nothing marks them as ternary
     with pytest.raises(ValueError, match="ternary already"):
         kind.from_linear(plain)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_shapes_that_do_not_fit(kind: Layer) -> None:
+def test_wrong_shapes_and_dtypes_raise(kind: Layer) -> None:
     if kind.scheme is ternary:
         with pytest.raises(ValueError, match="out_features to be a multiple of 4"):
             kind.from_linear(_linear(8, 6))
@@ -201,20 +201,20 @@ def test_shapes_that_do_not_fit(kind: Layer) -> None:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_copies_casts_and_state(kind: Layer, tmp_path: Path) -> None:
+def test_deepcopy_state_dict_casts_and_meta(kind: Layer, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     layer = kind.from_linear(_linear())
     x, grad = torch.randn(4, 96), torch.randn(4, 40)
-    first = _run(layer, x, grad)
-    twin = copy.deepcopy(layer)
-    assert torch.equal(_run(twin, x, grad)[0], first[0])
+    first = _forward_backward(layer, x, grad)
+    copied = copy.deepcopy(layer)
+    assert torch.equal(_forward_backward(copied, x, grad)[0], first[0])
     save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    other = kind.from_linear(nn.Linear(96, 40))
-    _run(other, x, grad)  # whose codes are now kept, and must go
-    other.load_state_dict(load_file(tmp_path / "layer.safetensors"))
-    for now, then in zip(_run(other, x, grad), first, strict=True):
-        assert torch.equal(now, then)
+    loaded = kind.from_linear(nn.Linear(96, 40))
+    _forward_backward(loaded, x, grad)  # caches codes, which loading must drop
+    loaded.load_state_dict(load_file(tmp_path / "layer.safetensors"))
+    for actual, expected in zip(_forward_backward(loaded, x, grad), first, strict=True):
+        assert torch.equal(actual, expected)
     if isinstance(layer, PackedLinear):
         parts = [p.clone() for p in layer.parts]
         layer.to(torch.bfloat16).half().float()
@@ -226,7 +226,7 @@ def test_copies_casts_and_state(kind: Layer, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_autocast(kind: Layer, dtype: torch.dtype) -> None:
+def test_autocast_output_and_gradient_dtypes(kind: Layer, dtype: torch.dtype) -> None:
     layer = kind.from_linear(_linear())
     x = torch.randn(3, 96, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
@@ -239,41 +239,41 @@ def test_autocast(kind: Layer, dtype: torch.dtype) -> None:
     assert all(p.grad is None or p.grad.dtype == torch.float32 for p in layer.parameters())
 
 
-def _kept(run: Any, exclude: nn.Module) -> int:
-    """Bytes of the storages that a forward pass keeps for its backward pass, parameters not counted."""
-    own = {p.untyped_storage().data_ptr() for p in exclude.parameters()}
+def _saved_bytes(run: Any, exclude: nn.Module) -> int:
+    """Bytes of the storages that a forward pass saves for backward, without parameters."""
+    parameter_storages = {p.untyped_storage().data_ptr() for p in exclude.parameters()}
     saved: dict[int, int] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    def record(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in parameter_storages:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(record, lambda tensor: tensor):
         run()
     return sum(saved.values())
 
 
-def test_bitlinear_keeps_int8_activations_and_two_bits_a_weight() -> None:
+def test_bitlinear_saves_int8_activations_and_caches_two_bit_weights() -> None:
     layer = BitLinear.from_linear(nn.Linear(256, 512, bias=False, dtype=torch.bfloat16))
     x = torch.randn(64, 256, dtype=torch.bfloat16, requires_grad=True)
-    assert _kept(lambda: layer(x), layer) == 64 * 256 + 4 * 64
+    assert _saved_bytes(lambda: layer(x), layer) == 64 * 256 + 4 * 64
     assert layer.cached_bytes() == 256 * 512 // 4 + 4
-    assert _kept(lambda: PackedBitLinear.from_linear(layer)(x), layer) == 256 * 512 // 4 + 4  # the packed weight itself
+    assert _saved_bytes(lambda: PackedBitLinear.from_linear(layer)(x), layer) == 256 * 512 // 4 + 4  # the packed weight itself
 
 
-def test_an_input_shared_by_three_is_quantized_and_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_input_shared_by_three_layers_is_quantized_and_saved_once(monkeypatch: pytest.MonkeyPatch) -> None:
     import quant.backends
     from quant.backends import aten
 
     calls = []
-    plain = aten.quantize_activations
-    monkeypatch.setattr(aten, "quantize_activations", lambda x: (calls.append(x.shape), plain(x))[1])
+    original = aten.quantize_activations
+    monkeypatch.setattr(aten, "quantize_activations", lambda x: (calls.append(x.shape), original(x))[1])
     model = nn.ModuleList(BitLinear.from_linear(nn.Linear(128, 64)) for _ in range(3))
     x = torch.randn(2, 16, 128, requires_grad=True)
     with quant.backends.use("aten"):
-        assert _kept(lambda: [layer(x) for layer in model], model) == 32 * 128 + 4 * 32
+        assert _saved_bytes(lambda: [layer(x) for layer in model], model) == 32 * 128 + 4 * 32
         assert len(calls) == 1
         with torch.no_grad():
             x.mul_(2)  # another input in the same place
@@ -289,16 +289,16 @@ def test_compiles_without_a_graph_break(kind: Layer) -> None:
     layer = kind.from_linear(_linear())
     model = nn.Sequential(nn.Linear(96, 96), layer, nn.ReLU())
     x, grad = torch.randn(2, 4, 96), torch.randn(2, 4, 40)
-    plain = _run(model, x, grad)
+    eager_results = _forward_backward(model, x, grad)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for now, then in zip(_run(compiled, x, grad), plain, strict=True):
-        assert torch.equal(now, then)
-    plainly = torch.compile(layer, fullgraph=True, backend="aot_eager")  # alone, and with nothing to differentiate
-    torch.testing.assert_close(plainly(x.detach()).detach(), layer(x).detach())
-    if isinstance(layer, FakeQuantLinear):  # a later step is seen inside the graph, and compiles nothing anew
+    for actual, expected in zip(_forward_backward(compiled, x, grad), eager_results, strict=True):
+        assert torch.equal(actual, expected)
+    compiled_alone = torch.compile(layer, fullgraph=True, backend="aot_eager")  # on its own, with an input that needs no gradient
+    torch.testing.assert_close(compiled_alone(x.detach()).detach(), layer(x).detach())
+    if isinstance(layer, FakeQuantLinear):  # the graph uses weights of later steps without recompiling
         optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
         for _ in range(3):
-            _run(model, x, grad)
+            _forward_backward(model, x, grad)
             optimizer.step()
             with torch._dynamo.config.patch(error_on_recompile=True):
                 assert torch.equal(compiled(x.detach().requires_grad_()), model(x))
@@ -310,13 +310,13 @@ def test_compiles_with_inductor(kind: Layer) -> None:
     torch._dynamo.reset()
     layer = kind.from_linear(_linear())
     x, grad = torch.randn(2, 4, 96), torch.randn(2, 4, 40)
-    plain = _run(layer, x, grad)
-    for now, then in zip(_run(torch.compile(layer, fullgraph=True), x, grad), plain, strict=True):
-        torch.testing.assert_close(now, then)
+    eager_results = _forward_backward(layer, x, grad)
+    for actual, expected in zip(_forward_backward(torch.compile(layer, fullgraph=True), x, grad), eager_results, strict=True):
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_fake_tensors_pass_through(kind: Layer) -> None:
+def test_forward_and_backward_with_fake_tensors(kind: Layer) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     layer = kind.from_linear(_linear())
@@ -333,7 +333,7 @@ def test_fake_tensors_pass_through(kind: Layer) -> None:
         assert layer.cached_bytes() == 0
 
 
-# ------------------------------------------------------------------------- the codes of a master weight, and their validity
+# ------------------------------------------------------------------------------------------ cached codes of a master weight
 
 
 def _optimizers() -> list[Any]:
@@ -349,9 +349,9 @@ def _optimizers() -> list[Any]:
 
 
 @pytest.mark.filterwarnings("ignore:.*aged:UserWarning")
-@pytest.mark.parametrize("kind", FAKE)
+@pytest.mark.parametrize("kind", FAKE_QUANT)
 @pytest.mark.parametrize("make", _optimizers())
-def test_the_next_forward_uses_the_new_weight(kind: type[FakeQuantLinear], make: Any) -> None:
+def test_forward_after_an_optimizer_step_uses_the_new_weight(kind: type[FakeQuantLinear], make: Any) -> None:
     layer = kind.from_linear(_linear(256, 64))
     if isinstance(make, str):
         bnb = pytest.importorskip("bitsandbytes")
@@ -360,7 +360,7 @@ def test_the_next_forward_uses_the_new_weight(kind: type[FakeQuantLinear], make:
         optimizer = make(layer.parameters())
     x, grad = torch.randn(8, 256), torch.randn(8, 64)
     for _ in range(3):
-        before = _run(layer, x, grad)[0]
+        before = _forward_backward(layer, x, grad)[0]
         optimizer.step()
         after = layer(x).detach()
         assert not torch.equal(after, before)
@@ -371,8 +371,8 @@ def test_the_next_forward_uses_the_new_weight(kind: type[FakeQuantLinear], make:
         assert torch.equal(after, fresh(x).detach())
 
 
-@pytest.mark.parametrize("kind", FAKE)
-def test_a_step_inside_the_backward_pass(kind: type[FakeQuantLinear]) -> None:
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_optimizer_step_in_a_backward_hook_updates_the_codes(kind: type[FakeQuantLinear]) -> None:
     layer = kind.from_linear(_linear())
     optimizers = {p: torch.optim.AdamW([p], lr=0.1, fused=True) for p in layer.parameters()}
 
@@ -388,25 +388,25 @@ def test_a_step_inside_the_backward_pass(kind: type[FakeQuantLinear]) -> None:
         assert torch.equal(layer(x), copy.deepcopy(layer)(x))
 
 
-@pytest.mark.parametrize("kind", FAKE)
-def test_computed_once_a_step(kind: type[FakeQuantLinear], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_codes_are_computed_once_per_optimizer_step(kind: type[FakeQuantLinear], monkeypatch: pytest.MonkeyPatch) -> None:
     from quant.ops import ARITHMETIC
 
     layer = kind.from_linear(_linear())
     arithmetic, calls = type(ARITHMETIC[layer.arithmetic]), []
-    plain = arithmetic.pack
-    monkeypatch.setattr(arithmetic, "pack", lambda self, w: (calls.append(1), plain(self, w))[1])
+    original = arithmetic.pack
+    monkeypatch.setattr(arithmetic, "pack", lambda self, w: (calls.append(1), original(self, w))[1])
     x, grad = torch.randn(8, 96), torch.randn(8, 40)
     for _ in range(4):  # micro-steps
-        _run(layer, x, grad)
+        _forward_backward(layer, x, grad)
     assert len(calls) == 1
     weights_changed()
-    _run(layer, x, grad)
+    _forward_backward(layer, x, grad)
     assert len(calls) == 2
 
 
-@pytest.mark.parametrize("kind", FAKE)
-def test_edits_by_hand_are_seen(kind: type[FakeQuantLinear]) -> None:
+@pytest.mark.parametrize("kind", FAKE_QUANT)
+def test_edited_and_replaced_weights_are_quantized_again(kind: type[FakeQuantLinear]) -> None:
     layer = kind.from_linear(_linear())
     x = torch.randn(8, 96)
     first = layer(x).detach()
@@ -421,7 +421,7 @@ def test_edits_by_hand_are_seen(kind: type[FakeQuantLinear]) -> None:
     assert not torch.equal(layer(x), third)
 
 
-def test_kept_codes_die_with_their_weight() -> None:
+def test_cached_codes_are_freed_with_their_weight() -> None:
     from quant.weight_cache import _kept
 
     before = len(_kept)
@@ -436,7 +436,7 @@ def test_kept_codes_die_with_their_weight() -> None:
     assert len(_kept) == before
 
 
-def test_the_hook_on_optimizers_comes_with_the_first_kept_codes_and_can_go() -> None:
+def test_optimizer_hook_is_added_with_the_first_cached_codes_and_is_removable() -> None:
     from torch.optim.optimizer import _global_optimizer_post_hooks as hooks
 
     from quant.weight_cache import unhook_optimizers
@@ -444,34 +444,34 @@ def test_the_hook_on_optimizers_comes_with_the_first_kept_codes_and_can_go() -> 
     unhook_optimizers()
     before = dict(hooks)
     layer, x = BitLinear.from_linear(_linear()), torch.randn(2, 96)
-    assert dict(hooks) == before  # nothing is kept yet
+    assert dict(hooks) == before  # nothing is cached yet
     first = layer(x).detach()
     assert len(hooks) == len(before) + 1
     unhook_optimizers()
     assert dict(hooks) == before
     assert layer.cached_bytes() == 0
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1, fused=True)
-    layer(x).sum().backward()  # brings it back
+    layer(x).sum().backward()  # adds it again
     optimizer.step()
     assert len(hooks) == len(before) + 1
     assert not torch.equal(layer(x), first)
 
 
-def test_edits_that_nobody_sees_are_for_the_caller_to_say() -> None:
+def test_undetectable_edits_need_weights_changed_or_a_mode_switch() -> None:
     layer, x = BitLinear.from_linear(_linear()), torch.randn(2, 96)
     layer(x)
-    layer.weight.data.copy_(torch.randn(40, 96))  # moves no version
+    layer.weight.data.copy_(torch.randn(40, 96))  # does not change the version counter
     weights_changed()
     fresh = BitLinear.from_linear(nn.Linear(96, 40))
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), fresh(x))
     layer.weight.data.copy_(torch.randn(40, 96))
-    layer.eval()  # as when an average of the weights is put in place to be evaluated
+    layer.eval()  # as when averaged weights are copied in for evaluation
     fresh.load_state_dict(layer.state_dict())
     assert torch.equal(layer(x), fresh(x))
     packed = PackedBitLinear.from_linear(_linear(96, 48)).bfloat16()
     few = torch.randn(2, 96).bfloat16()
-    with quant_backends.use("aten"):  # which keeps a copy in a layout of its own
+    with quant_backends.use("aten"):  # caches a copy in its own layout
         packed(few)
         assert packed.cached_bytes() > 0
         packed.weight.data.copy_(PackedBitLinear.from_linear(nn.Linear(96, 48)).weight)
@@ -479,8 +479,8 @@ def test_edits_that_nobody_sees_are_for_the_caller_to_say() -> None:
         assert torch.equal(packed(few), copy.deepcopy(packed)(few))
 
 
-def test_one_storage_two_weights() -> None:
-    """Tied by transposition, a square weight has the same place in memory and another meaning."""
+def test_weight_and_its_transpose_in_one_storage_are_cached_separately() -> None:
+    """A square weight and its transpose share memory and shape, but not values."""
     weight = torch.randn(64, 64)
     layers = [BitLinear.from_linear(nn.Linear(64, 64, bias=False)) for _ in range(2)]
     layers[0].weight, layers[1].weight = nn.Parameter(weight), nn.Parameter(weight.t())
@@ -492,15 +492,15 @@ def test_one_storage_two_weights() -> None:
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_double_backward_is_an_error(kind: Layer) -> None:
+def test_double_backward_raises(kind: Layer) -> None:
     layer, x = kind.from_linear(_linear()), torch.randn(2, 96, requires_grad=True)
     (grad,) = torch.autograd.grad(layer(x).pow(2).sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.pow(2).sum().backward()
 
 
-def test_a_buffer_that_is_written_into_behind_autograds_back() -> None:
-    """As a pipeline's receive buffer is: the same tensor, the same version, other numbers."""
+def test_input_buffer_overwritten_without_a_version_change() -> None:
+    """Like a pipeline's receive buffer: same tensor, same version counter, other values."""
     layers = [BitLinear.from_linear(nn.Linear(64, 64)) for _ in range(2)]
     buffer = torch.randn(4, 64)
     for _ in range(3):
@@ -512,11 +512,11 @@ def test_a_buffer_that_is_written_into_behind_autograds_back() -> None:
     x = torch.randn(4, 64, requires_grad=True)
     with torch.inference_mode():
         layers[0](x)
-    layers[0](x).sum().backward()  # keeps nothing of inference mode
+    layers[0](x).sum().backward()  # uses no cached tensor from inference mode
 
 
 class Chain(nn.Module):
-    """Layers one after another, whose inputs a compiler may put into the same buffer."""
+    """Layers in sequence, whose inputs a compiler may place in the same buffer."""
 
     def __init__(self, kind: Layer) -> None:
         super().__init__()
@@ -532,27 +532,27 @@ class Chain(nn.Module):
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error:.*autograd kernel:UserWarning")
 @pytest.mark.parametrize("kind", LAYERS)
-def test_a_chain_compiled_with_inductor(kind: Layer) -> None:
+def test_layers_in_sequence_compiled_with_inductor(kind: Layer) -> None:
     torch._dynamo.reset()
     model, x, grad = Chain(kind), torch.randn(5, 64), torch.randn(5, 64)
-    plain = _run(model, x, grad)
+    eager_results = _forward_backward(model, x, grad)
     compiled = torch.compile(model, fullgraph=True)
-    for now, then in zip(_run(compiled, x, grad), plain, strict=True):
-        torch.testing.assert_close(now, then, rtol=1e-3, atol=1e-3)
+    for actual, expected in zip(_forward_backward(compiled, x, grad), eager_results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
     with torch.no_grad():
-        torch.testing.assert_close(compiled(x.clone()), plain[0], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(compiled(x.clone()), eager_results[0], rtol=1e-3, atol=1e-3)
     if isinstance(model.layers[0], FakeQuantLinear):  # weights that the graph computes
         for layer in model.layers:
             nn.utils.parametrizations.weight_norm(layer)
-        plain = _run(model, x, grad)
+        eager_results = _forward_backward(model, x, grad)
         torch._dynamo.reset()
-        for now, then in zip(_run(torch.compile(model, fullgraph=True), x, grad), plain, strict=True):
-            torch.testing.assert_close(now, then, rtol=1e-3, atol=1e-3)
+        for actual, expected in zip(_forward_backward(torch.compile(model, fullgraph=True), x, grad), eager_results, strict=True):
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", LAYERS)
-def test_the_default_dtype_does_not_matter(kind: Layer, dtype: torch.dtype) -> None:
+def test_result_does_not_depend_on_the_default_dtype(kind: Layer, dtype: torch.dtype) -> None:
     linear, x = _linear(), torch.randn(3, 96)
     expected = kind.from_linear(copy.deepcopy(linear))(x)
     torch.set_default_dtype(dtype)
@@ -562,7 +562,7 @@ def test_the_default_dtype_does_not_matter(kind: Layer, dtype: torch.dtype) -> N
         torch.set_default_dtype(torch.float32)
 
 
-def test_threads() -> None:
+def test_forward_from_several_threads_while_the_cache_is_cleared() -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     layers = [BitLinear.from_linear(nn.Linear(64, 64)) for _ in range(8)]
@@ -582,7 +582,7 @@ def test_threads() -> None:
 
 
 @pytest.mark.parametrize("kind", PACKED)
-def test_a_layer_without_weights_gives_nan(kind: type[PackedLinear]) -> None:
+def test_uninitialized_layer_gives_nan_and_from_linear_rejects_a_class(kind: type[PackedLinear]) -> None:
     assert kind(64, 64)(torch.randn(2, 64)).isnan().all()
     with pytest.raises(TypeError, match=r"takes an nn\.Linear"):
         kind.from_linear(nn.Linear)  # type: ignore[arg-type]

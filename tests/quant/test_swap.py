@@ -1,4 +1,4 @@
-"""The walk over a module tree: what is swapped, what is left and why, and the proof that it is used."""
+"""swap on a module tree: what it replaces, what it leaves and why, and the check that replaced modules are used."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _packed(model: nn.Module) -> dict[str, NF4Linear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, NF4Linear)}
 
 
-def _float_twin(model: nn.Module) -> None:
-    """Put back float linears that hold the dequantized weights."""
+def _restore_float_linears(model: nn.Module) -> None:
+    """Replaces packed linears by float linears with the dequantized weights."""
     for name, module in _packed(model).items():
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, module.to_linear())
@@ -58,7 +58,7 @@ def _logits(model: nn.Module) -> Tensor:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_llama(tied: bool) -> None:
+def test_swapped_llama_equals_float_linears_with_dequantized_weights(tied: bool) -> None:
     model = _llama(tie_word_embeddings=tied)
     original, total = _logits(model), sum(p.numel() for p in model.parameters())
     report = swap(model)
@@ -72,7 +72,7 @@ def test_llama(tied: bool) -> None:
     with prove_used(model, report):
         swapped = _logits(model)
     assert not torch.equal(swapped, original)
-    _float_twin(model)
+    _restore_float_linears(model)
     assert torch.equal(_logits(model), swapped)
 
 
@@ -113,7 +113,7 @@ def test_rwkv_layers_that_are_rescaled_in_place_are_left(rescale_every: int, swa
         _logits(model)
 
 
-def test_proof_catches_a_bypassed_module() -> None:
+def test_prove_used_detects_a_bypassed_module() -> None:
     class Bypass(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -127,7 +127,7 @@ def test_proof_catches_a_bypassed_module() -> None:
     with pytest.raises(RuntimeError, match=r"1 of 2 swapped modules were not used in the forward pass: read\."):  # noqa: SIM117
         with prove_used(model, report):
             model(torch.randn(2, 64))
-    with prove_used(model, report):  # a fused path says so itself
+    with prove_used(model, report):  # a fused path marks the module itself
         model(torch.randn(2, 64))
         assert isinstance(model.read, NF4Linear)
         model.read.mark_used()
@@ -136,14 +136,14 @@ def test_proof_catches_a_bypassed_module() -> None:
         pass
 
 
-def test_proof_does_not_hide_the_error_inside() -> None:
+def test_prove_used_does_not_hide_an_error_of_the_forward_pass() -> None:
     model = _llama()
     report = swap(model)
     with pytest.raises(KeyError, match="inside"), prove_used(model, report):
         raise KeyError("inside")
 
 
-def test_keep_patterns() -> None:
+def test_keep_patterns_leave_modules_and_must_match_one() -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -158,7 +158,7 @@ def test_keep_patterns() -> None:
         swap(nn.ModuleDict({"mlp": Experts()}), keep=("mlp.donw_proj",))
 
 
-def test_shared_and_special_linears() -> None:
+def test_shared_linears_stay_shared_and_tied_or_special_ones_are_left() -> None:
     shared, tied = nn.Linear(64, 64), nn.Linear(64, 100)
     model = nn.ModuleDict({"a": shared, "b": shared, "tok": nn.Embedding(100, 64), "out": tied})
     model["attention"] = nn.MultiheadAttention(64, 4)
@@ -170,8 +170,8 @@ def test_shared_and_special_linears() -> None:
     assert report.left["attention.out_proj"] == "NonDynamicallyQuantizableLinear is not exactly nn.Linear"
 
 
-def test_transformer_encoder_layers_whose_weights_are_read_are_left() -> None:
-    """In eval their fast path takes linear1.weight and linear2.weight as they are: codes would be read as floats."""
+def test_transformer_encoder_layers_that_read_weights_are_left() -> None:
+    """Their fast path in eval mode reads linear1.weight and linear2.weight directly: it would read codes as floats."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 128, batch_first=True), 2, enable_nested_tensor=False)
     model = nn.ModuleDict({"encoder": encoder, "out": nn.Linear(64, 64)}).eval()
@@ -200,7 +200,7 @@ def _with_forward() -> nn.Module:
     return linear
 
 
-DRESSED = {
+MODIFIED_MODULES = {
     "forward hook": lambda: _with_hook("forward_hook"),
     "forward pre-hook": lambda: _with_hook("forward_pre_hook"),
     "backward hook": lambda: _with_hook("full_backward_hook"),
@@ -212,20 +212,21 @@ DRESSED = {
 }
 
 
-@pytest.mark.parametrize("what", DRESSED)
-def test_what_something_was_hung_on_is_left(what: str) -> None:
+@pytest.mark.parametrize("kind", MODIFIED_MODULES)
+def test_modules_with_hooks_or_a_changed_forward_are_left(kind: str) -> None:
     from quant.swap import reasons_to_leave
 
-    model = nn.ModuleDict({"dressed": DRESSED[what](), "plain": nn.Linear(16, 16)})
-    before = model["dressed"]
+    model = nn.ModuleDict({"modified": MODIFIED_MODULES[kind](), "plain": nn.Linear(16, 16)})
+    before = model["modified"]
     report = swap(model, scheme="ternary", trainable=True)
     assert report.swapped == ("plain",)
-    assert model["dressed"] is before
-    words = {"forward": "a replaced forward", "parametrization": "not exactly nn.Linear"}
-    expected = words.get(what, "has hooks" if "hook" in what else r"has hooks|computes its weight")
-    assert re.search(expected, report.left["dressed"])
-    if "hook" in what or what == "forward":
-        assert reasons_to_leave(nn.ModuleDict({"dressed": before}), ()) == {}  # an adapter wraps it, hooks and all
+    assert model["modified"] is before
+    reasons = {"forward": "a replaced forward", "parametrization": "not exactly nn.Linear"}
+    expected = reasons.get(kind, "has hooks" if "hook" in kind else r"has hooks|computes its weight")
+    assert re.search(expected, report.left["modified"])
+    if "hook" in kind or kind == "forward":
+        # An adapter may still wrap the module, together with its hooks.
+        assert reasons_to_leave(nn.ModuleDict({"modified": before}), ()) == {}
 
 
 def test_conv1d_with_a_hook_is_left() -> None:
@@ -243,7 +244,7 @@ def _t5(**changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("gated", [False, True])
-def test_what_a_model_keeps_in_fp32_is_left(gated: bool) -> None:
+def test_modules_that_a_model_keeps_in_fp32_are_left(gated: bool) -> None:
     model = _t5(feed_forward_proj="gated-gelu" if gated else "relu")
     report = swap(model)
     kept = [name for name, reason in report.left.items() if reason == "the model keeps it in fp32"]
@@ -254,19 +255,19 @@ def test_what_a_model_keeps_in_fp32_is_left(gated: bool) -> None:
     assert bool(logits.isfinite().all())
 
 
-@pytest.mark.parametrize("said", [["up"], {"up"}, ["body.up.weight"], ["body.u*"], None], ids=str)
+@pytest.mark.parametrize("names", [["up"], {"up"}, ["body.up.weight"], ["body.u*"], None], ids=str)
 @pytest.mark.parametrize("attribute", ["_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"])
-def test_names_of_what_is_kept_in_fp32(attribute: str, said: Any) -> None:
+def test_keep_in_fp32_names_apply_only_inside_their_model(attribute: str, names: Any) -> None:
     inner = nn.ModuleDict({"body": nn.ModuleDict({"up": nn.Linear(8, 8), "up_proj": nn.Linear(8, 8), "o": nn.Linear(8, 8)})})
-    setattr(inner, attribute, said)
-    other = nn.ModuleDict({"body": nn.ModuleDict({"up": nn.Linear(8, 8)})})
-    report = swap(nn.ModuleDict({"inner": inner, "inner2": other, "up": nn.Linear(8, 8)}))
+    setattr(inner, attribute, names)
+    outer = nn.ModuleDict({"body": nn.ModuleDict({"up": nn.Linear(8, 8)})})
+    report = swap(nn.ModuleDict({"inner": inner, "inner2": outer, "up": nn.Linear(8, 8)}))
     both = {"inner.body.up", "inner.body.up_proj"}
-    assert set(report.left) == (both if said == ["body.u*"] else set() if said is None else {"inner.body.up"})
-    assert {"up", "inner2.body.up"} <= set(report.swapped)  # not inside the model that says so
+    assert set(report.left) == (both if names == ["body.u*"] else set() if names is None else {"inner.body.up"})
+    assert {"up", "inner2.body.up"} <= set(report.swapped)  # outside of the model that names them
 
 
-def test_nothing_to_swap_and_swapping_twice() -> None:
+def test_nothing_to_swap_second_swap_and_unknown_scheme_raise() -> None:
     with pytest.raises(ValueError, match=r"nothing to swap in ModuleDict \(lm_head: kept by pattern\)"):
         swap(nn.ModuleDict({"lm_head": nn.Linear(8, 8)}))
     with pytest.raises(ValueError, match="no linear-like module at all"):
@@ -279,7 +280,7 @@ def test_nothing_to_swap_and_swapping_twice() -> None:
         swap(model, scheme="fp3")
 
 
-def test_adapters_come_after_the_swap() -> None:
+def test_swapping_a_model_with_adapters_raises() -> None:
     from peft import LoraConfig, get_peft_model
 
     adapted: Any = get_peft_model(_llama(), LoraConfig(target_modules=["q_proj"]))
@@ -293,14 +294,14 @@ def test_adapters_come_after_the_swap() -> None:
 
 @pytest.mark.parametrize(("scheme", "option"), [("ternary", "double"), ("nf4", "norm_eps"), ("nf4", "dubble")])
 @pytest.mark.parametrize("trainable", [False, True])
-def test_unknown_options(scheme: str, option: str, trainable: bool) -> None:
+def test_unknown_options_raise(scheme: str, option: str, trainable: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match=f"{scheme} has no option '{option}'"):
         swap(model, scheme=scheme, trainable=trainable, **{option: True})
     assert type(model[0]) is nn.Linear
 
 
-def test_norm_eps_reaches_the_linears_and_no_convolution() -> None:
+def test_norm_eps_is_set_on_linears_and_raises_for_convolutions() -> None:
     model = nn.Sequential(nn.Linear(8, 8))
     swap(model, scheme="ternary", trainable=True, norm_eps=1e-5)
     assert model[0].rms_norm.eps == 1e-5  # type: ignore[union-attr]
@@ -310,14 +311,14 @@ def test_norm_eps_reaches_the_linears_and_no_convolution() -> None:
     assert type(model[0]) is nn.Linear
 
 
-def test_keep_is_no_text() -> None:
+def test_keep_given_as_a_string_raises() -> None:
     model = _llama()
     for call in (swap, linear_targets):
         with pytest.raises(ValueError, match=r"keep must be a list of patterns: use \['lm_head'\]"):
             call(model, keep="lm_head")
 
 
-def test_a_single_layer_is_no_model() -> None:
+def test_swapping_a_single_layer_raises_and_names_the_right_call() -> None:
     with pytest.raises(ValueError, match=r"the model itself is a Linear.*use PackedBitLinear\.from_linear"):
         swap(nn.Linear(8, 8), scheme="ternary")
     with pytest.raises(ValueError, match=r"the model itself is a Conv2d.*use BitConv2d\.from_conv"):
@@ -326,10 +327,10 @@ def test_a_single_layer_is_no_model() -> None:
         swap(NF4Linear(8, 8))
 
 
-def test_proof_sees_through_wrappers() -> None:
+def test_prove_used_works_through_compile_and_ddp_wrappers() -> None:
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))
     report = swap(model)
-    ddp: Any = nn.Module()  # DistributedDataParallel, but for the processes
+    ddp: Any = nn.Module()  # wraps like DistributedDataParallel, without processes
     ddp.module = model
     ddp.forward = lambda x: ddp.module(x)
     x = torch.randn(2, 64)
@@ -343,7 +344,7 @@ def test_proof_sees_through_wrappers() -> None:
         model(x)
 
 
-def test_a_path_of_its_own_called_module() -> None:
+def test_prove_used_with_a_submodule_named_module() -> None:
     model = nn.ModuleDict({"module": nn.ModuleDict({"fc": nn.Linear(64, 64)}), "fc": nn.Linear(64, 64)})
     report = swap(model)
     assert report.swapped == ("module.fc", "fc")
@@ -351,7 +352,7 @@ def test_a_path_of_its_own_called_module() -> None:
         model["fc"](torch.randn(2, 64))
 
 
-def test_bad_weights_are_named() -> None:
+def test_non_finite_weight_error_names_the_module() -> None:
     first, second = nn.Linear(8, 8), nn.Linear(8, 8)
     second.weight.data[0, 0] = float("nan")
     match = r"1: 1 of 64 weights are not finite.*\(the model is partly swapped now: load it again\)$"
@@ -362,7 +363,7 @@ def test_bad_weights_are_named() -> None:
     assert "partly" not in str(error.value)  # nothing was changed
 
 
-def test_meta() -> None:
+def test_swap_on_meta_gives_the_same_report_and_state_dict() -> None:
     with torch.device("meta"):
         model = _llama(tie_word_embeddings=False)
     report = swap(model)
@@ -377,27 +378,27 @@ def test_meta() -> None:
 # ------------------------------------------------------------------------------------------------------------- GPT-2's Conv1D
 
 
-def _fake_rows(x: Tensor) -> Tensor:
+def _fake_quantize_activations(x: Tensor) -> Tensor:
     return x + (ternary.dequantize_activations(*ternary.quantize_activations(x)) - x).detach()
 
 
 @pytest.mark.parametrize(("scheme", "trainable"), LINEARS, ids=str)
-def test_gpt2_equals_its_definition(scheme: str, trainable: bool) -> None:
+def test_gpt2_equals_conv1d_with_fake_quantized_weights(scheme: str, trainable: bool) -> None:
     """Logits and gradients of a swapped GPT-2 against Conv1D on fake-quantized weights and, in ternary, activations."""
     from transformers.pytorch_utils import Conv1D
 
     model = _gpt2()
-    twin = copy.deepcopy(model)
-    for module in twin.modules():
+    reference = copy.deepcopy(model)
+    for module in reference.modules():
         if isinstance(module, Conv1D):
             fake = {"nf4": nf4.fake_quantize, "ternary": ternary.fake_quantize}[scheme]
             module.weight.data = fake(module.weight.data.t().contiguous()).t()
             if scheme == "ternary":
-                module.register_forward_pre_hook(lambda _, args: (_fake_rows(args[0]),))
+                module.register_forward_pre_hook(lambda _, args: (_fake_quantize_activations(args[0]),))
     report = swap(model, scheme=scheme, trainable=trainable)
     assert len(report.swapped) == 8
     outputs = []
-    for each in (model, twin):
+    for each in (model, reference):
         with torch.enable_grad():
             each.train()
             for dropout in (m for m in each.modules() if isinstance(m, nn.Dropout)):
@@ -408,13 +409,13 @@ def test_gpt2_equals_its_definition(scheme: str, trainable: bool) -> None:
     torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-3, atol=1e-3)
     if trainable:
         for path in report.swapped:
-            ours, theirs = model.get_submodule(path), twin.get_submodule(path)
-            assert isinstance(ours.weight, nn.Parameter)
-            for grad, expected in ((ours.weight.grad, theirs.weight.grad.t()), (ours.bias.grad, theirs.bias.grad)):  # type: ignore[union-attr,operator]
+            layer, conv1d = model.get_submodule(path), reference.get_submodule(path)
+            assert isinstance(layer.weight, nn.Parameter)
+            for grad, expected in ((layer.weight.grad, conv1d.weight.grad.t()), (layer.bias.grad, conv1d.bias.grad)):  # type: ignore[union-attr,operator]
                 assert (grad - expected).norm() < 0.03 * expected.norm()  # type: ignore[operator]
 
 
-def test_a_conv1d_becomes_a_linear_with_parameters_of_its_own() -> None:
+def test_as_linear_transposes_conv1d_and_tied_conv1d_are_left() -> None:
     from transformers.pytorch_utils import Conv1D
 
     conv = Conv1D(12, 8)
@@ -430,9 +431,9 @@ def test_a_conv1d_becomes_a_linear_with_parameters_of_its_own() -> None:
     conv.weight.requires_grad_(False)
     assert not as_linear(conv).weight.requires_grad
 
-    one, two = Conv1D(8, 8), Conv1D(8, 8)
-    two.weight = one.weight
-    report = swap(nn.ModuleDict({"one": one, "two": two, "three": Conv1D(8, 8)}), trainable=True)
+    first, second = Conv1D(8, 8), Conv1D(8, 8)
+    second.weight = first.weight
+    report = swap(nn.ModuleDict({"one": first, "two": second, "three": Conv1D(8, 8)}), trainable=True)
     assert report.swapped == ("three",)
     assert report.left["one"] == "weight shared with another module"
 
@@ -441,7 +442,7 @@ def test_a_conv1d_becomes_a_linear_with_parameters_of_its_own() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "options"), [("ternary", {}), ("nf4", {}), ("nf4", {"double": False})], ids=str)
-def test_pack_ends_training_with_the_same_logits(scheme: str, options: dict[str, bool]) -> None:
+def test_pack_after_training_keeps_the_logits(scheme: str, options: dict[str, bool]) -> None:
     model = _llama()
     swapped = swap(model, scheme=scheme, trainable=True, **options)
     assert swapped.bytes_after == swapped.bytes_before
@@ -451,13 +452,13 @@ def test_pack_ends_training_with_the_same_logits(scheme: str, options: dict[str,
         model(input_ids=IDS, labels=IDS).loss.backward()
         optimizer.step()
     trained = _logits(model)
-    seen: list[tuple[int, int]] = []
-    report = pack(model, progress=lambda done, total: seen.append((done, total)))
+    progress_calls: list[tuple[int, int]] = []
+    report = pack(model, progress=lambda done, total: progress_calls.append((done, total)))
     assert torch.equal(_logits(model), trained)
     assert (report.scheme, report.trainable, report.swapped, report.left) == (scheme, False, swapped.swapped, {})
     assert report.share == swapped.share
     assert report.bytes_before == swapped.bytes_after > report.bytes_after
-    assert seen == [(i, 14) for i in range(1, 15)]
+    assert progress_calls == [(i, 14) for i in range(1, 15)]
     kinds = {type(m) for m in model.modules() if hasattr(m, "quantized")}
     assert kinds == {LINEARS[scheme, False]}
     if scheme == "nf4":
@@ -470,7 +471,7 @@ def test_pack_ends_training_with_the_same_logits(scheme: str, options: dict[str,
         swap(model, scheme=scheme)
 
 
-def test_pack_keeps_shared_modules_shared_and_refuses_what_it_must() -> None:
+def test_pack_keeps_shared_modules_shared_and_raises_on_nan_weights() -> None:
     shared = nn.Linear(8, 8)
     model = nn.ModuleDict({"a": shared, "b": shared, "c": nn.Linear(8, 8)})
     swap(model, scheme="ternary", trainable=True)
@@ -484,7 +485,7 @@ def test_pack_keeps_shared_modules_shared_and_refuses_what_it_must() -> None:
         pack(nn.Sequential(nn.Linear(8, 8)))
 
 
-def test_pack_wants_adapters_merged_first() -> None:
+def test_pack_raises_until_adapters_are_merged() -> None:
     from peft import LoraConfig, get_peft_model
 
     model = _llama()
@@ -503,7 +504,7 @@ LLAMA: dict[str, Any] = {
     "num_key_value_heads": 2, "pad_token_id": None, "eos_token_id": None, "bos_token_id": None,
 }  # fmt: skip
 RECURRENT: dict[str, Any] = {"vocab_size": 100, "hidden_size": 128, "num_hidden_layers": 2}
-FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {  # the least share of the body; the config
+FAMILIES: dict[str, tuple[float, dict[str, Any]]] = {  # the least share of the body to be swapped; the config
     "Llama": (0.98, LLAMA),
     "Mistral": (0.98, LLAMA),
     "Qwen3": (0.98, LLAMA | {"head_dim": 32}),
@@ -523,26 +524,26 @@ CLASSES = {"Gemma3": ("Gemma3TextConfig", "Gemma3ForCausalLM"), "GPT2": ("GPT2Co
 
 @pytest.mark.parametrize(("scheme", "trainable"), [("nf4", False), ("ternary", True)], ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families(family: str, scheme: str, trainable: bool) -> None:
+def test_model_families_are_swapped_and_trained(family: str, scheme: str, trainable: bool) -> None:
     import transformers
 
-    least, config = FAMILIES[family]
+    least_share, config = FAMILIES[family]
     names = CLASSES.get(family, (f"{family}Config", f"{family}ForCausalLM"))
     torch.manual_seed(0)
     model = getattr(transformers, names[1])(getattr(transformers, names[0])(**config)).train()
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     outside |= {id(p) for p in model.get_output_embeddings().parameters()}
-    floats = copy.deepcopy(model)
+    float_model = copy.deepcopy(model)
     total, body = (sum(p.numel() for p in model.parameters() if id(p) not in without) for without in (set(), outside))
     report = swap(model, scheme=scheme, trainable=trainable)
-    assert report.share * total / body >= least
+    assert report.share * total / body >= least_share
     with prove_used(model, report):
         logits = model(input_ids=IDS, use_cache=False).logits
     assert bool(logits.isfinite().all())
     if trainable:
         logits.float().square().mean().backward()
-        floats(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
-        for path in report.swapped:  # xLSTM starts with feed-forward layers that nothing moves, swapped or not
-            ours, theirs = model.get_submodule(path).weight, floats.get_submodule(path).weight
-            assert ours.grad is not None
-            assert bool(ours.grad.any()) == bool(theirs.grad.any())
+        float_model(input_ids=IDS, use_cache=False).logits.float().square().mean().backward()
+        for path in report.swapped:  # xLSTM's first feed-forward layers get no gradient, swapped or not
+            weight, float_weight = model.get_submodule(path).weight, float_model.get_submodule(path).weight
+            assert weight.grad is not None
+            assert bool(weight.grad.any()) == bool(float_weight.grad.any())
