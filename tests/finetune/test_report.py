@@ -921,7 +921,7 @@ def test_exports_are_shown_with_their_gates(
     tmp_path: Path, ternary_page: Outline, ternary_record: Record, write_ternary: TernaryRunWriter
 ) -> None:
     for expected in (
-        "export/bitnet-tiny-TQ2_0.gguf", "3.50 bits a parameter", "error 4.5e-05", "allowed 0.05; 1,024 tokens",
+        "export/bitnet-tiny-TQ2_0.gguf", "3.50 bits per parameter", "error 4.5e-05", "allowed 0.05; 1,024 tokens",
         "KL 1.7e-07 nats", "4.5034trained: 4.5021", "run by xllamacpp==1", "llama-cli -m export/bitnet-tiny-TQ2_0.gguf",
         'AutoModelForCausalLM.from_pretrained("merged")',
         "the gate that compared it with the trained model is shown under Exports",
