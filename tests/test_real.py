@@ -31,11 +31,11 @@ def record(run: Path) -> dict[str, Any]:
 
 
 def test_quickstart_in_short(tmp_path: Path, repository: Path) -> None:
-    """Three short steps of the shipped recipe in a process of its own: every part is made, and the loss falls already."""
+    """Two short steps of the shipped recipe in a process of its own: every part is made, and the loss falls already."""
     out = done(
         finetune(
-            "run", str(repository / "recipes" / "quickstart.yaml"), "train.max_steps=3", "train.warmup=0.3",
-            "data.max_length=256", "data.heldout=8", "eval.samples=1", "eval.max_new_tokens=8", "run.dir=run", cwd=tmp_path,
+            "run", str(repository / "recipes" / "quickstart.yaml"), "train.max_steps=2", "train.warmup=0.3",
+            "data.max_length=256", "data.heldout=8", "eval.samples=0", "eval.max_new_tokens=8", "run.dir=run", cwd=tmp_path,
         )
     )  # fmt: skip
     run = record(tmp_path / "run")

@@ -363,7 +363,9 @@ def plain_steps(share: Path, folder: Path, count: int, **options: Any) -> tuple[
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "none"])
-def test_both_sides_do_the_same_work(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+def test_both_sides_do_the_same_work(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, scheme: str
+) -> None:
     """Same tokens, same trained tokens, same losses step by step, same held-out loss: in fp32, where rounding hides nothing."""
     pytest.importorskip("trl")
     from eval.perplexity import evaluate_loss
@@ -374,6 +376,7 @@ def test_both_sides_do_the_same_work(tiny_model: Path, tmp_path: Path, monkeypat
     recipe = qlora.recipes(None, [*OVERRIDES, *more, "train.accumulation=2"])["unpacked"]
     (share := tmp_path / "share").mkdir()
     ours = side._Ours(recipe, torch.device("cpu"), share)
+    request.addfinalizer(ours.fast.remove)
     counts = ours.share(share, 3)
     assert len(counts) == 3
     assert any(set(labels) == {-100} for _, labels in side.read_rows(share / "rows.npz"))
@@ -470,7 +473,7 @@ def test_a_user_error_in_a_side_reaches_the_user(tmp_path: Path, monkeypatch: py
         raise UserError(**said[0]["error"])
 
 
-def test_a_model_of_random_codes_is_read_by_our_side(tmp_path: Path) -> None:
+def test_a_model_of_random_codes_is_read_by_our_side(tmp_path: Path, request: pytest.FixtureRequest) -> None:
     out = tmp_path / "model"
     pipe = side.Pipe(2, torch.device("cpu"))
     side.random_model(pipe, {"shape": TINY.large, "rows": 3, "length": 32, "out": str(out)})
@@ -478,6 +481,7 @@ def test_a_model_of_random_codes_is_read_by_our_side(tmp_path: Path) -> None:
     recipe = qlora.recipes(None, [*given, "train.micro_batch=1", "run.device=cpu", "fast.compile=false"])["unpacked"]
     (share := tmp_path / "share").mkdir()
     ours = side._Ours(recipe, torch.device("cpu"), share)
+    request.addfinalizer(ours.fast.remove)
     assert ours.share(share, 3) == [(32, 31)] * 3
     said = json.loads((share / "share.json").read_text(encoding="utf-8"))
     assert said["nf4"] is False  # it is in NF4 already

@@ -571,6 +571,7 @@ def interface() -> Any:
     attention.register()
     yield
     attention.set_segments(None)
+    attention.unregister()
 
 
 @pytest.mark.parametrize(("name", "theirs"), [*((name, "eager") for name in MODELS), ("Llama", "sdpa"), ("Mistral", "sdpa")])
