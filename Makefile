@@ -1,5 +1,6 @@
 # make quickstart: install, then train, measure, merge and report a real model. make test: install, then the tests.
 PYTHON ?= python3
+unexport PYTHONDONTWRITEBYTECODE # the tests start many processes, and each would compile all of it anew
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import numpy as np
+import pytest
 import torch
 
 from finetune.memory import PeakMemory, free_bytes, machine_bytes, resident_bytes, usable_bytes
 
 
+@pytest.mark.alone
 def test_peak_memory_counts_from_the_last_reset() -> None:
     memory = PeakMemory(torch.device("cpu"))
     array = np.ones(128 << 20, np.uint8)

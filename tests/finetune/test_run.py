@@ -740,7 +740,6 @@ def test_each_step_is_in_the_tracker_once_after_a_resume(finetune: Terminal, rec
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
-@pytest.mark.alone
 def test_sigterm_before_training_leaves_nothing_and_says_so(recipe: Path, tmp_path: Path) -> None:
     """In a process of its own: it is told to end while it loads."""
     with Start(["run", str(recipe), "run.dir=ended", "run.threads=1"], tmp_path, tmp_path / "ended.log") as start:
@@ -750,7 +749,6 @@ def test_sigterm_before_training_leaves_nothing_and_says_so(recipe: Path, tmp_pa
     assert not (tmp_path / "ended").exists()
 
 
-@pytest.mark.alone
 def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(recipe: Path, tmp_path: Path) -> None:
     options = [
         "train.epochs=400",

@@ -446,7 +446,6 @@ def measured(folder: Path, *, forked: bool = False, **settings: Any) -> dict[str
     return figures
 
 
-@pytest.mark.alone
 def test_weights_on_the_disk_take_no_memory(tmp_path: Path) -> None:
     # What is freed is then gone at once, and not kept by the allocator: counted is what is held.
     found = measured(
