@@ -134,8 +134,9 @@ def story(characters: int, seed: int = 0) -> str:
     choose = random.Random(seed).choice
     who, does = ("miller", "sailor", "widow", "fox", "judge"), ("sees", "fears", "follows", "calls", "sells")
     lines: list[str] = []
-    while sum(map(len, lines)) < characters:
+    while characters > 0:
         lines.append(f"The {choose(who)} {choose(does)} the {choose(who)}, and the {choose(who)} {choose(does)} nobody.")
+        characters -= len(lines[-1])
         if len(lines) % 7 == 0:
             lines.append("")
     return "\n".join(lines) + "\n"

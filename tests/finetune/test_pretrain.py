@@ -33,7 +33,7 @@ run: {{device: cpu, threads: 1}}
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
     path = tmp_path / "story.txt"
-    path.write_text(story(120_000))
+    path.write_text(story(40_000))
     return path
 
 
