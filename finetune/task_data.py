@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from finetune.data.rows import Row, Rows
+    from finetune.data.formats import Row
+    from finetune.data.rows import Rows
     from finetune.data.stream import Corpus, Source
     from finetune.train.distill import Distillation
     from finetune.train.fast.chunked_loss import LMHead
@@ -199,8 +201,13 @@ class Conversations:
         return [f"{rows.source}: {len(rows.rows)} rows, format {rows.format} ({rows.reason}); chat template: {self.template}"]
 
     def warnings(self) -> list[str]:
-        skipped = self.rows.skipped
-        return [f"{len(skipped)} rows match no format and are skipped (data.bad_rows), such as {skipped[0]}"] if skipped else []
+        skipped, unread = self.rows.skipped, Counter(key for row in self.rows.rows for key in row.unread)
+        lines = [f"{len(skipped)} rows match no format and are skipped (data.bad_rows), such as {skipped[0]}"] if skipped else []
+        if unread:
+            lines.append(
+                "keys of the rows that are not read: " + ", ".join(f"{key} ({count})" for key, count in unread.most_common(8))
+            )
+        return lines
 
     def record(self) -> ConversationsRecord:
         return ConversationsRecord(
@@ -221,9 +228,12 @@ class Conversations:
         """Held-out conversations up to their last answer, then the recipe's own questions."""
         settings = self.recipe.eval
         questions: list[dict[str, Any]] = []
+        cut = {sample.where for sample in self.data.heldout if sample.cut}  # their prompts may be longer than max_length
         for row in self.data.heldout_rows:
+            if row.where in cut:
+                continue
             last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
-            if last and len(questions) < settings.samples:
+            if last and not row.tools and len(questions) < settings.samples:
                 questions.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
         for prompt in settings.prompts:
             questions.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})

@@ -76,7 +76,6 @@ SIZE_OFFENDERS: dict[str, tuple[int, str]] = {
     "finetune/bench/device.py": (603, "one bench of everything a new machine must show; it splits by what is measured"),
     "finetune/bench/plan.py": (592, "cases and measurement in one file"),
     "finetune/bench/qlora.py": (607, "cases, both sides and tables in one file"),
-    "finetune/data/preflight.py::inspect": (141, "all findings about the data in one pass"),
     "finetune/data/stream.py": (702, "reading, shuffling and cutting of streamed text in one file"),
     "finetune/planning/devices.py": (670, "table of GPUs and measurement of this machine in one file"),
     "finetune/planning/trace.py": (541, "recorder and stand-ins of the fast step in one file"),

@@ -7,11 +7,12 @@ cannot work, and warns if a part of the data does not teach what it seems to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import random
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.rows import Row, answers
+from finetune.data.formats import Row, answers
 from finetune.data.samples import IGNORE, Encoder, Sample
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ class Prepared:
     heldout_rows: list[Row]
     duplicates_removed: int = 0
     dropped: int = 0  # samples longer than max_length under truncation: drop
+    idle: list[str] = field(default_factory=list)  # locations of samples without a trained token, which are left out
 
 
 @dataclass(frozen=True)
@@ -88,45 +90,60 @@ def prepare(
 ) -> Prepared:
     """Remove duplicates, split, encode.
 
-    Rows with the same question stay on one side of the split, so a held-out question was never trained. `heldout` is a
-    number of rows, or a share below 1; `heldout_rows` replaces the split.
+    Rows with the same question stay on one side of the split, so a held-out question was never trained; where too many rows
+    begin alike for that (chats that open with "Hi"), those with the same text besides the answers do; else single rows are held
+    out, and a check tells. `heldout` is a number of rows, or a share below 1; `heldout_rows` replaces the split. Samples without
+    a trained token are left out of both sides.
     """
-    import random
-
     kept: list[Row] = list({row.key: row for row in reversed(rows)}.values())[::-1] if dedupe else list(rows)
     removed = len(rows) - len(kept)
     heldout_part: list[Row] = list(heldout_rows or [])
     if heldout_rows is None and heldout:
         target = round(heldout * len(kept)) if heldout < 1 else int(heldout)
-        groups: dict[str, list[Row]] = {}
-        for row in kept:
-            groups.setdefault(row.question, []).append(row)
-        names = sorted(groups)
-        random.Random(f"split/{seed}").shuffle(names)
-        chosen: set[str] = set()
-        for name in names:
-            if len(heldout_part) >= target:
-                break
-            if len(heldout_part) + len(groups[name]) <= target:  # a large group would overshoot: the next may fit
-                chosen.add(name)
-                heldout_part += groups[name]
-        kept = [row for row in kept if row.question not in chosen]
+        for together in (lambda row: row.question, lambda row: row.asked, lambda row: row.where):
+            if len(heldout_part) < target:
+                chosen = _hold_out(kept, together, target - len(heldout_part), seed)
+                heldout_part += chosen
+                held = {id(row) for row in chosen}
+                kept = [row for row in kept if id(row) not in held]
     done, total = 0, len(kept) + len(heldout_part)
-    dropped = 0
+    dropped, idle = 0, list[str]()
 
-    def encode(side: list[Row]) -> list[Sample]:
+    def encode(side: list[Row]) -> tuple[list[Sample], list[Row]]:
         nonlocal done, dropped
-        samples: list[Sample] = []
+        samples, rows, every = list[Sample](), list[Row](), list[Sample]()
         for row in side:
             encoded = encoder.encode(row)
             dropped += not encoded
-            samples += encoded
+            every += encoded
+            useful = [sample for sample in encoded if sample.supervised]
+            idle.extend(sample.where for sample in encoded if not sample.supervised)
+            samples += useful
+            rows += [row] if useful or not encoded else []
             done += 1
             if progress is not None:
                 progress(done, total)
-        return samples
+        return (samples, rows) if samples else (every, side)  # where nothing is trained, the checks fail
 
-    return Prepared(encode(kept), encode(heldout_part), kept, heldout_part, removed, dropped)
+    train, train_rows = encode(kept)
+    held_out, heldout_rows = encode(heldout_part)
+    return Prepared(train, held_out, train_rows, heldout_rows, removed, dropped, idle)
+
+
+def _hold_out(rows: Sequence[Row], together: Callable[[Row], str], most: int, seed: int) -> list[Row]:
+    """At most `most` rows in a random order; those for which `together` is equal are taken all or not at all."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(together(row), []).append(row)
+    names = sorted(groups)
+    random.Random(f"split/{seed}").shuffle(names)
+    chosen: list[Row] = []
+    for name in names:
+        if len(chosen) >= most:
+            break
+        if len(chosen) + len(groups[name]) <= most:  # a large group would overshoot: the next may fit
+            chosen += groups[name]
+    return chosen
 
 
 def _share(part: int, whole: int) -> str:
@@ -136,144 +153,154 @@ def _share(part: int, whole: int) -> str:
 def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> Preflight:
     """All checks on all samples that will be trained, and three decoded examples."""
     train = prepared.train
+    return Preflight(
+        [
+            *_labels(prepared, encoder),
+            *_ends(train, encoder),
+            *_template(encoder),
+            *_beginnings(train, encoder),
+            *_lengths(prepared, encoder),
+            *_limits(prepared, limits),
+            *_split(prepared),
+        ],
+        sum(map(len, train)),
+        sum(sample.supervised for sample in train),
+        sum(bool(sample.cut) for sample in train),
+        histogram([len(sample) for sample in train]),
+        [decode(sample, encoder.tokenizer) for sample in _typical(train)],
+    )
+
+
+def _labels(prepared: Prepared, encoder: Encoder) -> Iterator[Check]:
+    """There is something to learn, and no answer is empty."""
+    train = prepared.train
     tokens, supervised = sum(map(len, train)), sum(sample.supervised for sample in train)
-    checks: list[Check] = []
-
-    def check(name: str, status: str, detail: str) -> None:
-        checks.append(Check(name, status, detail))
-
-    # Something to learn.
-    without = [sample for sample in train if not sample.supervised]
-    share = f"{_share(supervised, tokens)} tokens are trained"
-    texts = [answer for row in prepared.train_rows for answer in answers(row)] + [
-        row.text for row in prepared.train_rows if row.text is not None
-    ]
-    empty = sum(not text.strip() for text in texts)
+    texts = [(row.where, answer) for row in prepared.train_rows for answer in answers(row)]
+    texts += [(row.where, row.text) for row in prepared.train_rows if row.text is not None]
+    empty = [where for where, text in texts if not text.strip()]
     if not supervised:
-        check("something to learn", FAIL, "no token of this data is trained: all labels are ignored")
-    elif texts and empty == len(texts):
-        check("something to learn", FAIL, f"all {empty} answers are empty: the model would learn to answer nothing")
+        yield Check("something to learn", FAIL, "no token of this data is trained: all labels are ignored")
+    elif texts and len(empty) == len(texts):
+        detail = f"all {len(empty)} answers are empty: the model would learn to answer nothing"
+        yield Check("something to learn", FAIL, detail)
     else:
-        check("something to learn", PASS, share)
+        yield Check("something to learn", PASS, f"{_share(supervised, tokens)} tokens are trained")
+    if supervised and encoder.long_prompts:
+        count, (where, _) = len(encoder.long_prompts), encoder.long_prompts[0]
+        detail = (
+            f"{count} samples are left out, such as {where}: their prompts alone fill data.max_length={encoder.max_length}; "
+            f"data.max_length={max(length for _, length in encoder.long_prompts)} would keep them whole"
+        )
+        yield Check("prompts too long", WARN, detail)
+    without = len(prepared.idle) - len(encoder.long_prompts)
     if supervised and without:
-        check(
-            "rows without an answer",
-            WARN,
-            f"{_share(len(without), len(train))} samples have no trained token, such as {without[0].where}",
-        )
-    if empty and empty < len(texts):
-        first = next(
-            r.where for r in prepared.train_rows if any(not a.strip() for a in (*answers(r), *([r.text] if r.text else [])))
-        )
-        check("empty answers", WARN, f"{_share(empty, len(texts))} answers are empty, such as {first}")
+        long = {where for where, _ in encoder.long_prompts}
+        where = next((where for where in prepared.idle if where not in long), prepared.idle[0])
+        total = len(train) + len(prepared.heldout) + len(prepared.idle)
+        detail = f"{_share(without, total)} samples have no trained token and are left out, such as {where}"
+        yield Check("rows without an answer", FAIL if without > total / 2 else WARN, detail)
+    if empty and len(empty) < len(texts):
+        yield Check("empty answers", WARN, f"{_share(len(empty), len(texts))} answers are empty, such as {empty[0]}")
 
-    # The end of an answer.
-    turns, ended = sum(sample.answers for sample in train), sum(sample.ended for sample in train)
-    if turns:
-        names = sorted(str(encoder.tokenizer.decode([token])) for token in encoder.ends)
-        if ended == turns:
-            check("end token trained", PASS, f"all {turns} answers end with a trained {' or '.join(names)}")
-        elif ended == 0:
-            check(
-                "end token trained",
-                FAIL,
-                f"none of {turns} answers ends with an end-of-sequence token: the model would never stop generating. "
-                "The chat template (data.template) must write the end token after an answer",
-            )
-        else:
-            check("end token trained", WARN, f"{_share(ended, turns)} answers end with a trained end token")
 
-    # The beginning.
+def _ends(train: Sequence[Sample], encoder: Encoder) -> Iterator[Check]:
+    """Answers end with an end token that is trained."""
+    turns, ended = sum(sample.answers - sample.cut_ends for sample in train), sum(sample.ended for sample in train)
+    if not any(sample.answers for sample in train):
+        return
+    names = sorted(str(encoder.tokenizer.decode([token])) for token in encoder.ends)
+    if ended and ended == turns:
+        whole = "answers that are not cut" if any(sample.cut_ends for sample in train) else "answers"
+        yield Check("end token trained", PASS, f"all {turns} {whole} end with a trained {' or '.join(names)}")
+    elif ended == 0:
+        yield Check(
+            "end token trained",
+            FAIL,
+            f"none of {sum(sample.answers for sample in train)} answers ends with a trained end-of-sequence token: the model "
+            "would never stop generating. The chat template (data.template) must write the end token after an answer"
+            + (", and data.max_length leave it room" if any(sample.cut_ends for sample in train) else ""),
+        )
+    else:
+        yield Check("end token trained", WARN, f"{_share(ended, turns)} answers end with a trained end token")
+
+
+def _template(encoder: Encoder) -> Iterator[Check]:
+    """The template writes the text of every turn."""
+    for part, rows in encoder.left_out.items():
+        more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
+        yield Check("text in the template", WARN, f"the chat template writes nothing of {part}: {rows[0]}{more}")
+
+
+def _beginnings(train: Sequence[Sample], encoder: Encoder) -> Iterator[Check]:
+    """There is one BOS, and no token across a prompt and its answer."""
     if encoder.adds_bos:
         counts = [sample.bos for sample in train]
         wrong = sum(count != 1 for count in counts)
-        if wrong:
-            check(
-                "one BOS",
-                FAIL,
-                f"{_share(wrong, len(train))} samples begin with {max(counts)} BOS tokens instead of one: fix the template",
-            )
-        else:
-            check("one BOS", PASS, "every sample begins with exactly one BOS token")
+        detail = f"{_share(wrong, len(train))} samples begin with {max(counts)} BOS tokens instead of one: fix the template"
+        yield (
+            Check("one BOS", FAIL, detail) if wrong else Check("one BOS", PASS, "every sample begins with exactly one BOS token")
+        )
     merged = sum(sample.merged for sample in train)
     if merged:
-        check("prompt and answer apart", WARN, f"in {merged} answers the first token also holds the end of the prompt")
+        detail = f"in {merged} answers the first token also holds the end of the prompt"
+        yield Check("prompt and answer apart", WARN, detail)
 
-    # Length.
-    truncated = [sample for sample in train if sample.cut]
+
+def _lengths(prepared: Prepared, encoder: Encoder) -> Iterator[Check]:
+    """What data.max_length cuts or drops."""
+    truncated = [sample for sample in prepared.train if sample.cut]
     if prepared.dropped:
-        check(
-            "too long",
-            WARN,
-            f"{prepared.dropped} rows are longer than data.max_length={encoder.max_length} and were dropped",
-        )
+        detail = f"{prepared.dropped} rows are longer than data.max_length={encoder.max_length} and were dropped"
+        yield Check("too long", WARN, detail)
     if truncated:
         cut, cut_supervised = sum(s.cut for s in truncated), sum(s.cut_supervised for s in truncated)
         ends = sum(s.cut_ends for s in truncated)
-        check(
+        yield Check(
             "truncation",
             WARN,
-            f"{_share(len(truncated), len(train))} samples are cut at {encoder.max_length} tokens: {cut} tokens lost, "
+            f"{_share(len(truncated), len(prepared.train))} samples are cut at {encoder.max_length} tokens: {cut} tokens lost, "
             f"{cut_supervised} of them trained, {ends} end tokens. A cut answer teaches the model not to stop: raise "
             "data.max_length, or set data.truncation=drop",
         )
     elif not prepared.dropped:
-        check("truncation", PASS, f"no sample is longer than data.max_length={encoder.max_length}")
+        yield Check("truncation", PASS, f"no sample is longer than data.max_length={encoder.max_length}")
 
-    # The model's limits; beyond them a GPU fails with "device-side assert".
-    everything = [*train, *prepared.heldout]
+
+def _limits(prepared: Prepared, limits: Limits) -> Iterator[Check]:
+    """The model's limits; beyond them a GPU fails with "device-side assert"."""
+    everything = [*prepared.train, *prepared.heldout]
     longest = max(map(len, everything), default=0)
     highest = max((max(sample.input_ids) for sample in everything if len(sample)), default=0)
     if limits.positions is not None and longest > limits.positions:
-        check(
-            "the model's length",
-            FAIL,
-            f"samples have up to {longest} tokens, the model has {limits.positions} positions: lower data.max_length",
-        )
+        detail = f"samples have up to {longest} tokens, the model has {limits.positions} positions: lower data.max_length"
+        yield Check("the model's length", FAIL, detail)
     if limits.vocabulary is not None and highest >= limits.vocabulary:
-        check(
-            "the model's vocabulary",
-            FAIL,
-            f"the tokenizer gives token id {highest}, the model has {limits.vocabulary} embeddings: they do not belong together",
+        detail = (
+            f"the tokenizer gives token id {highest}, the model has {limits.vocabulary} embeddings: they do not belong together"
         )
+        yield Check("the model's vocabulary", FAIL, detail)
 
-    # The split.
+
+def _split(prepared: Prepared) -> Iterator[Check]:
+    """Duplicates were removed, and train and held-out rows are apart."""
     if prepared.duplicates_removed:
-        check("duplicates", WARN, f"{prepared.duplicates_removed} rows are duplicates of an earlier one and were removed")
-    if prepared.heldout:
-        trained = {row.key for row in prepared.train_rows}
-        both = sum(row.key in trained for row in prepared.heldout_rows)
-        questions = {row.question for row in prepared.train_rows}
-        asked = sum(row.question in questions for row in prepared.heldout_rows)
-        if both:
-            check(
-                "train and held-out apart",
-                FAIL,
-                f"{_share(both, len(prepared.heldout_rows))} held-out rows are in the training data too: their loss is too low",
-            )
-        elif asked:
-            check(
-                "train and held-out apart",
-                WARN,
-                f"{_share(asked, len(prepared.heldout_rows))} held-out questions are in the training data too",
-            )
-        else:
-            check(
-                "train and held-out apart",
-                PASS,
-                f"{len(prepared.train_rows)} training rows, {len(prepared.heldout_rows)} held out",
-            )
-        if not sum(sample.supervised for sample in prepared.heldout):
-            check("held-out rows measure something", FAIL, "no token of the held-out rows belongs to an answer")
-
-    return Preflight(
-        checks,
-        tokens,
-        supervised,
-        len(truncated),
-        histogram([len(s) for s in train]),
-        [decode(s, encoder.tokenizer) for s in _typical(train)],
-    )
+        detail = f"{prepared.duplicates_removed} rows are duplicates of an earlier one and were removed"
+        yield Check("duplicates", WARN, detail)
+    if not prepared.heldout:
+        return
+    trained, questions = {row.key for row in prepared.train_rows}, {row.asked for row in prepared.train_rows}
+    count = len(prepared.heldout_rows)
+    both = sum(row.key in trained for row in prepared.heldout_rows)
+    asked = sum(row.asked in questions for row in prepared.heldout_rows)
+    name = "train and held-out apart"
+    if both:
+        yield Check(name, FAIL, f"{_share(both, count)} held-out rows are in the training data too: their loss is too low")
+    elif asked:
+        yield Check(name, WARN, f"{_share(asked, count)} held-out questions are in the training data too")
+    else:
+        yield Check(name, PASS, f"{len(prepared.train_rows)} training rows, {count} held out")
+    if not sum(sample.supervised for sample in prepared.heldout):
+        yield Check("held-out rows measure something", FAIL, "no token of the held-out rows belongs to an answer")
 
 
 def _typical(samples: Sequence[Sample]) -> list[Sample]:

@@ -1,8 +1,5 @@
-"""Rows of a dataset, read from a file, a package or the hub, and converted to one form.
-
-A source gives raw values, each with its location (`file.jsonl:12`). A format turns a raw value into a `Row`: a
-conversation or a text. If the recipe does not name the format, it is detected from the content, and the reason is kept.
-"""
+"""Rows of a dataset, read from a file, a package or the hub. A source gives raw values, each with its location
+(`file.jsonl:12`); a format (formats.py) turns them into rows."""
 
 from __future__ import annotations
 
@@ -10,54 +7,19 @@ import fnmatch
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune.data.formats import EXPECTED, BadRow, Raw, Row, detect, refuse_preferences, shape, to_row
 from finetune.errors import UserError, nearest
 
-Raw = tuple[str, Any]  # (where, value)
 PACKAGE = "package:"
 DEEPEST = 100  # nesting of lists in a .yml: a row has two or three levels
 READABLE = (".jsonl", ".json", ".txt", ".yml", ".yaml")
-ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "tool": "tool",
-}  # fmt: skip
-# (question, additional input, answer): Alpaca's field names and their synonyms.
-ALPACA_FIELDS = (
-    ("instruction", "input", "output"),
-    ("instruction", "context", "response"),
-    ("prompt", None, "completion"),
-    ("prompt", None, "response"),
-    ("question", None, "answer"),
-)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One example: either `messages` (each {"role", "content"}) or `text`."""
-
-    where: str
-    messages: tuple[dict[str, str], ...] = ()
-    text: str | None = None
-
-    @property
-    def key(self) -> str:
-        """A string that is equal for equal rows."""
-        return json.dumps([self.text, *([m["role"], m["content"]] for m in self.messages)], ensure_ascii=False)
-
-    @property
-    def question(self) -> str:
-        """All text before the first answer: rows with the same question must not be on both sides of a split."""
-        asked = []
-        for message in self.messages:
-            if message["role"] == "assistant":
-                break
-            asked.append(message["content"].strip())
-        return self.text if self.text is not None else "\n".join(asked)
 
 
 @dataclass(frozen=True)
@@ -282,101 +244,6 @@ def _read_hub(name: str, split: str, files: list[str], max_rows: int | None) -> 
     return [(f"{name}[{index}]", value) for index, value in enumerate(dataset)], str(dataset._fingerprint)
 
 
-# ---------------------------------------------------------------------------------------------------------------- formats
-
-
-def _alpaca(value: Any) -> tuple[dict[str, str], ...] | None:
-    if not isinstance(value, dict):
-        return None
-    for question_key, input_key, answer_key in ALPACA_FIELDS:
-        question, answer = value.get(question_key), value.get(answer_key)
-        if isinstance(question, str) and isinstance(answer, str):
-            extra_input = value.get(input_key) if input_key else None
-            if isinstance(extra_input, str) and extra_input.strip():
-                question = f"{question}\n\n{extra_input}"
-            system = value.get("system")
-            first = ({"role": "system", "content": system},) if isinstance(system, str) and system.strip() else ()
-            return (*first, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
-    return None
-
-
-def _messages(value: Any) -> tuple[dict[str, str], ...] | None:
-    if not isinstance(value, dict):
-        return None
-    turns = value.get("messages", value.get("conversations"))
-    if not isinstance(turns, list) or not turns:
-        return None
-    messages = []
-    system = value.get("system")
-    if isinstance(system, str) and system.strip():
-        messages.append({"role": "system", "content": system})
-    for turn in turns:
-        if not isinstance(turn, dict):
-            return None
-        role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
-        if role not in ROLES or not isinstance(content, str):
-            return None
-        messages.append({"role": ROLES[role], "content": content})
-    return tuple(messages)
-
-
-def _dialogue(value: Any) -> tuple[dict[str, str], ...] | None:
-    if not isinstance(value, list) or len(value) < 2 or not all(isinstance(turn, str | int | float) for turn in value):
-        return None
-    roles = ("user", "assistant")
-    # An odd last turn is a question without an answer: it is dropped.
-    return tuple({"role": roles[i % 2], "content": str(turn).strip()} for i, turn in enumerate(value[: len(value) // 2 * 2]))
-
-
-def _text(value: Any) -> str | None:
-    value = value.get("text") if isinstance(value, dict) else value
-    return value if isinstance(value, str) else None
-
-
-CONVERSATIONS = {"alpaca": _alpaca, "messages": _messages, "dialogue": _dialogue}
-FORMATS = (*CONVERSATIONS, "text")
-EXPECTED = {
-    "alpaca": 'an object with "instruction" and "output" (and perhaps "input")',
-    "messages": 'an object with "messages": [{"role": "user", "content": …}, …]',
-    "dialogue": "a list of at least two alternating turns",
-    "text": 'a string, or an object with "text"',
-}
-
-
-def _to_row(raw: Raw, format_: str) -> Row | None:
-    where, value = raw
-    if format_ == "text":
-        text = _text(value)
-        return None if text is None else Row(where, text=text)
-    messages = CONVERSATIONS[format_](value)
-    return None if messages is None else Row(where, messages=messages)
-
-
-def _shape(value: Any) -> str:
-    if isinstance(value, dict):
-        return "an object with keys " + ", ".join(f"{key} ({type(item).__name__})" for key, item in list(value.items())[:6])
-    return f"{type(value).__name__}: {str(value)[:60]!r}"
-
-
-def detect(raws: list[Raw]) -> tuple[str, str]:
-    """Detect the format of raw rows from their content; returns (format, reason).
-
-    Raises:
-        UserError: no format matches; shows the first five rows.
-    """
-    head = raws[:200]
-    fits = {format_: sum(_to_row(raw, format_) is not None for raw in head) for format_ in FORMATS}
-    best = max(FORMATS, key=lambda format_: fits[format_])
-    if not fits[best]:
-        raise _bad_rows_error(
-            "rows match no known format",
-            [(where, _shape(value)) for where, value in raws],
-            len(raws),
-            "a row is " + ", or ".join(f"{expected} ({name})" for name, expected in EXPECTED.items()),
-        )
-    return best, f"{fits[best]} of the first {len(head)} rows are {EXPECTED[best]}"
-
-
 def load_rows(
     *,
     name: str | None,
@@ -405,17 +272,29 @@ def load_rows(
     if not raws:
         raise UserError("the data is empty", where=source, got="0 rows")
     raws = raws[:max_rows]
+    refuse_preferences(raws)
+    reason = "set by the recipe"
     if format_ == "auto":
-        format_, reason = detect(raws)
-    else:
-        reason = "set by the recipe"
+        detected = detect(raws)
+        if detected is None:
+            raise _bad_rows_error(
+                "rows match no known format",
+                [(where, shape(value)) for where, value in raws],
+                len(raws),
+                "a row is " + ", or ".join(f"{expected} ({name})" for name, expected in EXPECTED.items()),
+            )
+        format_, reason = detected
     rows, bad = [], []
     for raw in raws:
-        row = _to_row(raw, format_)
-        if row is None:
-            bad.append((raw[0], _shape(raw[1])))
+        try:
+            row = to_row(raw, format_)
+        except BadRow as error:
+            bad.append((raw[0], str(error)))
         else:
-            rows.append(row)
+            if row is None:
+                bad.append((raw[0], shape(raw[1])))
+            else:
+                rows.append(row)
     if bad and not skip_bad:
         raise _bad_rows_error(
             f"rows do not have the format {format_}",
@@ -424,8 +303,3 @@ def load_rows(
             f"a row must be {EXPECTED[format_]}; fix them, set another data.format, or data.bad_rows=skip",
         )
     return Rows(rows, source, digest, format_, reason, [where for where, _ in bad])
-
-
-def answers(row: Row) -> Iterator[str]:
-    """The contents of the assistant's turns."""
-    return (message["content"] for message in row.messages if message["role"] == "assistant")

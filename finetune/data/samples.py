@@ -1,19 +1,25 @@
 """Samples: token ids and labels of a row, encoded for training.
 
-An answer's span is found by rendering the chat template twice: with the generation prompt before the answer, and with the
-answer. The difference is the answer and its end token, for any template. Labels therefore never depend on the pad token: a
-model whose pad token is its end token still learns to stop (the bug behind trl#3091 and unsloth#416).
+An answer's span is found by rendering the chat template twice: the prompt in use (the earlier messages with the generation
+prompt), and the conversation up to the answer. Where the second begins with the first, the difference is the answer and its end
+token. Labels therefore never depend on the pad token: a model whose pad token is its end token still learns to stop (the bug
+behind trl#3091 and unsloth#416).
 
-A template that rewrites earlier turns when later ones follow (Qwen3 removes old thoughts) is rendered turn by turn: such a
-conversation becomes one sample for each answer, which is what the model sees in use.
+Templates that do otherwise are served by what the model sees in use. One that rewrites earlier turns when later ones follow
+(Qwen3 removes old thoughts) is rendered turn by turn: the conversation becomes one sample for each answer. One whose prompt is
+not how the answered conversation begins (Mistral v0.3 moves the system message into the last question; DeepSeek-R1 opens a
+thought, and cuts thoughts out of answers) gives the prompt in use, followed by the answer as it was written and the text with
+which the template closes an answer, found by rendering a probe.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from finetune.data.rows import Row
+from finetune.data.formats import Message, Row
 from finetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -54,6 +60,35 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
             )
     tokenizer.chat_template = TEMPLATES[template]
     return template
+
+
+PROBE = "Qx7 probe 7xQ"
+OPEN_THOUGHT = re.compile(r"(?P<tag><(?:think|thinking|thought|reasoning)>)\s*$")
+THOUGHT_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
+
+
+def _pieces(answer: Message) -> list[str]:
+    """The texts of an answer: its reasoning, and its content between tags of thoughts."""
+    texts = [answer.get("reasoning_content") or "", *THOUGHT_TAGS.split(answer["content"])]
+    return [text.strip() for text in texts if text.strip()]
+
+
+def _lost(answer: Message, rendered: str) -> bool:
+    """Whether the template leaves out a part of the answer (R1's cuts thoughts)."""
+    return any(piece not in rendered for piece in _pieces(answer))
+
+
+def _written(answer: Message) -> str:
+    """The answer's text as the row has it, with its reasoning as a thought before it."""
+    reasoning = answer.get("reasoning_content")
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{answer['content']}" if reasoning else str(answer["content"])
+
+
+class _Turn(NamedTuple):
+    """A conversation's text up to the end of an answer; begin: position of the answer's first character."""
+
+    text: str
+    begin: int
 
 
 @dataclass(frozen=True)
@@ -116,6 +151,8 @@ class Encoder:
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end_ids = eos_token_ids | special - {tokenizer.unk_token_id, tokenizer.bos_token_id}
         self.ends: set[int] = set()  # those of them that ended an answer
+        self.long_prompts: list[tuple[str, int]] = []  # samples without an answer token in max_length: location, whole length
+        self.left_out: dict[str, list[str]] = {}  # what the template writes nothing of: locations of the rows
 
     def encode(self, row: Row) -> list[Sample]:
         """The samples of a row (several if the template rewrites earlier turns; none if too long and dropped).
@@ -138,42 +175,102 @@ class Encoder:
         ends = (len(ids) - 1,) if eos is not None else ()
         return Sample(row.where, tuple(ids), (IGNORE, *ids[1:]), answers=1, ends=ends, bos=self._leading_bos(ids))
 
-    def _render(self, messages: list[dict[str, str]], prompt: bool, where: str) -> str:
+    def _render(self, messages: Sequence[Message], prompt: bool, row: Row) -> str:
+        options: dict[str, Any] = {"tools": list(row.tools)} if row.tools else {}
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+            return str(
+                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **options)
+            )
         except Exception as error:  # jinja's errors and those of the template: each means that it rejects this row
             raise UserError(
                 "the chat template rejects this row",
-                where=where,
+                where=row.where,
                 got=f"{error} (roles: {', '.join(m['role'] for m in messages)})",
                 hint="fix the row, or choose another template: data.template=alpaca",
             ) from None
 
     def _conversation(self, row: Row) -> list[Sample]:
         messages = list(row.messages)
+        untrained = row.untrained
         if self.system is not None and messages and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.system})
-        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=None)
-        if last is None:
-            return [self._sample(row.where, self._render(messages, False, row.where), [])]
-        messages = messages[: last + 1]  # nothing after the last answer is trained
-        whole = self._render(messages, False, row.where)
-        turns: list[tuple[str, str]] = []  # (text before the answer, text up to its end)
-        for index, message in enumerate(messages):
-            if message["role"] == "assistant":
-                before = self._render(messages[:index], True, row.where)
-                through = whole if index == last else self._render(messages[: index + 1], False, row.where)
-                if not through.startswith(before):  # the generation prompt has more text than the answer's beginning
-                    before = self._common(before, through)
-                turns.append((before, through))
-        if all(whole.startswith(through) for _, through in turns):
-            return [self._sample(row.where, whole, [(len(before), len(through)) for before, through in turns])]
-        return [self._sample(row.where, through, [(len(before), len(through))]) for before, through in turns]
+            untrained = frozenset(index + 1 for index in untrained)
+        answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+        if not answers:
+            return [self._sample(row.where, self._render(messages, False, row), [])]
+        messages = messages[: answers[-1] + 1]  # nothing after the last answer is trained
+        whole = self._render(messages, False, row)
+        turns = [self._turn(row, messages[: index + 1], whole if index == answers[-1] else None) for index in answers]
+        self._note_left_out(row, messages, [whole, *(turn.text for turn in turns)])
+        trained = [index not in untrained for index in answers]
+        if all(whole.startswith(turn.text) for turn in turns):
+            spans = [(turn.begin, len(turn.text)) for turn, train in zip(turns, trained, strict=True) if train]
+            return [self._sample(row.where, whole, spans)]
+        return [
+            self._sample(row.where, turn.text, [(turn.begin, len(turn.text))])
+            for turn, train in zip(turns, trained, strict=True)
+            if train
+        ]
 
-    @staticmethod
-    def _common(a: str, b: str) -> str:
-        length = next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
-        return a[:length]
+    def _turn(self, row: Row, messages: list[Message], rendered: str | None) -> _Turn:
+        """The text up to the end of the last message, an answer, and where the answer begins. rendered: `messages`, if known."""
+        answer = messages[-1]
+        through = self._render(messages, False, row) if rendered is None else rendered
+        try:
+            prompt = self._render(messages[:-1], True, row)
+        except UserError:  # no prompt without a question: the conversation opens with this answer
+            before, _ = self._around(row, messages)
+            if not through.startswith(before):
+                raise
+            return _Turn(through, len(before))
+        if through.startswith(prompt) and not _lost(answer, through[len(prompt) :]):
+            return _Turn(through, len(prompt))
+        before, closing = self._around(row, messages)
+        if through.startswith(before) and not _lost(answer, through[len(before) :]):
+            body = through[len(before) :]
+        else:
+            body = _written(answer) + closing
+        # White space that the template writes before an answer, but not into the prompt (Mistral's).
+        blank = len(before) - len(before.rstrip())
+        ends = [before[: len(before) - count][-4:] == prompt[-4:] for count in range(blank + 1)]
+        body = before[len(before) - ends.index(True) :] + body if True in ends[1:] and not ends[0] else body
+        if (opened := OPEN_THOUGHT.search(prompt)) is not None:
+            tag = opened["tag"]
+            if body.lstrip().startswith(tag):
+                body = body.lstrip()[len(tag) :].lstrip()
+            elif tag.replace("<", "</") not in body:  # in use the model ends its thought before it answers
+                body = f"\n{tag.replace('<', '</')}\n\n{body.lstrip()}"
+        return _Turn(prompt + body, len(prompt))
+
+    def _note_left_out(self, row: Row, messages: list[Message], texts: list[str]) -> None:
+        """Note roles, tools and tool calls of which no rendering has the text."""
+        for message in messages:
+            content = message["content"].strip()
+            if message["role"] != "assistant" and content and not any(content in text for text in texts):
+                self.left_out.setdefault(f"turns of role {message['role']}", []).append(row.where)
+            for call in message.get("tool_calls", ()):
+                if not any(call["function"]["name"] in text for text in texts):
+                    self.left_out.setdefault("tool calls", []).append(row.where)
+        names = [str(tool.get("function", tool).get("name", "")) for tool in row.tools]
+        if any(name and not any(name in text for text in texts) for name in names):
+            self.left_out.setdefault("tools", []).append(row.where)
+
+    def _around(self, row: Row, messages: list[Message]) -> tuple[str, str]:
+        """What the template writes before and after the last message, an answer.
+
+        Raises:
+            UserError: the template does not write the answer's text.
+        """
+        text = self._render([*messages[:-1], {"role": "assistant", "content": PROBE}], False, row)
+        before, found, after = text.rpartition(PROBE)
+        if not found:
+            raise UserError(
+                "the chat template does not write the text of answers",
+                where=row.where,
+                got=f"{text[-80:]!r}",
+                hint="choose another template: data.template=alpaca",
+            )
+        return before, after
 
     def _sample(self, where: str, text: str, spans: list[tuple[int, int]]) -> Sample:
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -214,6 +311,8 @@ class Encoder:
         if len(sample) <= self.max_length:
             return sample
         lost = sample.labels[self.max_length :]
+        if sample.supervised and not any(label != IGNORE for label in sample.labels[1 : self.max_length]):
+            self.long_prompts.append((sample.where, len(sample)))
         kept: dict[str, Any] = {**sample.__dict__}
         kept |= {
             "input_ids": sample.input_ids[: self.max_length],
