@@ -370,8 +370,9 @@ def test_both_sides_do_the_same_work(
     pytest.importorskip("trl")
     from eval.perplexity import evaluate_loss
 
-    cut = [{"instruction": f"{n} and " * 60, "input": "", "output": "lost"} for n in range(6)]  # nothing of them is trained
-    path = write_jsonl(tmp_path / "rows.jsonl", [*alpaca(26), *cut])
+    long = [{"instruction": f"{n} and " * 60, "input": "", "output": "lost"} for n in range(6)]  # the prompts fill max_length
+    uneven = [{"instruction": f"{n}?", "input": "", "output": f"{n} and " * (2 + 3 * n)} for n in range(6)]
+    path = write_jsonl(tmp_path / "rows.jsonl", [*alpaca(20), *long, *uneven])
     more = [f"model.name={tiny_model}", f"data.path={path}", f"quant.scheme={scheme}", "model.dtype=fp32", "fast.compile=false"]
     recipe = qlora.recipes(None, [*OVERRIDES, *more, "train.accumulation=2"])["unpacked"]
     (share := tmp_path / "share").mkdir()
@@ -379,7 +380,8 @@ def test_both_sides_do_the_same_work(
     request.addfinalizer(ours.fast.remove)
     counts = ours.share(share, 3)
     assert len(counts) == 3
-    assert any(set(labels) == {-100} for _, labels in side.read_rows(share / "rows.npz"))
+    rows = side.read_rows(share / "rows.npz")
+    assert not any(set(labels) == {-100} for _, labels in rows), "rows of which nothing is trained are left out on both sides"
     said: list[dict[str, Any]] = []
 
     class Parent(side.Pipe):
