@@ -195,6 +195,7 @@ class Conversations:
             )
         self.preflight, self.eos_token_ids = inspect(self.data, encoder, limits), frozenset(encoder.ends)
         self.source, self.digest = self.rows.source, self.rows.sha256
+        self._cut = {sample.where for sample in self.data.heldout if sample.cut}
 
     def lines(self) -> list[str]:
         rows = self.rows
@@ -207,6 +208,9 @@ class Conversations:
             lines.append(
                 "keys of the rows that are not read: " + ", ".join(f"{key} ({count})" for key, count in unread.most_common(8))
             )
+        unasked = sum(not self._can_be_asked(row) for row in self.data.heldout_rows)
+        if unasked and self.recipe.eval.samples:
+            lines.append(f"{unasked} held-out rows are not asked for answers before and after: they are cut, or have tools")
         return lines
 
     def record(self) -> ConversationsRecord:
@@ -224,16 +228,17 @@ class Conversations:
     def held_out(self) -> HeldOut:
         return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.heldout]
 
+    def _can_be_asked(self, row: Row) -> bool:
+        """Whether a held-out row's prompt surely fits into data.max_length, and is a prompt without tools."""
+        return not row.tools and row.where not in self._cut
+
     def questions(self) -> list[Sample]:
         """Held-out conversations up to their last answer, then the recipe's own questions."""
         settings = self.recipe.eval
         questions: list[dict[str, Any]] = []
-        cut = {sample.where for sample in self.data.heldout if sample.cut}  # their prompts may be longer than max_length
-        for row in self.data.heldout_rows:
-            if row.where in cut:
-                continue
+        for row in filter(self._can_be_asked, self.data.heldout_rows):
             last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
-            if last and not row.tools and len(questions) < settings.samples:
+            if last and len(questions) < settings.samples:
                 questions.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
         for prompt in settings.prompts:
             questions.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})

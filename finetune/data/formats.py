@@ -142,7 +142,7 @@ def _parsed(value: Any, key: str) -> Any:
         return value
     try:
         return json.loads(value) if value.strip() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise BadRow(f"{key} is text, but not JSON") from None
 
 
@@ -160,8 +160,9 @@ def _calls(value: Any) -> list[dict[str, Any]] | None:
             raise BadRow("a tool call has no name")
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
-            with contextlib.suppress(ValueError):  # then the template gets the text
-                arguments = json.loads(arguments)
+            with contextlib.suppress(ValueError, RecursionError):  # then the template gets the text
+                parsed = json.loads(arguments)
+                arguments = parsed if isinstance(parsed, dict) else arguments
         calls.append({**{k: v for k, v in call.items() if k in ("id", "type")} | {"type": "function"},
                       "function": {"name": function["name"], "arguments": arguments}})  # fmt: skip
     return calls
@@ -231,7 +232,7 @@ def _messages(where: str, value: Any) -> Row | None:
     for number, given in enumerate(turns):
         turn = dict(given)
         role = turn.pop("role" if "role" in turn else "from")
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadRow(f"turn {number + 1} has the role {role!r}; known are {', '.join(ROLES)}")
         content = turn.pop("content" if "content" in turn else "value", None)
         message: Message = {"role": ROLES[role]}

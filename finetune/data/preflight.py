@@ -185,20 +185,21 @@ def _labels(prepared: Prepared, encoder: Encoder) -> Iterator[Check]:
         yield Check("something to learn", FAIL, detail)
     else:
         yield Check("something to learn", PASS, f"{_share(supervised, tokens)} tokens are trained")
+    total = len(train) + len(prepared.heldout) + len(prepared.idle)
+    mostly_idle = len(prepared.idle) > total / 2
     if supervised and encoder.long_prompts:
         count, (where, _) = len(encoder.long_prompts), encoder.long_prompts[0]
         detail = (
             f"{count} samples are left out, such as {where}: their prompts alone fill data.max_length={encoder.max_length}; "
             f"data.max_length={max(length for _, length in encoder.long_prompts)} would keep them whole"
         )
-        yield Check("prompts too long", WARN, detail)
+        yield Check("prompts too long", FAIL if mostly_idle else WARN, detail)
     without = len(prepared.idle) - len(encoder.long_prompts)
     if supervised and without:
         long = {where for where, _ in encoder.long_prompts}
         where = next((where for where in prepared.idle if where not in long), prepared.idle[0])
-        total = len(train) + len(prepared.heldout) + len(prepared.idle)
         detail = f"{_share(without, total)} samples have no trained token and are left out, such as {where}"
-        yield Check("rows without an answer", FAIL if without > total / 2 else WARN, detail)
+        yield Check("rows without an answer", FAIL if mostly_idle else WARN, detail)
     if empty and len(empty) < len(texts):
         yield Check("empty answers", WARN, f"{_share(len(empty), len(texts))} answers are empty, such as {empty[0]}")
 

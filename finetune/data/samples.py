@@ -14,6 +14,7 @@ which the template closes an answer, found by rendering a probe.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -246,7 +247,8 @@ class Encoder:
         """Note roles, tools and tool calls of which no rendering has the text."""
         for message in messages:
             content = message["content"].strip()
-            if message["role"] != "assistant" and content and not any(content in text for text in texts):
+            forms = content, json.dumps(content, ensure_ascii=False)[1:-1]  # Llama 3.1 writes results of tools as JSON
+            if message["role"] != "assistant" and content and not any(form in text for form in forms for text in texts):
                 self.left_out.setdefault(f"turns of role {message['role']}", []).append(row.where)
             for call in message.get("tool_calls", ()):
                 if not any(call["function"]["name"] in text for text in texts):

@@ -76,6 +76,8 @@ def test_marked_turns_are_not_trained(mark: dict[str, Any], trained: bool) -> No
     [
         (ANSWERED | {"weight": 0.5}, "weight of a turn is 0.5"),
         ({"role": "narrator", "content": "x"}, "'narrator'"),
+        ({"role": ["user"], "content": "x"}, "['user']"),
+        (ANSWERED | {"tool_calls": "[" * 100_000}, "tool_calls is text, but not JSON"),
         ({"role": "assistant", "content": None}, "turn 2 (assistant) has no content"),
         ({"role": "assistant", "content": [{"type": "image_url", "image_url": "x"}]}, "image_url"),
         ({"role": "assistant", "content": {"a": 1}}, "content is an object"),

@@ -164,3 +164,19 @@ def test_data_of_which_over_half_trains_nothing_fails(tokenizer: Any) -> None:
         "warn",
         "5 of 25 (20.0%) samples have no trained token and are left out, such as open:0",
     )
+
+
+def test_long_prompts_in_over_half_of_the_rows_fail(tokenizer: Any) -> None:
+    rows = [chat_row(f"question {n}", f"answer {n}", where=f"rows:{n}") for n in range(4)]
+    long = [chat_row(f"{n} " + "long " * 200, "answer", where=f"long:{n}") for n in range(5)]
+    _, checks = split(tokenizer, [*rows, *long], 0, max_length=64)
+    assert checks["prompts too long"][0] == "fail"
+
+
+def test_text_that_the_template_writes_as_json_is_not_told_as_left_out(tokenizer: Any) -> None:
+    content = "{{ m['content']|tojson if m['role'] == 'tool' else m['content'] }}"
+    template = PLAIN.replace("{{ m['content'] }}", content)
+    result = {"role": "tool", "content": 'now:\n"21"'}
+    messages = (*chat_row("How warm?", "Let me see.").messages, result, *chat_row("So?", "Warm.").messages)
+    _, encoder = encoded(tokenizer, template, Row("rows:1", messages))
+    assert encoder.left_out == {}
