@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from finetune.data.formats import Row
-from finetune.data.preflight import inspect, prepare
+from finetune.data.preflight import Limits, inspect, prepare
 from finetune.data.samples import Encoder, Sample
 from finetune.errors import UserError
+from finetune.recipe import Recipe
+from finetune.task_data import Conversations
+from tests.conftest import write_jsonl
 from tests.finetune.data.test_preflight import chat_row, make_encoder, supervised_text
 
 # The system message stands in the last question, which an answered conversation does not have (Mistral 7B v0.3, Nemo).
@@ -180,3 +184,25 @@ def test_text_that_the_template_writes_as_json_is_not_told_as_left_out(tokenizer
     messages = (*chat_row("How warm?", "Let me see.").messages, result, *chat_row("So?", "Warm.").messages)
     _, encoder = encoded(tokenizer, template, Row("rows:1", messages))
     assert encoder.left_out == {}
+
+
+def test_keys_that_are_not_read_and_rows_that_are_not_asked_are_told(tokenizer: Any, tmp_path: Path) -> None:
+    def rows(answer: str, **more: Any) -> list[dict[str, Any]]:
+        turns = [[{"role": "user", "content": f"{answer[:6]} {n}"}, {"role": "assistant", "content": answer}] for n in range(3)]
+        return [{"messages": messages, "id": 7} | more for messages in turns]
+
+    tools = [{"type": "function", "function": {"name": "look_up"}}]
+    data = write_jsonl(tmp_path / "rows.jsonl", rows("trained"))
+    apart = write_jsonl(tmp_path / "apart.jsonl", [*rows("asked"), *rows("cut " * 100), *rows("tools", tools=tools)])
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name": "x"},
+            "data": {"path": str(data), "heldout_path": str(apart), "max_length": 128, "truncation": "cut"},
+            "eval": {"samples": 9},
+        }
+    )
+    conversations = Conversations(recipe, tokenizer, frozenset({tokenizer.eos_token_id}), Limits())
+    assert [sample.reference for sample in conversations.questions()] == ["asked"] * 3
+    unread, unasked = conversations.warnings()
+    assert unread == "keys of the rows that are not read: id (3)"
+    assert unasked.startswith("6 held-out rows are not asked")
