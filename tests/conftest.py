@@ -43,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    if (starts := sys.modules.get("tests.support.starts")) is not None and sys.platform == "linux":
+        starts.server()
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY

@@ -5,15 +5,18 @@
         assert start.send(signal.SIGKILL) == -signal.SIGKILL
     run_together(program, [file], place, count=2)                   # the ranks of a program that trains in several processes
 
-Libraries take seconds to import, so most starts are forks of a server that has imported them (and has no thread); with
-`forked=False` it is a plain `python -m finetune.cli`, which has another order of sets as well.
+Libraries take seconds to import, so most starts are forks of a server that has imported them. The server itself is a fork of the
+test process, made after the test files are imported and before the first test begins a thread. With `forked=False` a start is a
+plain `python -m finetune.cli`, which has another order of sets as well.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import gc
+import logging
 import multiprocessing
 import os
 import runpy
@@ -23,6 +26,7 @@ import subprocess
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping
 from multiprocessing import forkserver
 from pathlib import Path
@@ -31,8 +35,9 @@ from typing import Any
 from unittest import mock
 
 import psutil
+import torch
 
-# What a run imports. Not datasets: its pyarrow begins a thread, which a fork would lose.
+# What a run imports; the test files have imported most of it. Not datasets: its pyarrow begins a thread, which a fork would lose.
 PRELOAD = [
     "torch", "transformers", "peft", "accelerate", "bitsandbytes", "torch._inductor.compile_fx", "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama", "transformers.models.mixtral.modeling_mixtral",
@@ -47,12 +52,40 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 @functools.cache
 def server() -> Any:
-    """The context of a server that has imported everything and forks at once."""
+    """The context of a server that forks at once; tests/conftest.py starts it before the first test."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with mock.patch.dict(os.environ, ONE_THREAD):
-        forkserver.ensure_running()
+    own = os.dup(2)
+    with open(os.devnull, "w") as nowhere, mock.patch.object(forkserver.util, "spawnv_passfds", _fork_this_process):
+        os.dup2(nowhere.fileno(), 2)  # the server's and its resource tracker's: starts have logs
+        try:
+            forkserver.ensure_running()
+        finally:
+            os.dup2(own, 2)
+            os.close(own)
     return context
+
+
+def _fork_this_process(executable: Any, arguments: list[Any], descriptors: list[int]) -> int:
+    """In place of multiprocessing's new process for its server: a fork of this one, as like a new one as can be; its id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        for descriptor in map(int, os.listdir("/proc/self/fd")):
+            if descriptor > 2 and descriptor not in descriptors:
+                with contextlib.suppress(OSError):
+                    os.close(descriptor)
+        os.environ.update(ONE_THREAD)
+        torch.set_num_threads(1)
+        logging.root.handlers.clear()  # pytest's, and its filters
+        warnings.resetwarnings()
+        for category in (ResourceWarning, ImportWarning, PendingDeprecationWarning, DeprecationWarning):
+            warnings.simplefilter("ignore", category)
+        gc.freeze()
+        exec(arguments[-1], {"__name__": "__main__"})
+    finally:
+        os._exit(1)
 
 
 def _forked(program: str | None, words: list[str], place: str, log: str, environment: dict[str, str]) -> None:
