@@ -157,8 +157,8 @@ def _load_source(source: Source, dtype: str, device: torch.device, progress: Sho
     """
     config = load_config(source)
     stored = torch.float32 if getattr(config, "dtype", None) == torch.float32 else default_dtype(device.type)
-    model: Any = load_weights(source, config, dtype=DTYPES.get(dtype, stored), attention="auto", progress=progress)
     tokenizer = load_tokenizer(source)
+    model: Any = load_weights(source, config, dtype=DTYPES.get(dtype, stored), attention="auto", progress=progress)
     note = None
     if chats and not tokenizer.chat_template:
         note = f"{source.name} has no chat template: using {set_template(tokenizer, 'auto')}"
