@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.data.preflight import FAIL, PASS, Check, Limits, Preflight, Prepared, inspect, prepare
+from finetune.data.preflight import FAIL, PASS, WARN, Check, Limits, Preflight, Prepared, control_tokens, inspect, prepare
 from finetune.errors import UserError
 from finetune.recipe import Recipe, Train
 from finetune.record import DataRecord, Record, Sample, part_as
@@ -295,6 +295,7 @@ class Text:
     """A stream of documents, packed into sequences of data.max_length tokens."""
 
     def __init__(self, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, source: Source, limits: Limits) -> None:
+        from eval.model_state import adds_bos
         from finetune.data.stream import Corpus, open_source
         from finetune.data.tokenizer import batch_encoder
 
@@ -306,7 +307,11 @@ class Text:
         self.recipe, self.tokenizer = recipe, tokenizer
         self.source, self.digest = source.name, source.digest
 
-        encode = batch_encoder(tokenizer)
+        self.adds_bos = adds_bos(tokenizer)
+        # A BOS token that is the end token too (OPT) stands between documents already.
+        self.bos = tokenizer.bos_token_id if self.adds_bos and data.bos == "auto" else None
+        self.bos = None if self.bos == tokenizer.eos_token_id else self.bos
+        encode = batch_encoder(tokenizer, self.bos)
         options: dict[str, Any] = {"length": data.max_length, "end": tokenizer.eos_token_id, "seed": recipe.run.seed}
         apart = data.heldout_path is not None
         self.corpus: Corpus = Corpus(source, encode, heldout_rows=0 if apart else int(data.heldout), **options)
@@ -354,6 +359,7 @@ class Text:
                 f"every token is trained; {characters / tokens:.2f} characters per token in the first {len(self.first)} sequences"
             )
             checks.append(Check("something to learn", PASS, detail))
+            checks += [self._edges(), *self._control_tokens()]
             unknown = self.tokenizer.unk_token_id
             lost = sum(row.count(unknown) for row in self.first) if unknown is not None else 0
             if lost > 0.01 * tokens:
@@ -373,6 +379,24 @@ class Text:
             checks.append(Check("train and held-out apart", PASS, detail))
         examples = [[{"text": self.tokenizer.decode(row[:100]), "supervised": True}] for row in self.first[:3]]
         return Preflight(checks, tokens, tokens, 0, {"edges": [], "counts": []}, examples)
+
+    def _edges(self) -> Check:
+        """The tokens that documents begin and end with."""
+        end, begin = self.tokenizer.eos_token, self.tokenizer.bos_token
+        if self.bos is not None:
+            return Check("beginning and end of documents", PASS, f"documents begin with {begin} and end with {end}")
+        if self.adds_bos and end != begin:
+            detail = f"documents do not begin with {begin}, which the tokenizer adds to texts: set data.bos=auto"
+            return Check("beginning and end of documents", WARN, detail)
+        return Check("beginning and end of documents", PASS, f"documents end with {end}; the tokenizer adds no BOS to texts")
+
+    def _control_tokens(self) -> Iterator[Check]:
+        """Names of control tokens in the first sequences, which are encoded as text."""
+        text = "".join(str(self.tokenizer.decode(row)) for row in self.first)
+        ids = Counter(index for row in self.first for index in row)
+        special = {token.content: index for index, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        spelled = Counter({name: text.count(name) - ids[index] for name, index in special.items()})
+        return control_tokens(+spelled, Counter())
 
     def lines(self) -> list[str]:
         name = Path(self.tokenizer.name_or_path).name or "trained on this text"
@@ -403,7 +427,7 @@ class Text:
         begin = min(PROMPT_TOKENS, length // 2)
         questions = [
             Sample(
-                prompt=self.tokenizer.decode(row[:begin]),
+                prompt=self.tokenizer.decode(row[row[0] == self.bos : begin]),  # generation adds the BOS
                 reference=self.tokenizer.decode(row[begin : begin + settings.max_new_tokens]),
             )
             for row in self.rows_held_out[: settings.samples]

@@ -8,7 +8,8 @@ cannot work, and warns if a part of the data does not teach what it seems to.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -159,6 +160,7 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
             *_ends(train, encoder),
             *_template(encoder),
             *_beginnings(train, encoder),
+            *control_tokens(encoder.control.spelled, encoder.control.kept, encoder.control.where),
             *_lengths(prepared, encoder),
             *_limits(prepared, limits),
             *_split(prepared),
@@ -245,6 +247,19 @@ def _beginnings(train: Sequence[Sample], encoder: Encoder) -> Iterator[Check]:
     if merged:
         detail = f"in {merged} answers the first token also holds the end of the prompt"
         yield Check("prompt and answer apart", WARN, detail)
+
+
+def control_tokens(spelled: Counter[str], kept: Counter[str], where: Mapping[str, str] = {}) -> Iterator[Check]:
+    """Names of control tokens in the texts, with their counts: those encoded as text, and those that keep their ids."""
+
+    def listed(counter: Counter[str]) -> str:
+        first = next((f", such as {where[name]}" for name in counter if name in where), "")
+        return ", ".join(f"{name} ({count})" for name, count in counter.most_common(8)) + first
+
+    if spelled:
+        yield Check("control tokens in text", WARN, f"these names in the texts are encoded as text: {listed(spelled)}")
+    if kept:
+        yield Check("tokens in text", PASS, f"these names in the texts are encoded as tokens: {listed(kept)}")
 
 
 def _lengths(prepared: Prepared, encoder: Encoder) -> Iterator[Check]:

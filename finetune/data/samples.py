@@ -17,9 +17,10 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from finetune.data.control import ControlTokens
 from finetune.data.formats import Message, Row
 from finetune.errors import UserError
 
@@ -136,6 +137,8 @@ class Encoder:
         loss_on: str = "answers",
         truncation: str = "cut",
     ) -> None:
+        from eval.model_state import adds_bos
+
         if not tokenizer.is_fast:
             raise UserError(
                 "this is a slow tokenizer, which does not report character offsets; a fast one is required", where="model.name"
@@ -147,8 +150,8 @@ class Encoder:
             loss_on,
             truncation,
         )
-        probe = tokenizer("a")["input_ids"]
-        self.adds_bos = bool(probe) and tokenizer.bos_token_id is not None and probe[0] == tokenizer.bos_token_id
+        self.adds_bos = adds_bos(tokenizer)
+        self.control = ControlTokens(tokenizer, eos_token_ids)
         special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
         self.end_ids = eos_token_ids | special - {tokenizer.unk_token_id, tokenizer.bos_token_id}
         self.ends: set[int] = set()  # those of them that ended an answer
@@ -167,7 +170,10 @@ class Encoder:
         return [self._cut(sample) for sample in samples]
 
     def _text_sample(self, row: Row) -> Sample:
+        self.control.count_text(row.text or "", row.where)
         ids = self.tokenizer(row.text)["input_ids"]
+        if self._leading_bos(ids) > 1:  # the text has been rendered, and begins with one
+            ids = ids[1:]
         eos = self.tokenizer.eos_token_id
         if eos is not None:
             self.ends.add(eos)
@@ -191,10 +197,11 @@ class Encoder:
             ) from None
 
     def _conversation(self, row: Row) -> list[Sample]:
+        row = replace(row, messages=self.control.guard(row.messages, row.where), tools=self.control.guard(row.tools, row.where))
         messages = list(row.messages)
         untrained = row.untrained
         if self.system is not None and messages and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system})
+            messages.insert(0, self.control.guard({"role": "system", "content": self.system}, "data.system"))
             untrained = frozenset(index + 1 for index in untrained)
         answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
         if not answers:
@@ -275,9 +282,7 @@ class Encoder:
         return before, after
 
     def _sample(self, where: str, text: str, spans: list[tuple[int, int]]) -> Sample:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = list(encoded["input_ids"])
-        offsets: list[tuple[int, int]] = list(encoded["offset_mapping"])
+        ids, offsets = self.control.encode(text)
         bos = self.tokenizer.bos_token_id
         if self.adds_bos and (not ids or ids[0] != bos):
             ids.insert(0, bos)

@@ -92,23 +92,26 @@ def train_tokenizer(
     )
 
 
-def batch_encoder(tokenizer: PreTrainedTokenizerBase | Any) -> Encode:
-    """A function from texts to token ids for a `Corpus`; adds no special tokens and encodes none that occur in a text.
+def batch_encoder(tokenizer: PreTrainedTokenizerBase | Any, bos: int | None = None) -> Encode:
+    """A function from texts to token ids for a `Corpus`; adds only `bos`, if given, and encodes no special token in a text.
 
     An end token written in a text is encoded as ordinary characters and does not end the document. The encoder has its own copy
     of the tokenizer: it works in the background, and a tokenizer is not thread-safe.
     """
     from tokenizers import Tokenizer
 
+    begin = [] if bos is None else [bos]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if not isinstance(backend, Tokenizer):
-        return lambda texts: tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        return lambda texts: [
+            begin + ids for ids in tokenizer(texts, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        ]
     own = Tokenizer.from_str(backend.to_str())
     own.no_truncation()
     own.no_padding()
     own.encode_special_tokens = True
 
     def encode(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in own.encode_batch_fast(texts, add_special_tokens=False)]
+        return [begin + encoding.ids for encoding in own.encode_batch_fast(texts, add_special_tokens=False)]
 
     return encode

@@ -10,6 +10,7 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from eval.model_state import adds_bos
 from finetune.errors import GateError, UserError
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         token_type = TokenType.NORMAL if i not in added else TokenType.CONTROL if added[i]["special"] else TokenType.USER_DEFINED
         tokens[i], types[i] = text, int(token_type)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    plain = tokenizer("a").input_ids
     return Vocabulary(
         tokens,
         types,
@@ -82,7 +82,7 @@ def vocabulary(tokenizer: Any, size: int) -> Vocabulary:
         tokenizer.bos_token_id,
         tokenizer.eos_token_id,
         tokenizer.pad_token_id,
-        adds_bos=bool(plain) and tokenizer.bos_token_id is not None and plain[0] == tokenizer.bos_token_id,
+        adds_bos=adds_bos(tokenizer),
         template=tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else None,
     )
 

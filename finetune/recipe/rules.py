@@ -116,6 +116,11 @@ CONVERSATIONS = (
         "data.text_key is for pretrain; sft detects the keys of its rows",
     ),
     Rule(
+        lambda recipe: not recipe.streams_text and recipe.data.bos != "auto",
+        "data.bos",
+        "data.bos is for pretrain; in sft the chat template writes the BOS token",
+    ),
+    Rule(
         lambda recipe: not recipe.streams_text and recipe.train.max_tokens is not None,
         "train.max_tokens",
         "train.max_tokens is for pretrain; sft takes train.epochs or train.max_steps",

@@ -171,6 +171,9 @@ class Data(Section):
         "value), dialogue (a list of alternating turns), text. auto: detect it from the rows and report it.",
     )
     text_key: str = Field("text", description="pretrain: key or column of a row that contains the text.")
+    bos: Literal["auto", "none"] = Field(
+        "auto", description="pretrain: auto: begin every document with the BOS token if the tokenizer begins texts with it; none."
+    )
     template: Literal["auto", "chatml", "alpaca"] = Field(
         "auto", description="Chat template. auto: the tokenizer's own, or alpaca if it has none."
     )

@@ -24,13 +24,19 @@ RENAMED: dict[str, str | Mapping[Any, Mapping[str, Any]]] = {
     "train.step_in_backward": "train.optimizer_in_backward",
 }
 
+# Keys that came later → (kind, the value that means what a run did before they came).
+ADDED = {"data.bos": ("pretrain", "none")}
+
 # Keys, renamed since, by which a resolved recipe of the first version (f4a9b44) is known.
 OF_FIRST_VERSION = ("data.learn", "data.too_long", "model.stream", "train.best", "train.step_in_backward")
 
 
 def translate(resolved: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of a resolved recipe with today's names of keys and values."""
+    """A copy of a resolved recipe, which has all keys of its time, with today's names of keys and values."""
     result = copy.deepcopy(dict(resolved))
+    for key, (kind, value) in ADDED.items():
+        if result.get("kind") == kind and _section(result, key)[0] is not None:
+            _put(result, key, value)
     if any(key in RENAMED and _value(result, key) is not None for key in OF_FIRST_VERSION):
         _keep_precision(result)
     for old, new in RENAMED.items():

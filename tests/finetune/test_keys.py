@@ -266,6 +266,8 @@ CHANGES = [
     }),
     single("data.text_key", "body", changes(lambda run: "Some" in run.examples(), False, True),
            SCRATCH | {"data.path": "TWO_TEXTS"}),
+    single("data.bos", "none", changes(lambda run: "<|im_start|>" in run.examples(), True, False),
+           SCRATCH | {"tokenizer.name": "ADDS_BOS"}),
     single("train.stochastic_rounding", True, differs(Outcome.digest), LOW_MEMORY),
     single("train.optimizer_in_backward", True, grows(lambda run: -run.record["model"]["bytes"]["gradients"]), LOW_MEMORY),
     Change(WITH_HEALTH, {
@@ -325,6 +327,7 @@ class Runner:
         write_jsonl(hub / "test.jsonl", alpaca(20, start=200))
         self.placeholders = {
             "OTHER_MODEL": str(other_model),
+            "ADDS_BOS": str(adding_bos(other_model, folder / "adds-bos")),
             "OTHER_ROWS": str(write_jsonl(folder / "other.jsonl", alpaca(20, start=500))),
             "MIXED_ROWS": str(write_jsonl(folder / "mixed.jsonl", [*alpaca(12), {"foo": 1}, *alpaca(6, start=50)])),
             "TWICE": str(write_jsonl(folder / "twice.jsonl", alpaca(10) * 2)),
@@ -427,6 +430,18 @@ class Runner:
     @staticmethod
     def lines(folder: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def adding_bos(model: Path, folder: Path) -> Path:
+    """A copy of a model's tokenizer that begins every text with a BOS token."""
+    from tokenizers import processors
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    begin = (tokenizer.bos_token, tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(f"{begin[0]} $A", special_tokens=[begin])
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
