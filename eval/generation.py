@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from eval.model_state import adds_bos, device_of, evaluating, forget, out_of_memory, randomness_kept
+from eval.positions import positions_of
 
 Message = dict[str, Any]  # role, content, …: as the tokenizer's chat template expects
 Prompt = Sequence[Message] | str  # a conversation, or a text to continue
@@ -42,7 +43,7 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(int(token) for token in token_ids if token is not None))
 
 
-def _prompt(tokenizer: Any, messages: Prompt) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Prompt) -> list[int]:
     """Token ids of the prompt, with exactly one BOS if the tokenizer uses one, whether the template writes it or not."""
     if isinstance(messages, str):
         ids = list(tokenizer(messages, add_special_tokens=False, verbose=False)["input_ids"])
@@ -82,6 +83,18 @@ def _options(model: nn.Module, tokenizer: Any, max_new_tokens: int, temperature:
         pad_token_id=pad,
     )
     return {"generation_config": config}
+
+
+def longest_answer(model: Any, prompt: list[int], max_new_tokens: int) -> int:
+    """`max_new_tokens`, or as many as the model has positions left after the prompt.
+
+    Raises:
+        ValueError: the prompt leaves none.
+    """
+    positions = positions_of(getattr(model, "config", None))
+    if positions is not None and len(prompt) >= positions:
+        raise ValueError(f"the prompt has {len(prompt)} tokens, and the model {positions} positions, which leaves no answer")
+    return max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompt))
 
 
 def _seed(seed: int | None) -> None:
@@ -128,14 +141,16 @@ def generate(
         progress: called with (conversations done, total).
 
     Raises:
-        ValueError: the tokenizer has no chat template, or a setting is out of range.
+        ValueError: the tokenizer has no chat template, a prompt fills the model's positions, or a setting is out of range.
     """
     options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
     eos, device = set(eos_token_ids(model, tokenizer)), device_of(model)
     answers: list[Answer] = []
     with evaluating(model), randomness_kept(), torch.no_grad():
         for messages in messages_list:
-            prompt = torch.tensor([_prompt(tokenizer, messages)], device=device)
+            ids = prompt_ids(tokenizer, messages)
+            options["generation_config"].max_new_tokens = longest_answer(model, ids, max_new_tokens)
+            prompt = torch.tensor([ids], device=device)
             _seed(seed)
             started = time.perf_counter()
             output = _complete_answer(model, prompt, options, retry=retry)
@@ -173,7 +188,9 @@ def stream(
             return torch.full((input_ids.shape[0],), closed.is_set(), device=input_ids.device, dtype=torch.bool)
 
     options = _options(model, tokenizer, max_new_tokens, temperature, top_p)
-    prompt = torch.tensor([_prompt(tokenizer, messages)], device=device_of(model))
+    ids = prompt_ids(tokenizer, messages)
+    options["generation_config"].max_new_tokens = longest_answer(model, ids, max_new_tokens)
+    prompt = torch.tensor([ids], device=device_of(model))
     pieces = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     closed = Event()
     failures: list[BaseException] = []

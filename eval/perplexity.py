@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from eval.model_state import adds_bos, device_of, evaluating, forget, out_of_memory
+from eval.positions import numbers_tokens, positions_of
 
 Row = tuple[list[int], list[int]]  # input ids, labels: the label AT each position (unshifted), IGNORED where none
 Progress = Callable[[int, int], None]  # (done, total)
@@ -81,8 +82,8 @@ def paired_difference(before: LossResult, after: LossResult) -> tuple[float, flo
     return _ratio(changes, before.row_tokens)
 
 
-def _accepted(model: nn.Module) -> set[str]:
-    """Argument names of `forward` of the model inside its wrappers (torch.compile, DDP, PEFT), which pass keywords on."""
+def _inner(model: nn.Module) -> Any:
+    """The model inside its wrappers (torch.compile, DDP, PEFT), which pass keywords on."""
     inner: Any = model
     while True:
         if isinstance(inner, nn.parallel.DistributedDataParallel):
@@ -92,7 +93,13 @@ def _accepted(model: nn.Module) -> set[str]:
         elif hasattr(inner, "get_base_model"):
             inner = inner.get_base_model()
         else:
-            return set(inspect.signature(inner.forward).parameters)
+            return inner
+
+
+def accepted(model: Any) -> set[str]:
+    """Names of the arguments that a model takes; not `position_ids` if it numbers its tokens by a rule of its own."""
+    names = set(inspect.signature(model.forward).parameters)
+    return names - {"position_ids"} if numbers_tokens(getattr(model, "config", None)) else names
 
 
 def kept_logits(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
@@ -101,14 +108,9 @@ def kept_logits(model: nn.Module, input_ids: torch.Tensor, position_ids: torch.T
     input_ids, position_ids: (1, T) int64, positions restart at 0 with every row in the sequence. keep: (n,) int64.
     → (n, vocabulary) in the model's dtype; differentiable.
     """
-    accepted = _accepted(model)
-    arguments: dict[str, Any] = {"input_ids": input_ids}
-    if "use_cache" in accepted:
-        arguments["use_cache"] = False
-    if "position_ids" in accepted:
-        arguments["position_ids"] = position_ids
-    if "logits_to_keep" in accepted:
-        arguments["logits_to_keep"] = keep
+    names = accepted(_inner(model))
+    given = {"use_cache": False, "position_ids": position_ids, "logits_to_keep": keep}
+    arguments: dict[str, Any] = {"input_ids": input_ids} | {name: value for name, value in given.items() if name in names}
     logits = model(**arguments).logits[0]
     return logits if logits.shape[0] == keep.numel() else logits[keep]
 
@@ -122,18 +124,30 @@ def _sequence(
     return ids, positions, torch.tensor(keep, device=device)
 
 
-def rows_stay_apart(model: nn.Module, *, highest_id: int, device: torch.device | None = None) -> bool:
+def rows_stay_apart(model: nn.Module, *, highest_id: int, longest: int = 0, device: torch.device | None = None) -> bool:
     """Whether rows packed into one sequence, separated by position ids only, do not affect each other's logits.
 
     Tested on the model: the logits of a row after two different neighbours of equal length. Shapes are equal, and a masked
     neighbour has a weight of exactly 0, so a remaining difference is the order of summation in kernels (a few ulp of the
     largest logit). The rows consist of the token ids 0 and `highest_id`. Call it in evaluation mode, without gradients.
+
+    longest: tokens of the longest sequence in use. If the model has fewer positions and a table of that size (GPT-Neo's mask),
+    the neighbours fill them.
     """
-    device, length = device or device_of(model), 8
-    if "position_ids" not in _accepted(model):
+    device, length, inner = device or device_of(model), 8, _inner(model)
+    if "position_ids" not in accepted(inner):
         return False
-    row, keep = [highest_id] * length, list(range(length, 2 * length))
-    one, other = (kept_logits(model, *_sequence([[token] * length, row], keep, device)) for token in (0, highest_id))
+    before = length
+    if (positions := positions_of(getattr(inner, "config", None))) is not None and longest > positions:
+        before = positions if any(positions in buffer.shape for buffer in inner.buffers()) else length
+    row, keep = [highest_id] * length, list(range(before, before + length))
+    try:
+        one, other = (kept_logits(model, *_sequence([[token] * before, row], keep, device)) for token in (0, highest_id))
+    except Exception as error:
+        if before == length or out_of_memory(error):
+            raise
+        forget(error)
+        return False
     bound = 4 * torch.finfo(one.dtype).eps * one.abs().max()
     return bool((one - other).abs().max() <= bound)
 
@@ -219,7 +233,8 @@ def evaluate_loss(
     done = len(rows) - len(todo)
     with evaluating(model), torch.no_grad():
         together = any(len(group) > 1 for group in groups)
-        if together and not rows_stay_apart(model, highest_id=max(max(rows[i][0]) for i in todo), device=device):
+        highest, longest = max(max(rows[i][0]) for i in todo), max(sum(lengths[i] for i in group) for group in groups)
+        if together and not rows_stay_apart(model, highest_id=highest, longest=longest, device=device):
             groups = [[i] for i in todo]
         while groups:
             group = groups[0]

@@ -95,7 +95,8 @@ def batching(recipe: Recipe, model: Any, data: TaskData) -> tuple[Train, bool]:
         return settings, packing
     model.eval()
     with torch.no_grad():
-        if rows_stay_apart(model, highest_id=data.highest_id()):
+        longest = recipe.data.max_length * settings.micro_batch
+        if rows_stay_apart(model, highest_id=data.highest_id(), longest=longest):
             return settings, packing
     accumulation = settings.accumulation * settings.micro_batch
     return settings.model_copy(update={"micro_batch": 1, "accumulation": accumulation}), False
@@ -163,8 +164,8 @@ def set_up_training(
     notes = []
     if settings is not recipe.train:
         notes.append(
-            f"{built.architecture} mixes the samples of a packed or padded batch: training on one sample at a time, "
-            f"{settings.accumulation} per step"
+            f"{built.architecture} mixes the samples of a packed batch, or reads none of this length: training on one sample "
+            f"at a time, {settings.accumulation} per step"
         )
     settings = settings.model_copy(update=changes or {})
     task = data.task(settings, device, packing=packing, head=patches.head if patches is not None else None, teacher=teacher)

@@ -140,16 +140,19 @@ def write_gated(
     batch_tokens: int,
     device: torch.device,
     progress: Callable[[int, int, str], None],
+    expected: float | None = None,
 ) -> dict[str, Any]:
     """Merge `model` (consumed) and write it to `out`; if the gate refuses, `out` is not created.
 
     rows: (input_ids, labels) to compare on; limit: largest difference of losses, in nats; progress(done, total, what).
+    expected: the trained model's loss on these rows as measured in `dtype` after training.
 
     Returns:
         The gate's figures.
 
     Raises:
-        GateError: the reloaded model's loss differs from the trained one's by more than `limit`, or a weight is not finite.
+        GateError: the reloaded model's loss differs from the trained one's by more than `limit`, the trained one's from
+            `expected` in the same arithmetic, or a weight is not finite.
     """
     from transformers import AutoModelForCausalLM
 
@@ -165,6 +168,14 @@ def write_gated(
     if compute == torch.float32:
         cast(model, compute)
     trained = measured(model, "trained")
+    if expected is not None and compute == dtype and abs(trained - expected) > limit:
+        raise GateError(
+            "the trained model has another loss than it had after training; nothing was merged",
+            where=str(out),
+            got=f"loss {trained:.4f} now, {expected:.4f} after training, on the same {len(rows)} rows in the same arithmetic",
+            hint="a part of the fast step may not suit this model: train it with fast.attention=false fast.lora=false "
+            "fast.blocks=false, and please report it",
+        )
     with atomic_folder(out) as temporary:
         progress(0, 1, "merging")
         plain: Any = into_float(model, dtype)

@@ -19,7 +19,7 @@ import pytest
 # TYPE_CHECKING do not. A package's own `__init__` is above all its layers.
 LAYERS: dict[str, list[str]] = {
     "eval": [
-        "model_state",
+        "model_state positions",
         "perplexity generation harness",
     ],
     "quant": [

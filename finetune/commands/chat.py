@@ -78,5 +78,9 @@ def _answer(loaded: LoadedModel, history: list[dict[str, str]], line: str, sampl
             print(piece, end="", flush=True)
     except KeyboardInterrupt:  # stops this answer only
         pieces.close()
+    except ValueError as error:  # of a conversation that fills the model's positions
+        print(f"{error}; /new starts over", flush=True)
+        history.pop()
+        return
     print(flush=True)
     history.append({"role": "assistant", "content": answer})

@@ -134,6 +134,7 @@ def rows_of_run(loaded: LoadedModel) -> HeldOut:
 def rows_to_compare_on(loaded: LoadedModel, screen: Screen, what: str) -> HeldOut:
     """Held-out rows of the model's run if available, else a passage of prose. what: uses them, for the note."""
     from eval.perplexity import text_rows
+    from eval.positions import positions_of
 
     rows = None
     if loaded.recipe is not None:
@@ -141,4 +142,4 @@ def rows_to_compare_on(loaded: LoadedModel, screen: Screen, what: str) -> HeldOu
             rows = rows_of_run(loaded)
         except UserError as error:
             screen.warn(f"the run's held-out rows are not available ({error.message}); {what} a passage of prose instead")
-    return rows or text_rows(loaded.tokenizer, PASSAGE, length=1024)
+    return rows or text_rows(loaded.tokenizer, PASSAGE, length=min(1024, positions_of(loaded.model.config) or 1024))

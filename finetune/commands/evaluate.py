@@ -124,16 +124,18 @@ def _loss(loaded: LoadedModel, file: Path | None, limit: int | None, screen: Scr
 def _rows_of_file(loaded: LoadedModel, file: Path) -> tuple[Any, str]:
     from eval.generation import eos_token_ids
     from eval.perplexity import text_rows
+    from eval.positions import positions_of
     from finetune.data.rows import load_rows
     from finetune.data.samples import Encoder
 
-    tokenizer = loaded.tokenizer
+    tokenizer, positions = loaded.tokenizer, positions_of(loaded.model.config)
     if file.suffix == ".txt":
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UserError("the file is not UTF-8", where=str(file), got=str(error)) from None
-        return text_rows(tokenizer, text, length=WINDOW), f"{file} in windows of {WINDOW} tokens"
+        window = min(WINDOW, positions or WINDOW)
+        return text_rows(tokenizer, text, length=window), f"{file} in windows of {window} tokens"
     chats = bool(tokenizer.chat_template)
     read = load_rows(name=None, path=str(file), format_="auto" if chats else "text", skip_bad=not chats)
     if read.skipped:
@@ -143,9 +145,13 @@ def _rows_of_file(loaded: LoadedModel, file: Path) -> tuple[Any, str]:
             got=f"{len(read.skipped)} of {len(read.rows) + len(read.skipped)} rows, the first {read.skipped[0]}",
             hint='give a .txt file, or rows with a "text" key',
         )
-    encoder = Encoder(tokenizer, max_length=LONGEST, eos_token_ids=frozenset(eos_token_ids(loaded.model, tokenizer)))
-    rows = [(list(sample.input_ids), list(sample.labels)) for row in read.rows for sample in encoder.encode(row)]
-    return rows, f"{file}, {'texts' if read.format == 'text' else f'answers only ({read.format})'}"
+    longest = min(LONGEST, positions or LONGEST)
+    encoder = Encoder(tokenizer, max_length=longest, eos_token_ids=frozenset(eos_token_ids(loaded.model, tokenizer)))
+    samples = [sample for row in read.rows for sample in encoder.encode(row)]
+    on = f"{file}, {'texts' if read.format == 'text' else f'answers only ({read.format})'}"
+    if cut := sum(bool(sample.cut) for sample in samples):
+        on += f", {cut} of {len(samples)} rows cut at {longest} tokens"
+    return [(list(sample.input_ids), list(sample.labels)) for sample in samples], on
 
 
 def _print_scores(results: dict[str, Scores], screen: Screen) -> None:

@@ -85,8 +85,9 @@ def new_config(
 
 def limits(config: PretrainedConfig) -> Limits:
     """Numbers of positions and token ids of the model, None where unlimited or unknown."""
-    text = config.get_text_config()
-    return Limits(getattr(text, "max_position_embeddings", None), getattr(text, "vocab_size", None))
+    from eval.positions import positions_of
+
+    return Limits(positions_of(config), getattr(config.get_text_config(), "vocab_size", None))
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase:

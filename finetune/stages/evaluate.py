@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from eval.generation import generate
+from eval.generation import generate, longest_answer, prompt_ids
 from eval.perplexity import IGNORED, LossResult, evaluate_loss, loss_of, paired_difference
 from finetune.errors import UserError
 from finetune.processes import rank, world_size
@@ -96,6 +96,7 @@ def answers(
     when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None, questions: list[Sample]
 ) -> list[Sample]:
     """Generate the model's answers to the questions, and write them to samples/samples.json too."""
+    questions = [question for question in questions if _leaves_room(question, model, checked.inputs.tokenizer, run.screen)]
     if not questions:
         return []
     with run.screen.phase(f"answers {when}") as progress, without_patches(patches):
@@ -113,6 +114,15 @@ def answers(
     ]
     run.run_dir.write_json("samples/samples.json", [sample.model_dump(exclude_unset=True) for sample in samples])
     return samples
+
+
+def _leaves_room(question: Sample, model: Any, tokenizer: Any, screen: Screen) -> bool:
+    """Whether the model has positions left for an answer; tells if not."""
+    try:
+        return longest_answer(model, prompt_ids(tokenizer, question.prompt), 1) == 1
+    except ValueError as error:
+        screen.warn(f"a question is not asked: {error}")
+        return False
 
 
 def score(when: When, run: RunContext, checked: Checked, model: Any, patches: FastStep | None, record: Record) -> None:

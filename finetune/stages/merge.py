@@ -120,6 +120,7 @@ def merge(
             merging.write_folder(merging.into_float(model, dtype), tokenizer, temporary)
         screen.warn("the merged model was not compared with the trained one: no held-out rows, or eval.merge_rows is 0")
         return MergeRecord(path=out.name, gate=None)
+    expected = own.loss if own is not None and own.rows == len(rows) else None
     with screen.phase(name) as progress:
         figures = merging.write_gated(
             model,
@@ -131,16 +132,17 @@ def merge(
             batch_tokens=batch_tokens,
             device=device,
             progress=progress,
+            expected=expected,
         )
     gate = MergeGate.model_validate(figures)
     screen.say(
         f"  merged into {out}: {human_bytes(figures['bytes'])}; loss {gate.merged_loss:.4f} against the trained model's "
         f"{gate.adapter_loss:.4f} on {gate.rows} rows, both in {gate.arithmetic} (the gate allows {gate.limit} nats)"
     )
-    if own is not None and own.loss is not None and gate.rows == own.rows and abs(own.loss - gate.adapter_loss) > gate.limit:
+    if expected is not None and abs(expected - gate.adapter_loss) > gate.limit:
         screen.warn(
             f"this model is sensitive to rounding: its loss is "
-            f"{gate.adapter_loss:.3f} in {gate.arithmetic} and {own.loss:.3f} in "
+            f"{gate.adapter_loss:.3f} in {gate.arithmetic} and {expected:.3f} in "
             f"{str(dtype).removeprefix('torch.')}, in which it was trained and evaluated"
         )
     return MergeRecord(path=out.name, gate=gate, bytes=figures["bytes"])

@@ -36,7 +36,7 @@ def make_tokenizer(*, bos: bool = False, template: str | None = CHATML) -> Any:
     return tokenizer
 
 
-def make_model(*, seed: int = 0, tie: bool = False, **settings: Any) -> Any:
+def make_model(*, seed: int = 0, tie: bool = False, max_position_embeddings: int = 512, **settings: Any) -> Any:
     """A random Llama in fp32 and evaluation mode; its large weights make token probabilities differ clearly."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,7 +47,7 @@ def make_model(*, seed: int = 0, tie: bool = False, **settings: Any) -> Any:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=512,
+        max_position_embeddings=max_position_embeddings,
         initializer_range=0.3,
         tie_word_embeddings=tie,
         bos_token_id=1,

@@ -11,7 +11,6 @@ this loss is not used.
 
 from __future__ import annotations
 
-import inspect
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 
 from eval.model_state import device_of, evaluating
+from eval.perplexity import accepted
 from finetune.data.samples import IGNORE
 from finetune.train import trace_context
 from finetune.train.fast import kernels
@@ -202,11 +202,11 @@ def _tail(logits: torch.Tensor, scale: float, softcap: float | None) -> torch.Te
 
 
 def _arguments(module: nn.Module, input_ids: torch.Tensor, position_ids: torch.Tensor | None) -> dict[str, Any]:
-    accepted = inspect.signature(module.forward).parameters
+    names = accepted(module)
     arguments: dict[str, Any] = {"input_ids": input_ids}
-    if "use_cache" in accepted:
+    if "use_cache" in names:
         arguments["use_cache"] = False
-    if position_ids is not None and "position_ids" in accepted:
+    if position_ids is not None and "position_ids" in names:
         arguments["position_ids"] = position_ids
     return arguments
 

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from eval.model_state import device_of, evaluating
+from eval.positions import short_windows
 from finetune.errors import UserError
 from finetune.train import parallel, trace_context
 from finetune.train.fast import attention, chunked_loss, kernels
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 WORTH_COMPILING = {"cpu": 1e13, "cuda": 1e14}  # parameters × tokens: some ten seconds of training
 TRIAL = "finetune_trial"
 TRIAL_SAMPLES = (5, 11)  # tokens of the two packed samples of the trial
+TRIAL_WINDOW = 3  # windows of attention are at most this long in the trial: both samples reach beyond
 
 
 @dataclass(frozen=True)
@@ -244,6 +246,7 @@ def _run_trial(base: Any, decoder: Any) -> _Trial:
     ids = (torch.arange(positions.shape[1], device=device)[None] * 7 + 1) % vocabulary
     segments = attention.segments_of(positions, (1, positions.shape[1]), device)
     trial = _Trial({}, [], None)
+    windows: set[bool] = set()  # whether attention was called with a window
 
     def compare(module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **kwargs: Any) -> Any:
         eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
@@ -252,6 +255,7 @@ def _run_trial(base: Any, decoder: Any) -> _Trial:
             return q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3]), None
         if kwargs.pop("dropout", 0.0):
             trial.differences[module] = "it uses dropout on attention weights"
+        windows.add(kwargs.get("sliding_window") is not None)
         expected, _ = eager(module, q.float(), k.float(), v.float(), None if mask is None else mask.float(), **kwargs)
         try:
             attention.set_segments(segments)
@@ -273,7 +277,13 @@ def _run_trial(base: Any, decoder: Any) -> _Trial:
     configs = _configs(base)
     names = [config._attn_implementation for config in configs]
     try:
-        with evaluating(base), torch.no_grad(), torch.random.fork_rng(), torch.autocast(device.type, enabled=False):
+        with (
+            evaluating(base),
+            torch.no_grad(),
+            torch.random.fork_rng(),
+            torch.autocast(device.type, enabled=False),
+            short_windows(base, TRIAL_WINDOW) as shortened,
+        ):
             base.train()  # in training mode attention passes its dropout rate
             for config in configs:
                 config._attn_implementation = TRIAL
@@ -288,6 +298,8 @@ def _run_trial(base: Any, decoder: Any) -> _Trial:
             hook.remove()
         attention.set_segments(None)
         attention.unregister(TRIAL)
+    if trace_context.current() is not None and shortened and True not in windows:  # values, where there are any, tell
+        trial.differences = dict.fromkeys(trial.differences, f"its {' and '.join(sorted(shortened))} is in the mask alone")
     return trial
 
 
