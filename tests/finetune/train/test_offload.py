@@ -471,7 +471,7 @@ def test_7b_trains_in_far_less_memory_than_its_weights(tmp_path: Path) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("way", ["memory", "disk"])
+@pytest.mark.parametrize("mode", ["memory", "disk"])
 def test_layers_are_fetched_to_the_gpu(tmp_path: Path, mode: str) -> None:
     gpu = torch.device("cuda")
     expected = train(prepare_model(llama(layers=6), device=gpu), gpu)
