@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from quant import PackedLinear, assert_wrapped, linear_targets, load_peft, pack, prove_used, register_peft, swap, ternary
 
 IDS = torch.arange(12).view(2, 6)
-KINDS: dict[str, dict[str, Any]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
@@ -21,7 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 class Int8Input(nn.Linear):
-    """A float linear whose input is quantized as a ternary one's is, straight-through."""
+    """A float linear that quantizes its input as a ternary layer does, with straight-through gradients."""
 
     def forward(self, x: Tensor) -> Tensor:
         codes, scales = ternary.quantize_activations(x)
@@ -36,7 +36,7 @@ def _base(dtype: torch.dtype = torch.float32, scheme: str = "nf4", *, packed: bo
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, num_key_value_heads=2, attention_bias=True, **shape))
     model = nn.Module.to(model, dtype)
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):  # zero as made, which hides a forgotten one
+        if name.endswith("bias"):  # zero by default, which would hide a missing bias
             parameter.data.normal_(std=0.5)
     if packed:
         swap(model, scheme=scheme)
@@ -44,7 +44,7 @@ def _base(dtype: torch.dtype = torch.float32, scheme: str = "nf4", *, packed: bo
 
 
 def _adapted(model: nn.Module, *, noise: float = 0.05, **changes: Any) -> Any:
-    """`model` under PEFT, the adapters moved away from zero."""
+    """`model` with PEFT adapters whose B is not zero."""
     from peft import LoraConfig, get_peft_model
 
     if "target_modules" not in changes:
@@ -70,7 +70,7 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {k: v.detach().clone() for k, v in model.state_dict().items()}
 
 
-def test_the_private_registration_is_there() -> None:
+def test_register_peft_makes_peft_wrap_packed_layers() -> None:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(target_modules=["q_proj"])
@@ -83,9 +83,9 @@ def test_the_private_registration_is_there() -> None:
 
 @pytest.mark.parametrize("scheme", ["nf4", "ternary"])
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-@pytest.mark.parametrize("kind", KINDS)
-def test_one_step_changes_the_adapters_and_nothing_else(kind: str, dropout: float, scheme: str) -> None:
-    adapted = _adapted(_base(scheme=scheme), lora_dropout=dropout, **KINDS[kind]).train()
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_one_step_changes_only_the_adapters(variant: str, dropout: float, scheme: str) -> None:
+    adapted = _adapted(_base(scheme=scheme), lora_dropout=dropout, **VARIANTS[variant]).train()
     trainable = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert trainable
     assert all("lora_" in name for name in trainable)
@@ -99,11 +99,11 @@ def test_one_step_changes_the_adapters_and_nothing_else(kind: str, dropout: floa
 
 @pytest.mark.parametrize("scheme", ["nf4", "ternary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", [*KINDS, "dora with dropout"])
-def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torch.dtype, scheme: str) -> None:
-    """PEFT's own layers over float linears that hold the dequantized weights are the oracle, gradients included."""
-    if scheme == "ternary" and kind == "dora with dropout":
-        pytest.skip("PEFT multiplies the dropped input with the weight itself, and quantizes nothing")
+@pytest.mark.parametrize("variant", [*VARIANTS, "dora with dropout"])
+def test_loss_and_gradients_equal_peft_on_dequantized_weights(variant: str, dtype: torch.dtype, scheme: str) -> None:
+    """The reference is PEFT's own layers over float linears with the dequantized weights."""
+    if scheme == "ternary" and variant == "dora with dropout":
+        pytest.skip("PEFT multiplies the input after dropout with the weight itself, without quantization")
     packed, floats = _base(dtype, scheme), _base(dtype, scheme)
     for name, module in list(floats.named_modules()):
         if isinstance(module, PackedLinear):
@@ -112,7 +112,7 @@ def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torc
             if scheme == "ternary":
                 linear.__class__ = Int8Input
             setattr(floats.get_submodule(parent), leaf, linear)
-    changes = {"use_dora": True, "lora_dropout": 0.3} if kind == "dora with dropout" else KINDS[kind]
+    changes = {"use_dora": True, "lora_dropout": 0.3} if variant == "dora with dropout" else VARIANTS[variant]
     changes = {"target_modules": linear_targets(packed)} | changes
     ours, theirs = _adapted(packed, **changes), _adapted(floats, **changes)
     losses = []
@@ -123,16 +123,16 @@ def test_equals_peft_on_a_float_model_of_the_same_weights(kind: str, dtype: torc
     tolerance: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-6} if dtype == torch.float32 else {"rtol": 0.05, "atol": 2e-3}
     torch.testing.assert_close(*losses, **tolerance)
     expected = {name: p.grad for name, p in theirs.named_parameters() if p.requires_grad}
-    found = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
-    assert found.keys() == expected.keys()
+    actual = {name: p.grad for name, p in ours.named_parameters() if p.requires_grad}
+    assert actual.keys() == expected.keys()
     for name, gradient in expected.items():
-        torch.testing.assert_close(found[name], gradient, **tolerance)
+        torch.testing.assert_close(actual[name], gradient, **tolerance)
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "ternary"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_save_and_load(kind: str, scheme: str, tmp_path: Path) -> None:
-    adapted = _adapted(_base(scheme=scheme), **KINDS[kind])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_adapters_load_with_bit_equal_logits(variant: str, scheme: str, tmp_path: Path) -> None:
+    adapted = _adapted(_base(scheme=scheme), **VARIANTS[variant])
     logits = _logits(adapted)
     adapted.save_pretrained(tmp_path)
     base = _base(scheme=scheme)
@@ -145,9 +145,9 @@ def test_save_and_load(kind: str, scheme: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("scheme", ["nf4", "ternary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
-def test_merge_and_unmerge(kind: str, dtype: torch.dtype, scheme: str) -> None:
-    adapted = _adapted(_base(dtype, scheme), **KINDS[kind])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_merge_keeps_the_logits_and_unmerge_is_bit_exact(variant: str, dtype: torch.dtype, scheme: str) -> None:
+    adapted = _adapted(_base(dtype, scheme), **VARIANTS[variant])
     before, logits = _snapshot(adapted), _logits(adapted)
     # One rounding of each weight to the dtype: a few units in the last place of the logits' scale. A ternary base quantizes
     # its input, and a merged one does not.
@@ -185,7 +185,7 @@ def test_dora_norm_is_fp32_under_autocast() -> None:
         assert torch.equal(layer.dora_scale("default"), scale)
 
 
-def test_two_adapters_merge_together_or_refuse() -> None:
+def test_two_lora_adapters_merge_but_dora_with_another_is_refused() -> None:
     from peft import LoraConfig
 
     adapted = _adapted(_base())
@@ -207,7 +207,7 @@ def test_two_adapters_merge_together_or_refuse() -> None:
         adapted.merge_adapter(["default", "third"])
 
 
-def test_broken_adapters_do_not_merge() -> None:
+def test_merging_non_finite_adapters_is_refused() -> None:
     adapted = _adapted(_base())
     adapted.get_submodule("base_model.model.model.layers.0.mlp.up_proj").lora_B["default"].weight.data[0, 0] = torch.inf
     with pytest.raises(ValueError, match="not finite"):
@@ -220,7 +220,7 @@ def test_initializations_from_the_base_weight_are_refused(init: str) -> None:
         _adapted(_base(), init_lora_weights=init)
 
 
-def test_adapters_on_what_is_still_trained_are_refused() -> None:
+def test_adapters_on_trainable_ternary_layers_are_refused() -> None:
     model = _base(packed=False)
     targets = linear_targets(model)
     swap(model, scheme="ternary", trainable=True)
@@ -230,7 +230,7 @@ def test_adapters_on_what_is_still_trained_are_refused() -> None:
     assert_wrapped(_adapted(model), targets)
 
 
-def test_a_layer_with_a_norm_of_its_own_takes_no_adapter() -> None:
+def test_adapters_on_layers_with_an_input_norm_are_refused() -> None:
     model = _base(packed=False)
     swap(model, scheme="ternary", norm_eps=1e-6)
     with pytest.raises(ValueError, match=r"normalizes its input \(rms_norm\)"):
@@ -249,13 +249,13 @@ def test_casts_while_merged_reach_the_packed_layer() -> None:
         assert torch.equal(adapted.state_dict()[name], value)
 
 
-def test_a_merged_weight_may_be_quantized_again() -> None:
-    """What was dequantized bears a mark that refuses it; W + ΔW is another matrix."""
+def test_merged_weights_can_be_quantized_again() -> None:
+    """Dequantized weights are marked and refused; W + ΔW is another matrix and is accepted."""
     merged = _adapted(_base()).merge_and_unload()
     assert len(swap(merged).swapped) == 14
 
 
-def test_experts_are_targets() -> None:
+def test_moe_experts_are_lora_targets() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     shape: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4}
@@ -270,27 +270,27 @@ def test_experts_are_targets() -> None:
         _logits(adapted)
 
 
-def test_targets_and_what_was_wrapped() -> None:
+def test_assert_wrapped_names_missing_and_unexpected_adapters() -> None:
     model = _base()
     targets = linear_targets(model)
     assert len(targets) == 14
     assert "lm_head" not in targets
     assert targets == linear_targets(_base(packed=False))
-    report_free = _adapted(model)
-    assert_wrapped(report_free, targets)
+    adapted = _adapted(model)
+    assert_wrapped(adapted, targets)
     with pytest.raises(RuntimeError, match=r"14 modules, expected 15; without adapter: lm_head; unexpected: none"):
-        assert_wrapped(report_free, [*targets, "lm_head"])
+        assert_wrapped(adapted, [*targets, "lm_head"])
     with pytest.raises(RuntimeError, match=r"unexpected: model\.layers\.0\.mlp\.down_proj"):
-        assert_wrapped(report_free, set(targets) - {"model.layers.0.mlp.down_proj"})
+        assert_wrapped(adapted, set(targets) - {"model.layers.0.mlp.down_proj"})
 
 
-def test_proof_sees_through_peft() -> None:
+def test_prove_used_works_through_peft() -> None:
     model = _base(packed=False)
     report = swap(model)
     adapted = _adapted(model)
     with prove_used(adapted, report):
         _logits(adapted)
     layer = adapted.get_submodule("base_model.model.model.layers.1.mlp.up_proj")
-    layer.forward = lambda x: torch.zeros(*x.shape[:-1], 128)  # an adapter that forgets its base
+    layer.forward = lambda x: torch.zeros(*x.shape[:-1], 128)  # an adapter that skips its base layer
     with pytest.raises(RuntimeError, match=r"1 of 14 .*: model\.layers\.1\.mlp\.up_proj\."), prove_used(adapted, report):
         _logits(adapted)

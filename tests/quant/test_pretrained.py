@@ -1,4 +1,4 @@
-"""Packed models and transformers: loading packs as `swap` does, and what is saved and read is what other programs use."""
+"""Packed models in transformers: loading packs as `swap` does; saved checkpoints are in the formats of other programs."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ BF16 = torch.bfloat16
 LAYER = "model.layers.0.mlp.up_proj"
 
 
-def saved(model: Any, folder: Path, dtype: torch.dtype = BF16) -> Path:
-    """`model` with random weights everywhere, in `dtype`, as a folder."""
+def save_with_random_weights(model: Any, folder: Path, dtype: torch.dtype = BF16) -> Path:
+    """Give `model` random weights in `dtype`, save it and return the folder."""
     torch.manual_seed(0)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
@@ -72,31 +72,33 @@ def llama(folder: Path, dtype: torch.dtype = BF16, **changes: Any) -> Path:
         "vocab_size": 64, "hidden_size": 64, "intermediate_size": 100, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True, "eos_token_id": 2,
     }  # fmt: skip
-    return saved(LlamaForCausalLM(LlamaConfig(**(config | changes))), folder, dtype)
+    return save_with_random_weights(LlamaForCausalLM(LlamaConfig(**(config | changes))), folder, dtype)
 
 
 def gpt2(folder: Path) -> Path:
-    return saved(GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32)), folder)
+    return save_with_random_weights(
+        GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=32)), folder
+    )
 
 
 def mamba(folder: Path) -> Path:
     config = MambaConfig(vocab_size=64, hidden_size=64, state_size=8, num_hidden_layers=2, time_step_rank=4, expand=1)
-    return saved(MambaForCausalLM(config), folder)
+    return save_with_random_weights(MambaForCausalLM(config), folder)
 
 
-MIXTURE = {
+MOE_CONFIG = {
     "vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
 }  # fmt: skip
 
 
 def mixtral(folder: Path) -> Path:
-    return saved(MixtralForCausalLM(MixtralConfig(**MIXTURE)), folder)
+    return save_with_random_weights(MixtralForCausalLM(MixtralConfig(**MOE_CONFIG)), folder)
 
 
 def gpt_oss(folder: Path) -> Path:
-    """Its experts are transposed and have biases."""
-    return saved(GptOssForCausalLM(GptOssConfig(**MIXTURE, head_dim=16)), folder)
+    """The experts are transposed and have biases."""
+    return save_with_random_weights(GptOssForCausalLM(GptOssConfig(**MOE_CONFIG, head_dim=16)), folder)
 
 
 SCHEMES = {
@@ -156,7 +158,9 @@ def edit_config(folder: Path, **changes: Any) -> Path:
 @each_scheme
 @pytest.mark.parametrize("make", [llama, gpt2, mamba, mixtral, gpt_oss])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-def test_loading_packs_as_swap_does(tmp_path: Path, make: Callable[[Path], Path], scheme: str, dtype: torch.dtype) -> None:
+def test_from_pretrained_packs_the_same_layers_as_swap(
+    tmp_path: Path, make: Callable[[Path], Path], scheme: str, dtype: torch.dtype
+) -> None:
     folder = make(tmp_path)
     ours = packed_model(folder, scheme, dtype=dtype)
     theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -168,46 +172,46 @@ def test_loading_packs_as_swap_does(tmp_path: Path, make: Callable[[Path], Path]
         assert torch.equal(logits(ours), logits(theirs))
 
 
-def test_keep(tmp_path: Path) -> None:
+def test_keep_patterns_leave_float_layers_and_must_match(tmp_path: Path) -> None:
     folder = llama(tmp_path)
     config = PackedNF4Config(keep=(*DEFAULT_KEEP, "down_proj"))
     model: Any = AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=BF16)
     assert type(model.model.layers[0].mlp.down_proj) is nn.Linear
     assert model.hf_quantizer.report.left["model.layers.1.mlp.down_proj"] == "kept by pattern"
-    assert config.stored is None  # the caller's own, which may serve for other models
+    assert config.stored is None  # the caller's config is not modified
     config = PackedNF4Config(keep=("dwn_proj",))
     with pytest.raises(ValueError, match="'dwn_proj' matches no module"):
         AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
-def test_one_float_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packing_holds_one_float_weight_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[weakref.ref[Tensor]] = []
-    most = 0
-    plain = core_model_loading._materialize_copy
+    max_alive = 0
+    original = core_model_loading._materialize_copy
 
-    def counted(*arguments: Any) -> Tensor:
-        nonlocal most
-        tensor = plain(*arguments)
-        if tensor.dim() == 2 and tensor.shape[0] != 64:  # not the embedding, which stays
+    def counting_copy(*arguments: Any) -> Tensor:
+        nonlocal max_alive
+        tensor = original(*arguments)
+        if tensor.dim() == 2 and tensor.shape[0] != 64:  # the embedding stays in float
             alive.append(weakref.ref(tensor))
-        most = max(most, sum(ref() is not None for ref in alive))
+        max_alive = max(max_alive, sum(ref() is not None for ref in alive))
         return tensor
 
-    monkeypatch.setattr(core_model_loading, "_materialize_copy", counted)
+    monkeypatch.setattr(core_model_loading, "_materialize_copy", counting_copy)
     packed_model(llama(tmp_path, num_hidden_layers=6, intermediate_size=128))
     assert len(alive) >= 12
-    assert most == 1
+    assert max_alive == 1
 
 
-def test_weights_that_are_refused(tmp_path: Path) -> None:
-    def poison(tensors: dict[str, Tensor]) -> None:
+def test_nan_weights_are_refused_with_layer_and_count(tmp_path: Path) -> None:
+    def set_nan(tensors: dict[str, Tensor]) -> None:
         tensors[LAYER + ".weight"][3, 5] = torch.nan
 
     with pytest.raises(ValueError, match=rf"{LAYER}: 1 of 6400 weights are not finite"):
-        packed_model(edit(llama(tmp_path), poison))
+        packed_model(edit(llama(tmp_path), set_nan))
 
 
-def test_weight_of_another_shape(tmp_path: Path) -> None:
+def test_weight_of_the_wrong_shape_is_refused(tmp_path: Path) -> None:
     def cut(tensors: dict[str, Tensor]) -> None:
         tensors[LAYER + ".weight"] = tensors[LAYER + ".weight"][:60].clone()
 
@@ -215,13 +219,13 @@ def test_weight_of_another_shape(tmp_path: Path) -> None:
         packed_model(edit(llama(tmp_path), cut))
 
 
-def test_missing_weight(tmp_path: Path) -> None:
+def test_missing_weight_is_refused(tmp_path: Path) -> None:
     folder = edit(llama(tmp_path), drop(LAYER + ".weight"))
     with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint has no weight for it"):
         packed_model(folder)
 
 
-def test_missing_experts(tmp_path: Path) -> None:
+def test_missing_experts_are_refused(tmp_path: Path) -> None:
     experts = "model.layers.1.mlp.experts"
     folder = mixtral(tmp_path)
     names = [name for name in load_file(folder / "model.safetensors") if ".layers.1." in name and name.endswith("w2.weight")]
@@ -230,16 +234,16 @@ def test_missing_experts(tmp_path: Path) -> None:
         packed_model(edit(folder, drop(*names)))
 
 
-def test_quantized_experts_have_no_standard_format(tmp_path: Path) -> None:
+def test_saving_quantized_experts_is_refused(tmp_path: Path) -> None:
     model = packed_model(mixtral(tmp_path / "float"))
     with pytest.raises(ValueError, match="quantized experts"):
         model.save_pretrained(tmp_path / "packed")
     assert not (tmp_path / "packed/config.json").exists()
 
 
-def test_t5_whose_outputs_it_keeps_in_fp32(tmp_path: Path) -> None:
+def test_t5_with_wo_kept_in_fp32_packs_the_same_layers_as_swap(tmp_path: Path) -> None:
     config = T5Config(vocab_size=64, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
-    folder = saved(T5ForConditionalGeneration(config), tmp_path)
+    folder = save_with_random_weights(T5ForConditionalGeneration(config), tmp_path)
     ours: Any = T5ForConditionalGeneration.from_pretrained(folder, quantization_config=PackedNF4Config(), dtype=BF16)
     theirs = T5ForConditionalGeneration.from_pretrained(folder, dtype=BF16)
     report = swap(theirs)
@@ -250,31 +254,31 @@ def test_t5_whose_outputs_it_keeps_in_fp32(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("default", [BF16, torch.float64], ids=str)
-def test_default_dtype_does_not_matter(tmp_path: Path, default: torch.dtype) -> None:
+def test_saving_and_loading_ignore_the_default_dtype(tmp_path: Path, default: torch.dtype) -> None:
     packed = packed_model(llama(tmp_path / "float"))
     packed.save_pretrained(tmp_path / "plain")
     before = torch.get_default_dtype()
     torch.set_default_dtype(default)
     try:
         packed.save_pretrained(tmp_path / "other")
-        again = load(tmp_path / "plain")
+        reloaded = load(tmp_path / "plain")
     finally:
         torch.set_default_dtype(before)
     for path in (tmp_path / "plain").iterdir():
         assert path.read_bytes() == (tmp_path / "other" / path.name).read_bytes()
-    assert_same(again, packed)
+    assert_same(reloaded, packed)
 
 
-def test_device_map(tmp_path: Path) -> None:
+def test_device_map_works_and_disk_offload_is_refused(tmp_path: Path) -> None:
     folder = llama(tmp_path)
-    plain = packed_model(folder)
+    expected = packed_model(folder)
     for device_map in ("cpu", {"": "cpu"}, "auto"):
-        assert_same(packed_model(folder, device_map=device_map).cpu(), plain)
+        assert_same(packed_model(folder, device_map=device_map).cpu(), expected)
     with pytest.raises(ValueError, match="disk"):
         packed_model(folder, device_map={"model": "cpu", "lm_head": "disk"})
 
 
-def test_casts_and_copies_leave_scales(tmp_path: Path) -> None:
+def test_casts_and_deepcopy_leave_packed_parts_unchanged(tmp_path: Path) -> None:
     model = packed_model(llama(tmp_path), dtype=torch.float32)
     before = {f"{path}.{n}": p.clone() for path, m in model.named_modules() if isinstance(m, PackedLinear) for n, p in
               zip(m.names, m.parts, strict=True)}  # fmt: skip
@@ -286,7 +290,7 @@ def test_casts_and_copies_leave_scales(tmp_path: Path) -> None:
 
 
 @each_scheme
-def test_adapters_on_top(tmp_path: Path, scheme: str) -> None:
+def test_lora_adapters_train_on_packed_models(tmp_path: Path, scheme: str) -> None:
     from peft import LoraConfig, get_peft_model
 
     if scheme == "ternary":
@@ -307,10 +311,14 @@ def test_adapters_on_top(tmp_path: Path, scheme: str) -> None:
 # -------------------------------------------------------------------------------------------------------- bitsandbytes
 
 
-def by_bitsandbytes(folder: Path, out: Path, *, kind: str = "nf4", double: bool = True, **options: Any) -> Path:
-    """What transformers and bitsandbytes save of the float checkpoint in `folder`."""
+def save_with_bitsandbytes(folder: Path, out: Path, *, quant_type: str = "nf4", double: bool = True, **options: Any) -> Path:
+    """Quantize the float checkpoint in `folder` with transformers and bitsandbytes, and save it to `out`."""
     config = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type=kind, bnb_4bit_use_double_quant=double, bnb_4bit_compute_dtype=BF16, **options
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant_type,
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=BF16,
+        **options,
     )
     AutoModelForCausalLM.from_pretrained(folder, quantization_config=config, dtype=BF16).save_pretrained(out)
     return out
@@ -318,49 +326,49 @@ def by_bitsandbytes(folder: Path, out: Path, *, kind: str = "nf4", double: bool 
 
 @pytest.mark.parametrize("double", [True, False])
 @pytest.mark.parametrize("make", [llama, gpt2])
-def test_nf4_files_are_those_of_bitsandbytes(tmp_path: Path, make: Callable[[Path], Path], double: bool) -> None:
+def test_saved_nf4_checkpoint_equals_that_of_bitsandbytes(tmp_path: Path, make: Callable[[Path], Path], double: bool) -> None:
     folder = make(tmp_path / "float")
     packed = packed_model(folder, "nf4-double" if double else "nf4")
     packed.save_pretrained(tmp_path / "ours")
-    by_bitsandbytes(folder, tmp_path / "theirs", double=double, llm_int8_skip_modules=["lm_head"])
+    save_with_bitsandbytes(folder, tmp_path / "theirs", double=double, llm_int8_skip_modules=["lm_head"])
     ours, theirs = load_file(tmp_path / "ours/model.safetensors"), load_file(tmp_path / "theirs/model.safetensors")
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert tensor.dtype == theirs[name].dtype, name
         assert torch.equal(tensor, theirs[name]), name
-    a, b = ((tmp_path / place / "config.json").read_text() for place in ("ours", "theirs"))
+    a, b = ((tmp_path / side / "config.json").read_text() for side in ("ours", "theirs"))
     assert json.loads(a) == json.loads(b)
     assert_same(load(tmp_path / "theirs"), packed)
 
 
-def test_reads_what_bitsandbytes_chose_to_keep(tmp_path: Path) -> None:
-    """Without a list of one's own bitsandbytes keeps head and tied weights; with an empty one it packs even the head."""
+def test_loads_bitsandbytes_checkpoints_with_and_without_a_packed_head(tmp_path: Path) -> None:
+    """By default bitsandbytes skips the head and tied weights; with an empty list of skipped modules it packs the head too."""
     folder = llama(tmp_path / "float", tie_word_embeddings=False)
-    plain = load(by_bitsandbytes(folder, tmp_path / "plain"), dtype=BF16)
-    assert_same(plain, packed_model(folder))
-    all_of_it: Any = load(by_bitsandbytes(folder, tmp_path / "all", llm_int8_skip_modules=[]), dtype=BF16)
-    assert isinstance(all_of_it.lm_head, NF4Linear)
-    assert "lm_head" in all_of_it.hf_quantizer.report.swapped
-    all_of_it.save_pretrained(tmp_path / "again")
-    assert_same(load(tmp_path / "again"), all_of_it)
+    default = load(save_with_bitsandbytes(folder, tmp_path / "plain"), dtype=BF16)
+    assert_same(default, packed_model(folder))
+    packed_head: Any = load(save_with_bitsandbytes(folder, tmp_path / "all", llm_int8_skip_modules=[]), dtype=BF16)
+    assert isinstance(packed_head.lm_head, NF4Linear)
+    assert "lm_head" in packed_head.hf_quantizer.report.swapped
+    packed_head.save_pretrained(tmp_path / "again")
+    assert_same(load(tmp_path / "again"), packed_head)
 
 
-def test_reads_codes_that_are_stored_as_floats(tmp_path: Path) -> None:
-    """bnb_4bit_quant_storage=bfloat16, as FSDP recipes have it: the same bytes."""
+def test_loads_codes_stored_as_bf16(tmp_path: Path) -> None:
+    """bnb_4bit_quant_storage=bfloat16, as in FSDP recipes: the same bytes in another dtype."""
     folder = llama(tmp_path / "float", intermediate_size=128)
-    stored = by_bitsandbytes(folder, tmp_path / "bnb", bnb_4bit_quant_storage=BF16)
+    stored = save_with_bitsandbytes(folder, tmp_path / "bnb", bnb_4bit_quant_storage=BF16)
     assert load_file(stored / "model.safetensors")[LAYER + ".weight"].dtype == BF16
     assert_same(load(stored, dtype=BF16), packed_model(folder))
 
 
-@pytest.mark.parametrize("what", ["fp4", "int8"])
-def test_refuses_other_bitsandbytes(tmp_path: Path, what: str) -> None:
+@pytest.mark.parametrize("quant_type", ["fp4", "int8"])
+def test_bitsandbytes_fp4_and_int8_are_refused(tmp_path: Path, quant_type: str) -> None:
     folder = llama(tmp_path / "float")
-    if what == "fp4":
-        stored = by_bitsandbytes(folder, tmp_path / "bnb", kind="fp4")
+    if quant_type == "fp4":
+        stored = save_with_bitsandbytes(folder, tmp_path / "bnb", quant_type="fp4")
         with pytest.raises(ValueError, match="bitsandbytes fp4; only nf4"):
             load(stored)
-        edit_config(stored, bnb_4bit_quant_type="nf4")  # and when config.json does not say so
+        edit_config(stored, bnb_4bit_quant_type="nf4")  # also when config.json calls it nf4
         with pytest.raises(ValueError, match=r"down_proj: it is stored in fp4"):
             load(stored)
     else:
@@ -370,7 +378,7 @@ def test_refuses_other_bitsandbytes(tmp_path: Path, what: str) -> None:
 
 
 @pytest.mark.parametrize(("key", "value"), [("blocksize", 128), ("shape", [64, 100]), ("nested_blocksize", 128)])
-def test_refuses_other_states(tmp_path: Path, key: str, value: Any) -> None:
+def test_unsupported_quant_states_are_refused(tmp_path: Path, key: str, value: Any) -> None:
     packed_model(llama(tmp_path / "float")).save_pretrained(tmp_path / "nf4")
 
     def change(tensors: dict[str, Tensor]) -> None:
@@ -382,7 +390,7 @@ def test_refuses_other_states(tmp_path: Path, key: str, value: Any) -> None:
         load(edit(tmp_path / "nf4", change))
 
 
-def test_refuses_other_levels(tmp_path: Path) -> None:
+def test_other_nf4_levels_are_refused(tmp_path: Path) -> None:
     packed_model(llama(tmp_path / "float")).save_pretrained(tmp_path / "nf4")
 
     def shrink(tensors: dict[str, Tensor]) -> None:
@@ -392,13 +400,13 @@ def test_refuses_other_levels(tmp_path: Path) -> None:
         load(edit(tmp_path / "nf4", shrink))
 
 
-def test_refuses_what_is_not_packed_or_packed_otherwise(tmp_path: Path) -> None:
+def test_float_and_otherwise_quantized_checkpoints_are_refused(tmp_path: Path) -> None:
     folder = llama(tmp_path)
     with pytest.raises(ValueError, match="not quantized"):
         load(folder)
     packed = packed_model(folder)
     packed.save_pretrained(tmp_path / "nf4")
-    with pytest.raises(ValueError, match="is quantized with BitsAndBytesConfig"):  # packing it twice; transformers' words
+    with pytest.raises(ValueError, match="is quantized with BitsAndBytesConfig"):  # packing twice; the message is transformers'
         packed_model(tmp_path / "nf4")
     config = copy.deepcopy(packed.config)
     config.quantization_config = {"quant_method": "gptq", "bits": 4}
@@ -412,7 +420,7 @@ def test_refuses_what_is_not_packed_or_packed_otherwise(tmp_path: Path) -> None:
         packed_config(config)
 
 
-def test_reads_bitsandbytes_configs_without_a_method(tmp_path: Path) -> None:
+def test_loads_bitsandbytes_config_without_quant_method(tmp_path: Path) -> None:
     packed = packed_model(llama(tmp_path / "float"))
     packed.save_pretrained(tmp_path / "nf4")
     file = tmp_path / "nf4/config.json"
@@ -426,7 +434,7 @@ def test_reads_bitsandbytes_configs_without_a_method(tmp_path: Path) -> None:
 
 
 def test_scale_divides_in_bitlinear_and_multiplies_in_autobitlinear(tmp_path: Path) -> None:
-    """The scale trap: the same layer, stored as 1 / mean|W| and as mean|W|; the wrong one loads without a word."""
+    """One stores 1 / mean|W| for the same layer, the other mean|W|; a wrong scale would load without an error."""
     packed = packed_model(llama(tmp_path / "float"), "ternary")
     packed.save_pretrained(tmp_path / "ternary")
     layer = packed.get_submodule(LAYER)
@@ -440,60 +448,60 @@ def test_scale_divides_in_bitlinear_and_multiplies_in_autobitlinear(tmp_path: Pa
             tensors[name] = 1 / tensors[name]
 
     edit_config(edit(tmp_path / "ternary", invert), linear_class="autobitlinear")
-    again: Any = load(tmp_path / "ternary")
-    torch.testing.assert_close(again.get_submodule(LAYER).packed.scale, layer.packed.scale, rtol=2e-7, atol=0)
-    torch.testing.assert_close(logits(again), logits(packed), rtol=0, atol=2e-2)
+    reloaded: Any = load(tmp_path / "ternary")
+    torch.testing.assert_close(reloaded.get_submodule(LAYER).packed.scale, layer.packed.scale, rtol=2e-7, atol=0)
+    torch.testing.assert_close(logits(reloaded), logits(packed), rtol=0, atol=2e-2)
 
     def unpack(tensors: dict[str, Tensor]) -> None:  # as transformers saves what it loaded as autobitlinear
         for name in [name for name in tensors if tensors[name].dtype == torch.uint8]:
             tensors[name] = ternary.unpack(tensors[name]).to(BF16)
 
-    assert_same(load(edit(tmp_path / "ternary", unpack)), again)
+    assert_same(load(edit(tmp_path / "ternary", unpack)), reloaded)
 
 
-def test_reads_a_checkpoint_like_microsofts(tmp_path: Path) -> None:
-    """BitNetForCausalLM with sub-norms, packed, `autobitlinear` offline, scales in bf16, as bitnet-b1.58-2B-4T."""
+def test_loads_checkpoint_in_the_layout_of_bitnet_b1_58_2b_4t(tmp_path: Path) -> None:
+    """BitNetForCausalLM with sub-norms: packed, offline `autobitlinear`, scales in bf16."""
     config = BitNetConfig(vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
                           num_key_value_heads=2, tie_word_embeddings=True, pad_token_id=0)  # fmt: skip
-    folder = saved(BitNetForCausalLM(config), tmp_path)
-    plain = packed_model(folder, "ternary")
+    folder = save_with_random_weights(BitNetForCausalLM(config), tmp_path)
+    expected = packed_model(folder, "ternary")
 
-    def put_packed(tensors: dict[str, Tensor]) -> None:
-        for path in plain.hf_quantizer.report.swapped:
-            packed = plain.get_submodule(path).packed
+    def replace_with_packed(tensors: dict[str, Tensor]) -> None:
+        for path in expected.hf_quantizer.report.swapped:
+            packed = expected.get_submodule(path).packed
             tensors[f"{path}.weight"] = packed.codes.data
             tensors[f"{path}.weight_scale"] = (1 / packed.scale).to(BF16).view(1)
 
-    edit(folder, put_packed)
+    edit(folder, replace_with_packed)
     file = folder / "config.json"
     quantization = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": quantization}))
     model: Any = load(folder, dtype=BF16)
     assert len(model.hf_quantizer.report.swapped) == 14
     for path in model.hf_quantizer.report.swapped:
-        ours, theirs = model.get_submodule(path).packed, plain.get_submodule(path).packed
-        assert torch.equal(ours.codes, theirs.codes)
-        torch.testing.assert_close(1 / ours.scale, (1 / theirs.scale).to(BF16).float(), rtol=1.2e-7, atol=0)
+        ours, reference = model.get_submodule(path).packed, expected.get_submodule(path).packed
+        assert torch.equal(ours.codes, reference.codes)
+        torch.testing.assert_close(1 / ours.scale, (1 / reference.scale).to(BF16).float(), rtol=1.2e-7, atol=0)
     assert logits(model).isfinite().all()
 
 
 def test_online_checkpoint_is_trainable(tmp_path: Path) -> None:
     folder = llama(tmp_path / "float", torch.float32)
-    plain: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    swap(plain, scheme="ternary", trainable=True)
-    attach_quantizer(plain).save_pretrained(tmp_path / "online")
+    expected: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    swap(expected, scheme="ternary", trainable=True)
+    attach_quantizer(expected).save_pretrained(tmp_path / "online")
     config = json.loads((tmp_path / "online/config.json").read_text())["quantization_config"]
     assert (config["quant_method"], config["linear_class"], config["quantization_mode"]) == ("bitnet", "autobitlinear", "online")
     model: Any = load(tmp_path / "online")
-    assert_same(model, plain)
+    assert_same(model, expected)
     assert type(model.get_submodule(LAYER)) is BitLinear
     assert model.hf_quantizer.report.trainable
-    assert torch.equal(logits(model), logits(plain))
+    assert torch.equal(logits(model), logits(expected))
     model(IDS, labels=IDS).loss.backward()
     assert model.get_submodule(LAYER).weight.grad.abs().sum() > 0
 
 
-def test_bitnet_is_refused_where_it_cannot_say_it(tmp_path: Path) -> None:
+def test_bitnet_refuses_conv1d_and_missing_rms_norms(tmp_path: Path) -> None:
     packed = packed_model(gpt2(tmp_path / "gpt2"), "ternary")
     with pytest.raises(ValueError, match="Conv1D"):
         packed.save_pretrained(tmp_path / "out")
@@ -503,8 +511,8 @@ def test_bitnet_is_refused_where_it_cannot_say_it(tmp_path: Path) -> None:
         load(edit_config(tmp_path / "ternary", use_rms_norm=True))
 
 
-def normed(folder: Path, *, trainable: bool, dtype: torch.dtype = torch.float32) -> Any:
-    """A Llama in ternary, each layer with a norm of its own that does something."""
+def llama_with_rms_norms(folder: Path, *, trainable: bool, dtype: torch.dtype = torch.float32) -> Any:
+    """A ternary Llama with an RMS norm of random weights inside each ternary layer."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     swap(model, scheme="ternary", trainable=True, norm_eps=1e-3)
     torch.manual_seed(1)
@@ -518,35 +526,35 @@ def normed(folder: Path, *, trainable: bool, dtype: torch.dtype = torch.float32)
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
 @pytest.mark.parametrize("trainable", [True, False])
-def test_layers_with_a_norm_of_their_own(tmp_path: Path, trainable: bool, dtype: torch.dtype) -> None:
-    model = normed(llama(tmp_path / "float", dtype), trainable=trainable, dtype=dtype)
+def test_rms_norms_inside_layers_round_trip(tmp_path: Path, trainable: bool, dtype: torch.dtype) -> None:
+    model = llama_with_rms_norms(llama(tmp_path / "float", dtype), trainable=trainable, dtype=dtype)
     model.save_pretrained(tmp_path / "once")
     stored = json.loads((tmp_path / "once/config.json").read_text())["quantization_config"]
     assert (stored["use_rms_norm"], stored["rms_norm_eps"]) == (True, 1e-3)
-    once: Any = load(tmp_path / "once")
-    assert_same(once, model)
-    assert once.get_submodule(LAYER).rms_norm.eps == 1e-3
-    assert torch.equal(logits(once), logits(model))
-    once.save_pretrained(tmp_path / "twice")
+    loaded: Any = load(tmp_path / "once")
+    assert_same(loaded, model)
+    assert loaded.get_submodule(LAYER).rms_norm.eps == 1e-3
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.save_pretrained(tmp_path / "twice")
     for path in (tmp_path / "once").iterdir():
         assert path.read_bytes() == (tmp_path / "twice" / path.name).read_bytes()
     if trainable:
-        once(IDS, labels=IDS).loss.backward()
-        assert once.get_submodule(LAYER).rms_norm.weight.grad.abs().sum() > 0
+        loaded(IDS, labels=IDS).loss.backward()
+        assert loaded.get_submodule(LAYER).rms_norm.weight.grad.abs().sum() > 0
     name = f"{LAYER}.rms_norm.weight"
     with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint has no rms_norm\.weight for it"):
         load(edit(tmp_path / "once", drop(name)))
-    for other in (None, nn.RMSNorm(64, eps=1e-5)):
-        model.get_submodule(LAYER).rms_norm = other
+    for norm in (None, nn.RMSNorm(64, eps=1e-5)):
+        model.get_submodule(LAYER).rms_norm = norm
         with pytest.raises(ValueError, match="one setting for all"):
             model.save_pretrained(tmp_path / "out")
 
 
 @pytest.mark.parametrize("norm", [False, True])
-def test_online_checkpoint_that_was_packed_since(tmp_path: Path, norm: bool) -> None:
+def test_online_checkpoint_packed_after_loading_is_saved_as_offline(tmp_path: Path, norm: bool) -> None:
     folder = llama(tmp_path / "float", torch.float32)
     if norm:
-        online = normed(folder, trainable=True)
+        online = llama_with_rms_norms(folder, trainable=True)
     else:
         online = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         swap(online, scheme="ternary", trainable=True)
@@ -557,26 +565,26 @@ def test_online_checkpoint_that_was_packed_since(tmp_path: Path, norm: bool) -> 
     model.save_pretrained(tmp_path / "packed")
     stored = json.loads((tmp_path / "packed/config.json").read_text())["quantization_config"]
     assert (stored["linear_class"], stored["quantization_mode"], stored["use_rms_norm"]) == ("bitlinear", "offline", norm)
-    again = load(tmp_path / "packed")
-    assert {type(m) for m in again.modules() if hasattr(m, "quantized")} == {PackedBitLinear}
-    assert torch.equal(logits(again), logits(online))
+    reloaded = load(tmp_path / "packed")
+    assert {type(m) for m in reloaded.modules() if hasattr(m, "quantized")} == {PackedBitLinear}
+    assert torch.equal(logits(reloaded), logits(online))
 
 
-# ---------------------------------------------------------------------------------------------------- saving and reading
+# ---------------------------------------------------------------------------------------------------- saving and loading
 
 
 @each_scheme
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", [BF16, torch.float32], ids=str)
-def test_round_trip(tmp_path: Path, scheme: str, tied: bool, dtype: torch.dtype) -> None:
+def test_save_and_load_round_trip_is_byte_identical(tmp_path: Path, scheme: str, tied: bool, dtype: torch.dtype) -> None:
     packed = packed_model(llama(tmp_path / "float", tie_word_embeddings=tied), scheme, dtype=dtype)
     packed.save_pretrained(tmp_path / "once", max_shard_size="20KB")
     assert len(list((tmp_path / "once").glob("*.safetensors"))) > 1
-    once = load(tmp_path / "once")
-    assert_same(once, packed)
-    assert once.hf_quantizer.report.swapped == packed.hf_quantizer.report.swapped
-    assert torch.equal(logits(once), logits(packed))
-    once.save_pretrained(tmp_path / "twice", max_shard_size="20KB")
+    loaded = load(tmp_path / "once")
+    assert_same(loaded, packed)
+    assert loaded.hf_quantizer.report.swapped == packed.hf_quantizer.report.swapped
+    assert torch.equal(logits(loaded), logits(packed))
+    loaded.save_pretrained(tmp_path / "twice", max_shard_size="20KB")
     names = [path.name for path in (tmp_path / "once").iterdir()]
     assert sorted(path.name for path in (tmp_path / "twice").iterdir()) == sorted(names)
     for name in names:
@@ -584,7 +592,7 @@ def test_round_trip(tmp_path: Path, scheme: str, tied: bool, dtype: torch.dtype)
 
 
 @each_scheme
-def test_cast_while_loading_leaves_scales(tmp_path: Path, scheme: str) -> None:
+def test_cast_while_loading_leaves_packed_parts_unchanged(tmp_path: Path, scheme: str) -> None:
     packed = packed_model(llama(tmp_path / "float"), scheme, dtype=torch.float32)
     packed.save_pretrained(tmp_path / "packed")
     model: Any = load(tmp_path / "packed", dtype=BF16)
@@ -594,7 +602,7 @@ def test_cast_while_loading_leaves_scales(tmp_path: Path, scheme: str) -> None:
 
 
 @each_scheme
-def test_swapped_model_saves_the_same(tmp_path: Path, scheme: str) -> None:
+def test_swapped_model_saves_the_same_bytes_as_a_loaded_one(tmp_path: Path, scheme: str) -> None:
     folder = llama(tmp_path / "float")
     packed_model(folder, scheme).save_pretrained(tmp_path / "loaded")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=BF16)
@@ -604,7 +612,7 @@ def test_swapped_model_saves_the_same(tmp_path: Path, scheme: str) -> None:
         assert path.read_bytes() == (tmp_path / "swapped" / path.name).read_bytes()
 
 
-def test_attach_refuses(tmp_path: Path) -> None:
+def test_attach_quantizer_refuses_missing_or_mixed_packed_layers(tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(llama(tmp_path), dtype=BF16)
     with pytest.raises(ValueError, match="no quantized layers"):
         attach_quantizer(model)
@@ -618,8 +626,8 @@ def test_attach_refuses(tmp_path: Path) -> None:
         attach_quantizer(model)
 
 
-def test_model_that_is_packed_no_more(tmp_path: Path) -> None:
-    """Its config would call floats packed; taking the quantizer away makes it a float model again."""
+def test_saving_dequantized_layers_is_refused_until_to_float(tmp_path: Path) -> None:
+    """Its config would call float weights packed; `to_float` removes the quantizer and makes it a float model."""
     model = packed_model(llama(tmp_path / "float"))
     for path, module in list(model.named_modules()):
         if isinstance(module, PackedLinear):
@@ -651,7 +659,7 @@ COMPANIONS = [
 
 
 @pytest.mark.parametrize(("scheme", "companion"), COMPANIONS)
-def test_missing_companion(tmp_path: Path, scheme: str, companion: str) -> None:
+def test_missing_companion_tensor_is_refused(tmp_path: Path, scheme: str, companion: str) -> None:
     packed_model(llama(tmp_path / "float"), scheme).save_pretrained(tmp_path / "packed")
     edit(tmp_path / "packed", drop(f"{LAYER}.{companion}"))
     with pytest.raises(ValueError, match=rf"{LAYER}: the checkpoint has no {companion} for it"):
@@ -659,7 +667,7 @@ def test_missing_companion(tmp_path: Path, scheme: str, companion: str) -> None:
 
 
 @pytest.mark.parametrize(("scheme", "companion"), [case for case in COMPANIONS if case[1] in ("weight", "weight.absmax")])
-def test_truncated_companion(tmp_path: Path, scheme: str, companion: str) -> None:
+def test_truncated_companion_tensor_is_refused(tmp_path: Path, scheme: str, companion: str) -> None:
     packed_model(llama(tmp_path / "float"), scheme).save_pretrained(tmp_path / "packed")
 
     def cut(tensors: dict[str, Tensor]) -> None:
@@ -670,7 +678,7 @@ def test_truncated_companion(tmp_path: Path, scheme: str, companion: str) -> Non
         load(edit(tmp_path / "packed", cut))
 
 
-def test_missing_float_tensor_and_whole_layer(tmp_path: Path) -> None:
+def test_missing_float_tensor_and_missing_layer_are_refused(tmp_path: Path) -> None:
     packed_model(llama(tmp_path / "float")).save_pretrained(tmp_path / "packed")
     edit(tmp_path / "packed", drop("model.norm.weight"))
     with pytest.raises(ValueError, match=r"1 tensors are missing in the checkpoint and would stay random: model\.norm\.weight"):
@@ -681,13 +689,13 @@ def test_missing_float_tensor_and_whole_layer(tmp_path: Path) -> None:
         load(edit(tmp_path / "packed", drop(*names)))
 
 
-def test_packed_where_the_config_says_kept(tmp_path: Path) -> None:
+def test_packed_layer_that_the_config_skips_is_refused(tmp_path: Path) -> None:
     packed_model(llama(tmp_path / "float")).save_pretrained(tmp_path / "packed")
     with pytest.raises(ValueError, match=rf"{LAYER}: it is packed in the checkpoint"):
         load(edit_config(tmp_path / "packed", llm_int8_skip_modules=["lm_head", "up_proj"]))
 
 
-PLAIN = """
+PLAIN_TRANSFORMERS_SCRIPT = """
 import sys, torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
@@ -706,11 +714,11 @@ save_file(out, sys.argv[1])
 """
 
 
-def test_plain_transformers_loads_what_was_saved(tmp_path: Path) -> None:
-    """In a process without this package: the same layers, weights and logits."""
+def test_plain_transformers_loads_saved_checkpoints(tmp_path: Path) -> None:
+    """A process without `quant` gets the same layers, weights and logits."""
     models: dict[str, Any] = {}
     for scheme in SCHEMES:
-        folder = llama(tmp_path / "float", torch.float32, intermediate_size=128)  # bitsandbytes wants rows in 32s on the CPU
+        folder = llama(tmp_path / "float", torch.float32, intermediate_size=128)  # multiple of 32 for bitsandbytes
         models[scheme] = packed_model(folder, scheme, dtype=torch.float32)
         models[scheme].save_pretrained(tmp_path / scheme)
     online: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -718,24 +726,24 @@ def test_plain_transformers_loads_what_was_saved(tmp_path: Path) -> None:
     models["online"] = attach_quantizer(online)
     models["online"].save_pretrained(tmp_path / "online")
     for name, trainable in (("ternary-norm", False), ("online-norm", True)):
-        models[name] = normed(folder, trainable=trainable)
+        models[name] = llama_with_rms_norms(folder, trainable=trainable)
         models[name].save_pretrained(tmp_path / name)
-    command = [sys.executable, "-c", PLAIN, "out.safetensors", *models]
-    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # its BitLinear wants a C++ compiler otherwise
+    command = [sys.executable, "-c", PLAIN_TRANSFORMERS_SCRIPT, "out.safetensors", *models]
+    environment = os.environ | {"TORCHDYNAMO_DISABLE": "1"}  # its BitLinear needs a C++ compiler otherwise
     run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr[-2000:]
     theirs = load_file(tmp_path / "out.safetensors")
-    kinds = {"nf4-double": "Linear4bit", "nf4": "Linear4bit", "ternary": "BitLinear", "online": "AutoBitLinear"}
-    kinds |= {"ternary-norm": "BitLinear", "online-norm": "AutoBitLinear"}
+    layer_types = {"nf4-double": "Linear4bit", "nf4": "Linear4bit", "ternary": "BitLinear", "online": "AutoBitLinear"}
+    layer_types |= {"ternary-norm": "BitLinear", "online-norm": "AutoBitLinear"}
     for name, model in models.items():
-        torch.testing.assert_close(theirs[f"{name}:{kinds[name]}"], logits(model), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(theirs[f"{name}:{layer_types[name]}"], logits(model), rtol=1e-4, atol=1e-4)
         if f"{name}:weight" in theirs:
             assert torch.equal(theirs[f"{name}:weight"], model.get_submodule(LAYER).dequantize())
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
 
-MEASURE = """
+MEASURE_SCRIPT = """
 import json, sys, threading, time
 import torch
 from transformers import AutoModelForCausalLM
@@ -771,16 +779,16 @@ print(json.dumps(figures))
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
-def test_a_7b_is_packed_in_the_memory_of_the_packed(tmp_path: Path) -> None:
-    """13 GB of bf16 in shards of 1.6 GB: the peak of anonymous memory is under 6 GB while they are packed, and under 5 GB
-    while the packed model is read again (3.9 GB packed, 0.3 GB for the libraries; where codes stay in the mapped file, less)."""
+def test_packing_a_7b_needs_little_more_memory_than_the_packed_model(tmp_path: Path) -> None:
+    """13 GB of bf16 in shards of 1.6 GB: peak anonymous memory is under 6 GB while packing, and under 5 GB while loading the
+    packed model (3.9 GB packed, 0.3 GB for the libraries; less where codes stay in the mapped file)."""
     if shutil.disk_usage(tmp_path).free < 20e9:
         pytest.skip("needs 20 GB of disk")
     folders = [str(tmp_path / name) for name in ("float", "packed")]
     try:
         write_7b(tmp_path / "float")
         for step, limit in (("pack", 6e9), ("load", 5e9)):
-            command = [sys.executable, "-c", MEASURE, step, *folders]
+            command = [sys.executable, "-c", MEASURE_SCRIPT, step, *folders]
             run = subprocess.run(command, capture_output=True, text=True, timeout=3600)
             assert run.returncode == 0, run.stderr[-2000:]
             figures = json.loads(run.stdout.splitlines()[-1])
@@ -793,7 +801,7 @@ def test_a_7b_is_packed_in_the_memory_of_the_packed(tmp_path: Path) -> None:
 
 
 def write_7b(folder: Path) -> None:
-    """A Llama of 6.7 B parameters, random in its first layer, which the others repeat; four layers a file."""
+    """A Llama of 6.7 B parameters: all layers have the random weights of the first; four layers per file."""
     config = LlamaConfig(
         hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000
     )
@@ -820,14 +828,14 @@ def write_7b(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["nf4", "ternary"])
-def test_a_swapped_model_saves_the_standard_format_unasked(tmp_path: Path, scheme: str) -> None:
+def test_save_pretrained_of_a_swapped_model_writes_the_standard_format(tmp_path: Path, scheme: str) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(llama(tmp_path / "float"), dtype=BF16)
     swap(model, scheme=scheme)
     model.save_pretrained(tmp_path / "out")
     assert_same(load(tmp_path / "out"), model)
     trained: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "float", dtype=BF16)
     swap(trained, scheme=scheme, trainable=True)
-    if scheme == "nf4":  # no format for its master weights; as floats they would be another model without a word
+    if scheme == "nf4":  # no format has master weights; saved as floats they would be another model
         with pytest.raises(PackingError, match=r"quant\.pack\(model\) first"):
             trained.save_pretrained(tmp_path / "trained")
         assert not list((tmp_path / "trained").glob("*.safetensors"))
@@ -839,24 +847,26 @@ def test_a_swapped_model_saves_the_standard_format_unasked(tmp_path: Path, schem
     assert_same(load(tmp_path / "packed"), trained)
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt2"])
-def test_merged_it_is_a_float_model_again(tmp_path: Path, kind: str) -> None:
-    """Experts fused, Conv1D transposed back: what plain transformers loads is what was merged."""
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt2"])
+def test_merged_model_is_saved_as_float_after_to_float(tmp_path: Path, architecture: str) -> None:
+    """Plain transformers loads the merged weights, with fused experts and transposed Conv1D."""
     from peft import LoraConfig, get_peft_model
     from transformers import GPT2Config, GPT2LMHeadModel, MixtralConfig, MixtralForCausalLM
 
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"vocab_size": 64}
-    if kind == "gpt2":
-        plain: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, **sizes))
+    if architecture == "gpt2":
+        float_model: Any = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, **sizes))
     else:
         sizes |= {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-        plain = MixtralForCausalLM(MixtralConfig(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes))
-    plain.save_pretrained(tmp_path / "float")
+        float_model = MixtralForCausalLM(
+            MixtralConfig(num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, **sizes)
+        )
+    float_model.save_pretrained(tmp_path / "float")
     model: Any = AutoModelForCausalLM.from_pretrained(
         tmp_path / "float", dtype=torch.float32, quantization_config=PackedNF4Config()
     )
-    target = "c_attn" if kind == "gpt2" else "q_proj"
+    target = "c_attn" if architecture == "gpt2" else "q_proj"
     config = LoraConfig(r=4, target_modules=[target], init_lora_weights=False)
     register_peft(config)
     merged: Any = get_peft_model(model, config).merge_and_unload()
@@ -867,14 +877,14 @@ def test_merged_it_is_a_float_model_again(tmp_path: Path, kind: str) -> None:
         merged.save_pretrained(tmp_path / "out")
     to_float(merged)
     merged.save_pretrained(tmp_path / "out")
-    again, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    reloaded, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(reloaded.eval()(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_what_is_not_there_or_cut_short(tmp_path: Path) -> None:
+def test_missing_folder_and_truncated_file_are_errors(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="folder not found"):
         load(tmp_path / "nothing")
     with pytest.raises(FileNotFoundError, match="folder not found"):

@@ -1,8 +1,8 @@
-"""Triton's kernels: the same bits as the references, and what the compiler makes of them.
+"""Triton kernels are bit-equal to the reference kernels, and compile without spills or approximate math.
 
-The tests of the kernels' results need a card (`pytest -m gpu`) or triton's interpreter, which is chosen when triton is imported.
-So one test here runs all of them a second time, in a process of its own with TRITON_INTERPRET=1, on small CPU tensors.
-Compiling needs no card: triton brings ptxas and cuobjdump along.
+The tests of the kernels' results need a GPU (`pytest -m gpu`) or triton's interpreter, which is chosen when triton is imported.
+So one test runs all of them again, in a separate process with TRITON_INTERPRET=1, on small CPU tensors.
+Compiling needs no GPU: triton ships ptxas and cuobjdump.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def _on_device(test: Any) -> Any:
     return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(test))
 
 
-compiles = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
+without_interpreter = pytest.mark.skipif(INTERPRETED, reason="runs without the interpreter")
 
 
 @pytest.fixture(autouse=True)
-def _right_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """triton 3.7's interpreter cuts fp32 off to bf16 where a card rounds, and multiplies the bits of bf16 matrices."""
+def _fix_interpreter_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """triton 3.7's interpreter truncates fp32 to bf16 where a GPU rounds, and multiplies the raw bits of bf16 matrices."""
     if not INTERPRETED:
         return
     import triton.language as tl
@@ -50,38 +50,38 @@ def _right_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
 
     convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
 
-    def right_convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
+    def fixed_convert(data: Any, source: Any, target: Any, rounding: Any) -> Any:
         if (source, target) == (tl.float32, tl.bfloat16):
             return torch.from_numpy(data.view("float32").copy()).bfloat16().view(torch.uint16).numpy()
         if (source, target) == (tl.bfloat16, tl.float32):
             return torch.from_numpy(data.view("uint16").copy()).view(torch.bfloat16).float().numpy()
         return convert(data, source, target, rounding)
 
-    def right_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def fixed_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
         a, b = (
-            interpreter.TensorHandle(right_convert(m.data, tl.bfloat16, tl.float32, None), tl.float32)
+            interpreter.TensorHandle(fixed_convert(m.data, tl.bfloat16, tl.float32, None), tl.float32)
             if m.dtype.scalar == tl.bfloat16
             else m
             for m in (a, b)
         )
         return dot(self, a, b, *rest)
 
-    monkeypatch.setattr(interpreter, "_convert_float", right_convert)
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", right_dot)
+    monkeypatch.setattr(interpreter, "_convert_float", fixed_convert)
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", fixed_dot)
 
 
-def _same_bits(got: Tensor, expected: Tensor) -> bool:
-    got = got.cpu()
-    if got.dtype != expected.dtype or got.shape != expected.shape:
+def _same_bits(actual: Tensor, expected: Tensor) -> bool:
+    actual = actual.cpu()
+    if actual.dtype != expected.dtype or actual.shape != expected.shape:
         return False
-    return torch.equal(got.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+    return torch.equal(actual.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 # ------------------------------------------------------------------------------------------------- activations to int8
 
 
 def _ties(x: Tensor) -> Tensor:
-    """Half integers under a maximum of 127, so that the scale is 1."""
+    """Half integers with a maximum of 127, so that the scale is 1."""
     x = (torch.arange(x.numel()) % 64 - 32 + 0.5).view(x.shape)
     x[:, -1] = 127
     return x
@@ -93,12 +93,12 @@ def _outlier(x: Tensor) -> Tensor:
     return x
 
 
-KINDS = {
+DISTRIBUTIONS = {
     "normal": lambda x: x,
     "zeros": lambda x: x * 0,
     "constant": lambda x: torch.full_like(x, -0.3),
     "outlier": _outlier,
-    "tiny": lambda x: x * 1e-6,  # the floor under the maximum
+    "tiny": lambda x: x * 1e-6,  # below the lower limit of the maximum
     "denormal": lambda x: x * 1e-39,
     "large": lambda x: x * 1e4,
     "ties": _ties,
@@ -107,21 +107,21 @@ KINDS = {
 
 @_on_device
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kind", KINDS)
-def test_rows_have_the_bits_of_the_reference(kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("distribution", DISTRIBUTIONS)
+def test_quantized_activations_are_bit_equal_to_the_reference(distribution: str, dtype: torch.dtype) -> None:
     for shape in ((1, 1), (3, 7), (2, 64), (5, 100), (2, 577), (1, 2050)):
-        x = KINDS[kind](torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
+        x = DISTRIBUTIONS[distribution](torch.randn(shape, generator=torch.Generator().manual_seed(0))).to(dtype)
         codes, scales = triton_kernels.quantize_activations(x.to(DEVICE))
         expected_codes, expected_scales = ternary.quantize_activations(x)
         assert _same_bits(scales, expected_scales)
         assert _same_bits(codes, expected_codes)
-        if kind == "ties" and shape[1] > 64:
+        if distribution == "ties" and shape[1] > 64:
             assert (expected_scales == 1).all()
             assert (x.float() % 1 == 0.5).sum() > 60
 
 
 @_on_device
-def test_rows_too_long_for_registers() -> None:
+def test_activations_too_long_for_registers_are_bit_equal_to_the_reference() -> None:
     x = torch.randn(2, triton_kernels.LONGEST + 6)
     x[1, -1] = 50
     expected = ternary.quantize_activations(x)
@@ -130,7 +130,7 @@ def test_rows_too_long_for_registers() -> None:
 
 
 @_on_device
-def test_a_row_that_is_not_finite_says_so_in_its_scale() -> None:
+def test_non_finite_activations_have_a_nan_or_zero_scale() -> None:
     x = torch.randn(4, 300)
     x[0, 3], x[1, 299], x[2, 0] = torch.nan, torch.inf, -torch.inf
     codes, scales = (part.cpu() for part in triton_kernels.quantize_activations(x.to(DEVICE)))
@@ -145,7 +145,7 @@ def _check_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> None:
     exact = (x.double().square().mean(1, keepdim=True) + eps).rsqrt()
     assert inverse.dtype == torch.float32
     assert ((inverse - exact).abs() <= 4 * 2**-24 * exact).all()
-    normed = weight * (x.float() * inverse).to(x.dtype)  # LlamaRMSNorm's lines, its dtypes and its roundings
+    normed = weight * (x.float() * inverse).to(x.dtype)  # as in LlamaRMSNorm, with its dtypes and roundings
     expected = ternary.quantize_activations(normed)
     assert _same_bits(scales, expected[1])
     assert _same_bits(codes, expected[0])
@@ -154,7 +154,7 @@ def _check_norm(x: Tensor, weight: Tensor, eps: float = 1e-5) -> None:
 @_on_device
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rms_norm_and_rows_in_one_pass(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
+def test_fused_rms_norm_and_quantization_are_bit_equal_to_the_reference(dtype: torch.dtype, weight_dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     for shape in ((1, 1), (3, 100), (2, 577)):
         weight = (1 + torch.randn(shape[1]) / 4).to(weight_dtype)
@@ -162,9 +162,9 @@ def test_rms_norm_and_rows_in_one_pass(dtype: torch.dtype, weight_dtype: torch.d
     _check_norm(torch.zeros(2, 64, dtype=dtype), torch.ones(64, dtype=weight_dtype))
 
 
-# ---------------------------------------------------------------------------------------------------- the ternary product
+# -------------------------------------------------------------------------------------------------- the ternary matmul
 
-# n rows, k columns, out / 4. Every choice of `product_options`, the vector, whole and broken blocks in each direction.
+# (n, k, out_features / 4): every choice of `product_options`, the vector kernel, full and partial blocks in each dimension.
 PRODUCTS = [
     (0, 64, 3), (1, 1, 1), (1, 3, 5), (1, 4, 1), (1, 64, 3), (1, 100, 7), (1, 1028, 9), (1, 2048, 4),
     (2, 64, 1), (5, 256, 17), (16, 272, 33), (16, 512, 16), (3, 7, 5), (17, 33, 18), (300, 20, 3),
@@ -190,71 +190,71 @@ def _operands(n: int, k: int, quarter: int) -> Operands:
 
 @_on_device
 @pytest.mark.parametrize("case", PRODUCTS, ids=str)
-def test_the_product_has_the_bits_of_the_reference(case: tuple[int, int, int]) -> None:
+def test_ternary_matmul_is_bit_equal_to_the_reference(case: tuple[int, int, int]) -> None:
     operands = _operands(*case)
     for dtype in DTYPES if case[0] < 20 else DTYPES[1:2]:
-        got = triton_kernels.product(*_to_device(operands), dtype)
-        assert _same_bits(got, reference_ternary.linear(*operands, dtype, frozen=True))
+        actual = triton_kernels.product(*_to_device(operands), dtype)
+        assert _same_bits(actual, reference_ternary.linear(*operands, dtype, frozen=True))
 
 
-def test_the_instructions_unpack_what_the_interpreter_does() -> None:
-    """The one piece of PTX that the interpreter replaces by operators of its own, and that is not a single instruction."""
+def test_unpack_ptx_computes_the_same_as_its_interpreter_substitute() -> None:
+    """UNPACK is the only PTX of several instructions that the interpreter replaces by operators."""
     word = 0b10010010_00100100_01001001_10100001
     values = {"$4": word}
     for operation, target, first, second in re.findall(r"(\w+)\.\w+ (\S+), (\S+), (\S+);", triton_kernels.UNPACK.value):
         left, right = values[first], int(second, 0)
         values[target] = left >> right if operation == "shr" else left & right
-    for stripe, times in enumerate((1, 4, 1, 4)):
+    for stripe, factor in enumerate((1, 4, 1, 4)):
         bytes_ = word.to_bytes(4, "little")
-        assert list(values[f"${stripe}"].to_bytes(4, "little")) == [(byte >> 2 * stripe & 3) * times for byte in bytes_]
+        assert list(values[f"${stripe}"].to_bytes(4, "little")) == [(byte >> 2 * stripe & 3) * factor for byte in bytes_]
 
 
 @_on_device
 @pytest.mark.parametrize("n", [1, 2])
-def test_sums_beyond_what_fp32_holds_are_exact(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Codes and weights near the extremes: sums above 2²⁴, nearly all of one sign, which have to be rounded once, at the end."""
+def test_sums_above_2_to_the_24_are_rounded_once_at_the_end(n: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Codes and weights near the extremes give sums above 2²⁴, nearly all of one sign."""
     k, quarter = 160_000, 2
-    if INTERPRETED:  # which takes its time by the step: wider steps, still so many that no 16 bits hold a lane's sum
+    if INTERPRETED:  # slow per step: wider steps, but enough that a lane's sum exceeds 16 bits
         options = triton_kernels.product_options(n, k) | {"BK": 1024, "EVEN": False}
         monkeypatch.setattr(triton_kernels, "product_options", lambda n, k: options)
         monkeypatch.setitem(triton_kernels.VECTOR, "BW", 1024)
     codes = torch.randint(-128, -120, (n, k), dtype=torch.int8, generator=torch.Generator().manual_seed(0))
     codes[:, 0] = 127
-    codes[:, 1] = -128 + codes[:, 2:].sum(1) % 2  # odd sums of codes, which fp32 does not hold either
+    codes[:, 1] = -128 + codes[:, 2:].sum(1) % 2  # odd sums of codes, which fp32 cannot represent either
     weights = torch.full((4 * quarter, k), -1, dtype=torch.int8)
     weights[1::2] = 1
-    for row, of_row in enumerate(weights):
-        of_row[row::9] = 0
+    for row, weight_row in enumerate(weights):
+        weight_row[row::9] = 0
     operands = codes, torch.ones(n, 1), ternary.pack(weights), torch.tensor(1.0)
-    got = triton_kernels.product(*_to_device(operands), torch.float32)
-    assert _same_bits(got, reference_ternary.linear(*operands, torch.float32, frozen=True))
-    assert got.abs().min() > 2**24
+    actual = triton_kernels.product(*_to_device(operands), torch.float32)
+    assert _same_bits(actual, reference_ternary.linear(*operands, torch.float32, frozen=True))
+    assert actual.abs().min() > 2**24
 
 
-@compiles
+@without_interpreter
 @_on_device
 @pytest.mark.parametrize("n", [1, 16, 200, 2048])
-def test_the_product_at_the_size_of_a_7b_model(n: int) -> None:
+def test_ternary_matmul_at_the_sizes_of_a_7b_model_is_bit_equal(n: int) -> None:
     for k, quarter in ((4096, 2752), (11008, 1024)):
         operands = _to_device(_operands(n, k, quarter))
-        got = triton_kernels.product(*operands, torch.bfloat16)
-        assert torch.equal(got, reference_ternary.linear(*operands, torch.bfloat16, frozen=True))
+        actual = triton_kernels.product(*operands, torch.bfloat16)
+        assert torch.equal(actual, reference_ternary.linear(*operands, torch.bfloat16, frozen=True))
 
 
 @_on_device
 @pytest.mark.parametrize("n", [1, 2, 20])
-def test_a_weight_that_lies_at_an_odd_address(n: int) -> None:
+def test_ternary_matmul_accepts_weights_at_unaligned_addresses(n: int) -> None:
     codes, scales, packed, scale = _operands(n, 64, 5)
     buffer = torch.empty(packed.numel() + 1, dtype=torch.uint8, device=DEVICE)
-    odd = buffer[1:].view(packed.shape)
-    odd.copy_(packed)
-    got = triton_kernels.product(codes.to(DEVICE), scales.to(DEVICE), odd, scale.to(DEVICE), torch.bfloat16)
-    assert _same_bits(got, reference_ternary.linear(codes, scales, packed, scale, torch.bfloat16, frozen=True))
+    unaligned = buffer[1:].view(packed.shape)
+    unaligned.copy_(packed)
+    actual = triton_kernels.product(codes.to(DEVICE), scales.to(DEVICE), unaligned, scale.to(DEVICE), torch.bfloat16)
+    assert _same_bits(actual, reference_ternary.linear(codes, scales, packed, scale, torch.bfloat16, frozen=True))
 
 
 @_on_device
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_ternary_weights_have_the_bits_of_the_reference(dtype: torch.dtype) -> None:
+def test_dequantized_ternary_weights_are_bit_equal_to_the_reference(dtype: torch.dtype) -> None:
     for k, quarter in ((1, 1), (7, 3), (100, 41), (64, 40)):
         _, _, packed, scale = _operands(1, k, quarter)
         expected = reference_ternary.dequantize(packed, scale, dtype)
@@ -262,7 +262,7 @@ def test_ternary_weights_have_the_bits_of_the_reference(dtype: torch.dtype) -> N
 
 
 @_on_device
-def test_the_backend_takes_what_lies_anyhow() -> None:
+def test_backend_accepts_non_contiguous_activations() -> None:
     device = torch.device(DEVICE)
     assert backend.unavailable(device) is None
     assert "triton" in backend.describe(device)
@@ -272,28 +272,28 @@ def test_the_backend_takes_what_lies_anyhow() -> None:
     assert _same_bits(codes, expected[0])
     _, _, packed, scale = _operands(1, 40, 3)
     for frozen in (True, False):
-        got = backend.linear(codes.t().contiguous().t(), scales, packed.to(device), scale.to(device), x.dtype, frozen=frozen)
-        assert _same_bits(got, reference_ternary.linear(*expected, packed, scale, x.dtype, frozen=frozen))
+        actual = backend.linear(codes.t().contiguous().t(), scales, packed.to(device), scale.to(device), x.dtype, frozen=frozen)
+        assert _same_bits(actual, reference_ternary.linear(*expected, packed, scale, x.dtype, frozen=frozen))
     assert _same_bits(
         backend.dequantize(packed.to(device), scale.to(device), x.dtype), reference_ternary.dequantize(packed, scale, x.dtype)
     )
 
 
-# ------------------------------------------------------------------------------------------------------------------- NF4
+# ----------------------------------------------------------------------------------------------------------------- NF4
 
 
-def _moved(packed: nf4.NF4Tensor) -> nf4.NF4Tensor:
+def _nf4_to_device(packed: nf4.NF4Tensor) -> nf4.NF4Tensor:
     return nf4.of_parts([part.to(DEVICE) for part in packed.parts()], packed.shape)
 
 
 @_on_device
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nf4_weights_have_the_bits_of_the_reference(dtype: torch.dtype, double: bool) -> None:
+def test_dequantized_nf4_weights_are_bit_equal_to_the_reference(dtype: torch.dtype, double: bool) -> None:
     torch.manual_seed(0)
     for shape in ((1,), (33,), (3, 5), (64, 96), (300, 70)):
         packed = nf4.quantize(torch.randn(shape) * 0.02, double=double)
-        moved = _moved(packed)
+        moved = _nf4_to_device(packed)
         scales = triton_nf4.scales(moved)
         assert _same_bits(scales, nf4.dequantize_scales(packed))
         expected = nf4.dequantize(packed, dtype=dtype)
@@ -303,34 +303,34 @@ def test_nf4_weights_have_the_bits_of_the_reference(dtype: torch.dtype, double: 
 
 @_on_device
 @pytest.mark.parametrize("block", [2, 32, 128, 4096])
-def test_nf4_blocks_of_other_sizes(block: int) -> None:
+def test_nf4_dequantizes_other_block_sizes(block: int) -> None:
     packed = nf4.quantize(torch.randn(5, 1000), block=block)
-    moved = dataclasses.replace(_moved(packed), block=block)
+    moved = dataclasses.replace(_nf4_to_device(packed), block=block)
     assert _same_bits(triton_nf4.dequantize_packed(moved, torch.float32), nf4.dequantize(packed))
 
 
 @_on_device
 @pytest.mark.parametrize("double", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nf4_times_a_few_rows_keeps_its_bound(dtype: torch.dtype, double: bool) -> None:
+def test_nf4_linear_of_few_activations_is_within_its_error_bound(dtype: torch.dtype, double: bool) -> None:
     torch.manual_seed(0)
     for n, k, outputs in ((0, 64, 3), (1, 64, 1), (1, 320, 20), (5, 256, 16), (16, 448, 33)):
         packed = nf4.quantize(torch.randn(outputs, k) * 0.02, double=double)
         x = torch.randn(n, k).to(dtype)
-        y = triton_nf4.linear(x.to(DEVICE), _moved(packed)).cpu()
+        y = triton_nf4.linear(x.to(DEVICE), _nf4_to_device(packed)).cpu()
         assert y.dtype == dtype
         assert y.shape == (n, outputs)
         weights = nf4.dequantize(packed, dtype=dtype).double()
-        exact, largest = x.double() @ weights.t(), x.double().abs() @ weights.abs().t()
-        bound = k * 2.0**-23 * largest
+        exact, magnitude = x.double() @ weights.t(), x.double().abs() @ weights.abs().t()
+        bound = k * 2.0**-23 * magnitude
         rounding = torch.finfo(dtype).eps / 2 * (exact.abs() + bound) + torch.finfo(dtype).smallest_normal
         assert ((y.double() - exact).abs() <= bound + rounding).all()
 
 
-# ------------------------------------------------------------------------------------------------- what is refused, and said
+# ------------------------------------------------------------------------------------------------- errors and messages
 
 
-def test_the_launchers_refuse_what_they_cannot_read() -> None:
+def test_launchers_refuse_unsupported_dtypes_shapes_and_strides() -> None:
     codes, scales, packed, scale = _operands(3, 64, 2)
     x = torch.randn(3, 64)
     with pytest.raises(TypeError, match=r"x must be torch.float32 or .* not torch.float64"):
@@ -365,51 +365,51 @@ def test_the_launchers_refuse_what_they_cannot_read() -> None:
         triton_kernels.nf4_weights(torch.zeros(4, dtype=torch.uint8), torch.ones(1), 6, 64, torch.float32)
 
 
-@compiles
-def test_where_it_cannot_serve_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+@without_interpreter
+def test_unavailable_says_why_the_backend_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.unavailable(torch.device("cpu")) == "triton's kernels run on cuda, not on cpu"
     assert triton_nf4.unavailable(torch.device("cpu")) == "triton's kernels run on cuda, not on cpu"
-    card = torch.device("cuda", 0)
+    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "torch finds none" in str(backend.unavailable(card))
+    assert "torch finds none" in str(backend.unavailable(gpu))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert backend.unavailable(card) == "triton's int8 kernels need compute capability 8.0; this GPU has 7.5"
+    assert backend.unavailable(gpu) == "triton's int8 kernels need compute capability 8.0; this GPU has 7.5"
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "cannot import triton" in str(backend.unavailable(card))
+    assert "cannot import triton" in str(backend.unavailable(gpu))
 
 
-@compiles
-def test_the_module_named_triton_leaves_triton_alone() -> None:
+@without_interpreter
+def test_backend_module_named_triton_neither_shadows_nor_imports_triton() -> None:
     assert Path(str(triton.__file__)).parent.name == "triton"
     assert "quant" not in Path(str(triton.__file__)).parts[-3:]
     code = "import sys, quant, quant.backends.triton, quant.backends.triton_nf4; print('triton' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "False"
 
 
-@compiles
-def test_under_the_interpreter() -> None:
-    """Every test above that needs a device, on the CPU."""
+@without_interpreter
+def test_kernel_tests_pass_under_the_interpreter() -> None:
+    """Runs every test above that needs a device, on the CPU."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", done.stdout)
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", result.stdout)
     assert passed is not None
-    assert int(passed[1]) > 60, done.stdout[-2000:]
+    assert int(passed[1]) > 60, result.stdout[-2000:]
 
 
-# ------------------------------------------------------------------------------------------------------------- compiled
+# ------------------------------------------------------------------------------------------------------------ compiled
 
-OF_DTYPE = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-MAX_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB a block may ask for, CUDA programming guide, compute capabilities
+POINTER_TYPES = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
+MAX_SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KiB per block, CUDA programming guide, compute capabilities
 
 
-def _uses(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], bool]]:
-    """(kernel, types of its arguments, its options, whether sizes and addresses are multiples of 16) of every use."""
-    fp32, x = "*fp32", OF_DTYPE[dtype]
+def _launches(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, str], dict[str, Any], bool]]:
+    """Every launch: (kernel, argument types, options, whether sizes and addresses are multiples of 16)."""
+    fp32, x = "*fp32", POINTER_TYPES[dtype]
     product = {"q": "*i8", "scales": fp32, "packed": "*u8", "scale": fp32, "out": x, "n": "i32", "quarter": "i32", "k": "i32"}
     for n, k in ((16, 4096), (16, 4000), (256, 4096), (256, 4000), (1024, 4096), (1024, 4000), (1024, 4001)):
         yield triton_kernels.product_kernel, product, triton_kernels.product_options(n, k), k % 16 == 0
@@ -428,41 +428,41 @@ def _uses(dtype: torch.dtype) -> Iterator[tuple[Any, dict[str, str], dict[str, A
         parts = {"codes": "*u8", "levels": fp32, "scales": "*u8" if double else fp32, "nested": fp32, "table": fp32}
         parts |= {"offset": fp32, "out": x}
         yield triton_kernels.nf4_kernel, parts | {"numel": "i32", "size": "i32"}, triton_kernels.NF4 | options, True
-        few = {"x": x} | parts | {"n": "i32", "outputs": "i32", "width": "i32"}
-        yield triton_kernels.nf4_rows_kernel, few, triton_kernels.NF4_ROWS | options, True
+        activations = {"x": x} | parts | {"n": "i32", "outputs": "i32", "width": "i32"}
+        yield triton_kernels.nf4_rows_kernel, activations, triton_kernels.NF4_ROWS | options, True
 
 
 def _compile(kernel: Any, types: dict[str, str], options: dict[str, Any], aligned: bool, capability: int, folder: Path) -> str:
-    """Compile for a card that is not here; check registers, spills and shared memory, and return the PTX."""
+    """Compile for any GPU, present or not; check registers, spills and shared memory, and return the PTX."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     constants = {name: value for name, value in options.items() if name.isupper()}
     signature = types | dict.fromkeys(constants, "constexpr")
-    wide = [name for name in types if name not in ("n", "scale", "offset", "eps")] if aligned else []
-    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in wide}
+    aligned_names = [name for name in types if name not in ("n", "scale", "offset", "eps")] if aligned else []
+    attributes = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned_names}
     source = ASTSource(kernel, {name: signature[name] for name in kernel.arg_names}, constants, attributes)
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={k: v for k, v in options.items() if k not in constants}
     )
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(compiled.asm["cubin"])
-    tool = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
-    usage = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    assert found is not None, usage
-    registers, stack, local = map(int, found.groups())
+    cuobjdump = Path(str(triton.__file__)).parent / "backends/nvidia/bin/cuobjdump"
+    usage = subprocess.run([cuobjdump, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    match = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
+    assert match is not None, usage
+    registers, stack, local = map(int, match.groups())
     shared = compiled.metadata.shared
-    what = f"sm_{capability} {kernel.__name__} {types.get('x', types.get('out'))} {options}: {registers} registers, {shared} B"
-    print(what)
-    assert (stack, local) == (0, 0), f"{what} spills"
-    assert shared <= MAX_SHARED[capability] * 1024, what
-    assert registers * 32 * options["num_warps"] <= 65536, what
+    label = f"sm_{capability} {kernel.__name__} {types.get('x', types.get('out'))} {options}: {registers} registers, {shared} B"
+    print(label)
+    assert (stack, local) == (0, 0), f"{label} spills"
+    assert shared <= MAX_SHARED[capability] * 1024, label
+    assert registers * 32 * options["num_warps"] <= 65536, label
     return str(compiled.asm["ptx"])
 
 
 def _check_code(kernel: Any, options: dict[str, Any], ptx: str, capability: int) -> None:
-    """That nothing is approximate, flushed or contracted, and that the instructions meant are those used."""
+    """No math is approximate, flushed to zero or contracted, and the intended instructions are used."""
     assert ".ftz" not in ptx
     assert "div.full" not in ptx
     assert "div.approx" not in ptx
@@ -473,26 +473,26 @@ def _check_code(kernel: Any, options: dict[str, Any], ptx: str, capability: int)
     if kernel is triton_kernels.rows_kernel:
         assert "max.NaN.f32" in ptx
     if kernel is triton_kernels.product_kernel:
-        wide = "wgmma.mma_async.sync.aligned.m64n" in ptx and "s32.s8.s8" in ptx
-        assert wide or "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8" in ptx.replace(".satfinite", "")
+        wgmma = "wgmma.mma_async.sync.aligned.m64n" in ptx and "s32.s8.s8" in ptx
+        assert wgmma or "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8" in ptx.replace(".satfinite", "")
     if kernel is triton_kernels.vector_kernel:
         assert "dp4a.u32.s32" in ptx
 
 
-@compiles
-def test_compiled_for_an_rtx_4070_nothing_spills(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@without_interpreter
+def test_kernels_compiled_for_an_rtx_4070_do_not_spill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for kernel, types, options, aligned in _uses(torch.bfloat16):
+    for kernel, types, options, aligned in _launches(torch.bfloat16):
         _check_code(kernel, options, _compile(kernel, types, options, aligned, 89, tmp_path), 89)
 
 
-@compiles
+@without_interpreter
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("capability", [80, 86, 89, 90])
-def test_compiled_for_every_card_nothing_spills(
+def test_kernels_compiled_for_all_supported_gpus_do_not_spill(
     capability: int, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
-    for kernel, types, options, aligned in _uses(dtype):
+    for kernel, types, options, aligned in _launches(dtype):
         _check_code(kernel, options, _compile(kernel, types, options, aligned, capability, tmp_path), capability)

@@ -1,4 +1,4 @@
-"""What is exported is the model that was trained, in the other program; every fault that can creep in is caught."""
+"""Exports compute the same as the trained model in the program that loads them; the gate catches injected faults."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ GGUF = [name for name in FORMATS if name.startswith("gguf")]
 TQ = "gguf-tq2_0"
 
 
-def target(folder: Path, format: str) -> Path:  # noqa: A002
+def output_path(folder: Path, format: str) -> Path:  # noqa: A002
     return folder / f"out{FORMATS[format].suffix}"
 
 
-def nothing_left(folder: Path) -> bool:
+def is_empty(folder: Path) -> bool:
     return not list(folder.iterdir())
 
 
 @pytest.fixture
-def snapshot(models: dict[str, Any]) -> Iterator[None]:
-    """The models of the session are the same afterwards, to the bit."""
+def models_unchanged(models: dict[str, Any]) -> Iterator[None]:
+    """The models of the session are bit-equal after the test."""
     before = {kind: copy.deepcopy(model.state_dict()) for kind, model in models.items()}
     yield
     for kind, model in models.items():
@@ -46,12 +46,12 @@ def snapshot(models: dict[str, Any]) -> Iterator[None]:
         )
 
 
-def test_trained_in_bf16_and_hardly_at_all(tmp_path: Path, words: Any, rows: Any) -> None:
-    """Roundings in an untrained model of 8 layers differ most, and are no fault; the master weights come back to the bit."""
+def test_untrained_bf16_model_passes_the_gate_and_stays_unchanged(tmp_path: Path, words: Any, rows: Any) -> None:
+    """Rounding errors are largest in an untrained model of 8 layers, but pass; master weights are read back bit-equal."""
     model = cast(built("bitnet", len(words), num_hidden_layers=8), torch.bfloat16)
     before = copy.deepcopy(model.state_dict())
     for format in FORMATS:  # noqa: A001
-        gate = export(model, words, target(tmp_path, format), format=format, rows=rows)["gate"]
+        gate = export(model, words, output_path(tmp_path, format), format=format, rows=rows)["gate"]
         assert gate["correct"]["error"] <= gate["correct"]["limit"] / 1.5
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
@@ -60,11 +60,13 @@ def test_trained_in_bf16_and_hardly_at_all(tmp_path: Path, words: Any, rows: Any
 
 
 @pytest.mark.parametrize("kind", ["bitnet", "llama"])
-def test_every_format(tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, kind: str, snapshot: None) -> None:
-    """The bound holds with room: half of it."""
+def test_every_format_passes_the_gate(
+    tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, kind: str, models_unchanged: None
+) -> None:
+    """Errors are at most half of the limit."""
     sizes = {}
     for format in FORMATS:  # noqa: A001
-        out = target(tmp_path, format)
+        out = output_path(tmp_path, format)
         figures = export(models[kind], words, out, format=format, rows=rows)
         json.dumps(figures, allow_nan=False)
         gate = figures["gate"]
@@ -79,25 +81,27 @@ def test_every_format(tmp_path: Path, models: dict[str, Any], words: Any, rows: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.gguf"]
 
 
-def test_packed_layers_and_bf16(tmp_path: Path, models: dict[str, Any], words: Any, rows: Any) -> None:
-    """What was loaded packed is exported as it is, and computes in its own dtype again afterwards."""
+def test_packed_bf16_model_passes_the_gate_and_stays_unchanged(
+    tmp_path: Path, models: dict[str, Any], words: Any, rows: Any
+) -> None:
+    """Packed codes are exported as they are, and the model keeps its dtype."""
     model = cast(copy.deepcopy(models["bitnet"]), torch.bfloat16)
     pack(model)
     before = copy.deepcopy(model.state_dict())
     for format in ("bitnet", TQ):  # noqa: A001
-        export(model, words, target(tmp_path, format), format=format, rows=rows)
+        export(model, words, output_path(tmp_path, format), format=format, rows=rows)
     after = model.state_dict()
     assert all(torch.equal(after[name], tensor) and after[name].dtype == tensor.dtype for name, tensor in before.items())
 
 
-def test_norm_inside_the_linears_goes_to_bitnet(tmp_path: Path, text: str, words: Any, rows: Any) -> None:
+def test_bitnet_export_keeps_norms_inside_linears(tmp_path: Path, text: str, words: Any, rows: Any) -> None:
     model = trained(built("llama", len(words), norm_eps=1e-5), words(text).input_ids, 4)
     export(model, words, tmp_path / "out", format="bitnet", rows=rows)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["use_rms_norm"]
 
 
-def test_a_float_model_in_f16_with_a_head_of_its_own(tmp_path: Path, words: Any, rows: Any) -> None:
-    """Sizes that no ternary block has."""
+def test_float_model_with_untied_head_is_exported_in_f16(tmp_path: Path, words: Any, rows: Any) -> None:
+    """Sizes that ternary blocks do not allow."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -109,11 +113,11 @@ def test_a_float_model_in_f16_with_a_head_of_its_own(tmp_path: Path, words: Any,
     assert figures["gate"]["correct"]["error"] < 2e-3
 
 
-def test_an_export_is_replaced_and_a_refused_one_leaves_the_old(
+def test_failed_export_leaves_the_previous_one_unchanged(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for format in ("bitnet", TQ):  # noqa: A001
-        out = target(tmp_path, format)
+        out = output_path(tmp_path, format)
         export(models["bitnet"], words, out, format=format, rows=rows)
         before = {path: path.stat().st_mtime_ns for path in [out, *out.rglob("*")]}
         with monkeypatch.context() as patch:
@@ -126,20 +130,20 @@ def test_an_export_is_replaced_and_a_refused_one_leaves_the_old(
 # ------------------------------------------------------------------------------------------------------------------ faults
 
 
-def of_weights(change: Callable[[PackedBitLinear], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
+def gguf_with_weights(change: Callable[[PackedBitLinear], Tensor]) -> Callable[[pytest.MonkeyPatch], None]:
     """A GGUF whose ternary weights are `change(layer)`."""
 
     def inject(patch: pytest.MonkeyPatch) -> None:
-        write, real = gguf.write, gguf.weights
+        write, original = gguf.write, gguf.weights
 
-        def wrong(*arguments: Any, **options: Any) -> None:
+        def write_changed(*arguments: Any, **options: Any) -> None:
             gguf.weights = change  # type: ignore[assignment]
             try:
                 write(*arguments, **options)
             finally:
-                gguf.weights = real
+                gguf.weights = original
 
-        patch.setattr(gguf, "write", wrong)
+        patch.setattr(gguf, "write", write_changed)
 
     return inject
 
@@ -149,10 +153,10 @@ def codes(layer: PackedBitLinear) -> Tensor:
 
 
 def without_sub_norms(patch: pytest.MonkeyPatch) -> None:
-    """Written as a Llama, which has none."""
+    """A GGUF written as a Llama, which has no sub-norms."""
     write = gguf.write
 
-    def wrong(packed: Any, *arguments: Any, **options: Any) -> None:
+    def write_as_llama(packed: Any, *arguments: Any, **options: Any) -> None:
         packed = copy.deepcopy(packed)
         for layer in packed.model.layers:
             del layer.self_attn.attn_sub_norm, layer.mlp.ffn_sub_norm
@@ -160,32 +164,32 @@ def without_sub_norms(patch: pytest.MonkeyPatch) -> None:
             inner.setitem(gguf.ARCHITECTURES, "BitNetForCausalLM", gguf.ARCHITECTURES["LlamaForCausalLM"])
             write(packed, *arguments, **options)
 
-    patch.setattr(gguf, "write", wrong)
+    patch.setattr(gguf, "write", write_as_llama)
 
 
 GGUF_FAULTS = {
-    "inverted scale": of_weights(lambda layer: codes(layer) * layer.packed.scale),
-    "double quantization": of_weights(lambda layer: codes(layer) / layer.packed.scale * codes(layer).abs().mean()),
-    "rows of another layer": of_weights(lambda layer: codes(layer).flip(0) / layer.packed.scale),
+    "inverted scale": gguf_with_weights(lambda layer: codes(layer) * layer.packed.scale),
+    "double quantization": gguf_with_weights(lambda layer: codes(layer) / layer.packed.scale * codes(layer).abs().mean()),
+    "rows of another layer": gguf_with_weights(lambda layer: codes(layer).flip(0) / layer.packed.scale),
     "dropped sub-norms": without_sub_norms,
 }
 
 
 @pytest.mark.parametrize("fault", GGUF_FAULTS)
-def test_gguf_faults(
+def test_faulty_gguf_fails_the_gate(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     GGUF_FAULTS[fault](monkeypatch)
-    with pytest.raises(GateError, match="from a simulation of the target's arithmetic") as stop:
+    with pytest.raises(GateError, match="from a simulation of the target's arithmetic") as caught:
         export(models["bitnet"], words, tmp_path / "out.gguf", format=TQ, rows=rows)
-    print(fault, stop.value.got)
-    assert nothing_left(tmp_path)
+    print(fault, caught.value.got)
+    assert is_empty(tmp_path)
 
 
-def test_gguf_latent_weights(
+def test_gguf_with_latent_weights_fails_the_gate(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What llama.cpp's own converter would do to a Llama: block scales by the outliers of the master weights."""
+    """As llama.cpp's own converter does for a Llama: block scales from the outliers of the master weights."""
     for kind, model in models.items():
         masters = {tuple(codes(PackedBitLinear.from_linear(m))[0].tolist()): m for m in model.modules() if hasattr(m, "blend")}
 
@@ -193,14 +197,14 @@ def test_gguf_latent_weights(
             return masters[tuple(codes(layer)[0].tolist())].weight.detach()
 
         with monkeypatch.context() as patch:
-            of_weights(latent)(patch)
+            gguf_with_weights(latent)(patch)
             with pytest.raises(GateError, match="from a simulation of the target's arithmetic"):
                 export(model, words, tmp_path / f"{kind}.gguf", format=TQ, rows=rows)
-    assert nothing_left(tmp_path)
+    assert is_empty(tmp_path)
 
 
 @pytest.mark.parametrize("format", GGUF)
-def test_gguf_wrong_activation(
+def test_gguf_with_the_wrong_activation_fails_the_gate(
     tmp_path: Path,
     models: dict[str, Any],
     words: Any,
@@ -208,16 +212,16 @@ def test_gguf_wrong_activation(
     monkeypatch: pytest.MonkeyPatch,
     format: str,  # noqa: A002
 ) -> None:
-    """ReLU² let through to a llama.cpp that computes SiLU: were it refused by name alone, this would pass."""
+    """The model computes ReLU² but its config says SiLU, as llama.cpp computes: only the gate can notice."""
     model = copy.deepcopy(models["bitnet"])
     for layer in model.model.layers:
         layer.mlp.act_fn = ACT2FN["relu2"]
     with pytest.raises(GateError, match="from a simulation of the target's arithmetic"):
         export(model, words, tmp_path / "out.gguf", format=format, rows=rows)
-    assert nothing_left(tmp_path)
+    assert is_empty(tmp_path)
 
 
-def test_gguf_unpermuted_queries(
+def test_gguf_with_unpermuted_queries_fails_the_gate(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf, "interleave", lambda weight, head_dim: weight)
@@ -234,7 +238,7 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
 
 
 def edit_scales(change: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Path], None]:
-    """change(scale, packed codes) → scale."""
+    """Edit every scale of a checkpoint: change(scale, packed codes) → scale."""
 
     def edit(folder: Path) -> None:
         file = folder / "model.safetensors"
@@ -255,27 +259,27 @@ BITNET_FAULTS = {
 
 
 @pytest.mark.parametrize("fault", BITNET_FAULTS)
-def test_bitnet_faults(
+def test_faulty_bitnet_export_fails_the_gate(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, fault: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write = bitnet.write
 
-    def wrong(packed: Any, tokenizer: Any, folder: Path) -> None:
+    def faulty_write(packed: Any, tokenizer: Any, folder: Path) -> None:
         write(packed, tokenizer, folder)
         BITNET_FAULTS[fault](folder)
 
-    monkeypatch.setattr(bitnet, "write", wrong)
+    monkeypatch.setattr(bitnet, "write", faulty_write)
     with pytest.raises(GateError, match="from a simulation of the target's arithmetic"):
         export(models["bitnet"], words, tmp_path / "out", format="bitnet", rows=rows)
-    assert nothing_left(tmp_path)
+    assert is_empty(tmp_path)
 
 
-def test_bitnet_latent_weights(
+def test_bitnet_export_with_latent_weights_fails_the_gate(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Master weights as an ordinary float model: it runs, and is another model."""
+    """Master weights saved as a float model load without an error, but are another model."""
 
-    def wrong(packed: Any, tokenizer: Any, folder: Path) -> None:
+    def write_float_model(packed: Any, tokenizer: Any, folder: Path) -> None:
         from transformers import BitNetForCausalLM
 
         plain = BitNetForCausalLM(models["bitnet"].config)
@@ -283,14 +287,14 @@ def test_bitnet_latent_weights(
         plain.config.quantization_config = None
         plain.save_pretrained(folder)
 
-    monkeypatch.setattr(bitnet, "write", wrong)
+    monkeypatch.setattr(bitnet, "write", write_float_model)
     with pytest.raises(GateError, match="no ternary layers of this format"):
         export(models["bitnet"], words, tmp_path / "out", format="bitnet", rows=rows)
-    assert nothing_left(tmp_path)
+    assert is_empty(tmp_path)
 
 
-def test_another_tokenization(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A vocabulary with numbers, under a rule that splits digits."""
+def test_gguf_that_tokenizes_differently_fails_the_gate(tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A vocabulary with whole numbers, under a pre-tokenizer that splits digits."""
     from finetune.data.tokenizer import train_tokenizer
 
     words = train_tokenizer([text, "1848 and 1989, 1848 and 1989, " * 400], 400)
@@ -298,13 +302,13 @@ def test_another_tokenization(tmp_path: Path, text: str, monkeypatch: pytest.Mon
     monkeypatch.setattr("finetune.exporters.vocabulary._rule", lambda spec: "smollm")
     with pytest.raises(GateError, match="tokenizes differently"):
         export(built("bitnet", len(words)), words, tmp_path / "out.gguf", format=TQ, rows=rows)
-    assert nothing_left(tmp_path)
+    assert is_empty(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------------------- parts
 
 
-def test_blocks_of_activations() -> None:
+def test_activations_are_rounded_to_int8_in_blocks_of_256() -> None:
     x = torch.randn(3, 512, generator=torch.Generator().manual_seed(0))
     x[0, :256] = 0
     rounded = gguf.round_in_blocks(x)
@@ -315,30 +319,30 @@ def test_blocks_of_activations() -> None:
     torch.testing.assert_close(steps, steps.round(), atol=1e-4, rtol=0)
 
 
-def test_rows_for_the_gate() -> None:
+def test_cut_limits_the_tokens_of_rows_for_the_gate() -> None:
     rows = [([1], [1]), ([1] * 700, [1] * 700), ([2] * 700, [2] * 700), ([3] * 9, [3] * 9)]
     assert [(ids[0], len(ids)) for ids, _ in cut(rows, 600)] == [(1, 512), (2, 88)]
     assert cut(rows, 513) == [([1] * 512, [1] * 512)]
 
 
-def test_speed_and_text(tmp_path: Path, models: dict[str, Any], words: Any, rows: Any) -> None:
+def test_tokens_per_second_and_greedy_generation(tmp_path: Path, models: dict[str, Any], words: Any, rows: Any) -> None:
     paths = [tmp_path / "a.gguf", tmp_path / "b.gguf"]
     for path, format in zip(paths, (TQ, "gguf-f16"), strict=True):  # noqa: A001
         export(models["llama"], words, path, format=format, rows=rows)
-    seen: list[tuple[int, int]] = []
-    speeds = tokens_per_second(paths, count=4, pairs=2, progress=lambda *place: seen.append(place))
+    calls: list[tuple[int, int]] = []
+    speeds = tokens_per_second(paths, count=4, pairs=2, progress=lambda *step: calls.append(step))
     assert all(speed > 0 for speed in speeds)
-    assert seen == [(1, 2), (2, 2)]
+    assert calls == [(1, 2), (2, 2)]
     prompt = rows[0][0][:8]
     with Llama(paths[0], context=32) as llama:
         ids, seconds = llama.generate(prompt, 5)
         assert seconds > 0
-        for i, token in enumerate(ids):  # greedy: each is the likeliest after what stands before it
+        for i, token in enumerate(ids):  # greedy: each token is the most likely one after those before it
             logits = llama.logits(prompt + ids[:i])[-1]
             assert logits[token] > logits.max() - 1e-2
 
 
-def test_llama_cpp_is_missing_or_another_one(
+def test_missing_or_unsupported_llama_cpp_is_an_error_with_a_hint(
     tmp_path: Path, models: dict[str, Any], words: Any, rows: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     worker = Path(llama_cpp.__file__).with_name("llama_worker.py").read_text()
@@ -350,29 +354,29 @@ def test_llama_cpp_is_missing_or_another_one(
         assert change != worker
         (tmp_path / "worker.py").write_text(change)
         monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / "worker.py")
-        with pytest.raises(UserError, match=message) as mistake:
+        with pytest.raises(UserError, match=message) as caught:
             export(models["llama"], words, tmp_path / "out.gguf", format=TQ, rows=rows)
-        assert mistake.value.hint == f"pip install {llama_cpp.WHEEL}"
+        assert caught.value.hint == f"pip install {llama_cpp.WHEEL}"
         assert not (tmp_path / "out.gguf").exists()
 
 
-def test_llama_cpp_dies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_crash_of_llama_cpp_is_an_error_with_its_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "worker.py").write_text("import os, sys; print('GGML_ASSERT(x) failed', file=sys.stderr); os.abort()")
     monkeypatch.setattr(llama_cpp, "WORKER", tmp_path / "worker.py")
-    with pytest.raises(GateError, match="died with code -6") as stop:
+    with pytest.raises(GateError, match="died with code -6") as caught:
         Llama(tmp_path / "some.gguf")
-    assert "GGML_ASSERT" in str(stop.value)
+    assert "GGML_ASSERT" in str(caught.value)
 
 
-def test_llama_cpp_says_what_it_cannot_load(tmp_path: Path) -> None:
+def test_file_that_llama_cpp_cannot_load_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "no.gguf").write_bytes(b"nothing")
     with pytest.raises(GateError, match="cannot load this file"):
         Llama(tmp_path / "no.gguf")
 
 
 @pytest.mark.slow
-def test_a_real_model_in_f16(tmp_path: Path, text: str) -> None:
-    """SmolLM2-135M, whose activations are massive: llama.cpp gives the trained model's loss, and its text."""
+def test_smollm2_in_f16_keeps_its_loss_and_text(tmp_path: Path, text: str) -> None:
+    """SmolLM2-135M has massive activations; llama.cpp still gives the trained model's loss and text."""
     from transformers import AutoModelForCausalLM, GgufConfig
 
     from finetune.models.config import load_tokenizer

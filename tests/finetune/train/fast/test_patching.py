@@ -1,4 +1,4 @@
-"""The fast step against the plain one: the same loss and the same gradients, on the architectures that people fine-tune."""
+"""The patched training step has the loss and gradients of the plain one, on the architectures that people fine-tune."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3": ("Phi3", {}),
     "bitnet": ("BitNet", {"hidden_act": "silu"}),
 }
-# Groups of adapters, gated activations and norms of two layers; a Phi has neither, and LayerNorm is one kernel as it is.
-FOUND = {
+# Patches found in models of two layers. Phi has neither gated activations nor RMS norms; LayerNorm is one kernel already.
+EXPECTED_PATCHES = {
     "phi": {"groups of adapters": 8},
     "phi3": {"groups of adapters": 8, "gated activations": 2, "norms": 5},
     "qwen3": {"groups of adapters": 8, "gated activations": 2, "norms": 9},
@@ -41,24 +41,24 @@ FOUND = {
     "gemma3": {"groups of adapters": 8, "gated activations": 2, "norms": 13},
     "bitnet": {"groups of adapters": 8, "gated activations": 2, "norms": 9},
 }
-USUAL = {"groups of adapters": 8, "gated activations": 2, "norms": 5}
+DEFAULT_PATCHES = {"groups of adapters": 8, "gated activations": 2, "norms": 5}
 LENGTHS = (13, 1, 22, 7)
 
 
 @pytest.fixture(autouse=True)
-def _as_it_was() -> Iterator[None]:
-    """Where torch.compile would give up on a function that it has compiled too often, and compute without, a test fails."""
+def _fail_on_recompile_limit() -> Iterator[None]:
+    """A test fails where torch.compile would reach its recompile limit and fall back to eager mode."""
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         yield
 
 
-def made(family: str, *, dtype: torch.dtype = torch.float32, scheme: str | None = "nf4", **lora: Any) -> Any:
-    """A small random model under adapters whose B is not zero, packed where `scheme` says so."""
+def build_model(family: str, *, dtype: torch.dtype = torch.float32, scheme: str | None = "nf4", **lora: Any) -> Any:
+    """A small random model with adapters whose B is not zero, quantized with `scheme` if given."""
     name, extra = FAMILIES[family]
     config_class = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")
     torch.manual_seed(0)
     model = getattr(transformers, f"{name}ForCausalLM")(config_class(**(SIZES | extra)))
-    for module in model.modules():  # norms that have learnt something, biases that are not zero
+    for module in model.modules():  # norms and biases other than the defaults
         if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
             nn.init.normal_(module.weight, 0.5, 0.2)
         if getattr(module, "bias", None) is not None:
@@ -85,86 +85,86 @@ def batch(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[Tensor, Te
     return ids, positions, labels
 
 
-def gradients(model: Any, head: LMHead | None = None, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
-    """The loss, under the name "loss", and every gradient."""
+def loss_and_gradients(model: Any, head: LMHead | None = None, lengths: tuple[int, ...] = LENGTHS) -> dict[str, Tensor]:
+    """The loss as "loss", and the gradient of every trainable parameter by name."""
     ids, positions, labels = batch(lengths)
     model.zero_grad()
     if head is None:
         logits = model(input_ids=ids, position_ids=positions, use_cache=False).logits
-        places = labels[0, 1:] != -100
-        loss = nn.functional.cross_entropy(logits[0, :-1][places].float(), labels[0, 1:][places], reduction="sum")
+        mask = labels[0, 1:] != -100
+        loss = nn.functional.cross_entropy(logits[0, :-1][mask].float(), labels[0, 1:][mask], reduction="sum")
     else:
         loss, _ = fused_linear_cross_entropy(model, head, ids, positions, labels, chunk=8)
     loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    return {"loss": loss.detach(), **found}
+    grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach(), **grads}
 
 
-def apart(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+def max_relative_error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """The largest relative difference of the loss and of each gradient."""
     assert ours.keys() == theirs.keys()
     assert len(ours) > 8
     return max(float((ours[n].float() - theirs[n].float()).norm() / theirs[n].float().norm()) for n in ours)
 
 
-def counted(found: patching.FastStep) -> dict[str, int]:
-    of = [patch.name for patch in found.patches]
-    return {name: of.count(name) for name in of}
+def patch_counts(fast_step: patching.FastStep) -> dict[str, int]:
+    names = [patch.name for patch in fast_step.patches]
+    return {name: names.count(name) for name in names}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_fast_step_is_the_plain_one(family: str) -> None:
-    model = made(family)
-    plain = gradients(model)
-    found = patching.find(model)
-    own = {"attention without padding": 1, "rotary positions": 1}
-    assert (found.skipped, counted(found)) == ({}, own | FOUND.get(family, USUAL))
-    head, why = head_of(model)
-    assert why is None
-    found.install()
-    assert apart(gradients(model, head), plain) < 2e-5
-    found.remove()
-    assert apart(gradients(model), plain) == 0
+def test_fast_step_equals_plain_step(family: str) -> None:
+    model = build_model(family)
+    plain = loss_and_gradients(model)
+    fast_step = patching.find(model)
+    always = {"attention without padding": 1, "rotary positions": 1}
+    assert (fast_step.skipped, patch_counts(fast_step)) == ({}, always | EXPECTED_PATCHES.get(family, DEFAULT_PATCHES))
+    head, reason = head_of(model)
+    assert reason is None
+    fast_step.install()
+    assert max_relative_error(loss_and_gradients(model, head), plain) < 2e-5
+    fast_step.remove()
+    assert max_relative_error(loss_and_gradients(model), plain) == 0
 
 
 @pytest.mark.parametrize("part", ["attention", "lora", "blocks", "loss"])
-def test_each_part_alone_is_the_plain_step(part: str) -> None:
-    model = made("qwen3")
-    plain = gradients(model)
+def test_each_patch_alone_equals_plain_step(part: str) -> None:
+    model = build_model("qwen3")
+    plain = loss_and_gradients(model)
     parts = dict.fromkeys(("attention", "lora", "blocks"), False) | ({} if part == "loss" else {part: True})
-    found = patching.find(model, **parts)
-    assert bool(found.patches) == (part != "loss")
-    found.install()
-    assert apart(gradients(model, head_of(model)[0] if part == "loss" else None), plain) < 2e-5
-    found.remove()
+    fast_step = patching.find(model, **parts)
+    assert bool(fast_step.patches) == (part != "loss")
+    fast_step.install()
+    assert max_relative_error(loss_and_gradients(model, head_of(model)[0] if part == "loss" else None), plain) < 2e-5
+    fast_step.remove()
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi"])
-def test_in_bf16_it_is_no_further_from_fp32_than_the_plain_step(family: str) -> None:
-    """The bound: 1.5 times the plain step's own error, both against the same weights in fp32.
+def test_bf16_error_is_at_most_1_5_times_that_of_the_plain_step(family: str) -> None:
+    """Both errors are against the same weights in fp32.
 
-    The plain step casts x to fp32 for adapters that are; the fast one multiplies them in bf16, as autocast does.
+    The plain step casts x to fp32 for fp32 adapters; the fast one multiplies in bf16, as autocast does.
     """
-    exact = gradients(made(family, dtype=torch.bfloat16).float())
-    model = made(family, dtype=torch.bfloat16)
-    plain, head = gradients(model), head_of(model)[0]
+    exact = loss_and_gradients(build_model(family, dtype=torch.bfloat16).float())
+    model = build_model(family, dtype=torch.bfloat16)
+    plain, head = loss_and_gradients(model), head_of(model)[0]
     with patching.patched(model):
-        ours = gradients(model, head)
+        ours = loss_and_gradients(model, head)
 
-    def error(found: dict[str, Tensor]) -> float:
-        return sum(float((found[n].float() - exact[n].float()).norm() / exact[n].float().norm()) for n in exact) / len(exact)
+    def error(actual: dict[str, Tensor]) -> float:
+        return sum(float((actual[n].float() - exact[n].float()).norm() / exact[n].float().norm()) for n in exact) / len(exact)
 
     assert 0 < error(ours) < 1.5 * error(plain)
 
 
-def test_other_lengths_are_not_compiled_anew() -> None:
-    model = made("llama")
-    plain = {lengths: gradients(model, lengths=lengths) for lengths in ((13, 1, 22, 7), (9,), (5, 40), (64, 2, 2))}
+def test_other_sequence_lengths_do_not_recompile() -> None:
+    model = build_model("llama")
+    plain = {lengths: loss_and_gradients(model, lengths=lengths) for lengths in ((13, 1, 22, 7), (9,), (5, 40), (64, 2, 2))}
     head = head_of(model)[0]
     torch._dynamo.utils.counters.clear()
     with patching.patched(model):
-        for number, (lengths, theirs) in enumerate(plain.items()):
-            assert apart(gradients(model, head, lengths), theirs) < 2e-5
+        for number, (lengths, expected) in enumerate(plain.items()):
+            assert max_relative_error(loss_and_gradients(model, head, lengths), expected) < 2e-5
             if number == 1:
                 compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
@@ -172,47 +172,49 @@ def test_other_lengths_are_not_compiled_anew() -> None:
 
 
 @pytest.mark.parametrize(("scheme", "bound"), [(None, 2e-5), ("ternary", 4e-3)])
-def test_other_bases_than_nf4(scheme: str | None, bound: float) -> None:
-    """ternary: an activation that comes out otherwise in its last place can be rounded to another of its 256 steps."""
-    model = made("llama", scheme=scheme)
-    plain = gradients(model)
-    with patching.patched(model, attention=False, blocks=False) as found:
-        assert counted(found) == {"groups of adapters": 8}
-        assert apart(gradients(model), plain) < bound
+def test_float_and_ternary_bases_equal_plain_step(scheme: str | None, bound: float) -> None:
+    """Ternary: a difference in the last bit of an activation can round it to another of the 256 int8 codes."""
+    model = build_model("llama", scheme=scheme)
+    plain = loss_and_gradients(model)
+    with patching.patched(model, attention=False, blocks=False) as fast_step:
+        assert patch_counts(fast_step) == {"groups of adapters": 8}
+        assert max_relative_error(loss_and_gradients(model), plain) < bound
 
 
-def test_dora_is_left_to_peft_with_a_word() -> None:
-    model = made("llama", use_dora=True)
-    plain = gradients(model)
-    found = patching.find(model)
-    assert set(found.skipped.values()) == {"adapter: DoRA"}
-    assert len(found.skipped) == 14
-    assert "groups of adapters" not in counted(found)
-    assert any("DoRA" in line and "13 more" in line for line in found.in_words())
-    assert any(line.startswith("fast: attention without padding, 2 gated activations, 5 norms, rot") for line in found.in_words())
-    found.install()
-    assert apart(gradients(model), plain) < 2e-5
-    found.remove()
+def test_dora_adapters_are_skipped_with_a_reason() -> None:
+    model = build_model("llama", use_dora=True)
+    plain = loss_and_gradients(model)
+    fast_step = patching.find(model)
+    assert set(fast_step.skipped.values()) == {"adapter: DoRA"}
+    assert len(fast_step.skipped) == 14
+    assert "groups of adapters" not in patch_counts(fast_step)
+    assert any("DoRA" in line and "13 more" in line for line in fast_step.in_words())
+    assert any(
+        line.startswith("fast: attention without padding, 2 gated activations, 5 norms, rot") for line in fast_step.in_words()
+    )
+    fast_step.install()
+    assert max_relative_error(loss_and_gradients(model), plain) < 2e-5
+    fast_step.remove()
 
 
-def test_rslora_and_checkpointing() -> None:
-    model = made("llama", use_rslora=True)
-    plain = gradients(model)
+def test_rslora_and_checkpointing_equal_plain_step() -> None:
+    model = build_model("llama", use_rslora=True)
+    plain = loss_and_gradients(model)
     model.get_base_model().gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     head = head_of(model)[0]
-    kept: list[torch.Size] = []
+    saved_shapes: list[torch.Size] = []
     with patching.patched(model):
-        assert apart(gradients(model, head), plain) < 2e-5
+        assert max_relative_error(loss_and_gradients(model, head), plain) < 2e-5
         with torch.autograd.graph.save_on_cpu():  # train.checkpointing: offload
-            assert apart(gradients(model, head), plain) < 2e-5
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
-            gradients(model, head)
-    assert kept[:2] == [(1, sum(LENGTHS), 64)] * 2  # what offload takes along: the input of each of the two layers
+            assert max_relative_error(loss_and_gradients(model, head), plain) < 2e-5
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved_shapes.append(t.shape), t)[1], lambda t: t):
+            loss_and_gradients(model, head)
+    assert saved_shapes[:2] == [(1, sum(LENGTHS), 64)] * 2  # what offloading moves: the input of each of the two layers
 
 
-def test_a_block_that_is_not_known_is_named_and_computes_as_it_did() -> None:
+def test_unknown_blocks_are_named_and_left_unpatched() -> None:
     class Odd(nn.Module):
-        """Gate and up the other way round, and squared."""
+        """Like an MLP, but with the activation squared."""
 
         def __init__(self, mlp: Any) -> None:
             super().__init__()
@@ -229,79 +231,79 @@ def test_a_block_that_is_not_known_is_named_and_computes_as_it_did() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x / (x.abs().mean(-1, keepdim=True) + self.variance_epsilon) * self.weight
 
-    model = made("llama")
+    model = build_model("llama")
     layer = model.get_base_model().model.layers[1]
     layer.mlp, layer.input_layernorm = Odd(layer.mlp), OddNorm(layer.input_layernorm)
-    plain = gradients(model)
-    found = patching.find(model)
-    assert set(found.skipped) == {"model.layers.1.mlp", "model.layers.1.input_layernorm"}
-    assert counted(found) | {"norms": 4, "gated activations": 1} == counted(found)
-    found.install()
-    assert apart(gradients(model), plain) < 2e-5
-    found.remove()
+    plain = loss_and_gradients(model)
+    fast_step = patching.find(model)
+    assert set(fast_step.skipped) == {"model.layers.1.mlp", "model.layers.1.input_layernorm"}
+    assert patch_counts(fast_step) | {"norms": 4, "gated activations": 1} == patch_counts(fast_step)
+    fast_step.install()
+    assert max_relative_error(loss_and_gradients(model), plain) < 2e-5
+    fast_step.remove()
 
 
-def test_a_model_that_fails_when_it_is_tried_is_left_alone() -> None:
-    model = made("llama")
-    own = model.get_base_model().model.layers[1].self_attn.forward
+def test_model_that_fails_in_the_trial_pass_is_not_patched() -> None:
+    model = build_model("llama")
+    original = model.get_base_model().model.layers[1].self_attn.forward
 
-    def refuses(hidden_states: Tensor, **kwargs: Any) -> Any:
+    def failing_forward(hidden_states: Tensor, **kwargs: Any) -> Any:
         raise RuntimeError("no two samples in a row")
 
-    model.get_base_model().model.layers[1].self_attn.forward = refuses
-    found = patching.find(model, not_compiled="off")
-    model.get_base_model().model.layers[1].self_attn.forward = own
-    assert found.patches == []
-    assert found.skipped["attention"] == "RuntimeError in the trial pass: no two samples in a row"
-    assert sum("RuntimeError" in why for why in found.skipped.values()) == 15
+    model.get_base_model().model.layers[1].self_attn.forward = failing_forward
+    fast_step = patching.find(model, not_compiled="off")
+    model.get_base_model().model.layers[1].self_attn.forward = original
+    assert fast_step.patches == []
+    assert fast_step.skipped["attention"] == "RuntimeError in the trial pass: no two samples in a row"
+    assert sum("RuntimeError" in why for why in fast_step.skipped.values()) == 15
 
 
-def test_an_adapter_that_is_called_twice_stays_pefts() -> None:
-    model = made("llama")
+def test_adapter_called_twice_is_not_patched() -> None:
+    model = build_model("llama")
     layer = model.get_base_model().model.layers[0].mlp
-    own = layer.forward
-    layer.forward = lambda x: own(x) + 0.1 * layer.gate_proj(x).mean()
-    plain = gradients(model)
-    found = patching.find(model, not_compiled="off")
-    assert found.skipped["model.layers.0.mlp.gate_proj"] == "adapter: it is not called exactly once in a pass"
-    found.install()
-    assert apart(gradients(model), plain) < 2e-5
-    found.remove()
+    original = layer.forward
+    layer.forward = lambda x: original(x) + 0.1 * layer.gate_proj(x).mean()
+    plain = loss_and_gradients(model)
+    fast_step = patching.find(model, not_compiled="off")
+    assert fast_step.skipped["model.layers.0.mlp.gate_proj"] == "adapter: it is not called exactly once in a pass"
+    fast_step.install()
+    assert max_relative_error(loss_and_gradients(model), plain) < 2e-5
+    fast_step.remove()
 
 
-def test_attention_of_its_own_stays_its_own() -> None:
+def test_unsupported_attention_is_not_patched() -> None:
     config = transformers.LlamaConfig(**(SIZES | {"attention_dropout": 0.1}))
-    found = patching.find(transformers.LlamaForCausalLM(config))
-    assert "attention without padding" not in counted(found)
-    assert found.skipped["model.layers.0.self_attn"].endswith("it uses dropout on attention weights")
+    fast_step = patching.find(transformers.LlamaForCausalLM(config))
+    assert "attention without padding" not in patch_counts(fast_step)
+    assert fast_step.skipped["model.layers.0.self_attn"].endswith("it uses dropout on attention weights")
     mamba = transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=64, hidden_size=32, num_hidden_layers=1))
-    found = patching.find(mamba)
-    assert "does not call attention" in found.skipped["attention"]
-    assert found.skipped["backbone.layers.0.mixer"] == "MambaMixer is not a block of a known form"
+    fast_step = patching.find(mamba)
+    assert "does not call attention" in fast_step.skipped["attention"]
+    assert fast_step.skipped["backbone.layers.0.mixer"] == "MambaMixer is not a block of a known form"
 
 
-def test_generation_is_untouched_while_it_is_installed() -> None:
-    model = made("llama").eval()
+def test_generation_is_unchanged_by_installed_patches() -> None:
+    model = build_model("llama").eval()
     ids = torch.tensor([[5, 6, 7, 8]])
-    own = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
-    found = patching.find(model)
-    found.install()
-    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), own)
-    with found.paused():
+    expected = model.generate(input_ids=ids, max_new_tokens=8, do_sample=False)
+    fast_step = patching.find(model)
+    fast_step.install()
+    assert torch.equal(model.generate(input_ids=ids, max_new_tokens=8, do_sample=False), expected)
+    with fast_step.paused():
         assert not any("forward" in vars(module) for module in model.modules())
         assert model.get_base_model().config._attn_implementation == "sdpa"
-    assert found.installed
+    assert fast_step.installed
     mask = torch.tensor([[0, 1, 1, 1]])
     with torch.no_grad():
-        fast_padded = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found.remove()
-        assert torch.allclose(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, fast_padded, atol=1e-5)
+        patched_logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        fast_step.remove()
+        assert torch.allclose(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, patched_logits, atol=1e-5)
 
 
-def test_losses_of_an_evaluation() -> None:
+def test_evaluation_losses_equal_those_without_patches() -> None:
     from eval.perplexity import evaluate_loss
 
-    model = made("gemma2").eval()
+    model = build_model("gemma2").eval()
     generator = torch.Generator().manual_seed(2)
     rows = [(row := torch.randint(3, 128, (n,), generator=generator).tolist(), [-100, *row[1:]]) for n in (9, 30, 4, 17)]
     plain, head = evaluate_loss(model, rows, batch_tokens=40), head_of(model)[0]
@@ -311,11 +313,11 @@ def test_losses_of_an_evaluation() -> None:
     assert ours.row_loss_sums == pytest.approx(plain.row_loss_sums, rel=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------------- nothing is left behind
+# ------------------------------------------------------------------------------------------------------------- removing patches
 
 
-def of_the_process() -> dict[str, Any]:
-    """What patches change outside of a model."""
+def process_state() -> dict[str, Any]:
+    """Global state that patches change."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface
     from transformers.models.llama import modeling_llama
@@ -329,7 +331,7 @@ def of_the_process() -> dict[str, Any]:
     }
 
 
-def of_the_model(model: Any) -> dict[str, Any]:
+def model_state(model: Any) -> dict[str, Any]:
     modules = list(model.modules())
     return {
         "forward": [vars(module).get("forward") for module in modules],
@@ -338,38 +340,38 @@ def of_the_model(model: Any) -> dict[str, Any]:
     }
 
 
-def test_a_patched_model_leaves_itself_and_the_process_as_they_were() -> None:
-    """The same objects, not only the same results."""
-    model, before = made("llama"), of_the_process()
-    own, head = of_the_model(model), head_of(model)[0]
+def test_removed_patches_restore_the_model_and_the_process() -> None:
+    """The original objects are back, which is more than equal results."""
+    model, before = build_model("llama"), process_state()
+    model_before, head = model_state(model), head_of(model)[0]
     with patching.patched(model):
-        gradients(model, head)
-        within = of_the_process()
-        changed = {key for key in within if within[key] != before[key]}
+        loss_and_gradients(model, head)
+        patched_state = process_state()
+        changed = {key for key in patched_state if patched_state[key] != before[key]}
         assert changed >= {"rotary", "attention", "limit", "compiling"}
-        assert of_the_model(model) != own
-    assert of_the_process() == before
-    assert of_the_process()["rotary"] is before["rotary"]
-    assert of_the_model(model) == own
-    patching.find(model)  # trying out leaves nothing behind either
-    assert (of_the_process(), of_the_model(model)) == (before, own)
+        assert model_state(model) != model_before
+    assert process_state() == before
+    assert process_state()["rotary"] is before["rotary"]
+    assert model_state(model) == model_before
+    patching.find(model)  # the trial pass changes nothing either
+    assert (process_state(), model_state(model)) == (before, model_before)
     with pytest.raises(RuntimeError, match="in the middle"), patching.patched(model):
         raise RuntimeError("in the middle")
-    assert (of_the_process(), of_the_model(model)) == (before, own)
+    assert (process_state(), model_state(model)) == (before, model_before)
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_two_patched_models_in_any_order(first: int) -> None:
-    """What they share of the process goes with the last of them."""
-    models, before = [made("llama"), made("llama")], of_the_process()
-    plain = gradients(models[0])
-    found = [patching.find(models[0])]
-    found[0].install()
-    found.append(patching.find(models[1]))  # while the other is patched
-    found[1].install()
-    found[first].remove()
-    assert of_the_process()["rotary"] is not before["rotary"]
-    assert apart(gradients(models[1 - first]), plain) < 2e-5
-    found[1 - first].remove()
-    assert of_the_process() == before
-    assert apart(gradients(models[0]), plain) == 0
+def test_patches_of_two_models_can_be_removed_in_any_order(first: int) -> None:
+    """Global patches are removed with the last patched model."""
+    models, before = [build_model("llama"), build_model("llama")], process_state()
+    plain = loss_and_gradients(models[0])
+    fast_steps = [patching.find(models[0])]
+    fast_steps[0].install()
+    fast_steps.append(patching.find(models[1]))  # while the other is patched
+    fast_steps[1].install()
+    fast_steps[first].remove()
+    assert process_state()["rotary"] is not before["rotary"]
+    assert max_relative_error(loss_and_gradients(models[1 - first]), plain) < 2e-5
+    fast_steps[1 - first].remove()
+    assert process_state() == before
+    assert max_relative_error(loss_and_gradients(models[0]), plain) == 0
