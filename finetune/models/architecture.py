@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune.errors import UserError, nearest
 from finetune.models.source import Source
 from finetune.recipe import Adapter
+from quant.experts import looks_fused
 from quant.swap import DEFAULT_KEEP, as_linear, linear_like, reasons_to_leave
 
 if TYPE_CHECKING:
@@ -18,12 +19,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ArchitectureInfo:
-    """Architecture of a config. linears: {path: (out, in)}; left: {path: why it gets neither quantization nor adapters}."""
+    """Architecture of a config. linears: {path: (out, in)}; left: {path: why it gets neither quantization nor adapters}.
+
+    unreached: linears that text does not pass (a vision tower's), which get no adapters. without_adapters: {part of the model:
+    its parameters}, of such parts, and of experts that are one tensor.
+    """
 
     architecture: str
     parameters: int
     linears: dict[str, tuple[int, int]]
     left: dict[str, str]
+    unreached: frozenset[str] = frozenset()
+    without_adapters: dict[str, int] = field(default_factory=dict)
 
 
 def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInfo:
@@ -45,7 +52,32 @@ def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInf
         ) from None
     linears = {path: _shape(module) for path, module in linear_like(model).items()}
     parameters = sum(p.numel() for p in model.parameters())
-    return ArchitectureInfo(type(model).__name__, parameters, linears, reasons_to_leave(model, DEFAULT_KEEP))
+    beside = _beside_text(model)
+    experts = sum(p.numel() for module in model.modules() if looks_fused(module) for p in module.parameters(recurse=False))
+    return ArchitectureInfo(
+        type(model).__name__,
+        parameters,
+        linears,
+        reasons_to_leave(model, DEFAULT_KEEP),
+        frozenset(path for path in linears if path.startswith(tuple(f"{part}." for part in beside))),
+        beside | ({"experts": experts} if experts else {}),
+    )
+
+
+def _beside_text(model: Any) -> dict[str, int]:
+    """{path: parameters} of the modules beside the text decoder of a model that has several, such as a vision tower."""
+    if model.config.get_text_config() is model.config:
+        return {}
+    decoder = model.get_decoder()
+    path = next((path for path, module in model.named_modules() if module is decoder), "")
+    head, beside = model.get_output_embeddings(), dict[str, int]()
+    while path:
+        above = path.rpartition(".")[0]
+        for name, module in model.get_submodule(above).named_children():
+            if module is not head and name != path.rpartition(".")[2] and (size := sum(p.numel() for p in module.parameters())):
+                beside[f"{above}.{name}".removeprefix(".")] = size
+        path = above
+    return beside
 
 
 def _shape(module: torch.nn.Module) -> tuple[int, int]:
@@ -59,13 +91,14 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
     Raises:
         UserError: a target matches no module, or one that cannot get an adapter; the hint names those that can.
     """
-    able = [name for name in info.linears if name not in info.left]
+    able = [name for name in info.linears if name not in info.left and name not in info.unreached]
     if adapter.targets == "all-linear":
         return able
     chosen: set[str] = set()
     leaves = sorted({name.rpartition(".")[2] for name in able})
     for target in adapter.targets:
         matched = {name for name in info.linears if name == target or name.endswith("." + target)}
+        matched -= info.unreached if target not in info.linears else set()  # a whole path is meant
         unable = next((name for name in matched if name in info.left), None)
         near = nearest(target, leaves)
         if not matched or unable:
@@ -76,7 +109,17 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
                 hint=(f"did you mean {near}? " if near and not unable else "") + f"{info.architecture} has: {', '.join(leaves)}",
             )
         chosen |= matched
-    return [name for name in able if name in chosen]
+    return [name for name in info.linears if name in chosen]
+
+
+def parts_without_adapters(info: ArchitectureInfo) -> str | None:
+    """The parts of the model that get no adapters, with their shares of the parameters, in words."""
+    if not info.without_adapters:
+        return None
+    parts = ", ".join(f"{name} ({size / info.parameters:.1%})" for name, size in info.without_adapters.items())
+    reasons = ["experts of a layer are one tensor here"] * ("experts" in info.without_adapters)
+    reasons += ["text does not pass the others"] * (len(info.without_adapters) > len(reasons))
+    return f"adapters leave out parts of the model, with these shares of its parameters: {parts}; {', '.join(reasons)}"
 
 
 def adapter_parameters(adapter: Adapter, info: ArchitectureInfo, targets: list[str]) -> int:

@@ -17,7 +17,7 @@ from finetune.assembly import Inputs, architecture, open_data, open_inputs
 from finetune.errors import GateError, UserError
 from finetune.exporters import check
 from finetune.files import TOKENIZER, atomic_folder
-from finetune.models.architecture import ArchitectureInfo, adapter_parameters
+from finetune.models.architecture import ArchitectureInfo, adapter_parameters, parts_without_adapters
 from finetune.models.config import recipe_tokenizer
 from finetune.models.device import pick_device
 from finetune.models.sub_norms import converted_config
@@ -70,6 +70,8 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
     with screen.phase("architecture"):
         info, targets = architecture(recipe, inputs)
         trainable = adapter_parameters(recipe.adapter, info, targets) if targets else info.parameters
+    if targets and (left_out := parts_without_adapters(info)) is not None:
+        screen.warn(left_out)
     return Checked(device, inputs, data, data.held_out(), info, targets, trainable, forced)
 
 
