@@ -1,4 +1,4 @@
-"""`finetune bench`: the statistics, the pairs, the rows, the child process, the file."""
+"""`finetune bench`: its statistics, paired timing, result rows, child process and JSON file."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ TINY_BITNET = bitnet.Sizes(cpu=bitnet.Shape(256, 256, 2, 4, 320, 2, 32), pairs=2
 CASES = [(quant, quant.SIZES), (bitnet, bitnet.SIZES)]
 
 
-class Script:
-    """A clock whose times are what the calls return."""
+class ScriptedClock:
+    """A clock that takes each time from the value that the call returns."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []
@@ -63,8 +63,8 @@ class Script:
         return float(result[1]), result
 
 
-def scripted(ours: list[float], baseline: list[float], count: int) -> Pairing:
-    """Sides that take these times, one after another (the first call of each is the one that compares)."""
+def scripted_pairing(ours: list[float], baseline: list[float], count: int) -> Pairing:
+    """A pairing whose sides take these times in turn. The first call of each side only compares results."""
     times = {1.0: iter([1.0, *ours]), 1.01: iter([1.0, *baseline])}
 
     def side(mark: float) -> Any:
@@ -73,104 +73,111 @@ def scripted(ours: list[float], baseline: list[float], count: int) -> Pairing:
     return Pairing(tuple, side(1.0), side(1.01), count, "script")
 
 
-def test_the_interval_of_known_data() -> None:
+def test_interval_matches_the_standard_error_of_a_normal_median() -> None:
     values = np.random.default_rng(3).normal(2.0, 0.5, 400)
-    middle, low, high = interval(values.tolist())
-    assert middle == pytest.approx(float(np.median(values)))
-    # The standard error of a normal sample's median is 1.2533 σ / √n, and the interval reaches 1.96 of them to each side.
+    median, low, high = interval(values.tolist())
+    assert median == pytest.approx(float(np.median(values)))
+    # The standard error of a normal sample's median is 1.2533 σ / √n; the interval is 1.96 standard errors to each side.
     assert high - low == pytest.approx(2 * 1.96 * 1.2533 * 0.5 / 20, rel=0.25)
-    assert low < middle < high
+    assert low < median < high
     assert interval([1.5] * 30) == (1.5, 1.5, 1.5)
-    assert interval(values.tolist()) == (middle, low, high)  # the same every time
+    assert interval(values.tolist()) == (median, low, high)  # deterministic
 
 
-def test_the_interval_holds_the_truth_as_often_as_it_says() -> None:
-    draws = np.random.default_rng(0).lognormal(0.0, 0.3, (120, 31))
-    held = sum(low <= 1.0 <= high for _, low, high in map(interval, draws.tolist()))
-    assert 105 <= held <= 120  # 114 expected
+def test_interval_covers_the_true_median_at_its_stated_rate() -> None:
+    samples = np.random.default_rng(0).lognormal(0.0, 0.3, (120, 31))
+    covered = sum(low <= 1.0 <= high for _, low, high in map(interval, samples.tolist()))
+    assert 105 <= covered <= 120  # 114 expected
 
 
-def test_pairs_alternate_evict_and_leave_the_first_out() -> None:
-    clock, done = Script(), list[float]()
-    slow = [100.0] * WARM_UP
-    ours, baseline = pairs(scripted([*slow, 2.0, 3.0, 4.0], [*slow, 4.0, 4.0, 4.0], 3), clock, done.append)
+def test_pairs_alternate_evict_the_cache_and_drop_the_warm_up() -> None:
+    clock, progress = ScriptedClock(), list[float]()
+    warm_up_times = [100.0] * WARM_UP
+    ours, baseline = pairs(
+        scripted_pairing([*warm_up_times, 2.0, 3.0, 4.0], [*warm_up_times, 4.0, 4.0, 4.0], 3), clock, progress.append
+    )
     assert (ours, baseline) == ([2.0, 3.0, 4.0], [4.0, 4.0, 4.0])
-    assert done[-1] == 1.0
+    assert progress[-1] == 1.0
     assert clock.calls[::2] == ["evict"] * 2 * (3 + WARM_UP)
-    called = clock.calls[1::2]
-    assert called[:4] in (["ours", "baseline", "baseline", "ours"], ["baseline", "ours", "ours", "baseline"])
+    sides = clock.calls[1::2]
+    assert sides[:4] in (["ours", "baseline", "baseline", "ours"], ["baseline", "ours", "ours", "baseline"])
 
 
-def test_what_runs_before_is_not_timed_and_has_inputs_of_its_own() -> None:
-    made, met = list[torch.Tensor](), list[tuple[str, int]]()
+def test_calls_before_the_timed_one_are_untimed_and_use_other_inputs() -> None:
+    inputs, events = list[torch.Tensor](), list[tuple[str, int]]()
 
-    def fresh() -> tuple[torch.Tensor, ...]:
-        made.append(torch.ones(2))
-        return (made[-1],)
+    def make_input() -> tuple[torch.Tensor, ...]:
+        inputs.append(torch.ones(2))
+        return (inputs[-1],)
 
     def side(name: str) -> Any:
         def prepare(x: torch.Tensor) -> Timed:
-            number = next(i for i, one in enumerate(made) if one is x)
-            return lambda: met.append((name, number)) or x  # type: ignore[func-returns-value]
+            number = next(i for i, candidate in enumerate(inputs) if candidate is x)
+            return lambda: events.append((name, number)) or x  # type: ignore[func-returns-value]
 
         return prepare
 
-    class Watch(Script):
+    class RecordingClock(ScriptedClock):
         def evict(self) -> None:
-            met.append(("evict", -1))
+            events.append(("evict", -1))
 
         def time(self, call: Timed) -> tuple[float, object]:
-            met.append(("time", -1))
+            events.append(("time", -1))
             return 1.0, call()
 
-    pairs(Pairing(fresh, side("a"), side("b"), 1, "", before=(side("a before"), side("b before"))), Watch(), lambda part: None)
-    names = [name for name, _ in met]
-    assert names[:2] == ["b", "a"]  # the comparison
+    pairs(
+        Pairing(make_input, side("a"), side("b"), 1, "", before=(side("a before"), side("b before"))),
+        RecordingClock(),
+        lambda part: None,
+    )
+    names = [name for name, _ in events]
+    assert names[:2] == ["b", "a"]  # the comparison of results
     assert set(zip(*[iter(names[2:])] * 4, strict=True)) == {
         ("evict", "a before", "time", "a"),
         ("evict", "b before", "time", "b"),
     }
-    used = [number for name, number in met[2:] if name in ("a", "b")]
-    assert used[::2] == used[1::2]  # both sides of a pair get the same…
-    assert len(set(used)) == len(used) // 2  # …and every pair its own
-    before = [number for name, number in met if name.endswith("before")]
-    assert not set(before) & set(used)
-    assert len(set(before)) == len(before)
+    timed_inputs = [number for name, number in events[2:] if name in ("a", "b")]
+    assert timed_inputs[::2] == timed_inputs[1::2]  # both sides of a pair get the same input…
+    assert len(set(timed_inputs)) == len(timed_inputs) // 2  # …and each pair gets its own
+    untimed_inputs = [number for name, number in events if name.endswith("before")]
+    assert not set(untimed_inputs) & set(timed_inputs)
+    assert len(set(untimed_inputs)) == len(untimed_inputs)
 
 
 @pytest.mark.parametrize(
     ("unit", "target", "ratio", "met"),
     [("ms", 0.8, 0.75, True), ("ms", 0.7, 0.75, False), ("products/s", 1.3, 4 / 3, True), ("products/s", 1.4, 4 / 3, False)],
 )
-def test_a_row_takes_the_median_of_the_ratios_of_pairs(unit: str, target: float, ratio: float, met: bool) -> None:
-    warm = [1.0] * WARM_UP
-    contest = scripted([*warm, 2.0, 3.0, 40.0], [*warm, 4.0, 4.0, 40.0], 3)  # ratios 0.5, 0.75, 1: not that of the medians…
-    row = measure(Case("c", "b", unit, target, lambda: contest), Script(), lambda part: None)
+def test_row_reports_the_median_of_the_ratios_of_pairs(unit: str, target: float, ratio: float, met: bool) -> None:
+    warm_up = [1.0] * WARM_UP
+    # Ratios 0.5, 0.75 and 1: their median is not the ratio of the medians.
+    pairing = scripted_pairing([*warm_up, 2.0, 3.0, 40.0], [*warm_up, 4.0, 4.0, 40.0], 3)
+    row = measure(Case("c", "b", unit, target, lambda: pairing), ScriptedClock(), lambda part: None)
     assert row["ratio"] == pytest.approx(ratio)
     assert row["met"] is met
     assert row["better"] == ("lower" if unit == "ms" else "higher")
-    assert row["ours"] == pytest.approx(3000.0 if unit == "ms" else 1 / 3)  # …which these are
+    assert row["ours"] == pytest.approx(3000.0 if unit == "ms" else 1 / 3)  # the median of this side
     assert row["pairs"] == 3
     assert row["low"] is not None
     assert row["high"] is not None
     assert row["low"] <= ratio <= row["high"]
 
 
-def test_sides_that_compute_different_things_are_a_fault() -> None:
+def test_sides_with_different_results_are_an_error() -> None:
     x = torch.ones(4)
-    wrong = Pairing(lambda: (x,), lambda x: lambda: x, lambda x: lambda: 2 * x, 2, "")
+    different = Pairing(lambda: (x,), lambda x: lambda: x, lambda x: lambda: 2 * x, 2, "")
     with pytest.raises(RuntimeError, match=r"compute different results: relative difference 0\.5"):
-        measure(Case("c", "b", "ms", None, lambda: wrong), CPUClock(1 << 10), lambda part: None)
+        measure(Case("c", "b", "ms", None, lambda: different), CPUClock(1 << 10), lambda part: None)
     nan = Pairing(lambda: (x,), lambda x: lambda: x * float("nan"), lambda x: lambda: x, 2, "")
     with pytest.raises(RuntimeError, match="compute different results"):
         measure(Case("c", "b", "ms", None, lambda: nan), CPUClock(1 << 10), lambda part: None)
 
 
-def test_what_cannot_be_measured_is_a_row_that_says_why() -> None:
-    def absent() -> Amounts:
+def test_skipped_case_becomes_a_row_with_the_reason() -> None:
+    def not_installed() -> Amounts:
         raise Skip("it is not installed, pip install it")
 
-    row = measure(Case("c", "b", "ms", 1.0, absent), Script(), lambda part: None)
+    row = measure(Case("c", "b", "ms", 1.0, not_installed), ScriptedClock(), lambda part: None)
     assert row.keys() == Row.__annotations__.keys()
     assert row["note"] == "skipped: it is not installed, pip install it"
     assert (row["ours"], row["ratio"], row["met"], row["target"]) == (None, None, None, 1.0)
@@ -178,13 +185,13 @@ def test_what_cannot_be_measured_is_a_row_that_says_why() -> None:
     def broken(x: torch.Tensor) -> Timed:
         raise OSError("no such symbol")
 
-    contest = Pairing(lambda: (torch.ones(1),), lambda x: lambda: x, broken, 2, "")
-    row = measure(Case("c", "b", "ms", 1.0, lambda: contest), Script(), lambda part: None)
+    pairing = Pairing(lambda: (torch.ones(1),), lambda x: lambda: x, broken, 2, "")
+    row = measure(Case("c", "b", "ms", 1.0, lambda: pairing), ScriptedClock(), lambda part: None)
     assert row["note"] == "skipped: the other side failed with OSError: no such symbol"
 
 
 @pytest.mark.parametrize(
-    ("ratio", "bounds", "words"),
+    ("ratio", "bounds", "verdict"),
     [
         (1.0, (0.9, 1.05), "≤ 1.1: met"),
         (1.0, (0.9, 1.2), "≤ 1.1: met, unsure"),
@@ -192,25 +199,27 @@ def test_what_cannot_be_measured_is_a_row_that_says_why() -> None:
         (None, None, "skipped"),
     ],
 )
-def test_the_verdict_is_in_words(ratio: float | None, bounds: tuple[float, float] | None, words: str) -> None:
-    def contest() -> Amounts:
+def test_verdict_names_the_target_and_whether_it_was_met(
+    ratio: float | None, bounds: tuple[float, float] | None, verdict: str
+) -> None:
+    def amounts() -> Amounts:
         if ratio is None:
             raise Skip("why")
         return Amounts(ratio, 1.0, "")
 
-    row = measure(Case("c", "b", "ms", 1.1, contest), Script(), lambda part: None)
+    row = measure(Case("c", "b", "ms", 1.1, amounts), ScriptedClock(), lambda part: None)
     row["low"], row["high"] = bounds or (None, None)
-    assert bench.verdict(row) == words
+    assert bench.verdict(row) == verdict
 
 
-def test_the_cache_is_read_where_the_system_says_its_size() -> None:
+def test_cache_size_comes_from_sysfs_or_is_assumed() -> None:
     size, source = cache_bytes(0)
     assert size >= 1 << 20
     assert source.startswith(("/sys/devices/system/cpu/cpu0/cache/", "assumed"))
     assert cache_bytes(10**6) == (64 << 20, "assumed: the system does not report it")
 
 
-def test_kept_for_backward_counts_each_storage_once_and_no_parameter() -> None:
+def test_kept_for_backward_counts_each_storage_once_without_parameters() -> None:
     x = torch.randn(16, 128, dtype=torch.bfloat16)
     linear = nn.Linear(128, 64, dtype=torch.bfloat16)
     assert quant.kept_for_backward(linear, x) == x.nbytes
@@ -238,40 +247,42 @@ def test_bitsandbytes_path_dequantizes_in_both_passes(monkeypatch: pytest.Monkey
         ("torchao", baselines.torchao_linear),
     ],
 )
-def test_a_missing_package_skips_with_the_way_to_get_it(package: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_skips_with_its_install_command(package: str, make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(Skip, match="pip install " + package):
         make(torch.zeros(64, 256))
 
 
-def test_cases_are_told_apart_by_name_and_opponent() -> None:
+def test_cases_differ_in_name_or_baseline() -> None:
     for (module, sizes), device in itertools.product(CASES, ("cpu", "cuda")):
         cases = module.cases(device, sizes)
         assert len({(case.name, case.against) for case in cases}) == len(cases)
         assert all(len(word) <= 23 for case in cases for word in (case.name, case.against))
-        assert all(case.note for case in cases)  # shapes are told there
+        assert all(case.note for case in cases)  # the note gives the shapes
     assert all(count >= 30 for count in (quant.SIZES.pairs, quant.SIZES.short_pairs))
 
 
-def test_an_unknown_name_is_the_users_mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, said in (("qant", "did you mean quant? available: quant"), ("speed", "available: quant")):
+def test_unknown_benchmark_name_is_refused_with_a_suggestion(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, message in (("qant", "did you mean quant? available: quant"), ("speed", "available: quant")):
         monkeypatch.setattr(sys, "argv", ["finetune", "bench", name])
         with pytest.raises(SystemExit) as exited:
             cli.main()
         assert exited.value.code == 2
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
-def test_without_a_name_the_benchmarks_are_listed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_benchmark_name_lists_the_benchmarks(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(sys, "argv", ["finetune", "bench"])
     with pytest.raises(SystemExit) as exited:
         cli.main()
     assert exited.value.code == 2
-    said = capsys.readouterr().err
-    assert all(f"finetune bench {name}: {about}" in said for name, about in bench.NAMES.items())
+    error = capsys.readouterr().err
+    assert all(f"finetune bench {name}: {about}" in error for name, about in bench.NAMES.items())
 
 
-def test_a_file_that_cannot_be_written_is_refused_at_once(
+def test_unwritable_json_file_is_refused_before_measuring(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(bench, "_child", lambda *args: pytest.fail("measured all the same"))
@@ -284,20 +295,20 @@ def test_a_file_that_cannot_be_written_is_refused_at_once(
         Path("/dev/null"): "not a regular file",
     }
     if sys.platform == "linux":
-        refused[Path("/proc/x.json")] = "cannot create a file in /proc"  # where permissions let root write
-    for path, why in refused.items():
+        refused[Path("/proc/x.json")] = "cannot create a file in /proc"  # root passes the permission check there
+    for path, reason in refused.items():
         monkeypatch.setattr(sys, "argv", ["finetune", "bench", "quant", "--json", str(path)])
         with pytest.raises(SystemExit) as exited:
             cli.main()
         assert exited.value.code == 2
-        said = capsys.readouterr().err
-        assert "cannot write the results there" in said
-        assert why in said
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # nothing made, nothing left
+        error = capsys.readouterr().err
+        assert "cannot write the results there" in error
+        assert reason in error
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]  # no file was created or left
 
 
-def made_up(case: Case) -> Row:
-    """A row with figures as wide as they get."""
+def placeholder_row(case: Case) -> Row:
+    """A row with figures of the greatest width."""
     ratio, timed = case.target or 0.1234, case.unit in ("ms", "products/s", "tokens/s")
     return {
         "case": case.name, "ours": 0.12345, "baseline": 12345.0, "ratio": ratio, "unit": case.unit, "target": case.target,
@@ -309,7 +320,7 @@ def made_up(case: Case) -> Row:
 @pytest.mark.parametrize(("bench_module", "sizes"), CASES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_table_fits_into_80_columns(device: str, bench_module: Any, sizes: Any) -> None:
-    rows = [made_up(case) for case in bench_module.cases(device, sizes)]
+    rows = [placeholder_row(case) for case in bench_module.cases(device, sizes)]
     file = io.StringIO()
     bench._show(rows, Screen(Console(file=file, width=80, highlight=False, soft_wrap=True)))
     lines = file.getvalue().splitlines()
@@ -333,27 +344,28 @@ def test_the_table_fits_into_80_columns(device: str, bench_module: Any, sizes: A
     assert notes[-1] == "unsure: the target is within the interval"
 
 
-def test_progress_follows_the_time_that_cases_take() -> None:
+def test_progress_is_proportional_to_elapsed_time() -> None:
     now = 0.0
     progress = Progress([4.0, 4.0, 2.0], lambda: now)
-    told: list[tuple[float, int]] = []
-    for share, build, pair in ((4.0, 6.0, 1.0), (4.0, 3.0, 10.0), (2.0, 0.0, 3.0)):  # the second is much slower than its share
+    reports: list[tuple[float, int]] = []
+    # The second case is much slower than its share predicts.
+    for share, build, pair in ((4.0, 6.0, 1.0), (4.0, 3.0, 10.0), (2.0, 0.0, 3.0)):
         progress.begin(share)
         now += build
         for turn in range(1, 11):
             now += pair
-            told.append((now, progress.percent(turn / 10)))
+            reports.append((now, progress.percent(turn / 10)))
         progress.end(True)
-    whole = now
-    assert told[-1][1] == 100
-    assert told[0][1] == 0  # one pair says nothing yet: building came before it
-    assert told[1][1] == pytest.approx(100 * 8 / 40, abs=1)  # 16 s for a share of 4, so 40 s for all
-    late = [(when, percent) for when, percent in told if when >= 39]  # two pairs of the slow case and more
-    assert all(percent == pytest.approx(100 * when / whole, abs=3) for when, percent in late)
-    assert all(0 < after - before <= 10 for (_, before), (_, after) in itertools.pairwise(late))  # it neither stands nor jumps
+    total = now
+    assert reports[-1][1] == 100
+    assert reports[0][1] == 0  # building time precedes the first pair, so there is no estimate yet
+    assert reports[1][1] == pytest.approx(100 * 8 / 40, abs=1)  # 16 s for a share of 4, so 40 s for all
+    late = [(when, percent) for when, percent in reports if when >= 39]  # from the second pair of the slow case on
+    assert all(percent == pytest.approx(100 * when / total, abs=3) for when, percent in late)
+    assert all(0 < after - before <= 10 for (_, before), (_, after) in itertools.pairwise(late))  # no standstill, no jump
 
 
-def test_what_is_skipped_says_nothing_about_the_time() -> None:
+def test_skipped_cases_do_not_affect_the_time_estimate() -> None:
     now = 0.0
     progress = Progress([1.0, 1.0, 1.0], lambda: now)
     progress.begin(1.0)
@@ -365,8 +377,8 @@ def test_what_is_skipped_says_nothing_about_the_time() -> None:
     assert progress.percent(0.0) == 50
 
 
-def test_the_kernels_of_a_packed_weight_are_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As in a layer; else the row of the kernels times making the layout (220 ms of 221, at 4096 × 11008)."""
+def test_packed_weight_layout_is_prepared_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a layer. Otherwise the kernel row would mostly time the layout conversion (220 of 221 ms at 4096 × 11008)."""
     from quant.backends import aten
 
     monkeypatch.setattr(baselines, "GGMLMatrix", Mock())
@@ -380,7 +392,9 @@ def test_the_kernels_of_a_packed_weight_are_prepared_once(monkeypatch: pytest.Mo
 
 
 @pytest.mark.alone
-def test_a_small_one_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quant_benchmark_runs_end_to_end_with_tiny_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(quant, "SIZES", TINY)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     file = tmp_path / "quant.json"
@@ -403,48 +417,48 @@ def test_a_small_one_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyP
         if row["unit"] in ("ms", "products/s"):
             assert row["pairs"] == 2
             assert row["low"] <= row["ratio"] <= row["high"]
-    counted = {row["unit"]: row for row in rows if row["pairs"] == 0 and row["ratio"] is not None}
-    assert counted["bits a weight"]["met"] is True
-    assert counted["bits a weight"]["ours"] == 2 + 32 / (128 * 64)
-    assert counted["MiB"]["ours"] == (16 * 128 + 4 * 16) / 2**20  # int8 rows and a scale each
-    assert counted["MiB"]["baseline"] == 2 * 16 * 128 / 2**20
-    place = document["provenance"]["devices"]["cpu"]
-    assert place["threads"] == 1
-    assert "(1 thread)" in place["device"]
-    assert place["evicted_bytes"] == 2 * place["cache_bytes"]
-    assert set(place["backends"]) == {"nf4", "ternary"}
+    untimed_rows = {row["unit"]: row for row in rows if row["pairs"] == 0 and row["ratio"] is not None}
+    assert untimed_rows["bits a weight"]["met"] is True
+    assert untimed_rows["bits a weight"]["ours"] == 2 + 32 / (128 * 64)
+    assert untimed_rows["MiB"]["ours"] == (16 * 128 + 4 * 16) / 2**20  # int8 activations with one scale per row
+    assert untimed_rows["MiB"]["baseline"] == 2 * 16 * 128 / 2**20
+    device = document["provenance"]["devices"]["cpu"]
+    assert device["threads"] == 1
+    assert "(1 thread)" in device["device"]
+    assert device["evicted_bytes"] == 2 * device["cache_bytes"]
+    assert set(device["backends"]) == {"nf4", "ternary"}
     assert document["provenance"]["versions"]["torch"]
     assert document["provenance"]["command"] == f"finetune bench quant --json {file}"
-    shown = capsys.readouterr().out
-    assert "llama.cpp" in shown
-    assert ": met" in shown or ": missed" in shown
-    assert "pairs in alternating order" in shown
-    assert "another run, or a busy machine, can be outside it" in shown
-    assert "goals of this project; a missed one does not mean that your machine is at fault" in shown
+    output = capsys.readouterr().out
+    assert "llama.cpp" in output
+    assert ": met" in output or ": missed" in output
+    assert "pairs in alternating order" in output
+    assert "another run, or a busy machine, can be outside it" in output
+    assert "goals of this project; a missed one does not mean that your machine is at fault" in output
     assert [path.name for path in file.parent.iterdir()] == ["quant.json"]
 
 
 def test_ctrl_c_leaves_the_old_file_and_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     children = list[subprocess.Popen[str]]()
 
-    class Watched(subprocess.Popen[str]):
+    class RecordedPopen(subprocess.Popen[str]):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             children.append(self)
 
     monkeypatch.setattr(quant, "SIZES", dataclasses.replace(TINY, pairs=10**6))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(subprocess, "Popen", Watched)
+    monkeypatch.setattr(subprocess, "Popen", RecordedPopen)
 
-    class Pressed(Screen):
+    class InterruptedScreen(Screen):
         @contextlib.contextmanager
         def phase(self, name: str) -> Iterator[Shown]:
-            def press(done: int, total: int, note: str = "") -> None:
+            def interrupt(done: int, total: int, note: str = "") -> None:
                 raise KeyboardInterrupt
 
-            yield press
+            yield interrupt
 
-    monkeypatch.setattr(bench, "Screen", Pressed)
+    monkeypatch.setattr(bench, "Screen", InterruptedScreen)
     (temporary := tmp_path / "temporary").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     (folder := tmp_path / "results").mkdir()
@@ -459,21 +473,23 @@ def test_ctrl_c_leaves_the_old_file_and_no_process(tmp_path: Path, monkeypatch: 
     assert not list(temporary.glob("finetune-bench-*"))
 
 
-def test_a_child_that_fails_says_what_it_said() -> None:
+def test_failing_child_process_reports_its_error() -> None:
     with pytest.raises(RuntimeError, match="no_such_size"):
         list(bench._child("quant", "cpu", {"no_such_size": 1}))
 
 
-def test_a_rate_counts_what_a_call_does() -> None:
-    contest = dataclasses.replace(scripted([*[1.0] * WARM_UP, 2.0], [*[1.0] * WARM_UP, 4.0], 1), work=60.0, note="seen late")
-    row = measure(Case("c", "b", "tokens/s", None, lambda: contest, note="known"), Script(), lambda part: None)
+def test_rate_is_the_work_of_a_call_over_its_time() -> None:
+    pairing = dataclasses.replace(
+        scripted_pairing([*[1.0] * WARM_UP, 2.0], [*[1.0] * WARM_UP, 4.0], 1), work=60.0, note="seen late"
+    )
+    row = measure(Case("c", "b", "tokens/s", None, lambda: pairing, note="known"), ScriptedClock(), lambda part: None)
     assert (row["ours"], row["baseline"], row["ratio"], row["better"]) == (30.0, 15.0, 2.0, "higher")
     assert row["note"] == "known; seen late"
 
 
 @pytest.fixture
 def eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Compiling takes longer than these tests."""
+    """Do not compile: that takes longer than these tests."""
     monkeypatch.setattr(baselines, "compiles", lambda device: False)
 
 
@@ -483,7 +499,7 @@ def bitnet_case(name: str, against: str) -> Case:
 
 @pytest.mark.usefixtures("eager")
 @pytest.mark.parametrize("side", ["bf16", "AutoBitLinear", "formula"])
-def test_a_ternary_step_is_timed_against_each(side: str) -> None:
+def test_ternary_step_is_timed_against_each_baseline(side: str) -> None:
     row = measure(bitnet_case("ternary step", side), CPUClock(1 << 10), lambda part: None)
     assert row["ratio"] is not None
     assert 0.01 < row["ratio"] < 100
@@ -492,7 +508,7 @@ def test_a_ternary_step_is_timed_against_each(side: str) -> None:
     assert row["note"].endswith("theirs runs eagerly") == (side == "AutoBitLinear")
 
 
-def test_all_sides_begin_with_the_same_weights_and_train_them() -> None:
+def test_all_sides_start_with_equal_weights_and_train_all_of_them() -> None:
     shape = TINY_BITNET.cpu
     ids = bitnet.batch(shape, "cpu")
     models = {side: bitnet.build_model(shape, "cpu", side) for side in ("ours", "bf16", "AutoBitLinear", "formula")}
@@ -505,7 +521,7 @@ def test_all_sides_begin_with_the_same_weights_and_train_them() -> None:
             assert all(not torch.equal(value, states[side][name]) for name, value in model.named_parameters()), side
 
 
-def no_int8(monkeypatch: pytest.MonkeyPatch) -> None:
+def activations_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "_quantized_activations", lambda x: x)
 
 
@@ -513,46 +529,49 @@ def inverted_scale(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "_ternary", lambda w: (w * (scale := 1 / w.abs().mean())).round().clamp(-1, 1) * scale)
 
 
-def a_float_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept = baselines._body
-    monkeypatch.setattr(baselines, "_body", lambda m: {k: v for k, v in kept(m).items() if not k.endswith("k_proj")})
+def one_layer_not_quantized(monkeypatch: pytest.MonkeyPatch) -> None:
+    linear_layers = baselines._body
+    monkeypatch.setattr(baselines, "_body", lambda m: {k: v for k, v in linear_layers(m).items() if not k.endswith("k_proj")})
 
 
-def half_the_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:  # the loss is right
+def halved_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(self: nn.Linear, x: torch.Tensor) -> torch.Tensor:  # the loss stays correct
         weight = baselines._ternary(self.weight).detach() + 0.5 * (self.weight - self.weight.detach())
         return nn.functional.linear(baselines._quantized_activations(x).detach() + (x - x.detach()), weight)
 
     monkeypatch.setattr(baselines.StraightThrough, "forward", forward)
 
 
-def another_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(model: Any) -> None:
+def other_initial_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    def negate_one_weight(model: Any) -> None:
         baselines.straight_through(model)
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight.neg_()
 
-    monkeypatch.setitem(bitnet.SIDES, "formula", start)
+    monkeypatch.setitem(bitnet.SIDES, "formula", negate_one_weight)
 
 
-@pytest.mark.parametrize("fault", [no_int8, inverted_scale, a_float_layer, half_the_gradient, another_start])
-def test_sides_that_train_different_models_are_a_fault(fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    fault(monkeypatch)
+@pytest.mark.parametrize(
+    "introduce_fault",
+    [activations_not_quantized, inverted_scale, one_layer_not_quantized, halved_gradient, other_initial_weights],
+)
+def test_sides_that_train_different_models_are_an_error(introduce_fault: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    introduce_fault(monkeypatch)
     with pytest.raises(RuntimeError, match=r"the two sides train different models: the (loss|gradients) differ by"):
         measure(bitnet_case("ternary step", "formula"), CPUClock(1 << 10), lambda part: None)
 
 
-def test_an_opponent_that_fails_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_baseline_is_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines.StraightThrough, "forward", Mock(side_effect=OSError("no such kernel")))
     row = measure(bitnet_case("ternary step", "formula"), CPUClock(1 << 10), lambda part: None)
     assert row["note"] == "skipped: the other side failed with OSError: no such kernel"
 
 
-def test_compiled_is_only_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiles_is_false_without_a_working_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     def no_compiler(function: Any) -> Any:
         raise RuntimeError("no C++ compiler")
 
-    for compile_ in (no_compiler, lambda function: function):  # the second: where it is switched off
+    for compile_ in (no_compiler, lambda function: function):  # the second: torch.compile is switched off
         monkeypatch.setattr(torch, "compile", compile_)
         baselines.compiles.cache_clear()
         assert not baselines.compiles("cpu")
@@ -560,36 +579,37 @@ def test_compiled_is_only_what_was_compiled(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("eager")
-def test_each_side_is_asked_once_for_its_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[str]()
+def test_peak_memory_of_each_side_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = list[str]()
 
-    def told(device: str, sizes: Any, side: str) -> int:
-        asked.append(side)
+    def measure_peak(device: str, sizes: Any, side: str) -> int:
+        sides.append(side)
         return {"ours": 3, "bf16": 4, "AutoBitLinear": 6, "formula": 5}[side] << 20
 
-    monkeypatch.setattr(bitnet, "in_a_child", told)
+    monkeypatch.setattr(bitnet, "in_a_child", measure_peak)
     cases = [case for case in bitnet.cases("cpu", TINY_BITNET) if case.name == "peak memory"]
     rows = [measure(case, CPUClock(1 << 10), lambda part: None) for case in cases]
     assert [(row["ours"], row["baseline"], row["ratio"], row["met"]) for row in rows] == [
         (3, 4, 0.75, True), (3, 6, 0.5, True), (3, 5, 0.6, True),
     ]  # fmt: skip
-    assert sorted(asked) == ["AutoBitLinear", "bf16", "formula", "ours"]
+    assert sorted(sides) == ["AutoBitLinear", "bf16", "formula", "ours"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="read from /proc")
 @pytest.mark.alone
-def test_the_peak_holds_what_a_step_needs() -> None:
+def test_peak_memory_covers_weights_gradients_and_optimizer() -> None:
     sizes = dataclasses.replace(TINY_BITNET, cpu=TINY_BITNET.cpu._replace(hidden=512, intermediate=1024))
     parameters = sum(p.numel() for p in bitnet.build_model(sizes.cpu, "cpu", "bf16").parameters())
-    assert 12 * parameters < bitnet.peak("cpu", sizes, "bf16") < 40 * parameters  # fp32 weights, gradients, two moments; and more
+    # In bytes: at least the fp32 weights, gradients and two moments.
+    assert 12 * parameters < bitnet.peak("cpu", sizes, "bf16") < 40 * parameters
 
 
-def test_onebitllms_is_named_where_its_memory_cannot_be_measured() -> None:
+def test_memory_of_missing_onebitllms_skips_with_its_install_command() -> None:
     with pytest.raises(Skip, match="pip install onebitllms"):
         bitnet.in_a_child("cuda", TINY_BITNET, "onebitllms")
 
 
-def test_exports_are_weighed_and_run() -> None:
+def test_exports_are_measured_in_size_and_speed() -> None:
     pytest.importorskip("xllamacpp")
     pytest.importorskip("gguf")
     cases = bitnet.cases("cpu", TINY_BITNET)[6:]
@@ -599,7 +619,7 @@ def test_exports_are_weighed_and_run() -> None:
         ("TQ2_0 generation", "GGUF F16"),
     ]  # fmt: skip
     ratios = [row["ratio"] or 0 for row in rows]
-    assert ratios[2] < ratios[1] < 0.4  # little is ternary in a model as small
+    assert ratios[2] < ratios[1] < 0.4  # few of the weights of so small a model are ternary
     assert 0.1 < ratios[0] < 0.3
     assert 0.01 < ratios[3] < 100
     table, body = 320 * 256, 2 * 7 * 256**2
@@ -607,7 +627,7 @@ def test_exports_are_weighed_and_run() -> None:
     assert (rows[0]["ours"] or 0) * 2**20 == pytest.approx(2 * table + body / 4, rel=0.05)
 
 
-def test_without_llama_cpp_a_row_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_without_llama_cpp_give_its_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     for name in ("GGUF TQ2_0", "TQ2_0 generation"):
         row = measure(bitnet_case(name, "GGUF F16"), CPUClock(1 << 10), lambda part: None)
@@ -616,7 +636,7 @@ def test_without_llama_cpp_a_row_says_how_to_get_it(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.slow
-def test_a_small_bitnet_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitnet_benchmark_runs_end_to_end_with_tiny_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bitnet, "SIZES", TINY_BITNET)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
@@ -636,7 +656,7 @@ def test_a_small_bitnet_from_end_to_end(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.slow
-def test_the_process_that_measures_memory_ends_with_the_one_that_asked() -> None:
+def test_memory_child_exits_when_its_parent_is_gone() -> None:
     sizes = json.dumps(dataclasses.asdict(dataclasses.replace(TINY_BITNET, cpu=bitnet.CPU._replace(tokens=4096))))
     command = [sys.executable, "-P", "-m", "finetune.bench.child", "bitnet", "cpu", sizes, "bf16"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,4 +1,4 @@
-"""Killed anywhere, a run goes on to the very same end: weights, optimizer, metrics, answers. KILL_SEED=N repeats a failure."""
+"""A run that is killed at any moment resumes to equal weights, optimizer, metrics and samples. KILL_SEED=N repeats a failure."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import alpaca, story, write_jsonl
-from tests.finetune.kills import Report, Take, differences, kill_until_done, seed, tracked
+from tests.finetune.kills import Report, Take, differences, kill_until_done, seed, tracker_steps
 
 SFT = """\
 model: {{name: {model}, dtype: {dtype}}}
@@ -55,12 +55,12 @@ CASES = {
     "low-memory": (LOW_MEMORY, {"dtype": "bf16"}),
     "tracked": (LORA, {"dtype": "fp32", "compiled": "false", "trackers": "tensorboard"}),
 }
-KILLS, IN_SAVES = 24, 5  # at least, of each case
+KILLS, IN_SAVES = 24, 5  # at least, in each case
 
 
 @pytest.fixture
 def recipe(tmp_path: Path, tiny_model: Path, request: pytest.FixtureRequest) -> str:
-    """The path of the recipe that the test is named for."""
+    """The path of the recipe of the case in the test's parameter."""
     rows, text = write_jsonl(tmp_path / "rows.jsonl", alpaca(60)), tmp_path / "story.txt"
     text.write_text(story(120_000))
     template, changes = CASES[request.param]
@@ -70,36 +70,36 @@ def recipe(tmp_path: Path, tiny_model: Path, request: pytest.FixtureRequest) -> 
 
 
 @pytest.mark.parametrize("recipe", ["short"], indirect=True)
-def test_a_few_kills(recipe: str, tmp_path: Path) -> None:
+def test_resume_is_bit_equal_after_a_few_kills(recipe: str, tmp_path: Path) -> None:
     rng, report = random.Random(seed()), Report()
-    whole = Take(recipe, tmp_path / "whole", rng)
-    whole.whole(forked=True)
+    uninterrupted = Take(recipe, tmp_path / "whole", rng)
+    uninterrupted.whole(forked=True)
     while len(report.kills) < 3:
         take = Take(recipe, tmp_path / f"cut-{report.runs}", rng)
-        report += kill_until_done(take, seconds=2.0, plain=0)
-        assert differences(whole.run, take.run) == [], f"{take.place}, KILL_SEED={seed()}"
+        report += kill_until_done(take, seconds=2.0, unforked_share=0)
+        assert differences(uninterrupted.run, take.run) == [], f"{take.place}, KILL_SEED={seed()}"
     print(report)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [case for case in CASES if case != "short"], indirect=True)
-def test_killed_anywhere_it_ends_the_same(
+def test_resume_is_bit_equal_after_kills_at_any_moment(
     recipe: str, tmp_path: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """At least 24 kills, 5 of them inside a save; over the five cases 120 and 25. Runs that got through begin anew elsewhere."""
-    mistold: list[str] = []
+    """At least 24 kills, 5 of them inside a save; 120 and 25 over the five cases. Each run has a new folder."""
+    wrong_trackers: list[str] = []
     rng, report, case = random.Random(seed()), Report(), request.node.callspec.params["recipe"]
-    made = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}  # machine code is made by the first start alone
-    whole = Take(recipe, tmp_path / "whole", rng, made)
-    whole.whole()
-    seconds = Take(recipe, tmp_path / "again", rng, made).whole(forked=True)
-    assert differences(whole.run, tmp_path / "again" / "run") == [], "a fork of the server is no plain process"
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled")}  # only the first start compiles
+    uninterrupted = Take(recipe, tmp_path / "whole", rng, environment)
+    uninterrupted.whole()
+    seconds = Take(recipe, tmp_path / "again", rng, environment).whole(forked=True)
+    assert differences(uninterrupted.run, tmp_path / "again" / "run") == [], "a forked start differs from a new interpreter"
     while len(report.kills) < KILLS or report.in_saves < IN_SAVES:
-        take = Take(recipe, tmp_path / f"cut-{report.runs}", rng, made)
+        take = Take(recipe, tmp_path / f"cut-{report.runs}", rng, environment)
         report += kill_until_done(take, seconds=seconds)
-        assert differences(whole.run, take.run) == [], f"{take.place}, KILL_SEED={seed()}"
-        if case == "tracked" and tracked(take.run / "tiny") != tracked(whole.run / "tiny"):
-            mistold.append(take.place.name)
+        assert differences(uninterrupted.run, take.run) == [], f"{take.place}, KILL_SEED={seed()}"
+        if case == "tracked" and tracker_steps(take.run / "tiny") != tracker_steps(uninterrupted.run / "tiny"):
+            wrong_trackers.append(take.place.name)
     with capsys.disabled():
         print(f"\n{case}: {report}")
-    assert not mistold, f"what the tracker shows is not each step once: {mistold} in {tmp_path}, KILL_SEED={seed()}"
+    assert not wrong_trackers, f"the tracker does not have each step once: {wrong_trackers} in {tmp_path}, KILL_SEED={seed()}"

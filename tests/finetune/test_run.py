@@ -1,4 +1,4 @@
-"""The commands as a user types them, in one process, on a tiny Llama: what they leave behind, and what bad input gets."""
+"""The command line on a tiny Llama, in one process: the files that each command writes, and the errors for bad input."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def recipe(tmp_path: Path, tiny_model: Path, rows_file: Path) -> Path:
     return path
 
 
-def left_behind(folder: Path) -> set[str]:
+def entries(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
-# ------------------------------------------------------------------------------------------------------------ the story
+# --------------------------------------------------------------------------------------------------------- whole workflow
 
 
 @pytest.mark.planned
 @pytest.mark.drawn
-def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_show_eval_merge_and_chat(finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code, out, err = finetune("run", str(recipe))
     assert code == 0, err
     run = tmp_path / "runs" / "tiny"
-    assert left_behind(run) == {
+    assert entries(run) == {
         "recipe.yaml", "run.json", "metrics.jsonl", "checkpoints", "adapter", "merged", "eval", "samples", "report.html",
     }  # fmt: skip
     assert [path.name for path in sorted((run / "checkpoints").iterdir())] == ["step-000002", "step-000004"]
     assert out.rstrip().splitlines()[-3:] == [
         "report   runs/tiny/report.html", "next     finetune chat runs/tiny", "next     finetune show runs/tiny",
     ]  # fmt: skip
-    assert "⟦" in out  # the examples, with what is trained
+    assert "⟦" in out  # marks the trained tokens in the printed examples
     record = json.loads((run / "run.json").read_text())
     assert record["state"] == "done"
     assert record["preflight"]["supervised_share"] > 0
@@ -71,11 +71,11 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     assert record["provenance"]["data"]["rows"] == 40
     assert len(record["provenance"]["data"]["sha256"]) == 64
     assert read_recipe(run / "recipe.yaml").train.max_steps == 4
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
-    assert [line["step"] for line in lines if "eval_loss" in line] == [2]
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in metrics if "loss" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in metrics if "eval_loss" in line] == [2]
 
-    # Plain transformers loads what was merged, without this package, and it computes what was trained.
+    # Plain transformers loads the merged model without this package, and its logits equal the trained model's.
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     merged = AutoModelForCausalLM.from_pretrained(run / "merged", dtype=torch.float32)
@@ -84,9 +84,9 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     ids = torch.tensor([AutoTokenizer.from_pretrained(run / "merged")("What is 3 plus 6?")["input_ids"]])
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, trained.model(ids).logits, rtol=1e-4, atol=1e-5)
-    newest = load_model(str(run / "checkpoints" / "step-000004"))
+    last_checkpoint = load_model(str(run / "checkpoints" / "step-000004"))
     with torch.no_grad():
-        assert torch.equal(newest.model(ids).logits, trained.model(ids).logits)
+        assert torch.equal(last_checkpoint.model(ids).logits, trained.model(ids).logits)
 
     code, out, err = finetune("show", str(run), "--json")
     assert code == 0, err
@@ -108,9 +108,9 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     from eval.perplexity import evaluate_loss, text_rows
 
     rows = text_rows(AutoTokenizer.from_pretrained(run / "merged"), "One plus two is three. " * 50, length=1024)
-    plain = evaluate_loss(merged, rows)
+    expected = evaluate_loss(merged, rows)
     assert json.loads((tmp_path / "text.json").read_text())[str(run / "merged")]["loss"]["loss"] == pytest.approx(
-        plain.loss, rel=1e-2
+        expected.loss, rel=1e-2
     )
 
     code, out, err = finetune("merge", str(run), "--out", "again")
@@ -121,13 +121,13 @@ def test_the_story_from_recipe_to_chat(finetune: Terminal, recipe: Path, tmp_pat
     assert code == 2
     assert "not empty" in err
 
-    typed = iter(["Hi", "/new", "Hello", "/quit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    inputs = iter(["Hi", "/new", "Hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(inputs))
     code, out, err = finetune("chat", str(run), str(run / "adapter"), "--max-new-tokens", "3", "--temperature", "0")
     assert code == 0, err
     assert out.count("[") == 4
 
-    # The same name again takes the next number; resuming something finished says so.
+    # A second run of the same name gets the next number. Resuming a finished run says that it is done.
     code, out, _ = finetune("run", str(recipe), "train.max_steps=1", "run.merge=false")
     assert code == 0
     assert (tmp_path / "runs" / "tiny-2" / "adapter").is_dir()
@@ -143,20 +143,20 @@ def test_full_fine_tuning_without_held_out_rows(finetune: Terminal, recipe: Path
     )
     assert code == 0, err
     assert "not compared" in out
-    assert left_behind(tmp_path / "full") >= {"merged", "run.json", "report.html"}
+    assert entries(tmp_path / "full") >= {"merged", "run.json", "report.html"}
     record = json.loads((tmp_path / "full" / "run.json").read_text())
     assert record["model"]["trainable"] == record["model"]["parameters"]
     assert record["eval"] == {}
 
 
-def test_full_fine_tuning_is_gated_too(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_full_fine_tuning_passes_the_merge_gate(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     code, _, err = finetune("run", str(recipe), "quant.scheme=none", "adapter.kind=none", "run.dir=full")
     assert code == 0, err
     record = json.loads((tmp_path / "full" / "run.json").read_text())
     assert record["merge"]["gate"]["merged_loss"] == pytest.approx(record["eval"]["after"]["loss"], rel=1e-5)
 
 
-def test_lora_on_gpt2_and_its_conv1d(finetune: Terminal, recipe: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_lora_adapts_the_conv1d_layers_of_gpt2(finetune: Terminal, recipe: Path, tmp_path: Path, tokenizer_folder: Path) -> None:
     from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
@@ -170,7 +170,7 @@ def test_lora_on_gpt2_and_its_conv1d(finetune: Terminal, recipe: Path, tmp_path:
     assert record["merge"]["gate"]["status"] == "pass"
 
 
-def test_a_base_model_gets_the_default_template_and_it_travels(
+def test_base_model_gets_the_default_chat_template_and_saves_it(
     finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     base = tmp_path / "base"
@@ -184,7 +184,7 @@ def test_a_base_model_gets_the_default_template_and_it_travels(
     assert "### Response" in AutoTokenizer.from_pretrained(tmp_path / "b" / "merged").chat_template
 
 
-def test_trackers_write(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_trackers_write_and_a_missing_tracker_is_refused(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     code, _, err = finetune("run", str(recipe), "run.trackers=[tensorboard]", "run.dir=t", "run.merge=false")
     assert code == 0, err
     assert list((tmp_path / "t").rglob("*tfevents*"))
@@ -195,27 +195,27 @@ def test_trackers_write(finetune: Terminal, recipe: Path, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("packing", ["true", "false"])
-def test_an_interrupted_run_resumes_to_the_same_bits(
+def test_resume_after_a_crash_is_bit_equal(
     finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packing: str
 ) -> None:
-    """Stopped by an error inside step 4 of 5, after the checkpoint of step 3."""
+    """The run fails in step 4 of 5, after the checkpoint of step 3."""
     from finetune.train import sft
 
     options = ["train.max_steps=5", "train.save_steps=3", "adapter.dropout=0.1", f"data.packing={packing}"]
     assert finetune("run", str(recipe), *options, "run.dir=whole")[0] == 0
     loss, calls = sft.SupervisedFineTuning.loss, iter(range(100))
 
-    def fails(self: Any, model: Any, batch: Any) -> Any:
-        if next(calls) == 4:  # one forward proves the swap
+    def fail_in_step_4(self: Any, model: Any, batch: Any) -> Any:
+        if next(calls) == 4:  # the first forward pass verifies the quantized model
             raise RuntimeError("gone")
         return loss(self, model, batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(sft.SupervisedFineTuning, "loss", fails)
+        patch.setattr(sft.SupervisedFineTuning, "loss", fail_in_step_4)
         with pytest.raises(RuntimeError):
             finetune("run", str(recipe), *options, "run.dir=cut")
-    failed = json.loads((tmp_path / "cut" / "run.json").read_text())
-    assert failed["state"] == "failed"
+    failed_record = json.loads((tmp_path / "cut" / "run.json").read_text())
+    assert failed_record["state"] == "failed"
     assert (tmp_path / "cut" / "report.html").exists()
     code, out, err = finetune("run", str(recipe), *options, "run.dir=cut", "--resume")
     assert code == 0, err
@@ -237,8 +237,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(
     assert "train.lr was 0.001, is 0.0005" in err
 
 
-def test_a_run_does_not_go_on_with_other_data(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    """Its split would be another one: trained rows would be held out."""
+def test_resume_is_refused_when_the_data_has_changed(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    """Other data is split differently, so rows of the training split would land in the held-out split."""
     assert finetune("run", str(recipe), "run.dir=r", "run.merge=false")[0] == 0
     write_jsonl(tmp_path / "rows.jsonl", alpaca(50))
     record = json.loads((tmp_path / "r" / "run.json").read_text())
@@ -248,12 +248,12 @@ def test_a_run_does_not_go_on_with_other_data(finetune: Terminal, recipe: Path, 
     assert "the data has changed" in err
     assert json.loads((tmp_path / "r" / "run.json").read_text()) == record | {"state": "stopped"}
     assert finetune("eval", "r/adapter")[0] == 2
-    code, out, err = finetune("merge", "r", "--out", "m")  # any text will do for a merge
+    code, out, err = finetune("merge", "r", "--out", "m")  # the merge gate needs no data of the run
     assert code == 0, err
     assert "on a passage of prose" in out
 
 
-def test_runs_are_used_from_anywhere_and_in_another_dtype(
+def test_run_loads_from_another_directory_and_in_another_dtype(
     finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_model: Path
 ) -> None:
     shutil.copytree(tiny_model, tmp_path / "here")
@@ -263,18 +263,17 @@ def test_runs_are_used_from_anywhere_and_in_another_dtype(
     code, _, err = finetune("eval", "../r/adapter", "--json", "a.json")
     assert code == 0, err
 
-    plain, low = load_model("../r/adapter"), load_model("../r/adapter", dtype="bf16")
-    dtypes = {p.dtype for name, p in low.model.named_parameters() if p.is_floating_point() and "lora_" not in name}
+    loaded, loaded_bf16 = load_model("../r/adapter"), load_model("../r/adapter", dtype="bf16")
+    dtypes = {p.dtype for name, p in loaded_bf16.model.named_parameters() if p.is_floating_point() and "lora_" not in name}
     assert dtypes == {torch.bfloat16}
-    (frequencies,) = {name for name, _ in low.model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
-    assert torch.equal(low.model.get_buffer(frequencies), plain.model.get_buffer(frequencies))
+    (inv_freq,) = {name for name, _ in loaded_bf16.model.named_buffers() if name.endswith("rotary_emb.inv_freq")}
+    assert torch.equal(loaded_bf16.model.get_buffer(inv_freq), loaded.model.get_buffer(inv_freq))
     shutil.copytree(tmp_path / "r" / "adapter", tmp_path / "alone")
-    alone = load_model(str(tmp_path / "alone"))
-    assert "loaded as stored" in (alone.note or "")
+    adapter_only = load_model(str(tmp_path / "alone"))
+    assert "loaded as stored" in (adapter_only.note or "")
 
 
-def test_resume_takes_the_run_of_that_name(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-
+def test_resume_picks_the_newest_run_of_the_same_name(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     for name in ("tiny", "tiny-2", "tiny-10", "tiny-long"):
         (tmp_path / "runs" / name).mkdir(parents=True)
     resolved = read_recipe(recipe)
@@ -282,7 +281,9 @@ def test_resume_takes_the_run_of_that_name(finetune: Terminal, recipe: Path, tmp
     assert choose_dir(resolved, "tiny", False) == Path("runs/tiny-11")
 
 
-def test_code_of_a_model_runs_only_when_trusted(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_code_of_a_model_runs_only_with_trust_remote_code(
+    finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
     folder = tmp_path / "custom"
     shutil.copytree(tiny_model, folder)
     (folder / "mine.py").write_text(
@@ -297,7 +298,7 @@ def test_code_of_a_model_runs_only_when_trusted(finetune: Terminal, recipe: Path
         "auto_map": {"AutoConfig": "mine.MineConfig", "AutoModelForCausalLM": "mine.MineForCausalLM"},
     }
     (folder / "config.json").write_text(json.dumps(config))
-    message = bad(finetune, recipe, f"model.name={folder}")
+    message = refused(finetune, recipe, f"model.name={folder}")
     assert "trust_remote_code" in message
     assert not (tmp_path / "it-ran").exists()
     code, _, err = finetune(
@@ -307,24 +308,24 @@ def test_code_of_a_model_runs_only_when_trusted(finetune: Terminal, recipe: Path
     assert (tmp_path / "it-ran").exists()
 
 
-# ------------------------------------------------------------------------------------------------------------- bad input
+# ---------------------------------------------------------------------------------------------------------- refused input
 
 
-def bad(finetune: Terminal, recipe: Path, *words: str, code: int = 2) -> str:
-    """Run what must be refused; nothing may be left behind. Returns the message."""
-    before = left_behind(finetune.folder)
-    got, _, err = finetune("run", str(recipe), *words)
-    assert got == code, err
+def refused(finetune: Terminal, recipe: Path, *arguments: str, code: int = 2) -> str:
+    """Start a run that must be refused and must leave no files. Returns the error message."""
+    before = entries(finetune.folder)
+    exit_code, _, err = finetune("run", str(recipe), *arguments)
+    assert exit_code == code, err
     assert err.startswith("error: ")
     assert "Traceback" not in err
-    assert left_behind(finetune.folder) - {"runs"} == before - {"runs"}
+    assert entries(finetune.folder) - {"runs"} == before - {"runs"}
     assert not list(finetune.folder.glob("runs/*"))
     return err
 
 
-def test_bad_recipes(finetune: Terminal, recipe: Path) -> None:
-    assert "did you mean train.max_steps" in bad(finetune, recipe, "train.max_setps=3")
-    assert "allowed: a whole number" in bad(finetune, recipe, "train.max_steps=many")
+def test_recipe_errors_name_the_key_and_suggest_a_fix(finetune: Terminal, recipe: Path) -> None:
+    assert "did you mean train.max_steps" in refused(finetune, recipe, "train.max_setps=3")
+    assert "allowed: a whole number" in refused(finetune, recipe, "train.max_steps=many")
     assert finetune("check", str(recipe), "data.packin=1")[0] == 2
     assert finetune("check", str(recipe))[:2] == (0, f"{recipe}: no errors\n")
     code, _, err = finetune("check", str(recipe), "data.path=nowhere.jsonl", "model.name=./nothing")
@@ -340,61 +341,63 @@ def test_bad_recipes(finetune: Terminal, recipe: Path) -> None:
     assert "quickstart" in finetune("run", "quikstart")[2]
 
 
-def test_bad_sources(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
-    assert "did you mean" in bad(finetune, recipe, "data.path=rowz.jsonl")
-    assert "model folder" in bad(finetune, recipe, "model.name=./nothing/here")
-    assert "unknown model, or the hub" in bad(finetune, recipe, "model.name=nobody/nothing")
-    assert "not installed" in bad(finetune, recipe, "model.name=package:nothing")
-    assert "is only for hub models" in bad(finetune, recipe, "model.revision=v2")
+def test_missing_models_data_and_devices_are_refused(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    assert "did you mean" in refused(finetune, recipe, "data.path=rowz.jsonl")
+    assert "model folder" in refused(finetune, recipe, "model.name=./nothing/here")
+    assert "unknown model, or the hub" in refused(finetune, recipe, "model.name=nobody/nothing")
+    assert "not installed" in refused(finetune, recipe, "model.name=package:nothing")
+    assert "is only for hub models" in refused(finetune, recipe, "model.revision=v2")
     (tmp_path / "empty").mkdir()
-    assert "config.json" in bad(finetune, recipe, "model.name=empty")
+    assert "config.json" in refused(finetune, recipe, "model.name=empty")
     (tmp_path / "a.gguf").write_bytes(b"not a gguf")
-    assert "not a GGUF file" in bad(finetune, recipe, "model.name=a.gguf")
+    assert "not a GGUF file" in refused(finetune, recipe, "model.name=a.gguf")
     if not torch.cuda.is_available():
-        assert "no CUDA device" in bad(finetune, recipe, "run.device=cuda")
+        assert "no CUDA device" in refused(finetune, recipe, "run.device=cuda")
 
 
-def test_bad_weights(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+def test_damaged_missing_or_pickled_weights_are_refused(
+    finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
+) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(tiny_model, broken)
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
-    assert "cannot read this safetensors file" in bad(finetune, recipe, f"model.name={broken}")
+    assert "cannot read this safetensors file" in refused(finetune, recipe, f"model.name={broken}")
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(tiny_model / "model.safetensors")
     save_file({k: v for k, v in tensors.items() if "layers.1.mlp.up_proj" not in k}, weights, metadata={"format": "pt"})
-    assert "weights are missing, and would stay random" in bad(finetune, recipe, f"model.name={broken}")
+    assert "weights are missing, and would stay random" in refused(finetune, recipe, f"model.name={broken}")
     tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("inf")
     save_file(tensors, weights, metadata={"format": "pt"})
-    assert "not finite" in bad(finetune, recipe, f"model.name={broken}")
+    assert "not finite" in refused(finetune, recipe, f"model.name={broken}")
     weights.unlink()
     torch.save({}, broken / "pytorch_model.bin")  # a pickle is not opened
-    assert "weights in pickle files are not loaded" in bad(finetune, recipe, f"model.name={broken}")
+    assert "weights in pickle files are not loaded" in refused(finetune, recipe, f"model.name={broken}")
 
 
-def test_a_quantized_model_is_not_quantized_again(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
-    """A folder that bitsandbytes reads as NF4 is trained on as it is; asked for floats, or in fp4, it is refused."""
+def test_quantized_model_is_not_quantized_again(finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path) -> None:
+    """A checkpoint in bitsandbytes NF4 trains as stored. quant.scheme=none is refused for it, and so is an fp4 checkpoint."""
     from transformers import AutoModelForCausalLM
 
     from quant import swap
     from quant.pretrained import attach_quantizer
 
-    packed = tmp_path / "packed"
-    shutil.copytree(tiny_model, packed)
+    nf4_model = tmp_path / "packed"
+    shutil.copytree(tiny_model, nf4_model)
     model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     swap(model)
-    attach_quantizer(model).save_pretrained(packed)
-    config = json.loads((packed / "config.json").read_text())
+    attach_quantizer(model).save_pretrained(nf4_model)
+    config = json.loads((nf4_model / "config.json").read_text())
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
-    assert "already quantized" in bad(finetune, recipe, f"model.name={packed}", "quant.scheme=none")
-    (packed / "config.json").write_text(
+    assert "already quantized" in refused(finetune, recipe, f"model.name={nf4_model}", "quant.scheme=none")
+    (nf4_model / "config.json").write_text(
         json.dumps(config | {"quantization_config": config["quantization_config"] | {"bnb_4bit_quant_type": "fp4"}})
     )
-    assert "only nf4 can be read" in bad(finetune, recipe, f"model.name={packed}")
-    (packed / "config.json").write_text(json.dumps(config))
+    assert "only nf4 can be read" in refused(finetune, recipe, f"model.name={nf4_model}")
+    (nf4_model / "config.json").write_text(json.dumps(config))
     losses = []
-    for name, source in (("on-packed", packed), ("on-floats", tiny_model)):
+    for name, source in (("on-packed", nf4_model), ("on-floats", tiny_model)):
         code, _, err = finetune("run", str(recipe), f"model.name={source}", f"run.dir={tmp_path / name}")
         assert code == 0, err
         record = json.loads((tmp_path / name / "run.json").read_text())
@@ -403,7 +406,7 @@ def test_a_quantized_model_is_not_quantized_again(finetune: Terminal, recipe: Pa
     assert losses[0] == losses[1]
 
 
-def test_a_mixture_of_experts_is_packed_trained_and_merged(
+def test_mixture_of_experts_is_quantized_trained_and_merged(
     finetune: Terminal, recipe: Path, tmp_path: Path, tiny_model: Path
 ) -> None:
     from transformers import AutoTokenizer, MixtralConfig, MixtralForCausalLM
@@ -419,65 +422,65 @@ def test_a_mixture_of_experts_is_packed_trained_and_merged(
     code, _, err = finetune("run", str(recipe), f"model.name={tmp_path / 'moe'}", "adapter.rank=2")
     assert code == 0, err
     record = json.loads((tmp_path / "runs" / "tiny" / "run.json").read_text())
-    assert record["model"]["swap"]["swapped"] == 2 * (4 + 2 * 4)  # attention, and two matrices an expert
+    assert record["model"]["swap"]["swapped"] == 2 * (4 + 2 * 4)  # attention, and two matrices per expert
     assert record["merge"]["gate"]["status"] == "pass"
 
 
-def test_a_backend_that_cannot_be_used(finetune: Terminal, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unavailable_quant_backend_is_refused(finetune: Terminal, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("QUANT_BACKEND", "numbba")
-    for words in (("run", str(recipe)), ("bench", "quant")):
-        code, _, err = finetune(*words)
+    for arguments in (("run", str(recipe)), ("bench", "quant")):
+        code, _, err = finetune(*arguments)
         assert code == 2
         assert err.startswith("error: this backend is not available")
         assert "numba" in err
         assert "Traceback" not in err
 
 
-def test_bad_rows(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_bad_rows_are_reported_with_file_and_line(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
-    good = rows.read_text()
-    rows.write_text(good + '{"instruction": "broken\n')
-    assert "rows.jsonl:41" in bad(finetune, recipe)
+    valid_rows = rows.read_text()
+    rows.write_text(valid_rows + '{"instruction": "broken\n')
+    assert "rows.jsonl:41" in refused(finetune, recipe)
     write_jsonl(rows, [{"foo": n} for n in range(9)])
-    message = bad(finetune, recipe)
+    message = refused(finetune, recipe)
     assert "9 of 9 rows match no known format" in message
     assert "rows.jsonl:5" in message
     assert "4 more" in message
 
 
-def test_gates(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    """Nothing to train on is a mistake; held-out rows that are trained are a gate, which --force overrides and writes down."""
+def test_data_gates_refuse_a_run_and_force_overrides_them(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    """Data without trained tokens is an error. Held-out rows in the training data stop at a gate; --force overrides it."""
     empty = write_jsonl(tmp_path / "empty.jsonl", [row | {"output": ""} for row in alpaca(20)])
-    assert "answers are empty" in bad(finetune, recipe, f"data.path={empty}")
+    assert "answers are empty" in refused(finetune, recipe, f"data.path={empty}")
     questions = [{"messages": [{"role": "user", "content": f"q {n}"}]} for n in range(20)]
     write_jsonl(tmp_path / "questions.jsonl", questions)
-    assert "no token of this data is trained" in bad(finetune, recipe, "data.path=questions.jsonl")
+    assert "no token of this data is trained" in refused(finetune, recipe, "data.path=questions.jsonl")
     write_jsonl(tmp_path / "heldout.jsonl", alpaca(4))
-    assert "in the training data too" in bad(finetune, recipe, "data.heldout_path=heldout.jsonl", code=3)
+    assert "in the training data too" in refused(finetune, recipe, "data.heldout_path=heldout.jsonl", code=3)
     code, _, err = finetune("run", str(recipe), "data.heldout_path=heldout.jsonl", "run.dir=forced", "--force", "run.merge=false")
     assert code == 0, err
     record = json.loads((tmp_path / "forced" / "run.json").read_text())
     assert "in the training data too" in record["preflight"]["forced"]
     (tmp_path / "forced" / "run.json").write_text(json.dumps(record | {"state": "stopped"}))
-    code, _, err = finetune("resume", "forced")  # what was forced once need not be forced again
+    code, _, err = finetune("resume", "forced")  # a resumed run needs no second --force
     assert code == 0, err
-    assert "data.heldout=0.1" in bad(finetune, recipe, "data.heldout=100")
+    assert "data.heldout=0.1" in refused(finetune, recipe, "data.heldout=100")
 
 
-def test_forcing_does_not_train_on_nothing(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_force_does_not_start_a_run_without_training_data(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     write_jsonl(tmp_path / "questions.jsonl", [{"messages": [{"role": "user", "content": f"q {n}"}]} for n in range(20)])
-    assert "no training data" in bad(finetune, recipe, "data.path=questions.jsonl", "--force")
+    assert "no training data" in refused(finetune, recipe, "data.path=questions.jsonl", "--force")
 
 
-def test_bad_targets_and_patterns(finetune: Terminal, recipe: Path) -> None:
-    message = bad(finetune, recipe, "adapter.targets=[q_porj]")
+def test_unknown_adapter_targets_and_quant_patterns_are_refused(finetune: Terminal, recipe: Path) -> None:
+    message = refused(finetune, recipe, "adapter.targets=[q_porj]")
     assert "did you mean q_proj" in message
     assert "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in message
-    assert "output head" in bad(finetune, recipe, "adapter.targets=[lm_head]")
-    assert "matches no module" in bad(finetune, recipe, "quant.keep=['*.nothing']")
+    assert "output head" in refused(finetune, recipe, "adapter.targets=[lm_head]")
+    assert "matches no module" in refused(finetune, recipe, "quant.keep=['*.nothing']")
 
 
-def test_a_folder_of_another_run_is_not_touched(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_folder_of_another_run_is_not_overwritten(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     assert finetune("run", str(recipe), "run.dir=mine", "run.merge=false", "train.max_steps=1")[0] == 0
     before = (tmp_path / "mine" / "run.json").read_bytes()
     code, _, err = finetune("run", str(recipe), "run.dir=mine")
@@ -494,36 +497,35 @@ def test_a_folder_of_another_run_is_not_touched(finetune: Terminal, recipe: Path
     assert "no run to resume" in err
 
 
-def test_no_disk_space(finetune: Terminal, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_without_enough_disk_space_is_refused(finetune: Terminal, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(total=10**9, used=10**9, free=10**6))
-    message = bad(finetune, recipe)
+    message = refused(finetune, recipe)
     assert "not enough disk space" in message
     assert "976.6 KiB free" in message
 
 
-def test_a_merge_that_is_another_model_is_not_kept(
+def test_merged_model_that_fails_the_gate_is_not_kept(
     finetune: Terminal, recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
     into_float = merging.into_float
 
-    def spoilt(model: Any, dtype: torch.dtype) -> Any:
-        plain = into_float(model, dtype)
+    def corrupt_into_float(model: Any, dtype: torch.dtype) -> Any:
+        float_model = into_float(model, dtype)
         with torch.no_grad():
-            plain.model.layers[0].mlp.down_proj.weight.mul_(30)
-            plain.model.norm.weight.mul_(30)
-        return plain
+            float_model.model.layers[0].mlp.down_proj.weight.mul_(30)
+            float_model.model.norm.weight.mul_(30)
+        return float_model
 
-    monkeypatch.setattr(merging, "into_float", spoilt)
+    monkeypatch.setattr(merging, "into_float", corrupt_into_float)
     code, _, err = finetune("run", str(recipe), "run.dir=spoilt")
     assert code == 3
     assert "differs from the trained one" in err
-    assert "merged" not in left_behind(tmp_path / "spoilt")
+    assert "merged" not in entries(tmp_path / "spoilt")
     assert (tmp_path / "spoilt" / "adapter").is_dir()
     assert json.loads((tmp_path / "spoilt" / "run.json").read_text())["state"] == "failed"
 
 
-def test_show_of_what_is_no_run(finetune: Terminal, tmp_path: Path, tiny_model: Path) -> None:
+def test_show_chat_and_eval_refuse_what_they_cannot_open(finetune: Terminal, tmp_path: Path, tiny_model: Path) -> None:
     import lm_eval.tasks
 
     assert finetune("show", str(tmp_path))[0] == 2
@@ -537,17 +539,17 @@ def test_show_of_what_is_no_run(finetune: Terminal, tmp_path: Path, tiny_model: 
     code, _, err = finetune("chat", "runs/quikc")
     assert code == 2
     assert "did you mean runs/quick?" in err
-    tasks = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # thousands, which take seconds to read
+    tasks = partial(lm_eval.tasks.TaskManager, include_defaults=False)  # the thousands of default tasks take seconds to read
     finetune.monkeypatch.setattr(lm_eval.tasks, "TaskManager", tasks)
     code, _, err = finetune("eval", str(tiny_model), "--tasks", "no_such_task")
     assert code == 2
     assert "no_such_task" in err
 
 
-def test_models_that_mix_neighbours_are_not_packed(
+def test_state_space_models_train_one_sample_at_a_time(
     finetune: Terminal, recipe: Path, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    """Mamba carries a state along the row and knows no positions: samples must come one by one, and the run must say so."""
+    """Mamba carries its state across packed samples and has no position ids: the run trains one sample at a time and says so."""
     from transformers import AutoTokenizer, MambaConfig, MambaForCausalLM
 
     torch.manual_seed(0)
@@ -568,19 +570,19 @@ def test_models_that_mix_neighbours_are_not_packed(
     assert "one sample at a time" in out
 
 
-def test_recipes_of_the_shelf_build(tiny_model: Path, tmp_path: Path, finetune: Terminal, rows_file: Path) -> None:
-    """Each shipped recipe runs its own settings, with its two sources and its size made tiny."""
+def test_each_shipped_recipe_trains_and_merges(tiny_model: Path, tmp_path: Path, finetune: Terminal, rows_file: Path) -> None:
+    """Each shipped recipe runs with its own settings, but on a tiny model and little data."""
     from finetune.recipe import shipped_recipes
 
     text = tmp_path / "story.txt"
     text.write_text(story(60_000))
-    seen = 0
+    count = 0
     for path in shipped_recipes():
-        seen += 1
+        count += 1
         recipe = read_recipe(path)
-        words = [f"model.name={tiny_model}", f"data.path={rows_file}"]
+        overrides = [f"model.name={tiny_model}", f"data.path={rows_file}"]
         if recipe.kind == "pretrain":
-            tiny = {
+            shape = {
                 "hidden_size": 256,
                 "intermediate_size": 256,
                 "num_hidden_layers": 1,
@@ -588,44 +590,44 @@ def test_recipes_of_the_shelf_build(tiny_model: Path, tmp_path: Path, finetune: 
                 "num_key_value_heads": 4,
             }
             if recipe.model.config is not None and recipe.model.config["model_type"] == "gpt2":
-                tiny = {"n_embd": 64, "n_layer": 1, "n_head": 4}
-            words = [*(f"model.config.{key}={value}" for key, value in tiny.items() if recipe.model.config is not None),
-                     f"data.path={text}", "data.max_length=64", "train.accumulation=1", "train.micro_batch=1"]  # fmt: skip
+                shape = {"n_embd": 64, "n_layer": 1, "n_head": 4}
+            overrides = [*(f"model.config.{key}={value}" for key, value in shape.items() if recipe.model.config is not None),
+                         f"data.path={text}", "data.max_length=64", "train.accumulation=1", "train.micro_batch=1"]  # fmt: skip
             if recipe.model.config is not None:
-                words += [f"tokenizer.name={tiny_model}"] if recipe.tokenizer.name else ["tokenizer.train=300"]
-            words += [f"model.name={tiny_model}", f"distill.teacher={tiny_model}"] if recipe.distill.teacher else []
+                overrides += [f"tokenizer.name={tiny_model}"] if recipe.tokenizer.name else ["tokenizer.train=300"]
+            overrides += [f"model.name={tiny_model}", f"distill.teacher={tiny_model}"] if recipe.distill.teacher else []
         code, _, err = finetune(
-            "run", str(path), *words, "data.heldout=4", "train.max_steps=1", "eval.max_new_tokens=2",
+            "run", str(path), *overrides, "data.heldout=4", "train.max_steps=1", "eval.max_new_tokens=2",
             f"run.dir=shelf/{path.stem}",
         )  # fmt: skip
         assert code == 0, (path, err)
         assert (tmp_path / "shelf" / path.stem / "merged" / "config.json").exists()
-    assert seen >= 4
+    assert count >= 4
 
 
-# ------------------------------------------------------------------------------------------------------------------ the plan
+# ----------------------------------------------------------------------------------------------------------- memory planning
 
 
 @pytest.mark.planned
-def test_a_run_is_planned_and_tells_what_came_of_it(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_run_records_planned_and_actual_peak_memory(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     code, out, err = finetune("run", str(recipe), "run.dir=planned", "train.epochs=30", "train.max_steps=24", "run.merge=false")
     assert code == 0, err
     record = json.loads((tmp_path / "planned" / "run.json").read_text())
     assert "fits: " in out
     assert {phase["name"] for phase in record["plan"]["phases"]} == {"load", "evaluate", "generate", "train", "save", "merge"}
     planned, actual = record["planned"]["peak_bytes"], record["train"]["peak_bytes"]
-    assert 0.5 < planned / actual < 1.5  # a tiny model: what is compared here is mostly the process itself
+    assert 0.5 < planned / actual < 1.5  # with a tiny model, this is mostly the memory of the process itself
     assert "planned" in out.split("peak ")[-1]
-    noted = (Path(os.environ["XDG_CACHE_HOME"]) / "finetune12g" / "errors.jsonl").read_text().splitlines()
-    assert json.loads(noted[-1])["planned_peak"] == planned
-    assert json.loads(noted[-1])["step"] > 0
+    error_lines = (Path(os.environ["XDG_CACHE_HOME"]) / "finetune12g" / "errors.jsonl").read_text().splitlines()
+    assert json.loads(error_lines[-1])["planned_peak"] == planned
+    assert json.loads(error_lines[-1])["step"] > 0
 
 
 @pytest.mark.planned
-def test_a_run_that_would_not_fit_does_not_begin(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    message = bad(finetune, recipe, "plan.memory=300MB", "run.dir=small", code=3)
-    assert "would not fit" in message
-    assert "0.29" in message
+def test_run_that_would_not_fit_needs_force(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    error = refused(finetune, recipe, "plan.memory=300MB", "run.dir=small", code=3)
+    assert "would not fit" in error
+    assert "0.29" in error
     assert not (tmp_path / "small").exists()
     code, out, err = finetune("run", str(recipe), "plan.memory=300MB", "run.dir=small", "--force", "run.merge=false")
     assert code == 0, err
@@ -636,12 +638,12 @@ def test_a_run_that_would_not_fit_does_not_begin(finetune: Terminal, recipe: Pat
 def test_fit_auto_changes_the_recipe_and_a_resumed_run_keeps_the_change(
     finetune: Terminal, recipe: Path, tmp_path: Path, tokenizer_folder: Path
 ) -> None:
-    wide = tiny_llama(tmp_path / "wide", tokenizer_folder, vocab_size=49152)  # its logits are what does not fit
+    wide_vocabulary_model = tiny_llama(tmp_path / "wide", tokenizer_folder, vocab_size=49152)  # the logits do not fit
     options = ["fit=auto", "train.micro_batch=8", "data.packing=false", "train.loss_chunk=0", "run.dir=fitted", "run.merge=false"]
-    options += ["data.heldout=0", "eval.samples=0", "eval.prompts=[]", f"model.name={wide}"]
-    code, plain, err = finetune("plan", str(recipe), *options[1:], "--json")
+    options += ["data.heldout=0", "eval.samples=0", "eval.prompts=[]", f"model.name={wide_vocabulary_model}"]
+    code, plan, err = finetune("plan", str(recipe), *options[1:], "--json")
     assert code == 0, err
-    memory = f"plan.memory={json.loads(plain)['peak_bytes'] - 1 >> 10}KiB"
+    memory = f"plan.memory={json.loads(plan)['peak_bytes'] - 1 >> 10}KiB"
     code, out, err = finetune("run", str(recipe), *options, memory)
     assert code == 0, err
     assert "fit: train.loss_chunk 0 → 256" in out
@@ -655,21 +657,21 @@ def test_fit_auto_changes_the_recipe_and_a_resumed_run_keeps_the_change(
     assert "fit: " not in out
 
 
-# ------------------------------------------------------------------------------------------------------------ nothing lost
+# ----------------------------------------------------------------------------------------------------- failures and signals
 
 
 @pytest.mark.planned
-def test_where_one_row_does_not_fit_the_plan_says_what_would(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_out_of_memory_with_one_sample_suggests_settings_that_fit(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     from finetune.train import trace_context
     from finetune.train.sft import SupervisedFineTuning
 
-    def nothing_fits(self: Any, model: Any, batch: Any) -> Any:
-        if model.training and trace_context.current() is None:  # the plan is asked first
-            torch.empty(1 << 50)  # the system refuses it
-        return plain(self, model, batch)
+    def run_out_of_memory(self: Any, model: Any, batch: Any) -> Any:
+        if model.training and trace_context.current() is None:  # not while the planner traces the model
+            torch.empty(1 << 50)  # more than the system can allocate
+        return original_loss(self, model, batch)
 
-    plain = SupervisedFineTuning.loss
-    finetune.monkeypatch.setattr(SupervisedFineTuning, "loss", nothing_fits)
+    original_loss = SupervisedFineTuning.loss
+    finetune.monkeypatch.setattr(SupervisedFineTuning, "loss", run_out_of_memory)
     code, out, err = finetune("run", str(recipe), "run.dir=large", "data.max_length=128")
     assert code == 3, (out, err)
     assert "out of memory in step 1, with one sample at a time" in err
@@ -677,11 +679,11 @@ def test_where_one_row_does_not_fit_the_plan_says_what_would(finetune: Terminal,
     assert "(by the plan" in err or "cannot fit into" in err, err
 
 
-def test_memory_that_runs_out_elsewhere_is_said_too(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
-    def large(*args: Any, **kwargs: Any) -> None:
+def test_out_of_memory_while_merging_is_reported_and_resumable(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+    def run_out_of_memory(*args: Any, **kwargs: Any) -> None:
         torch.empty(1 << 50)
 
-    finetune.monkeypatch.setattr("finetune.merging.write_gated", large)
+    finetune.monkeypatch.setattr("finetune.merging.write_gated", run_out_of_memory)
     code, _, err = finetune("run", str(recipe), "run.dir=merged-not")
     assert code == 3, err
     assert "out of memory in phase 'merge'" in err
@@ -692,12 +694,12 @@ def test_memory_that_runs_out_elsewhere_is_said_too(finetune: Terminal, recipe: 
     assert finetune("resume", str(tmp_path / "merged-not"))[0] == 0
 
 
-def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_load_best_at_end_uses_the_best_checkpoint(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     options = ["train.max_steps=6", "train.eval_steps=2", "run.merge=false"]
-    uphill = lambda self, step, peak=None: 0.01 if step <= 2 else -0.01  # noqa: E731
-    finetune.monkeypatch.setattr("finetune.train.schedule.Schedule.rate", uphill)
+    negative_after_step_2 = lambda self, step, peak=None: 0.01 if step <= 2 else -0.01  # noqa: E731
+    finetune.monkeypatch.setattr("finetune.train.schedule.Schedule.rate", negative_after_step_2)
     code, out, err = finetune(
         "run", str(recipe), *options, "train.load_best_at_end=true", "train.keep_checkpoints=1", "run.dir=best"
     )
@@ -709,28 +711,28 @@ def test_the_best_weights_are_used_where_that_is_asked_for(finetune: Terminal, r
     assert record["eval"]["after"]["loss"] == pytest.approx(best["loss"], abs=1e-6)
     folders = sorted(path.name for path in (tmp_path / "best" / "checkpoints").iterdir())
     assert folders == [f"step-{best['step']:06d}", "step-000006"]
-    kept = load_file(tmp_path / "best" / "checkpoints" / folders[0] / "weights.safetensors")
-    used = load_file(tmp_path / "best" / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(tensor, used[name.replace(".default", "")]) for name, tensor in kept.items())
+    best_weights = load_file(tmp_path / "best" / "checkpoints" / folders[0] / "weights.safetensors")
+    adapter_weights = load_file(tmp_path / "best" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, adapter_weights[name.replace(".default", "")]) for name, tensor in best_weights.items())
     code, _, err = finetune("run", str(recipe), "train.save_best=true", "train.eval_steps=null", "run.dir=none")
     assert code == 2
     assert "train.eval_steps" in err
 
 
-def test_each_step_is_in_the_tracker_once_after_a_resume(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
+def test_tracker_has_each_step_once_after_a_resume(finetune: Terminal, recipe: Path, tmp_path: Path) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     options = ["train.max_steps=5", "train.save_steps=2", "run.trackers=[tensorboard]", "run.merge=false", "run.dir=tracked"]
     from finetune.run_dir import RunDir
 
     append = RunDir.append
 
-    def dies(self: Any, metrics: dict[str, Any]) -> None:
+    def append_and_crash(self: Any, metrics: dict[str, Any]) -> None:
         append(self, metrics)
         if metrics["step"] == 4:
             raise RuntimeError("power cut")
 
     with finetune.monkeypatch.context() as patch:
-        patch.setattr(RunDir, "append", dies)
+        patch.setattr(RunDir, "append", append_and_crash)
         with pytest.raises(RuntimeError):
             finetune("run", str(recipe), *options)
     assert finetune("run", str(recipe), *options, "--resume")[0] == 0
@@ -740,35 +742,37 @@ def test_each_step_is_in_the_tracker_once_after_a_resume(finetune: Terminal, rec
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5]
 
 
-def test_sigterm_before_training_leaves_nothing_and_says_so(recipe: Path, tmp_path: Path) -> None:
-    """In a process of its own: it is told to end while it loads."""
+def test_sigterm_before_training_leaves_no_run_folder(recipe: Path, tmp_path: Path) -> None:
+    """A separate process gets SIGTERM while it loads its data."""
     with Start(["run", str(recipe), "run.dir=ended", "run.threads=1"], tmp_path, tmp_path / "ended.log") as start:
-        assert start.wait(60, until=lambda: start.phase() == "data"), start.said("it never read its data")
-        assert start.send(signal.SIGTERM) == 130, start.said("ended badly")
+        assert start.wait(60, until=lambda: start.phase() == "data"), start.said("the data phase did not start")
+        assert start.send(signal.SIGTERM) == 130, start.said("wrong exit code after SIGTERM")
     assert "Traceback" not in start.log.read_text()
     assert not (tmp_path / "ended").exists()
 
 
-def test_a_second_ctrl_c_ends_at_once_and_loses_nothing_saved(recipe: Path, tmp_path: Path) -> None:
+def test_second_ctrl_c_stops_at_once_and_keeps_saved_checkpoints(recipe: Path, tmp_path: Path) -> None:
     options = [
         "train.epochs=400",
         "run.threads=1",
-        "train.accumulation=60",  # a second a step: the first Ctrl-C would wait for its end
+        "train.accumulation=60",  # one second per step, and the first Ctrl-C waits for the end of the step
         "train.max_steps=4",
         "train.save_steps=1",
         "run.merge=false",
         "eval.samples=0",
         "eval.prompts=[]",
     ]
-    saved = tmp_path / "cut" / "checkpoints" / "step-000001" / "manifest.json"
+    manifest = tmp_path / "cut" / "checkpoints" / "step-000001" / "manifest.json"
     with Start(["run", str(recipe), *options, "run.dir=cut"], tmp_path, tmp_path / "cut.log") as start:
-        assert start.wait(100, until=saved.exists), start.said("nothing was saved")
+        assert start.wait(100, until=manifest.exists), start.said("no checkpoint was saved")
         os.kill(start.pid, signal.SIGINT)
-        assert start.wait(60, until=lambda: "a second Ctrl-C stops at once" in start.log.read_text()), start.said("it ended")
-        assert start.send(signal.SIGINT) == 130, start.said("ended badly")
-    printed = start.log.read_text()
-    assert f"finetune resume {tmp_path / 'cut'}" in printed or "finetune resume cut" in printed
+        assert start.wait(60, until=lambda: "a second Ctrl-C stops at once" in start.log.read_text()), start.said(
+            "no answer to the first Ctrl-C"
+        )
+        assert start.send(signal.SIGINT) == 130, start.said("wrong exit code after the second Ctrl-C")
+    output = start.log.read_text()
+    assert f"finetune resume {tmp_path / 'cut'}" in output or "finetune resume cut" in output
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()]
-    assert max(steps) < 4, "it did not finish what it was told to leave"
-    assert next(path.name for path in sorted(saved.parents[1].iterdir()) if path.name.startswith("step")) == "step-000001"
+    assert max(steps) < 4, "training went on to the last step"
+    assert next(path.name for path in sorted(manifest.parents[1].iterdir()) if path.name.startswith("step")) == "step-000001"
     assert json.loads((tmp_path / "cut" / "run.json").read_text())["state"] == "stopped"
