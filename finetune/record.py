@@ -237,6 +237,11 @@ class EvalRecord(Part):
     difference_stderr: float | None = None
     tasks: dict[When, dict[str, dict[str, Any]]] | None = None
 
+    @property
+    def got_worse(self) -> bool:
+        """Whether the held-out loss rose by more than two of the difference's standard errors."""
+        return self.difference is not None and self.difference > 2 * (self.difference_stderr or 0)
+
 
 class Sample(Part):
     """A question (messages, or the start of a text) and the model's answers; `*_ended`: whether with an end token."""

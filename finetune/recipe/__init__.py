@@ -1,5 +1,6 @@
 """The recipe: its schema, its rules, and reading it. Unknown keys are errors; all errors are reported at once, with file:line."""
 
+from finetune.recipe.doubts import doubts
 from finetune.recipe.elsewhere import ELSEWHERE_CALLED, NEAR_VALUES, SAME_VALUES, canonical_value
 from finetune.recipe.read import (
     differences,
@@ -55,6 +56,7 @@ __all__ = [
     "Train",
     "canonical_value",
     "differences",
+    "doubts",
     "dump_recipe",
     "find_recipe",
     "known_keys",

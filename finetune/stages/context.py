@@ -13,6 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from rich.text import Text
+
 from finetune.files import write_atomic
 from finetune.processes import is_main_process, world_size
 from finetune.recipe import Recipe, dump_recipe
@@ -154,14 +156,40 @@ class RunContext:
             return
         before, after = record.eval.before, record.eval.after
         if before is not None and after is not None and record.eval.difference is not None:
-            screen.say(
+            line = (
                 f"\nheld-out loss {number(before.loss, 3)} → {number(after.loss, 3)} nats ({record.eval.difference:+.3f} ± "
                 f"{number(record.eval.difference_stderr, 3)}), perplexity {number(before.perplexity, 2)} → "
                 f"{number(after.perplexity, 2)}; {clock(record.provenance.seconds)} in total"
             )
+            screen.say(Text(line, "bold red" if record.eval.got_worse else ""))
+            for advice in self._advice(record):
+                screen.say(Text(advice, "yellow"))
         screen.say(f"\nreport   {run_dir / 'report.html'}")
         for line in record.next or []:
             screen.say(f"next     {line}")
+
+    def _advice(self, record: Record) -> list[str]:
+        """What to do if the model got worse, was better at another step, or is worse than the float model that it was."""
+        from finetune.report.folder import RunFiles
+
+        lines, after, baseline = [], record.eval.after, record.eval.float_model
+        rate = self.recipe.train.lr
+        if record.eval.got_worse:
+            lines.append(
+                f"the model got worse: lower the learning rate, such as train.lr={min(rate / 10, 2e-4):g}, or train less"
+            )
+        if baseline is not None and after is not None and baseline.loss is not None and after.loss is not None:
+            more = after.loss - baseline.loss
+            lines.append(f"the float model had {number(baseline.loss, 3)} nats before it was made ternary ({more:+.3f} now)")
+        points = RunFiles.read(self.path).held_out()
+        step, loss, _ = min(points, key=lambda point: point[1])
+        if len(points) > 2 and loss < points[-1][1]:
+            where = f"at step {step:.0f}" if step else "before training"
+            lines.append(
+                f"the lowest held-out loss was {number(loss, 3)} {where}"
+                + ("; train.load_best_at_end=true keeps that model" if step and not self.recipe.train.load_best_at_end else "")
+            )
+        return lines
 
     def next_commands(self) -> list[str]:
         """Commands to type after a successful run."""

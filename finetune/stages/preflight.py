@@ -22,7 +22,7 @@ from finetune.models.config import recipe_tokenizer
 from finetune.models.device import pick_device
 from finetune.models.sub_norms import converted_config
 from finetune.processes import is_main_process, world_size
-from finetune.recipe import Recipe, dump_recipe
+from finetune.recipe import Recipe, doubts, dump_recipe
 from finetune.record import Record
 from finetune.screen import Screen
 from finetune.stages.context import RunContext
@@ -72,6 +72,8 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
         trainable = adapter_parameters(recipe.adapter, info, targets) if targets else info.parameters
     if targets and (left_out := parts_without_adapters(info)) is not None:
         screen.warn(left_out)
+    for line in doubts(recipe, is_float=not getattr(inputs.config, "quantization_config", None)):
+        screen.warn(line)
     return Checked(device, inputs, data, data.held_out(), info, targets, trainable, forced)
 
 

@@ -32,7 +32,7 @@ def verdict(run: RunFiles) -> str:
     if (before := measured.before) is None or (after := measured.after) is None or difference is None:
         return _without_result(run, taken)
     digits = decimals(finite_number(before.stderr), finite_number(after.stderr), error)
-    certain = error is not None and abs(difference) > 2 * error
+    certain = measured.got_worse or (error is not None and abs(difference) > 2 * error)
     verb = "did not change measurably:" if not certain else "fell" if difference < 0 else "rose"
     result = (
         f"Held-out loss {verb} from {with_error(before.loss, before.stderr, digits)} to "
@@ -74,6 +74,9 @@ def header(run: RunFiles) -> Html:
         el("p", record.about, class_="about") if record.about else None,
         el("p", verdict(run), class_="verdict"),
         el("div", el("h2", why), el("pre", record.error), class_="alarm", role="alert") if record.error else None,
+        el("p", el("b", "The model got worse"), ": a lower learning rate or fewer steps may help.", class_="alarm")
+        if record.eval.got_worse
+        else None,
         el("p", el("b", "Trained with --force despite the preflight: "), forced, class_="alarm") if forced else None,
         el("p", el("b", f"{plural(len(alarms), 'alarm')} of the ternary weights"), ": see ", link, class_="alarm")
         if alarms
