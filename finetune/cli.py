@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import typer
 
+from finetune import allocator
 from finetune.commands.bench import bench
 from finetune.commands.chat import chat
 from finetune.commands.check import check
@@ -79,5 +80,11 @@ def main() -> None:
         sys.exit(user_error.exit_code)
 
 
-if __name__ == "__main__":
+def start() -> None:
+    """The entry point: `main`, in a process with the allocator that suits the command."""
+    allocator.restart_with_mimalloc()
     main()
+
+
+if __name__ == "__main__":
+    start()

@@ -103,12 +103,15 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> bool:
-    """Return freed memory to the system, which glibc would keep.
+    """Return freed memory to the system, which the allocator would keep.
 
     Returns:
-        Whether this is possible (with glibc only).
+        Whether this is possible (with glibc's and mimalloc).
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
+    loaded = ctypes.CDLL(None)
+    if (collect := getattr(loaded, "mi_collect", None)) is not None:
+        collect(ctypes.c_bool(True))
+        return True
+    if (trim := getattr(loaded, "malloc_trim", None)) is not None:
         trim(0)
     return trim is not None

@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from finetune import allocator
+
 PACKAGES = (
     "finetune12g", "torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "safetensors", "tokenizers",
 )  # fmt: skip
@@ -63,5 +65,6 @@ def collect(device: torch.device, seed: int, command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.release()}, {os.cpu_count()} cores",
         "device": device_name(device),
+        "allocator": allocator.name(),
         "seed": seed,
     }

@@ -31,7 +31,6 @@ class Part(BaseModel):
 
 # ------------------------------------------------------------------------------------------------------------- provenance
 
-
 P = TypeVar("P", bound=Part)
 
 
@@ -63,6 +62,7 @@ class Provenance(Part):
     python: str
     platform: str
     device: str
+    allocator: str | None = None
     seed: int
     started: str
     finished: str | None = None

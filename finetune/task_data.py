@@ -157,6 +157,7 @@ class Conversations:
         limits: Limits,
         progress: Progress | None = None,
     ) -> None:
+        from finetune.data.formats import without_reasoning
         from finetune.data.rows import load_rows
         from finetune.data.samples import Encoder, set_template
 
@@ -177,6 +178,9 @@ class Conversations:
             loaded = load_rows(name=None, path=data.heldout_path, format_=data.format, skip_bad=data.bad_rows == "skip")
             apart, both = loaded.rows, hashlib.sha256(f"{self.rows.sha256} {loaded.sha256}".encode()).hexdigest()
             self.rows = replace(self.rows, sha256=both)
+        if data.reasoning == "drop":
+            self.rows = replace(self.rows, rows=[without_reasoning(row) for row in self.rows.rows])
+            apart = None if apart is None else [without_reasoning(row) for row in apart]
         encoder = Encoder(
             tokenizer,
             max_length=data.max_length,

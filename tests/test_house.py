@@ -33,7 +33,8 @@ LAYERS: dict[str, list[str]] = {
         "plugins health pretrained",
     ],
     "finetune": [
-        "errors processes provenance units memory",
+        "allocator errors",
+        "processes provenance units memory",
         "files screen",
         "recipe libraries",
         "record",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from finetune.errors import UserError
@@ -88,6 +89,20 @@ def answers(row: Row) -> Iterator[str]:
         if message["role"] == "assistant":
             calls = message.get("tool_calls")
             yield message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
+
+
+THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>\s*", re.DOTALL)
+
+
+def without_reasoning(row: Row) -> Row:
+    """A row whose answers have no thoughts, neither by their own key nor between tags."""
+    messages = []
+    for message in row.messages:
+        if message["role"] == "assistant":
+            message = {key: value for key, value in message.items() if key != "reasoning_content"}
+            message["content"] = THOUGHT.sub("", message["content"])
+        messages.append(message)
+    return replace(row, messages=tuple(messages))
 
 
 # ----------------------------------------------------------------------------------------------------------------- values

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 from finetune.recipe.schema import CHECKS, Data, Distill, Quant, Recipe, Tokenizer, Train
 
-ONLY_CONVERSATIONS = ("format", "template", "system", "loss_on", "max_rows", "truncation", "dedupe", "packing")  # of data
+ONLY_CONVERSATIONS = (  # of data
+    "format", "template", "system", "loss_on", "reasoning", "max_rows", "truncation", "dedupe", "packing",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -181,6 +181,7 @@ class Data(Section):
     loss_on: Literal["answers", "all"] = Field(
         "answers", description="Tokens in the loss: answers (the assistant's, with their end token), or all."
     )
+    reasoning: Literal["keep", "drop"] = Field("keep", description="Thoughts of answers, by a key or in tags such as <think>.")
     max_rows: Positive | None = Field(None, description="Use only this many rows, from the start.")
     max_length: Positive = Field(1024, description="Longest sample and longest packed sequence, in tokens. Memory grows with it.")
     truncation: Literal["cut", "drop"] = Field(

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from finetune import provenance
+from finetune import allocator, provenance
 from finetune.assembly import Inputs, architecture, open_data, open_inputs
 from finetune.errors import GateError, UserError
 from finetune.exporters import check
@@ -83,7 +83,8 @@ def _device(recipe: Recipe, screen: Screen) -> torch.device:
     device = parallel.init_distributed(pick_device(recipe.run.device).type)
     offload.check(recipe.model.offload_layers, device)
     several = f", {world_size()} processes ({recipe.run.parallel})" if world_size() > 1 else ""
-    screen.say(f"  {provenance.device_name(device)}{several}")
+    memory = f"; memory by {allocator.name()}" if device.type == "cpu" else ""
+    screen.say(f"  {provenance.device_name(device)}{several}{memory}")
     if recipe.train.checkpointing == "offload" and device.type == "cpu":
         raise UserError(
             "checkpointing: offload needs a GPU: on a CPU, activations are already in its memory",

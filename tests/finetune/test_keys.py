@@ -266,6 +266,7 @@ CHANGES = [
     }),
     single("data.text_key", "body", changes(lambda run: "Some" in run.examples(), False, True),
            SCRATCH | {"data.path": "TWO_TEXTS"}),
+    single("data.reasoning", "drop", changes(lambda run: "I count" in run.examples(), True, False), {"data.path": "THOUGHTS"}),
     single("data.bos", "none", changes(lambda run: "<|im_start|>" in run.examples(), True, False),
            SCRATCH | {"tokenizer.name": "ADDS_BOS"}),
     single("train.stochastic_rounding", True, differs(Outcome.digest), LOW_MEMORY),
@@ -325,6 +326,7 @@ class Runner:
         hub.mkdir()
         write_jsonl(hub / "train.jsonl", alpaca(20))
         write_jsonl(hub / "test.jsonl", alpaca(20, start=200))
+        thoughts = [row | {"output": f"<think>I count.</think>\n\n{row['output']}"} for row in alpaca(20)]
         self.placeholders = {
             "OTHER_MODEL": str(other_model),
             "ADDS_BOS": str(adding_bos(other_model, folder / "adds-bos")),
@@ -336,6 +338,7 @@ class Runner:
             "OTHER_DIR": str(folder / "elsewhere"),
             "TEXTS": str(texts),
             "STORY": str(write_jsonl(folder / "story.jsonl", [{"text": line * 8} for line in story(20_000).split("\n") if line])),
+            "THOUGHTS": str(write_jsonl(folder / "thoughts.jsonl", thoughts)),
             "TWO_TEXTS": str(write_jsonl(folder / "two.jsonl", two_texts)),
         }
         rows = write_jsonl(folder / "rows.jsonl", [{"text": f"t {n}", **row} for n, row in enumerate(alpaca(20))])

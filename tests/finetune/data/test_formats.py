@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from finetune.data.formats import BadRow, Row, answers, refuse_preferences, to_row
+from finetune.data.formats import BadRow, Row, answers, refuse_preferences, to_row, without_reasoning
 from finetune.errors import UserError
 
 ASKED, ANSWERED = {"role": "user", "content": "What is 2 + 2?"}, {"role": "assistant", "content": "4"}
@@ -114,3 +114,22 @@ def test_other_keys_are_named_if_they_have_a_value() -> None:
 def test_preference_data_is_refused_by_name(value: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="preference data"):
         refuse_preferences([("rows:1", {"text": "x"}), ("rows:2", value)])
+
+
+def test_reasoning_is_dropped_by_key_and_between_tags_of_answers_alone() -> None:
+    messages = (
+        {"role": "user", "content": "<think>mine</think> stays"},
+        {"role": "assistant", "content": "<think>\none\n</think>\n\nfirst", "reasoning_content": "why"},
+        {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": "<reasoning>a</reasoning>second <think>open", "tool_calls": [1]},
+    )
+    row = without_reasoning(Row("r", messages))
+    assert [message["content"] for message in row.messages] == [
+        "<think>mine</think> stays",
+        "first",
+        "and?",
+        "second <think>open",
+    ]
+    assert "reasoning_content" not in row.messages[1]
+    assert row.messages[3]["tool_calls"] == [1]
+    assert without_reasoning(Row("t", text="<think>a</think>")).text == "<think>a</think>"
