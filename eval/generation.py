@@ -21,6 +21,7 @@ from eval.positions import positions_of
 
 Message = dict[str, Any]  # role, content, …: as the tokenizer's chat template expects
 Prompt = Sequence[Message] | str  # a conversation, or a text to continue
+Tools = Sequence[dict[str, Any]] | None  # definitions of the tools that an answer may call
 Progress = Callable[[int, int], None]  # (done, total)
 PREFILL_CHUNK = 128  # tokens of a prompt that are read at once after memory ran out
 
@@ -43,14 +44,15 @@ def eos_token_ids(model: nn.Module, tokenizer: Any) -> list[int]:
     return list(dict.fromkeys(int(token) for token in token_ids if token is not None))
 
 
-def prompt_ids(tokenizer: Any, messages: Prompt) -> list[int]:
+def prompt_ids(tokenizer: Any, messages: Prompt, tools: Tools = None) -> list[int]:
     """Token ids of the prompt, with exactly one BOS if the tokenizer uses one, whether the template writes it or not."""
     if isinstance(messages, str):
         ids = list(tokenizer(messages, add_special_tokens=False, verbose=False)["input_ids"])
         return [tokenizer.bos_token_id, *ids] if adds_bos(tokenizer) else ids or [tokenizer.eos_token_id]
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("the tokenizer has no chat template, which a conversation needs")
-    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+    options = {"tools": list(tools)} if tools else {}
+    text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True, **options)
     ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     if adds_bos(tokenizer) and ids[:1] != [tokenizer.bos_token_id]:
         ids = [tokenizer.bos_token_id, *ids]
@@ -129,6 +131,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    tools: Sequence[Tools] = (),
     retry: bool = True,
     progress: Progress | None = None,
 ) -> list[Answer]:
@@ -137,6 +140,7 @@ def generate(
     Args:
         temperature: 0 (default) is greedy.
         seed: of the sampling, set again for each conversation, so that answers are independent; None draws one.
+        tools: of each conversation; none by default.
         retry: if memory runs out, with the prompt in chunks; off if other processes run the same passes.
         progress: called with (conversations done, total).
 
@@ -147,8 +151,8 @@ def generate(
     eos, device = set(eos_token_ids(model, tokenizer)), device_of(model)
     answers: list[Answer] = []
     with evaluating(model), randomness_kept(), torch.no_grad():
-        for messages in messages_list:
-            ids = prompt_ids(tokenizer, messages)
+        for messages, callable_tools in zip(messages_list, tools or [None] * len(messages_list), strict=True):
+            ids = prompt_ids(tokenizer, messages, callable_tools)
             options["generation_config"].max_new_tokens = longest_answer(model, ids, max_new_tokens)
             prompt = torch.tensor([ids], device=device)
             _seed(seed)

@@ -247,6 +247,7 @@ class Sample(Part):
     """A question (messages, or the start of a text) and the model's answers; `*_ended`: whether with an end token."""
 
     prompt: list[dict[str, Any]] | str
+    tools: list[dict[str, Any]] | None = None
     reference: str | None = None
     before: str | None = None
     before_ended: bool | None = None
@@ -409,7 +410,6 @@ class Record(Part):
 
 
 # ----------------------------------------------------------------------------------------------------- reading and writing
-
 
 RENAMED = {"stop_ids": "eos_token_ids"}  # of the part `model`
 

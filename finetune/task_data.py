@@ -214,7 +214,7 @@ class Conversations:
             )
         unasked = sum(not self._can_be_asked(row) for row in self.data.heldout_rows)
         if unasked and self.recipe.eval.samples:
-            lines.append(f"{unasked} held-out rows are not asked for answers before and after: they are cut, or have tools")
+            lines.append(f"{unasked} held-out rows are not asked for answers before and after: they are cut")
         return lines
 
     def record(self) -> ConversationsRecord:
@@ -233,8 +233,8 @@ class Conversations:
         return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.heldout]
 
     def _can_be_asked(self, row: Row) -> bool:
-        """Whether a held-out row's prompt surely fits into data.max_length, and is a prompt without tools."""
-        return not row.tools and row.where not in self._cut
+        """Whether a held-out row's prompt surely fits into data.max_length."""
+        return row.where not in self._cut
 
     def questions(self) -> list[Sample]:
         """Held-out conversations up to their last answer, then the recipe's own questions."""
@@ -243,7 +243,8 @@ class Conversations:
         for row in filter(self._can_be_asked, self.data.heldout_rows):
             last = max((i for i, m in enumerate(row.messages) if m["role"] == "assistant"), default=None)
             if last and len(questions) < settings.samples:
-                questions.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"]})
+                tools = {"tools": list(row.tools)} if row.tools else {}
+                questions.append({"prompt": list(row.messages[:last]), "reference": row.messages[last]["content"], **tools})
         for prompt in settings.prompts:
             questions.append({"prompt": [{"role": "user", "content": prompt}], "reference": None})
         if self.recipe.data.system:

@@ -11,6 +11,7 @@ The same distinction, made by encoding contents apart from the template, is that
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections import Counter
@@ -49,6 +50,12 @@ class ControlTokens:
         self.spelled: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
         self.where: dict[str, str] = {}  # name → location of the first row that has it
+
+    def without_counts(self) -> ControlTokens:
+        """A copy with counts of its own."""
+        result = copy.copy(self)
+        result.spelled, result.kept, result.where = Counter(), Counter(), {}
+        return result
 
     def guard(self, value: Any, where: str) -> Any:
         """A copy of a message, a tool or a list of them, with guards in its texts."""

@@ -19,6 +19,7 @@ from finetune.data.samples import IGNORE, Encoder, Sample
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MARKED_ROWS = 32  # that are compared with the template's own marks
 PASS, WARN, FAIL = "pass", "warn", "fail"
 
 
@@ -159,6 +160,7 @@ def inspect(prepared: Prepared, encoder: Encoder, limits: Limits = Limits()) -> 
             *_labels(prepared, encoder),
             *_ends(train, encoder),
             *_template(encoder),
+            *_marks(prepared, encoder),
             *_beginnings(train, encoder),
             *control_tokens(encoder.control.spelled, encoder.control.kept, encoder.control.where),
             *_lengths(prepared, encoder),
@@ -232,6 +234,20 @@ def _template(encoder: Encoder) -> Iterator[Check]:
     for part, rows in encoder.left_out.items():
         more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
         yield Check("text in the template", WARN, f"the chat template writes nothing of {part}: {rows[0]}{more}")
+
+
+def _marks(prepared: Prepared, encoder: Encoder) -> Iterator[Check]:
+    """Where the template marks what is generated, that is what is trained."""
+    if encoder.loss_on != "answers":
+        return
+    rows = [row for row in prepared.train_rows if row.text is None and any(answers(row))][:MARKED_ROWS]
+    agree = [(row.where, result) for row in rows if (result := encoder.agrees_with_marks(row)) is not None]
+    wrong = [where for where, result in agree if not result]
+    if wrong:
+        detail = f"in {_share(len(wrong), len(agree))} rows, such as {wrong[0]}, other tokens are trained than the template marks"
+        yield Check("generation marks", WARN, f"{detail} by {{% generation %}}: see the examples below")
+    elif agree:
+        yield Check("generation marks", PASS, f"the template's {{% generation %}} marks the same tokens in {len(agree)} rows")
 
 
 def _beginnings(train: Sequence[Sample], encoder: Encoder) -> Iterator[Check]:

@@ -14,6 +14,7 @@ which the template closes an answer, found by rendering a probe.
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -66,6 +67,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 
 PROBE = "Qx7 probe 7xQ"
 OPEN_THOUGHT = re.compile(r"(?P<tag><(?:think|thinking|thought|reasoning)>)\s*$")
+GENERATION = re.compile(r"{%-?\s*generation\b")
 THOUGHT_TAGS = re.compile(r"</?(?:think|thinking|thought|reasoning)>")
 
 
@@ -219,6 +221,33 @@ class Encoder:
             for turn, train in zip(turns, trained, strict=True)
             if train
         ]
+
+    def agrees_with_marks(self, row: Row) -> bool | None:
+        """Whether the trained tokens of a conversation are those that its template marks by `{% generation %}`.
+
+        End tokens that it does not mark are trained here. None where there is nothing to compare: no marks, several samples of
+        one conversation, turns that are not trained, or names of control tokens in the text.
+        """
+        template = self.tokenizer.chat_template
+        if row.text is not None or row.untrained or not isinstance(template, str) or not GENERATION.search(template):
+            return None
+        uncounted = copy.copy(self)
+        uncounted.control, uncounted.left_out = self.control.without_counts(), {}
+        samples = uncounted._conversation(row)
+        messages = list(row.messages[: max(i for i, m in enumerate(row.messages) if m["role"] == "assistant") + 1])
+        if self.system is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.system})
+        options: dict[str, Any] = {"tools": list(row.tools)} if row.tools else {}
+        marked: Any = self.tokenizer.apply_chat_template(
+            messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True, **options
+        )
+        ids = list(marked["input_ids"])
+        if len(samples) != 1 or list(samples[0].input_ids)[-len(ids) :] != ids:
+            return None
+        labels = samples[0].labels[-len(ids) :]
+        ours = {at for at, label in enumerate(labels) if label != IGNORE}
+        theirs = {at for at, mark in enumerate(marked["assistant_masks"]) if mark}
+        return theirs <= ours and all(ids[at] in self.end_ids for at in ours - theirs)
 
     def _turn(self, row: Row, messages: list[Message], rendered: str | None) -> _Turn:
         """The text up to the end of the last message, an answer, and where the answer begins. rendered: `messages`, if known."""

@@ -105,6 +105,7 @@ def answers(
             checked.inputs.tokenizer,
             [question.prompt for question in questions],
             max_new_tokens=run.recipe.eval.max_new_tokens,
+            tools=[question.tools for question in questions],
             retry=not parallel.is_sharded(model),
             progress=lambda done, total: progress(done, total, "answers"),
         )
@@ -119,7 +120,7 @@ def answers(
 def _leaves_room(question: Sample, model: Any, tokenizer: Any, screen: Screen) -> bool:
     """Whether the model has positions left for an answer; tells if not."""
     try:
-        return longest_answer(model, prompt_ids(tokenizer, question.prompt), 1) == 1
+        return longest_answer(model, prompt_ids(tokenizer, question.prompt, question.tools), 1) == 1
     except ValueError as error:
         screen.warn(f"a question is not asked: {error}")
         return False

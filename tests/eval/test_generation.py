@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from eval.generation import eos_token_ids, generate, stream
+from eval.generation import eos_token_ids, generate, prompt_ids, stream
 
 CHAT = [{"role": "user", "content": "Say something."}]
 CHATS = [CHAT, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hello, you there!"}]]
@@ -23,6 +23,14 @@ def greedy(model: Any, tokenizer: Any, messages: list[dict[str, str]], max_new_t
         with torch.no_grad():
             new_ids.append(int(model(torch.tensor([ids + new_ids])).logits[0, -1].argmax()))
     return new_ids
+
+
+def test_tools_are_in_the_prompt_of_their_conversation_alone(model: Any, tokenizer: Any) -> None:
+    tokenizer.chat_template = "{% if tools %}{{ tools[0]['name'] }}{% endif %}" + tokenizer.chat_template
+    plain, with_tools = (prompt_ids(tokenizer, CHAT, tools) for tools in (None, [{"name": "look_up"}]))
+    assert tokenizer.decode(with_tools) == "look_up" + tokenizer.decode(plain)
+    answers = generate(model, tokenizer, [CHAT, CHAT], tools=[[{"name": "look_up"}], None], max_new_tokens=8)
+    assert answers[1].text == generate(model, tokenizer, [CHAT], max_new_tokens=8)[0].text != answers[0].text
 
 
 def always_predicts(model: Any, token: int) -> Any:

@@ -202,7 +202,36 @@ def test_keys_that_are_not_read_and_rows_that_are_not_asked_are_told(tokenizer: 
         }
     )
     conversations = Conversations(recipe, tokenizer, frozenset({tokenizer.eos_token_id}), Limits())
-    assert [sample.reference for sample in conversations.questions()] == ["asked"] * 3
+    questions = conversations.questions()
+    assert [sample.reference for sample in questions] == ["asked"] * 3 + ["tools"] * 3
+    assert [sample.tools for sample in questions] == [None] * 3 + [tools] * 3
     unread, unasked = conversations.warnings()
     assert unread == "keys of the rows that are not read: id (3)"
-    assert unasked.startswith("6 held-out rows are not asked")
+    assert unasked.startswith("3 held-out rows are not asked")
+
+
+MARKED = (
+    "{% for m in messages %}[{{ m['role'] }}]{% if m['role'] == 'assistant' %}"
+    "{% generation %}{{ m['content'] }}{% endgeneration %}{{ eos_token }}{% else %}{{ m['content'] }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (MARKED, "pass"),  # the end token that it does not mark is trained too
+        (MARKED.replace("{% endgeneration %}{{ eos_token }}", "{{ eos_token }}{% endgeneration %}"), "pass"),
+        (MARKED.replace("{% generation %}{{ m['content'] }}", "{{ m['content'] }}{% generation %}"), "warn"),
+        (MARKED.replace("[{{ m['role'] }}]{% if", "{%- if").replace("{% generation %}", "{% generation %}[assistant]"), "warn"),
+        (PLAIN, None),
+    ],
+)
+def test_trained_tokens_are_compared_with_the_templates_own_marks(tokenizer: Any, template: str, expected: str | None) -> None:
+    tokenizer.chat_template = template
+    rows = [chat_row("What is 1?", "It is 1.", "And 2?", "It is 2."), chat_row("Say <think>.", "<think>ok</think> done")]
+    encoder = make_encoder(tokenizer)
+    preflight = inspect(prepare(rows, None, encoder, heldout=0, dedupe=True, seed=1), encoder)
+    checks = [check for check in preflight.checks if check.name == "generation marks"]
+    assert [check.status for check in checks] == ([expected] if expected else [])
+    assert all("in 2 rows" in check.detail or "2 of 2" in check.detail for check in checks)
