@@ -17,7 +17,7 @@ import torch
 
 from quant import nf4, ternary
 from quant.linear import BitLinear, FakeNF4Linear, FakeQuantLinear, NF4Linear, PackedBitLinear, PackedLinear, set_blend
-from quant.swap import BypassedError, SwapReport, pack, prove_used, swap, to_float
+from quant.swap import BypassedError, SwapReport, pack, prove_used, split_experts, swap, to_float
 from quant.weight_cache import weights_changed
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ __all__ = [
     "prove_used",
     "register_peft",
     "set_blend",
+    "split_experts",
     "swap",
     "ternary",
     "to_float",

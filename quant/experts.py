@@ -14,7 +14,7 @@ Gate and up stay one matrix, as the model has them, and so share one ternary sca
 
 from __future__ import annotations
 
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any, Self, cast
 
 import torch
@@ -26,6 +26,16 @@ from quant.linear import FakeQuantLinear, PackedLinear
 
 CONTRACT = ("has_gate", "has_bias", "has_post_expert_norm", "is_transposed", "_is_expert_parallel", "_apply_gate")
 """What `use_experts_implementation` puts on a class and its instances (transformers 5.23)."""
+
+
+class _Floats:
+    """In place of a quantized linear's class: the expert's linear as it is."""
+
+    scheme: Any = SimpleNamespace(unfit=lambda shape: None)
+
+    @staticmethod
+    def from_linear(linear: nn.Linear, *, device: torch.device | str | None = None) -> nn.Linear:
+        return linear.to(device) if device is not None else linear
 
 
 class QuantizedExperts(nn.Module):
@@ -102,11 +112,12 @@ class QuantizedExperts(nn.Module):
 
     @property
     def used(self) -> bool:
-        """Whether any expert was used in a forward pass, with both of its projections."""
-        return all(
-            any(m.used for m in getattr(self, name).modules() if isinstance(m, PackedLinear | FakeQuantLinear))
+        """Whether any expert was used in a forward pass, with both of its projections; true of experts in floats."""
+        layers = [
+            [m for m in getattr(self, name).modules() if isinstance(m, PackedLinear | FakeQuantLinear)]
             for name in (self.up, "down_proj")
-        )
+        ]
+        return all(not quantized or any(m.used for m in quantized) for quantized in layers)
 
     @_disable_dynamo
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -140,6 +151,23 @@ class QuantizedExperts(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.original_class.__name__}, experts={self.num_experts}"
+
+
+def split(experts: nn.Module) -> QuantizedExperts:
+    """The experts with a plain linear for each expert and projection, to which adapters attach. Raises as `from_experts`."""
+    return QuantizedExperts.from_experts(experts, cast(Any, _Floats))
+
+
+def expert_linears(experts: nn.Module) -> dict[str, tuple[int, int]]:
+    """{path of a split linear inside the module: (out, in)}; empty if it cannot be split."""
+    if reason_to_leave(experts, _Floats.scheme) is not None:
+        return {}
+    shapes: dict[str, tuple[int, int]] = {}
+    for name in projections(experts):
+        count, *shape = cast(Tensor, getattr(experts, name)).shape
+        out, inputs = shape[::-1] if experts.is_transposed else shape
+        shapes |= {f"{name}.{index}": (out, inputs) for index in range(count)}
+    return shapes
 
 
 def looks_fused(module: nn.Module) -> bool:

@@ -233,6 +233,12 @@ def to_float(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             _replace(model, [path], back)
 
 
+def split_experts(model: nn.Module, paths: Iterable[str]) -> None:
+    """Replace the fused experts at `paths` by a linear for each expert and projection, in place; `to_float` fuses them again."""
+    for path in paths:
+        _replace(model, [path], experts.split(model.get_submodule(path)))
+
+
 class BypassedError(RuntimeError):
     """The model computes without some of its swapped modules."""
 

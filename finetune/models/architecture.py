@@ -10,7 +10,7 @@ import torch
 from finetune.errors import UserError, nearest
 from finetune.models.source import Source
 from finetune.recipe import Adapter
-from quant.experts import looks_fused
+from quant.experts import expert_linears, looks_fused
 from quant.swap import DEFAULT_KEEP, as_linear, linear_like, reasons_to_leave
 
 if TYPE_CHECKING:
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class ArchitectureInfo:
     """Architecture of a config. linears: {path: (out, in)}; left: {path: why it gets neither quantization nor adapters}.
 
+    experts: {path: (out, in)} of each expert's linears, where those of a layer are one tensor that can be split.
     unreached: linears that text does not pass (a vision tower's), which get no adapters. without_adapters: {part of the model:
     its parameters}, of such parts, and of experts that are one tensor.
     """
@@ -29,6 +30,7 @@ class ArchitectureInfo:
     parameters: int
     linears: dict[str, tuple[int, int]]
     left: dict[str, str]
+    experts: dict[str, tuple[int, int]] = field(default_factory=dict)
     unreached: frozenset[str] = frozenset()
     without_adapters: dict[str, int] = field(default_factory=dict)
 
@@ -53,14 +55,16 @@ def architecture_of(source: Source, config: PretrainedConfig) -> ArchitectureInf
     linears = {path: _shape(module) for path, module in linear_like(model).items()}
     parameters = sum(p.numel() for p in model.parameters())
     beside = _beside_text(model)
-    experts = sum(p.numel() for module in model.modules() if looks_fused(module) for p in module.parameters(recurse=False))
+    fused = {path: module for path, module in model.named_modules() if looks_fused(module)}
+    size = sum(p.numel() for module in fused.values() for p in module.parameters(recurse=False))
     return ArchitectureInfo(
         type(model).__name__,
         parameters,
         linears,
         reasons_to_leave(model, DEFAULT_KEEP),
+        {f"{path}.{name}": shape for path, module in fused.items() for name, shape in expert_linears(module).items()},
         frozenset(path for path in linears if path.startswith(tuple(f"{part}." for part in beside))),
-        beside | ({"experts": experts} if experts else {}),
+        beside | ({"experts": size} if size else {}),
     )
 
 
@@ -95,10 +99,15 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
     if adapter.targets == "all-linear":
         return able
     chosen: set[str] = set()
+    experts: set[str] = set()
     leaves = sorted({name.rpartition(".")[2] for name in able})
     for target in adapter.targets:
         matched = {name for name in info.linears if name == target or name.endswith("." + target)}
         matched -= info.unreached if target not in info.linears else set()  # a whole path is meant
+        of_experts = {path for path in info.experts if target in (path, *path.split(".")[-3:-1])}
+        experts |= of_experts
+        if of_experts and not matched:
+            continue
         unable = next((name for name in matched if name in info.left), None)
         near = nearest(target, leaves)
         if not matched or unable:
@@ -109,20 +118,23 @@ def adapter_targets(adapter: Adapter, info: ArchitectureInfo) -> list[str]:
                 hint=(f"did you mean {near}? " if near and not unable else "") + f"{info.architecture} has: {', '.join(leaves)}",
             )
         chosen |= matched
-    return [name for name in info.linears if name in chosen]
+    return [name for name in (*info.linears, *info.experts) if name in chosen or name in experts]
 
 
-def parts_without_adapters(info: ArchitectureInfo) -> str | None:
+def parts_without_adapters(info: ArchitectureInfo, targets: list[str]) -> str | None:
     """The parts of the model that get no adapters, with their shares of the parameters, in words."""
-    if not info.without_adapters:
+    adapted = any(target in info.experts for target in targets)
+    sizes = {name: size for name, size in info.without_adapters.items() if name != "experts" or not adapted}
+    if not sizes:
         return None
-    parts = ", ".join(f"{name} ({size / info.parameters:.1%})" for name, size in info.without_adapters.items())
-    reasons = ["experts of a layer are one tensor here"] * ("experts" in info.without_adapters)
-    reasons += ["text does not pass the others"] * (len(info.without_adapters) > len(reasons))
+    parts = ", ".join(f"{name} ({size / info.parameters:.1%})" for name, size in sizes.items())
+    reasons = ["adapter.targets takes experts too, which is much slower"] * ("experts" in sizes and bool(info.experts))
+    reasons += ["these experts cannot be split"] * ("experts" in sizes and not info.experts)
+    reasons += ["text does not pass the others"] * (len(sizes) > ("experts" in sizes))
     return f"adapters leave out parts of the model, with these shares of its parameters: {parts}; {', '.join(reasons)}"
 
 
 def adapter_parameters(adapter: Adapter, info: ArchitectureInfo, targets: list[str]) -> int:
     """Trainable parameters of the adapters: A (r, in), B (out, r), and DoRA's magnitude (out)."""
-    shapes = [info.linears[target] for target in targets]
+    shapes = [info.linears.get(target) or info.experts[target] for target in targets]
     return sum(adapter.rank * (out + inputs) + (out if adapter.dora else 0) for out, inputs in shapes)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import mock
 
 import torch
 
@@ -15,7 +16,8 @@ from finetune.files import atomic_folder
 from finetune.models.source import Source, shapes_in
 from finetune.models.weights import cast, parameters_of
 from finetune.recipe import Adapter, Quant
-from quant.swap import DEFAULT_KEEP, SwapReport, swap
+from quant.experts import looks_fused
+from quant.swap import DEFAULT_KEEP, SwapReport, split_experts, swap
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -61,6 +63,7 @@ def prepare(
         if trained is not None:
             wrapped = load_adapter(model if compute_dtype is None else cast(model, compute_dtype), trained).to(device).eval()
         elif adapter.base_frozen:
+            _split_targeted(model, targets)
             wrapped = attach(model, adapter, targets, source, seed)
         else:
             model.requires_grad_(True)
@@ -155,10 +158,28 @@ def attach(model: PreTrainedModel, adapter: Adapter, targets: list[str], source:
     )
     register_peft(config)
     torch.manual_seed(seed)
-    wrapped = get_peft_model(model, config)
+    with _exact_targets():
+        wrapped = get_peft_model(model, config)
     config.base_model_name_or_path = source.name
     assert_wrapped(wrapped, targets)
     return wrapped
+
+
+@contextmanager
+def _exact_targets() -> Iterator[None]:
+    """Keep PEFT from replacing targets by those of fused experts, for paths that are modules of the model as it is.
+
+    It takes the names of dense layers and of shared experts (DeepSeek) for those of routed experts in transformers 4.
+    """
+    module = "peft.utils.transformers_weight_conversion"
+    with mock.patch(f"{module}.convert_peft_config_for_transformers", return_value=None):
+        yield
+
+
+def _split_targeted(model: Any, targets: Iterable[str]) -> None:
+    """Split the fused experts that have a linear among `targets`."""
+    above = {target.rpartition(".")[0].rpartition(".")[0] for target in targets} - {""}
+    split_experts(model, [path for path, module in model.named_modules() if path in above and looks_fused(module)])
 
 
 def check_adapter(folder: Path) -> None:
@@ -194,8 +215,13 @@ def load_adapter(model: Any, folder: Path) -> Any:
             "cannot read the adapter's config", where=str(folder / "adapter_config.json"), got=got, hint=hint
         ) from None
     register_peft(config)
+    keys = shapes_in(folder / "adapter_model.safetensors", str(folder))
+    adapted = {key.removeprefix("base_model.model.").partition(".lora_")[0] for key in keys}
+    _split_targeted(model, adapted)
+    exact = adapted <= {path for path, _ in model.named_modules()}
     try:
-        return PeftModel.from_pretrained(model, str(folder), config=config)
+        with _exact_targets() if exact else nullcontext():
+            return PeftModel.from_pretrained(model, str(folder), config=config)
     except (RuntimeError, ValueError, OSError) as error:
         raise UserError("the adapter does not fit its base model", where=str(folder), got=str(error).splitlines()[0]) from None
 

@@ -122,7 +122,7 @@ class Adapter(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout probability of the adapters' inputs in training.")
     targets: Literal["all-linear"] | list[str] = Field(
         "all-linear",
-        description="Modules that get adapters: all-linear (all but the head), or a list of names such as [q_proj, v_proj].",
+        description="Modules with adapters: all-linear (all but head and experts), or a list such as [q_proj, v_proj, experts].",
     )
     rslora: bool = Field(False, description="Rank-stabilized scale alpha/√rank (arXiv 2312.03732).")
     dora: bool = Field(False, description="Weight-decomposed adapters (arXiv 2402.09353): often better at low rank, slower.")

@@ -70,7 +70,7 @@ def preflight(run: RunContext, record: Record | None) -> Checked:
     with screen.phase("architecture"):
         info, targets = architecture(recipe, inputs)
         trainable = adapter_parameters(recipe.adapter, info, targets) if targets else info.parameters
-    if targets and (left_out := parts_without_adapters(info)) is not None:
+    if targets and (left_out := parts_without_adapters(info, targets)) is not None:
         screen.warn(left_out)
     for line in doubts(recipe, is_float=not getattr(inputs.config, "quantization_config", None)):
         screen.warn(line)

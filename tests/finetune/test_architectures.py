@@ -102,7 +102,8 @@ def test_training_takes_the_steps_of_a_plain_loop(family: str, packing: bool, tm
         "model": {"name": str(model), "dtype": "fp32"}, "quant": {"scheme": "none"}, "adapter": {"kind": "none"},
         "data": {"path": str(rows), "heldout": 0, "max_length": 512, "packing": packing},
         "train": {
-            "epochs": STEPS, "accumulation": 1 if packing else ROWS, "lr": LR, "schedule": "constant", "warmup": 0.0, "precision": "fp32",
+            "epochs": STEPS, "accumulation": 1 if packing else ROWS, "lr": LR, "schedule": "constant", "warmup": 0.0,
+            "precision": "fp32",
         },
         "eval": {"samples": 0}, "run": {"device": "cpu", "threads": 1, "merge": False, "dir": str(tmp_path / "run")},
     }  # fmt: skip

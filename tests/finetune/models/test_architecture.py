@@ -53,14 +53,14 @@ def test_module_named_by_its_whole_path_gets_an_adapter() -> None:
 def test_parts_without_adapters_are_named_with_their_shares() -> None:
     info = gemma3()
     assert info.without_adapters.keys() == {"model.vision_tower", "model.multi_modal_projector"}
-    line = parts_without_adapters(info)
+    line = parts_without_adapters(info, [])
     share = info.without_adapters["model.vision_tower"] / info.parameters
     assert line is not None
     assert f"model.vision_tower ({share:.1%})" in line
     assert "text does not pass" in line
     info = mixtral()
     assert info.without_adapters == {"experts": 2 * 4 * 3 * 64 * 128}
-    line = parts_without_adapters(info)
+    line = parts_without_adapters(info, [])
     assert line is not None
     assert "experts (" in line
     assert "text does not pass" not in line
@@ -68,4 +68,4 @@ def test_parts_without_adapters_are_named_with_their_shares() -> None:
 
 @pytest.mark.parametrize("config", [transformers.LlamaConfig(**TEXT), transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2)])
 def test_models_of_text_alone_have_no_such_parts(config: Any) -> None:
-    assert parts_without_adapters(info_of(config)) is None
+    assert parts_without_adapters(info_of(config), []) is None
