@@ -239,8 +239,8 @@ class EvalRecord(Part):
 
     @property
     def got_worse(self) -> bool:
-        """Whether the held-out loss rose by more than two of the difference's standard errors."""
-        return self.difference is not None and self.difference > 2 * (self.difference_stderr or 0)
+        """Whether the held-out loss rose by more than two of the difference's standard errors (0.1 nats if it has none)."""
+        return self.difference is not None and self.difference > 2 * (0.05 if (e := self.difference_stderr) is None else e)
 
 
 class Sample(Part):

@@ -41,12 +41,12 @@ class ControlTokens:
             if name.strip() and not BELONGS.search(name) and (token.special or ids[name] in eos_token_ids or name in template)
         ]
         self.names = sorted(names, key=len, reverse=True)
-        self._control = _any_of(self.names)
-        self._others = _any_of([name for name in added if name not in names and NAME.fullmatch(name)])
+        self._control = _Names(self.names)
+        self._others = _Names([name for name in added if name not in self._control.names and NAME.fullmatch(name)])
         self._guards = {name: chr(GUARDS + number) for number, name in enumerate(self.names)}
-        self._guarded = re.compile(f"[{chr(GUARDS)}-{chr(GUARDS + max(0, len(names) - 1))}]") if names else re.compile("(?!)")
+        self._guarded = re.compile(f"[{chr(GUARDS)}-{chr(GUARDS + len(names))}]")
         self._ids = ids
-        self._own: tuple[Tokenizer, dict[str, str]] | None = None
+        self._own: tuple[Tokenizer, dict[str, str], _Names] | None = None
         self.spelled: Counter[str] = Counter()
         self.kept: Counter[str] = Counter()
         self.where: dict[str, str] = {}  # name → location of the first row that has it
@@ -65,14 +65,18 @@ class ControlTokens:
             return type(value)(self.guard(item, where) for item in value)
         if not isinstance(value, str):
             return value
-        self._count(self.kept, self._others.findall(value), where)
-        names = self._control.findall(value)
-        self._count(self.spelled, names, where)
-        return self._control.sub(lambda match: self._guards[match[0]], value) if names else value
+        self._count(self.kept, [name for _, name in self._others.find(value)], where)
+        found = self._control.find(value)
+        self._count(self.spelled, [name for _, name in found], where)
+        pieces, end = list[str](), 0
+        for begin, name in found:
+            pieces += [value[end:begin], self._guards[name]]
+            end = begin + len(name)
+        return "".join([*pieces, value[end:]])
 
     def count_text(self, text: str, where: str) -> None:
         """Count the names in a whole text, which keep their meaning there."""
-        self._count(self.kept, [*self._control.findall(text), *self._others.findall(text)], where)
+        self._count(self.kept, [name for names in (self._control, self._others) for _, name in names.find(text)], where)
 
     def _count(self, counter: Counter[str], names: list[str], where: str) -> None:
         for name in names:
@@ -100,17 +104,18 @@ class ControlTokens:
 
     def _encode_guarded(self, text: str, joint: str) -> tuple[list[int], list[tuple[int, int]]]:
         """`joint`: written after the first character of a guarded name, and removed from the result."""
-        own, marks = self._guarding_tokenizer()
+        own, marks, special = self._guarding_tokenizer()
         pieces: list[str] = []
         places: list[int] = []  # of each character of the encoded text, its position in `text`
         position = 0
-        names = re.compile("|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + f"|{self._guarded.pattern}")
-        for match in names.finditer(text):
-            name = self.names[ord(match[0]) - GUARDS] if self._guarded.fullmatch(match[0]) else None
-            piece = marks[match[0]] if name is None else name[:1] + joint + name[1:]
-            pieces += [text[position : match.start()], piece]
-            places += [*range(position, match.start()), *[match.start()] * len(piece)]
-            position = match.end()
+        guards = [(match.start(), match[0]) for match in self._guarded.finditer(text)]
+        lengths: dict[int, int] = {}  # position of a name or a guard in `text` → its length there
+        for begin, name in sorted([*special.find(text), *guards]):
+            written = self.unguarded(name)
+            piece = marks[name] if written == name else written[:1] + joint + written[1:]
+            pieces += [text[position:begin], piece]
+            places += [*range(position, begin), *[begin] * len(piece)]
+            position, lengths[begin] = begin + len(name), len(name)
         pieces.append(text[position:])
         places += [*range(position, len(text)), len(text)]
         encoding = own.encode("".join(pieces), add_special_tokens=False)
@@ -119,12 +124,11 @@ class ControlTokens:
         kept = [(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i != dropped]
         ids = [original.get(index, index) for index, _, _ in kept]
         # A span ends after its last character; that of a name or a mark is as long as what it replaced.
-        lengths = {match.start(): len(match[0]) for match in names.finditer(text)}
         ends = [places[end - 1] + lengths.get(places[end - 1], 1) if end > begin else places[end] for _, begin, end in kept]
         return ids, [(places[begin], end) for (_, begin, _), end in zip(kept, ends, strict=True)]
 
-    def _guarding_tokenizer(self) -> tuple[Tokenizer, dict[str, str]]:
-        """A copy of the tokenizer that encodes the names of special tokens as text, and (name → its mark), which it reads."""
+    def _guarding_tokenizer(self) -> tuple[Tokenizer, dict[str, str], _Names]:
+        """(a copy of the tokenizer that encodes names of special tokens as text, name → its mark there, the names)"""
         if self._own is None:
             from tokenizers import AddedToken, Tokenizer
 
@@ -140,7 +144,7 @@ class ControlTokens:
             flags = ("single_word", "lstrip", "rstrip", "normalized")
             own.add_tokens([AddedToken(marks[t["content"]], **{flag: t[flag] for flag in flags}) for t in special])
             own.add_tokens([AddedToken(JOINT, normalized=False)])
-            self._own = own, marks
+            self._own = own, marks, _Names(list(marks))
         return self._own
 
 
@@ -155,6 +159,23 @@ def _names_in_template(tokenizer: PreTrainedTokenizerBase, names: list[str]) -> 
     return {name for name in names if NAME.fullmatch(name) and name in text}
 
 
-def _any_of(names: list[str]) -> re.Pattern[str]:
-    """Matches the longest of `names` at a position; nothing if there are none."""
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or "(?!)")
+class _Names:
+    """Finds the longest of many names at each position of a text (Gemma 3 has 6,000)."""
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = frozenset(names)
+        self._lengths = sorted({len(name) for name in names}, reverse=True)
+        self._first = re.compile("|".join(sorted({re.escape(name[0]) for name in names})) or "(?!)")
+
+    def find(self, text: str) -> list[tuple[int, str]]:
+        """(position, name) of each, in order; they do not overlap."""
+        found, end = list[tuple[int, str]](), 0
+        for match in self._first.finditer(text):
+            begin = match.start()
+            if begin < end:
+                continue
+            candidates = (text[begin : begin + length] for length in self._lengths)
+            if (name := next((each for each in candidates if each in self.names), None)) is not None:
+                found.append((begin, name))
+                end = begin + len(name)
+        return found

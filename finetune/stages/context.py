@@ -182,7 +182,7 @@ class RunContext:
             more = after.loss - baseline.loss
             lines.append(f"the float model had {number(baseline.loss, 3)} nats before it was made ternary ({more:+.3f} now)")
         points = RunFiles.read(self.path).held_out()
-        step, loss, _ = min(points, key=lambda point: point[1])
+        step, loss, _ = min(points, key=lambda point: point[1], default=(0.0, 0.0, 0.0))
         if len(points) > 2 and loss < points[-1][1]:
             where = f"at step {step:.0f}" if step else "before training"
             lines.append(

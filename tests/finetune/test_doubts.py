@@ -50,7 +50,15 @@ def test_shipped_recipes_raise_no_doubt(repository: Path) -> None:
 
 @pytest.mark.parametrize(
     ("difference", "error", "expected"),
-    [(1.0, 0.4, True), (1.0, 0.6, False), (-1.0, 0.1, False), (0.1, None, True), (None, None, False), (0.0, 0.0, False)],
+    [
+        (1.0, 0.4, True),
+        (1.0, 0.6, False),
+        (-1.0, 0.1, False),
+        (0.2, None, True),
+        (0.1, None, False),
+        (None, None, False),
+        (0.0, 0.0, False),
+    ],
 )
 def test_loss_got_worse_only_beyond_its_error(difference: float | None, error: float | None, expected: bool) -> None:
     assert EvalRecord(difference=difference, difference_stderr=error).got_worse == expected

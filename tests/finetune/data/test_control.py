@@ -173,3 +173,16 @@ def test_both_are_told_with_their_counts() -> None:
     assert (spelled.status, kept.status) == (WARN, PASS)
     assert "</s> (2), such as d.jsonl:1" in spelled.detail
     assert "<think> (1), </think> (1)" in kept.detail
+
+
+def test_longest_name_is_found_among_thousands_without_searching_each() -> None:
+    import time
+
+    backend = byte_level()
+    backend.add_special_tokens([f"<unused{number}>" for number in range(6000)])
+    control = ControlTokens(wrapped(backend), frozenset())
+    started = time.perf_counter()
+    assert control.guard("<div>a</div>" * 20_000, "here") == "<div>a</div>" * 20_000
+    assert time.perf_counter() - started < 2
+    control.guard("<unused12> and <unused1>2>", "here")
+    assert control.spelled == {"<unused12>": 1, "<unused1>": 1}
