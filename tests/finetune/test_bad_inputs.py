@@ -12,7 +12,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -26,7 +25,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.train import checkpoint
-from tests.conftest import REPOSITORY, Terminal, alpaca, story, tiny_llama, write_jsonl
+from tests.conftest import Terminal, alpaca, story, tiny_llama, write_jsonl
+from tests.support.starts import Start
 
 RECIPE = """\
 model: {{name: {model}, dtype: fp32}}
@@ -170,12 +170,17 @@ class MaliciousPickle:
 # ------------------------------------------------------------------------------------------------------------------- disks
 
 # Start of a program that runs commands in one process, in its own mount namespace, on a real small disk.
+# As `unshare --user --map-root-user --mount`, in a process that has imported the libraries and has one thread.
 DISK_PROGRAM = """\
-import contextlib, io, json, os, subprocess, sys, threading, time
+import contextlib, ctypes, io, json, os, subprocess, sys, threading, time
 from pathlib import Path
 
-sys.path[:0] = [sys.argv[1]]
-root, disk = Path(sys.argv[2]), Path(sys.argv[2], "disk")
+user, group = os.getuid(), os.getgid()
+assert ctypes.CDLL(None).unshare(0x10000000 | 0x00020000) == 0, "CLONE_NEWUSER | CLONE_NEWNS"
+for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+    Path("/proc/self", name).write_text(text)
+
+root, disk = Path(sys.argv[1]), Path(sys.argv[1], "disk")
 os.chdir(root)
 import numpy
 import finetune.pipeline
@@ -279,10 +284,10 @@ def disk_results(tmp_path_factory: pytest.TempPathFactory, tokenizer_folder: Pat
         command("eval", "eval", "disk/one/adapter")
         print(json.dumps(results))
         """
-    command = [*namespace, sys.executable, "-c", DISK_PROGRAM + textwrap.dedent(script), str(REPOSITORY), str(root)]
-    completed = subprocess.run(command, capture_output=True, text=True, timeout=240, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert completed.returncode == 0, completed.stderr
-    return {"root": root, **json.loads(completed.stdout.splitlines()[-1])}
+    (root / "disk.py").write_text(DISK_PROGRAM + textwrap.dedent(script))
+    with Start([str(root)], root, root / "disk.log", program=root / "disk.py") as start:
+        printed = start.succeed(240)
+    return {"root": root, **json.loads(printed.splitlines()[-1])}
 
 
 def test_full_disk_ends_in_a_clear_error_and_the_run_resumes(disk_results: dict[str, Any]) -> None:

@@ -41,7 +41,7 @@ def test_export_of_master_weights_and_eval_on_rows_of_text(finetune: Terminal, r
         assert torch.equal(online(ids).logits, packed(ids).logits)
 
     # A pretrained model is scored on texts, also when they come in rows.
-    write_jsonl(tmp_path / "texts.jsonl", [{"text": story(300, seed)} | alpaca(1)[0] for seed in range(3)])
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": story(90, seed)} | alpaca(1)[0] for seed in range(3)])
     code, _, err = finetune("eval", "base", "--file", "texts.jsonl", "--json", "scores.json")
     assert code == 0, err
     loss = json.loads((tmp_path / "scores.json").read_text())["base"]["loss"]
