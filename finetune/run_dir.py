@@ -21,7 +21,7 @@ from finetune.errors import UserError
 from finetune.files import MARK, DiskError, finite, plain, write_json, writing
 from finetune.processes import is_main_process
 from finetune.recipe import Recipe, differences, known_keys, read_resolved
-from finetune.record import Record, read_record, write_record
+from finetune.record import DataRecord, Record, read_record, write_record
 
 if TYPE_CHECKING:
     from finetune.models.architecture import ArchitectureInfo
@@ -217,8 +217,11 @@ def check_resumable(folder: RunDir, recipe: Recipe) -> None:
         )
 
 
-def same_data(record: Record, digest: str, folder: Path) -> None:
-    """Raise UserError if the data has changed since the run started, because the split would change."""
+def same_data(record: Record, digest: str, rows: DataRecord, folder: Path) -> None:
+    """Raise UserError if the data has changed since the run started, or another version splits it otherwise.
+
+    digest, rows: of the data as it is now.
+    """
     data = record.provenance.data
     if data is not None and data.sha256 != digest:
         raise UserError(
@@ -226,6 +229,16 @@ def same_data(record: Record, digest: str, folder: Path) -> None:
             where=f"{folder}: {data.source}",
             got=f"SHA-256 {digest[:12]}…, was {data.sha256[:12]}…",
             hint="restore the old file, or start a new run",
+        )
+    then, now = (part.model_dump() if part is not None else {} for part in (record.data, rows))
+    counts = {key: (then[key], now[key]) for key in ("heldout_rows", "train_rows") if key in then and key in now}
+    if any(was != is_now for was, is_now in counts.values()):
+        raise UserError(
+            "this version splits the rows otherwise than the one that started the run",
+            where=str(folder),
+            got=", ".join(f"{key} {was}, now {is_now}" for key, (was, is_now) in counts.items()),
+            hint=f"finish it with that version{f' ({record.provenance.commit[:10]})' if record.provenance.commit else ''}, "
+            "or start a new run",
         )
 
 

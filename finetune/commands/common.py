@@ -127,7 +127,7 @@ def rows_of_run(loaded: LoadedModel) -> HeldOut:
     recipe = loaded.recipe
     tokens = eos_token_ids(source_of(recipe.model), loaded.tokenizer)
     data = build_data(recipe, loaded.tokenizer, tokens, limits=Limits())
-    same_data(read_record(loaded.run), data.digest, loaded.run)
+    same_data(read_record(loaded.run), data.digest, data.record(), loaded.run)
     return data.held_out()
 
 

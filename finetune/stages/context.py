@@ -95,7 +95,8 @@ class RunContext:
         recipe, run_dir = self.recipe, self.run_dir
         if self.resume:
             record = run_dir.read()
-            same_data(record, checked.data.digest, run_dir.path)  # before self.record is set: an error leaves run.json unchanged
+            # Before self.record is set: an error leaves run.json unchanged.
+            same_data(record, checked.data.digest, checked.data.record(), run_dir.path)
             record.state, record.error = "running", None
         else:
             collected = provenance.collect(checked.device, recipe.run.seed, self.command)

@@ -138,3 +138,20 @@ def test_killed_older_ternary_run_resumes_and_trains_its_twin(finetune: Terminal
     for key in ("gap", "gap_stderr"):
         assert record["twin"][key] == pytest.approx(expected["twin"][key], abs=TOLERANCE)
     assert f"{expected['twin']['gap']:+.3f}"[:-1] in output
+
+
+@pytest.mark.parametrize("command", [("resume",), ("eval",)])
+def test_run_whose_rows_an_older_version_split_otherwise_is_not_continued(
+    copy_run: CopyRun, finetune: Terminal, command: tuple[str, ...]
+) -> None:
+    """Chats that all began alike were not held out at all by f4a9b44."""
+    run = copy_run("lora-cut")
+    record = record_of(run)
+    (run / "run.json").write_text(json.dumps(record | {"data": record["data"] | {"heldout_rows": 0}}))
+    before = (run / "run.json").read_bytes()
+    code, _, err = finetune(*command, str(run))
+    assert code == 2, err
+    assert "this version splits the rows otherwise" in err
+    assert f"heldout_rows 0, now {record['data']['heldout_rows']}" in err
+    assert "start a new run" in err
+    assert (run / "run.json").read_bytes() == before
