@@ -28,7 +28,8 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
 
     library = Path(sysconfig.get_path("purelib")) / LIBRARY
     wanted = sys.platform == "linux" and not given.get("LD_PRELOAD") and not given.get(CHOICE)
-    if not wanted or Path("/proc/driver/nvidia").exists() or not library.is_file():
+    splits = any(character in str(library) for character in " :")  # the loader would, and has no escape
+    if not wanted or splits or Path("/proc/driver/nvidia").exists() or not library.is_file():
         return {}
     return {"LD_PRELOAD": str(library), CHOICE: "mimalloc"} | {name: given.get(name, value) for name, value in OPTIONS.items()}
 

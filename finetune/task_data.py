@@ -199,6 +199,8 @@ class Conversations:
             )
         self.preflight, self.eos_token_ids = inspect(self.data, encoder, limits), frozenset(encoder.ends)
         self.source, self.digest = self.rows.source, self.rows.sha256
+        self._positions = limits.positions
+        self._has_names = encoder.control.has_names
         self._cut = {sample.where for sample in self.data.heldout if sample.cut}
 
     def lines(self) -> list[str]:
@@ -214,7 +216,8 @@ class Conversations:
             )
         unasked = sum(not self._can_be_asked(row) for row in self.data.heldout_rows)
         if unasked and self.recipe.eval.samples:
-            lines.append(f"{unasked} held-out rows are not asked for answers before and after: they are cut")
+            why = "they are cut, or hold names of control tokens"
+            lines.append(f"{unasked} held-out rows are not asked for answers before and after: {why}")
         return lines
 
     def record(self) -> ConversationsRecord:
@@ -233,8 +236,9 @@ class Conversations:
         return [(list(sample.input_ids), list(sample.labels)) for sample in self.data.heldout]
 
     def _can_be_asked(self, row: Row) -> bool:
-        """Whether a held-out row's prompt surely fits into data.max_length."""
-        return row.where not in self._cut
+        """Whether a held-out row's prompt surely fits into data.max_length, and would be encoded in use as in training."""
+        texts = (message["content"] for message in row.messages if message["role"] != "assistant")
+        return row.where not in self._cut and not any(map(self._has_names, texts))
 
     def questions(self) -> list[Sample]:
         """Held-out conversations up to their last answer, then the recipe's own questions."""
@@ -273,6 +277,7 @@ class Conversations:
                 max_length=data.max_length,
                 packing=packing,
                 seed=self.recipe.run.seed,
+                positions=self._positions,
             ),
             device,
             head=head,

@@ -1,7 +1,7 @@
 """Control tokens in the text of rows: a `</s>` that somebody wrote is text, and does not end the answer.
 
 A tokenizer reads the names of its special tokens wherever they stand. Names in the contents of messages are therefore replaced by
-guards (characters of a private-use plane) before the chat template is rendered; where a rendering has guards, the names that the
+guards (noncharacters of Unicode) before the chat template is rendered; where a rendering has guards, the names that the
 template wrote are encoded as tokens and the guarded ones as text. Tokens that belong in answers (`<think>`, `<tool_call>`) are
 not guarded. Both are counted.
 
@@ -15,6 +15,7 @@ import copy
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -23,8 +24,15 @@ if TYPE_CHECKING:
 
 BELONGS = re.compile(r"think|thought|reason|tool.?call|function.?call|python.?tag", re.IGNORECASE)
 NAME = re.compile(r"[<\[]\S+[>\]]")  # an added token that is no word of a vocabulary
-GUARDS, MARKS = 0x100000, 0xF0000  # first characters of the private-use planes 16 and 15
-JOINT = chr(MARKS + 0xFFF0)
+# Guards and marks are spelt in noncharacters, which Unicode keeps for a program's own use: no text has them.
+INTERNAL = re.compile("[\ufdd0-\ufdef]")
+ESCAPED = re.compile(r"\\u(fd[de][0-9a-f])")
+GUARD = re.compile("\ufde0([\ufdd0-\ufdd9]+)\ufde1")
+JOINT = "\ufde4"
+
+
+def _internal(number: int, begin: str, end: str) -> str:
+    return begin + "".join(chr(0xFDD0 + int(digit)) for digit in str(number)) + end
 
 
 class ControlTokens:
@@ -43,8 +51,7 @@ class ControlTokens:
         self.names = sorted(names, key=len, reverse=True)
         self._control = _Names(self.names)
         self._others = _Names([name for name in added if name not in self._control.names and NAME.fullmatch(name)])
-        self._guards = {name: chr(GUARDS + number) for number, name in enumerate(self.names)}
-        self._guarded = re.compile(f"[{chr(GUARDS)}-{chr(GUARDS + len(names))}]")
+        self._guards = {name: _internal(number, "\ufde0", "\ufde1") for number, name in enumerate(self.names)}
         self._ids = ids
         self._own: tuple[Tokenizer, dict[str, str], _Names] | None = None
         self.spelled: Counter[str] = Counter()
@@ -60,11 +67,16 @@ class ControlTokens:
     def guard(self, value: Any, where: str) -> Any:
         """A copy of a message, a tool or a list of them, with guards in its texts."""
         if isinstance(value, dict):
-            return {key: item if key == "role" else self.guard(item, where) for key, item in value.items()}
+            is_message = isinstance(value.get("role"), str) and "content" in value
+            return {
+                self.guard(key, where): item if key == "role" and is_message else self.guard(item, where)
+                for key, item in value.items()
+            }
         if isinstance(value, list | tuple):
             return type(value)(self.guard(item, where) for item in value)
         if not isinstance(value, str):
             return value
+        value = INTERNAL.sub("\ufffd", value)
         self._count(self.kept, [name for _, name in self._others.find(value)], where)
         found = self._control.find(value)
         self._count(self.spelled, [name for _, name in found], where)
@@ -83,49 +95,70 @@ class ControlTokens:
             counter[name] += 1
             self.where.setdefault(name, where)
 
+    def has_names(self, text: str) -> bool:
+        return bool(self._control.find(text))
+
+    def unescaped(self, text: str) -> str:
+        """A rendering in which guards that a template wrote as JSON escapes are guards again."""
+        return ESCAPED.sub(lambda match: chr(int(match[1], 16)), text) if "\\ufd" in text else text
+
     def unguarded(self, text: str) -> str:
         """The text with names instead of guards."""
-        return self._guarded.sub(lambda match: self.names[ord(match[0]) - GUARDS], text)
+        return GUARD.sub(lambda match: self.names[int("".join(str(ord(c) - 0xFDD0) for c in match[1]))], text)
 
     def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """(token ids, their spans in `text`) of a rendering that may have guards; adds no tokens."""
-        if self._guarded.search(text) is None:
-            plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            return list(plain["input_ids"]), list(plain["offset_mapping"])
-        ids, offsets = self._encode_guarded(text, "")
-        if any(count > text.count(name) for name, count in self._tokens(ids).items()):
-            ids, offsets = self._encode_guarded(text, JOINT)  # a vocabulary whose words include the names of control tokens
+        if GUARD.search(text) is None:
+            return self._plain(text)
+        own, marks, special = self._guarding_tokenizer()
+        original = {own.token_to_id(mark): self._ids[name] for name, mark in marks.items()}
+        dropped = own.token_to_id(JOINT)
+
+        def guarding(written: str) -> tuple[list[int], list[tuple[int, int]]]:
+            encoding = own.encode(written, add_special_tokens=False)
+            kept = [(original.get(i, i), span) for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i != dropped]
+            return [i for i, _ in kept], [span for _, span in kept]
+
+        expected = Counter(name for _, name in special.find(text))
+        # A joint splits names that are words of the vocabulary. Where marks are not read as the names are (a normalizer
+        # removes them, or flags of the tokens), the template's names stay, and a space splits the others.
+        for joint, spelling, encode in (("", marks, guarding), (JOINT, marks, guarding), (" ", {}, self._plain)):
+            try:
+                ids, offsets = self._encode_guarded(text, special, spelling, joint, encode)
+            except BaseException as error:
+                if type(error).__name__ != "PanicException":  # of a normalizer written in Rust
+                    raise
+                continue
+            counts = Counter(ids)
+            if all(counts[self._ids[name]] == expected[name] for name in marks):
+                break
         return ids, offsets
 
-    def _tokens(self, ids: list[int]) -> Counter[str]:
-        """Control tokens among `ids`, by name."""
-        counts = Counter(ids)
-        return Counter({name: counts[self._ids[name]] for name in self.names if self._ids[name] in counts})
+    def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        plain = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(plain["input_ids"]), list(plain["offset_mapping"])
 
-    def _encode_guarded(self, text: str, joint: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """`joint`: written after the first character of a guarded name, and removed from the result."""
-        own, marks, special = self._guarding_tokenizer()
+    def _encode_guarded(
+        self, text: str, special: _Names, marks: dict[str, str], joint: str, encode: Callable[[str], Any]
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """marks: what is written for the names of the template. joint: written after the first character of a guarded name."""
         pieces: list[str] = []
         places: list[int] = []  # of each character of the encoded text, its position in `text`
         position = 0
-        guards = [(match.start(), match[0]) for match in self._guarded.finditer(text)]
+        guards = [(match.start(), match[0]) for match in GUARD.finditer(text)]
         lengths: dict[int, int] = {}  # position of a name or a guard in `text` → its length there
         for begin, name in sorted([*special.find(text), *guards]):
             written = self.unguarded(name)
-            piece = marks[name] if written == name else written[:1] + joint + written[1:]
+            piece = marks.get(name, name) if written == name else written[:1] + joint + written[1:]
             pieces += [text[position:begin], piece]
             places += [*range(position, begin), *[begin] * len(piece)]
             position, lengths[begin] = begin + len(name), len(name)
         pieces.append(text[position:])
         places += [*range(position, len(text)), len(text)]
-        encoding = own.encode("".join(pieces), add_special_tokens=False)
-        original = {own.token_to_id(mark): self._ids[name] for name, mark in marks.items()}
-        dropped = own.token_to_id(JOINT)
-        kept = [(i, *span) for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i != dropped]
-        ids = [original.get(index, index) for index, _, _ in kept]
+        ids, spans = encode("".join(pieces))
         # A span ends after its last character; that of a name or a mark is as long as what it replaced.
-        ends = [places[end - 1] + lengths.get(places[end - 1], 1) if end > begin else places[end] for _, begin, end in kept]
-        return ids, [(places[begin], end) for (_, begin, _), end in zip(kept, ends, strict=True)]
+        ends = [places[end - 1] + lengths.get(places[end - 1], 1) if end > begin else places[end] for begin, end in spans]
+        return ids, [(places[begin], end) for (begin, _), end in zip(spans, ends, strict=True)]
 
     def _guarding_tokenizer(self) -> tuple[Tokenizer, dict[str, str], _Names]:
         """(a copy of the tokenizer that encodes names of special tokens as text, name → its mark there, the names)"""
@@ -140,7 +173,7 @@ class ControlTokens:
             own.no_padding()
             own.encode_special_tokens = True
             special = [token for token in config["added_tokens"] if token["special"]]
-            marks = {token["content"]: chr(MARKS + number) for number, token in enumerate(special)}
+            marks = {token["content"]: _internal(number, "\ufde2", "\ufde3") for number, token in enumerate(special)}
             flags = ("single_word", "lstrip", "rstrip", "normalized")
             own.add_tokens([AddedToken(marks[t["content"]], **{flag: t[flag] for flag in flags}) for t in special])
             own.add_tokens([AddedToken(JOINT, normalized=False)])

@@ -91,7 +91,18 @@ def answers(row: Row) -> Iterator[str]:
             yield message["content"] + (json.dumps(calls, ensure_ascii=False) if calls else "")
 
 
-THOUGHT = re.compile(r"<(think|thinking|thought|reasoning)>.*?</\1>\s*", re.DOTALL)
+TAG = r"(think|thinking|thought|reasoning)"
+THOUGHT = re.compile(rf"<{TAG}>(?:(?!<\1>).)*?</\1>\s*", re.DOTALL)  # the innermost
+OPENED = re.compile(rf"\s*<{TAG}>.*", re.DOTALL)  # at the beginning, and not closed
+CLOSED = re.compile(rf".*</{TAG}>\s*", re.DOTALL)  # the prompt opened it (DeepSeek-R1)
+
+
+def _without_thoughts(text: str) -> str:
+    rest, before = text, None
+    while rest != before:
+        before, rest = rest, THOUGHT.sub("", rest)
+    rest = CLOSED.sub("", rest)
+    return "" if OPENED.fullmatch(rest) else rest.lstrip() if rest != text else text
 
 
 def without_reasoning(row: Row) -> Row:
@@ -100,7 +111,7 @@ def without_reasoning(row: Row) -> Row:
     for message in row.messages:
         if message["role"] == "assistant":
             message = {key: value for key, value in message.items() if key != "reasoning_content"}
-            message["content"] = THOUGHT.sub("", message["content"])
+            message["content"] = _without_thoughts(message["content"])
         messages.append(message)
     return replace(row, messages=tuple(messages))
 

@@ -69,14 +69,18 @@ def divide(items: tuple[T, ...], parts: int) -> list[tuple[T, ...]]:
 class Batches:
     """The micro-batches of every epoch: `epoch(n)` gives them as lists of sample indices, `batch(indices)` as tensors."""
 
-    def __init__(self, samples: Sequence[Sample], *, micro_batch: int, max_length: int, packing: bool, seed: int) -> None:
-        self.samples, self.micro_batch, self.max_length, self.packing, self.seed = (
-            samples,
-            micro_batch,
-            max_length,
-            packing,
-            seed,
-        )
+    def __init__(
+        self,
+        samples: Sequence[Sample],
+        *,
+        micro_batch: int,
+        max_length: int,
+        packing: bool,
+        seed: int,
+        positions: int | None = None,
+    ) -> None:
+        self.samples, self.micro_batch, self.max_length, self.packing = samples, micro_batch, max_length, packing
+        self.seed, self.positions = seed, positions
 
     def epoch(self, number: int) -> list[tuple[int, ...]]:
         """The micro-batches of an epoch as lists of sample indices, shuffled by (seed, epoch)."""
@@ -97,6 +101,8 @@ class Batches:
         chosen = [self.samples[i] for i in indices]
         tokens = sum(map(len, chosen))
         rest = -tokens % MULTIPLE
+        if self.positions is not None and len(chosen) == 1:  # a model may have tables of that size
+            rest = min(rest, max(0, self.positions - tokens))
         return Batch(
             input_ids=torch.tensor([[*(t for sample in chosen for t in sample.input_ids), *[0] * rest]]),
             labels=torch.tensor([[*(label for s in chosen for label in (IGNORE, *s.labels[1:])), *[IGNORE] * rest]]),

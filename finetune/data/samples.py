@@ -187,9 +187,8 @@ class Encoder:
     def _render(self, messages: Sequence[Message], prompt: bool, row: Row) -> str:
         options: dict[str, Any] = {"tools": list(row.tools)} if row.tools else {}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **options)
-            )
+            text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt, **options)
+            return self.control.unescaped(str(text))
         except Exception as error:  # jinja's errors and those of the template: each means that it rejects this row
             raise UserError(
                 "the chat template rejects this row",

@@ -182,7 +182,9 @@ class RunContext:
         if baseline is not None and after is not None and baseline.loss is not None and after.loss is not None:
             more = after.loss - baseline.loss
             lines.append(f"the float model had {number(baseline.loss, 3)} nats before it was made ternary ({more:+.3f} now)")
-        points = RunFiles.read(self.path).held_out()
+        files = RunFiles.read(self.path)
+        partly_float = {entry["step"] for entry in files.metrics.evaluations if entry.get("eval_blend", 1) < 1}
+        points = [point for point in files.held_out() if point[0] not in partly_float]
         step, loss, _ = min(points, key=lambda point: point[1], default=(0.0, 0.0, 0.0))
         if len(points) > 2 and loss < points[-1][1]:
             where = f"at step {step:.0f}" if step else "before training"

@@ -327,7 +327,7 @@ class Training:
         )
 
     def _evaluate(self, step: int) -> bool:
-        """Evaluate if this step is due; returns whether the loss is the best so far and the best is to be saved."""
+        """Evaluate if due; returns whether this is to be saved as the best so far (not while weights are blended with floats)."""
         settings, last = self.settings, step == self.total_steps
         wanted = settings.save_best
         if self.evaluate is None or not settings.eval_steps or (step % settings.eval_steps != 0 if not last else not wanted):
@@ -337,7 +337,7 @@ class Training:
         self.evaluating += time.monotonic() - before
         self._log(step, measured)
         best, loss = self.progress.best, measured["eval_loss"]
-        if not wanted or not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
+        if not wanted or "eval_blend" in measured or not math.isfinite(loss) or (best is not None and loss >= best["loss"]):
             return False
         self.progress.best = {"step": step, "loss": loss}
         return True

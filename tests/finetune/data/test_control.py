@@ -186,3 +186,49 @@ def test_longest_name_is_found_among_thousands_without_searching_each() -> None:
     assert time.perf_counter() - started < 2
     control.guard("<unused12> and <unused1>2>", "here")
     assert control.spelled == {"<unused12>": 1, "<unused1>": 1}
+
+
+@pytest.mark.parametrize("number", [0xE000, 0xF0001, 0x100000, 0x100001, 0x100004])
+def test_private_use_characters_of_rows_stay_as_they_are(number: int) -> None:
+    tokenizer = wrapped(byte_level())
+    encoder = encoder_for(tokenizer)
+    sample = sample_of(encoder, "x", f"icon {chr(number)} and </s>")
+    assert f"icon {chr(number)} and </s>" in tokenizer.decode(sample.input_ids)
+    assert encoder.control.spelled == {"</s>": 1}
+
+
+def test_keys_of_calls_and_schemas_are_guarded_too() -> None:
+    control = ControlTokens(wrapped(byte_level()), frozenset())
+    call = {"function": {"name": "f", "arguments": {"role": "</s>", "</s>": "x"}}}
+    message = {"role": "assistant", "content": "", "tool_calls": [call]}
+    guarded = control.guard((message,), "here")
+    assert guarded[0]["role"] == "assistant"
+    assert "</s>" not in str(guarded)
+    assert control.spelled == {"</s>": 2}
+
+
+def test_guards_that_a_template_escapes_are_read_again() -> None:
+    tokenizer = wrapped(byte_level())
+    tokenizer.chat_template = CHATML.replace("{{ message['content'] }}", "{{ message['content'] | tojson(ensure_ascii=True) }}")
+    sample = sample_of(encoder_for(tokenizer), "x", "a </s> b")
+    assert '"a </s> b"' in tokenizer.decode(sample.input_ids)
+    assert tokenizer.convert_tokens_to_ids("</s>") not in sample.input_ids
+
+
+@pytest.mark.parametrize("flags", [{"normalized": True}, {"single_word": True}])
+def test_marks_that_are_not_read_leave_the_templates_own_names(flags: dict[str, bool]) -> None:
+    """A normalizer that removes what is no text (BERT's), and tokens that are read as whole words alone."""
+    vocabulary = [
+        "[UNK]",
+        "<s>",
+        "</s>",
+        *"abcdefghijklmnopqrstuvwxyz<>/",
+        *(f"##{letter}" for letter in "abcdefghijklmnopqrstuvwxyz"),
+    ]
+    backend = Tokenizer(models.WordPiece({word: index for index, word in enumerate(vocabulary)}, unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens([AddedToken(name, **flags) for name in ("<s>", "</s>")])
+    control = ControlTokens(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), frozenset())
+    plain, _ = control.encode("<s> ab </s>")
+    ids, _ = control.encode("<s> ab " + control.guard("</s>", "here") + " </s>")
+    assert [token for token in ids if token in (1, 2)] == [token for token in plain if token in (1, 2)]

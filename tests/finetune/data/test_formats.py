@@ -131,5 +131,14 @@ def test_reasoning_is_dropped_by_key_and_between_tags_of_answers_alone() -> None
         "second <think>open",
     ]
     assert "reasoning_content" not in row.messages[1]
+    for text, expected in (
+        ("secret\n</think>\n\nanswer", "answer"),  # the prompt opened the thought
+        ("<think>not closed", ""),
+        ("<think>a<think>b</think>c</think> d", "d"),
+        ("\n<think>a</think>\n\nx", "x"),
+        (" x", " x"),
+    ):
+        (message,) = without_reasoning(Row("r", ({"role": "assistant", "content": text},))).messages
+        assert message["content"] == expected
     assert row.messages[3]["tool_calls"] == [1]
     assert without_reasoning(Row("t", text="<think>a</think>")).text == "<think>a</think>"

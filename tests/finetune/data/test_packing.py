@@ -49,3 +49,9 @@ def test_positions_restart_per_sample_and_padding_has_no_labels() -> None:
 def test_full_row_gets_no_padding() -> None:
     batch = Batches(samples([40, 88]), micro_batch=1, max_length=128, packing=True, seed=0).batch((0, 1))
     assert batch.input_ids.shape == (1, 128) == (1, batch.tokens)
+
+
+def test_filling_ends_at_the_models_positions() -> None:
+    batches = Batches(samples([40, 88, 3]), micro_batch=1, max_length=100, packing=False, seed=0, positions=40)
+    assert batches.batch((0,)).input_ids.shape == (1, 40)
+    assert batches.batch((2,)).input_ids.shape == (1, 40)
