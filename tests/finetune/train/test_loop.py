@@ -9,6 +9,7 @@ import signal
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -410,3 +411,17 @@ def test_gradients_of_a_step_are_freed_before_the_next_step(tmp_path: Path, acce
     go(tmp_path / "run", accelerator, model=model, total=3, before_step=count_alive)
     assert alive == [0, 0, 0]
     assert len(references) > 10
+
+
+def test_weights_that_are_partly_float_are_never_the_best() -> None:
+    """While λ rises, a low loss is the float model's, which the run will not be."""
+    training: Any = SimpleNamespace(
+        settings=SimpleNamespace(save_best=True, eval_steps=1),
+        total_steps=9,
+        evaluate=lambda step: {"eval_loss": float(step), **({"eval_blend": 0.5} if step < 3 else {})},
+        evaluating=0.0,
+        progress=SimpleNamespace(best=None),
+        _log=lambda step, line: None,
+    )
+    assert [Training._evaluate(training, step) for step in (1, 2, 3, 4)] == [False, False, True, False]
+    assert training.progress.best == {"step": 3, "loss": 3.0}
