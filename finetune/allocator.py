@@ -17,7 +17,7 @@ from pathlib import Path
 
 CHOICE = "FINETUNE_ALLOCATOR"  # set by the user to glibc, or here for the restarted command
 LIBRARY = "cmeel.prefix/lib/libmimalloc.so"  # of the wheel cmeel-mimalloc, in site-packages
-OPTIONS = {"MIMALLOC_PURGE_DELAY": "1000"}  # ms that freed pages are kept: the default of 10 cost 8 % of the speed
+OPTIONS = {"MIMALLOC_PURGE_DELAY": "1000"}  # ms that freed pages are kept for the next step
 COMMANDS = ("run", "resume")
 KNOWN = {"mi_version": "mimalloc", "tc_version": "tcmalloc", "mallctl": "jemalloc"}  # a function of each → its name
 

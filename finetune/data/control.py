@@ -4,9 +4,6 @@ A tokenizer reads the names of its special tokens wherever they stand. Names in 
 guards (noncharacters of Unicode) before the chat template is rendered; where a rendering has guards, the names that the
 template wrote are encoded as tokens and the guarded ones as text. Tokens that belong in answers (`<think>`, `<tool_call>`) are
 not guarded. Both are counted.
-
-The same distinction, made by encoding contents apart from the template, is that of torchtune and of Llama 3's reference code
-(`encode` with `disallowed_special=()`).
 """
 
 from __future__ import annotations
@@ -132,6 +129,8 @@ class ControlTokens:
             counts = Counter(ids)
             if all(counts[self._ids[name]] == expected[name] for name in marks):
                 break
+        else:  # names that no spelling keeps from being tokens are counted as such
+            self.kept.update({name: more for name in marks if (more := counts[self._ids[name]] - expected[name]) > 0})
         return ids, offsets
 
     def _plain(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:

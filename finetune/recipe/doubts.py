@@ -17,15 +17,14 @@ RATES = {
 def doubts(recipe: Recipe, *, is_float: bool) -> list[str]:
     """Sentences for the user. is_float: whether the base is stored in floats, and not ternary already."""
     from_scratch, rate = recipe.model.name is None, recipe.train.lr
-    ternary = recipe.trains_quantized and recipe.quant.scheme == "ternary"
-    method = ADAPTERS if recipe.base_frozen else SCRATCH if from_scratch or ternary else TRAINED
+    method = ADAPTERS if recipe.base_frozen else SCRATCH if from_scratch or recipe.trains_quantized else TRAINED
     lowest, highest, usual = RATES[method]
     lines = []
     if rate > highest:
         lines.append(f"train.lr={rate:g} is far above the rates of {method} ({usual}): it will probably destroy the model")
     if rate < lowest:
         lines.append(f"train.lr={rate:g} is far below the rates of {method} ({usual}): it will hardly change the model")
-    if ternary and not from_scratch and is_float and not recipe.quant.warmup and recipe.distill.teacher is None:
+    if recipe.trains_quantized and not from_scratch and is_float and not recipe.quant.warmup and recipe.distill.teacher is None:
         lines.append(
             "rounding a trained float model to ternary at once loses nearly all that it knows, and needs long training: blend it "
             "over the first steps (quant.warmup=0.2), and learn from the float model (distill.teacher=MODEL)"
